@@ -1,0 +1,141 @@
+"""Arguments checked before anything is written: torch's exception types, in words that name the argument."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _is_tensor(function: str, name: str, value: object, optional: bool = True) -> None:
+    if not (isinstance(value, Tensor) or (optional and value is None)):
+        raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def _is_number(function: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
+
+
+def _matches_input(function: str, name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise RuntimeError(
+            f"{function}(): expected all tensors to be on the same device, but input is on {x.device} "
+            f"and {name} is on {value.device}"
+        )
+    if value.dtype not in FLOATING:
+        raise RuntimeError(f"{function}(): {name} must be of a floating-point type, but got {value.dtype}")
+
+
+def _is_floating(function: str, x: Tensor) -> None:
+    if x.dtype not in FLOATING:
+        raise NotImplementedError(
+            f"{function}(): not implemented for input of {x.dtype}; expected one of "
+            + ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+        )
+
+
+def layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[int, ...]:
+    """Raises where torch's layer_norm does; returns normalized_shape as a tuple."""
+    _is_tensor("layer_norm", "input", x, optional=False)
+    if not isinstance(normalized_shape, (tuple, list)):
+        raise TypeError(
+            f"layer_norm(): argument 'normalized_shape' must be tuple of ints, not {type(normalized_shape).__name__}"
+        )
+    for length in normalized_shape:
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+            raise TypeError(
+                "layer_norm(): argument 'normalized_shape' must be tuple of ints, "
+                f"but found element of type {type(length).__name__}"
+            )
+    _is_number("layer_norm", "eps", eps)
+    shape = tuple(normalized_shape)
+    if not shape:
+        raise RuntimeError("layer_norm(): expected normalized_shape to have at least one dimension, but got []")
+    if tuple(x.shape[-len(shape) :]) != shape:
+        expected = ", ".join(("*", *map(str, shape)))
+        raise RuntimeError(
+            f"layer_norm(): given normalized_shape={list(shape)}, expected input with shape [{expected}], "
+            f"but got input of size {list(x.shape)}"
+        )
+    _is_floating("layer_norm", x)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        _is_tensor("layer_norm", name, parameter)
+        if parameter is None:
+            continue
+        if tuple(parameter.shape) != shape:
+            raise RuntimeError(
+                f"layer_norm(): expected {name} to be of the same shape as normalized_shape, "
+                f"but got {name} of shape {list(parameter.shape)} and normalized_shape={list(shape)}"
+            )
+        _matches_input("layer_norm", name, parameter, x)
+    return shape
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raises where torch's batch_norm does, and for a counter that can't count."""
+    _is_tensor("batch_norm", "input", x, optional=False)
+    tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, tensor in (*tensors.items(), ("num_batches_tracked", num_batches_tracked)):
+        _is_tensor("batch_norm", name, tensor)
+    _is_number("batch_norm", "eps", eps)
+    _check_momentum(momentum, num_batches_tracked)
+    if x.dim() < 2:
+        raise RuntimeError(
+            f"batch_norm(): expected input of at least 2 dimensions (N, C, *), but got input of size {list(x.shape)}"
+        )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("batch_norm(): running_mean and running_var must either both be None or neither be None")
+    if not training and running_mean is None:
+        raise RuntimeError("batch_norm(): running_mean and running_var must be defined in evaluation mode")
+    _check_values_per_channel(x, training, eps)
+    _is_floating("batch_norm", x)
+    n_channels = x.shape[1]
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.numel() != n_channels:
+            raise RuntimeError(
+                f"batch_norm(): {name} should contain {n_channels} elements, one for each channel of input of size "
+                f"{list(x.shape)}, but got {name} of shape {list(tensor.shape)}"
+            )
+        _matches_input("batch_norm", name, tensor, x)
+
+
+def _check_momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> None:
+    if momentum is not None:
+        _is_number("batch_norm", "momentum", momentum)
+    elif num_batches_tracked is None:
+        raise TypeError(
+            "batch_norm(): argument 'momentum' must be float, not NoneType, unless num_batches_tracked is given"
+        )
+    if num_batches_tracked is not None and (
+        num_batches_tracked.numel() != 1 or num_batches_tracked.dtype not in (torch.int64, torch.int32)
+    ):
+        raise RuntimeError(
+            "batch_norm(): num_batches_tracked must be one integer, but got a tensor of shape "
+            f"{list(num_batches_tracked.shape)} and {num_batches_tracked.dtype}"
+        )
+
+
+def _check_values_per_channel(x: Tensor, training: bool, eps: float) -> None:
+    if not training:
+        return
+    if x.shape[0] * math.prod(x.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    if eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")

@@ -1,0 +1,115 @@
+"""Triton or torch for a call, and why."""
+
+import contextlib
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn import Buffer, Parameter
+
+from triton_norm.ops.launch import INTERPRETED
+
+BACKENDS = ("auto", "triton", "torch")
+VARIABLE = "TRITON_NORM_BACKEND"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_PLAIN = (Tensor, Parameter, Buffer, FakeTensor)
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, but got {name!r}")
+    return name
+
+
+class _Override(threading.local):
+    """The backend asked for, in each thread; unlike a ContextVar, torch.compile can trace it, and guards on it."""
+
+    name = _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
+
+
+_override = _Override()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within this context, in this thread, calls go where `name` says.
+
+    "auto" (the default): to the kernels what they serve, to torch the rest. "torch": all to torch. "triton": all to the
+    kernels; a call that they don't serve raises RuntimeError with the reason. Decided when the forward runs: its
+    backward follows it. The environment variable TRITON_NORM_BACKEND sets the default.
+    """
+    before, _override.name = _override.name, _known(name, "backend")
+    try:
+        yield
+    finally:
+        _override.name = before
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where a call goes: `backend` is "triton" or "torch", `copies` what has to be copied before it can be read."""
+
+    function: str
+    backend: str
+    reason: str
+    copies: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        copied = "".join(f"\n  copies {copy}" for copy in self.copies)
+        return f"{self.function}: {self.backend}, because {self.reason}{copied}"
+
+
+def unserved(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why the kernels can't serve a call on x, the input, and the other tensors; None where they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if not (x.is_cuda or (INTERPRETED and x.is_cpu)):
+        return f"the input is on {x.device}" + (", and TRITON_INTERPRET is not set" if x.is_cpu else "")
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    for tensor in (x, *others):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN:
+            return f"{type(tensor).__name__} is a subclass of Tensor"
+        if tensor.layout != torch.strided or tensor.is_nested:
+            return "a tensor is not strided"
+        if tensor.dtype not in DTYPES:
+            return f"of dtype {tensor.dtype}"
+    if x.numel() == 0:
+        return "the input has no elements"
+    return None
+
+
+def use_triton(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call on x, the input, and the other tensors goes to the kernels."""
+    chosen = _override.name
+    if chosen == "torch":
+        return False
+    reason = unserved(x, *others)
+    if reason is not None and chosen == "triton":
+        raise RuntimeError(f"backend 'triton' can't serve this call: {reason}")
+    return reason is None
+
+
+def explanation(function: str, copies: tuple[str, ...], x: Tensor, *others: Tensor | None) -> Explanation:
+    """What `use_triton` decides, in words; raises nothing."""
+    chosen = _override.name
+    if chosen == "torch":
+        return Explanation(function, "torch", "backend 'torch' was asked for")
+    reason = unserved(x, *others)
+    if reason is None:
+        how = "interpreted on the CPU" if INTERPRETED and x.is_cpu else f"on {x.device}"
+        return Explanation(function, "triton", f"the kernels serve it, {how}", copies)
+    refused = "; backend 'triton' makes this an error" if chosen == "triton" else ""
+    return Explanation(function, "torch", reason + refused)

@@ -1,0 +1,1 @@
+"""The `@triton.jit` kernels, and nothing else: no torch, no allocation, no launch choices."""

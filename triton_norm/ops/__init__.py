@@ -1,0 +1,1 @@
+"""One module a family: launch, `torch.library` operator with its fake, autograd."""

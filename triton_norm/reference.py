@@ -1,0 +1,84 @@
+"""The same functions in plain differentiable torch: the fallback, the double backward and an explanation.
+
+Everything is computed in fp32, in fp64 for fp64 input, and rounded once at the end.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = x_hat
+    if weight is not None:
+        y = y * weight.to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = (x − mean) / sqrt(var + eps) · weight + bias over the trailing axes, var biased."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    wide = x.to(compute_dtype(x))
+    centred = wide - wide.mean(axes, keepdim=True)
+    rstd = torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
+    return _affine(centred * rstd, weight, bias).to(out_dtype or x.dtype)
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = (x − mean) / sqrt(var + eps) · weight + bias over every axis but the second; moves no running statistics."""
+    axes = (0, *range(2, x.dim()))
+    shape = (1, -1, *(1 for _ in x.shape[2:]))
+    wide = x.to(compute_dtype(x))
+    if training:
+        centred = wide - wide.mean(axes, keepdim=True)
+        var = (centred * centred).mean(axes, keepdim=True)
+    else:
+        assert running_mean is not None and running_var is not None
+        centred = wide - running_mean.to(wide.dtype).view(shape)
+        var = running_var.to(wide.dtype).view(shape)
+    weight = None if weight is None else weight.reshape(shape)
+    bias = None if bias is None else bias.reshape(shape)
+    return _affine(centred * torch.rsqrt(var + eps), weight, bias).to(x.dtype)
+
+
+def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor) -> None:
+    """running = (1 − momentum) · running + momentum · batch's, in place; the variance is the unbiased one."""
+    axes = (0, *range(2, x.dim()))
+    with torch.no_grad():
+        var, mean = torch.var_mean(x.to(compute_dtype(x)), axes, correction=1)
+        for running, batch in ((running_mean, mean), (running_var, var)):
+            wide = running.to(mean.dtype)
+            running.copy_((1.0 - momentum) * wide + momentum * batch.view(running.shape))
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Differentiable gradients of function(*inputs) for the inputs wanted, None for the others."""
+    with torch.enable_grad():
+        y = function(*inputs)
+        targets = [tensor for tensor, asked in zip(inputs, wanted, strict=True) if asked and tensor is not None]
+        found = iter(torch.autograd.grad(y, targets, dy, create_graph=True))
+    return [next(found) if asked and tensor is not None else None for tensor, asked in zip(inputs, wanted, strict=True)]
