@@ -42,4 +42,4 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     """(mean, M2) of two disjoint sets together (Chan, Golub, LeVeque 1979); counts are floats, count_b is not 0."""
     share = count_b / (count_a + count_b)
     delta = mean_b - mean_a
-    return mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share)
+    return mean_a + delta * share, m2_a + m2_b + delta * (delta * (count_a * share))

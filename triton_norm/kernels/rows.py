@@ -54,7 +54,7 @@ def rows_forward_kernel(
     n_cols = n_col_vecs * V
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     row_mask = rows < n_rows
-    x_rows = x_ptr + rows * (x_row_vecs * V)
+    x_rows = x_ptr + rows * x_row_vecs * V
     y_rows = y_ptr + rows * n_cols
     block = tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     total = to_float(n_cols, COMPUTE)
@@ -146,16 +146,16 @@ def rows_backward_kernel(
 
     dy and x [n_rows, n_cols] → dx [n_rows, n_cols] contiguous, dweight_sums and dbias_sums [n_programs, n_cols]. Rows
     of x lie x_row_vecs · V apart; of dy likewise, or dy_row_vecs where a row is one element, its column stride 0.
-    Grid: any number of programs, each takes every n_programs-th group of BLOCK_M rows. WHOLE_ROW: rows and sums stay in
-    registers, 2R1W. Otherwise a group is swept twice in pieces of BLOCK_N columns, backwards the second time so that it
-    begins in cache, and the sums are kept in memory. weight_ptr, dx_ptr and the sums may be None.
+    Grid: at most a program for each group of BLOCK_M rows; each takes every n_programs-th group. WHOLE_ROW: rows and
+    sums stay in registers, 2R1W. Otherwise a group is swept twice in pieces of BLOCK_N columns, backwards the second
+    time so that it begins in cache, and the sums are kept in memory. weight_ptr, dx_ptr and the sums may be None.
     """
     n_cols = n_col_vecs * V
-    dy_stride = dy_row_vecs * V if DY_COLUMN_STRIDE == 1 else dy_row_vecs
+    DY_UNIT: tl.constexpr = V if DY_COLUMN_STRIDE == 1 else 1
     program = tl.program_id(0).to(tl.int64)
     first = program * BLOCK_M
     step = tl.num_programs(0) * BLOCK_M
-    in_group = tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    in_group = tl.arange(0, BLOCK_M)[:, None].to(tl.int64)  # [BLOCK_M, 1]
     block = tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     inverse_total = 1.0 / to_float(n_cols, COMPUTE)
     if dweight_sums_ptr is not None:
@@ -171,8 +171,10 @@ def rows_backward_kernel(
             mask = (rows < n_rows) & in_row
             mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-            dy = tl.load(dy_ptr + rows * dy_stride + block * DY_COLUMN_STRIDE, mask=mask, other=0.0).to(COMPUTE)
-            x_hat = load_x_hat(x_ptr, rows * (x_row_vecs * V) + block, mask, mean, rstd, COMPUTE)
+            dy = tl.load(dy_ptr + rows * dy_row_vecs * DY_UNIT + block * DY_COLUMN_STRIDE, mask=mask, other=0.0).to(
+                COMPUTE
+            )
+            x_hat = load_x_hat(x_ptr, rows * x_row_vecs * V + block, mask, mean, rstd, COMPUTE)
             dweight += dy * x_hat
             dbias += dy
             if dx_ptr is not None:
@@ -197,16 +199,20 @@ def rows_backward_kernel(
                 for start in range(0, n_cols, BLOCK_N):
                     cols = start + block
                     mask = (rows < n_rows) & (cols < n_cols)
-                    dy = tl.load(dy_ptr + rows * dy_stride + cols * DY_COLUMN_STRIDE, mask=mask, other=0.0).to(COMPUTE)
-                    x_hat = load_x_hat(x_ptr, rows * (x_row_vecs * V) + cols, mask, mean, rstd, COMPUTE)
+                    dy = tl.load(
+                        dy_ptr + rows * dy_row_vecs * DY_UNIT + cols * DY_COLUMN_STRIDE, mask=mask, other=0.0
+                    ).to(COMPUTE)
+                    x_hat = load_x_hat(x_ptr, rows * x_row_vecs * V + cols, mask, mean, rstd, COMPUTE)
                     wdy = weigh(dy, weight_ptr, cols, n_cols, COMPUTE)
                     mean_wdy += tile_sum(wdy, 1) * inverse_total
                     mean_wdy_x_hat += tile_sum(wdy * x_hat, 1) * inverse_total
             for swept in range(0, n_cols, BLOCK_N):
                 cols = last - swept + block
                 mask = (rows < n_rows) & (cols < n_cols)
-                dy = tl.load(dy_ptr + rows * dy_stride + cols * DY_COLUMN_STRIDE, mask=mask, other=0.0).to(COMPUTE)
-                x_hat = load_x_hat(x_ptr, rows * (x_row_vecs * V) + cols, mask, mean, rstd, COMPUTE)
+                dy = tl.load(dy_ptr + rows * dy_row_vecs * DY_UNIT + cols * DY_COLUMN_STRIDE, mask=mask, other=0.0).to(
+                    COMPUTE
+                )
+                x_hat = load_x_hat(x_ptr, rows * x_row_vecs * V + cols, mask, mean, rstd, COMPUTE)
                 add_to_sums(dweight_sums_ptr, cols, tile_sum(dy * x_hat, 0), cols < n_cols, group > first)
                 add_to_sums(dbias_sums_ptr, cols, tile_sum(dy, 0), cols < n_cols, group > first)
                 if dx_ptr is not None:

@@ -52,7 +52,7 @@ def group_offsets(
     unit: tl.constexpr = V if LANE_STRIDE == 1 else 1
     first_sample = start // groups_per_sample
     group = (start - first_sample * groups_per_sample).to(tl.int32) + tl.arange(0, T)[:, None]
-    sample = first_sample + group // groups_per_sample
+    sample = (first_sample + group // groups_per_sample).to(tl.int64)
     position = (group % groups_per_sample).to(tl.int64)
     return sample * sample_vecs * unit + position * group_vecs * unit
 

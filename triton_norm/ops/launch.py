@@ -44,8 +44,8 @@ def launch(
     device: torch.device,
     *arguments: Any,
     **constants: Any,
-) -> None:
-    """Starts n_programs(config) programs of a kernel on the device's current stream."""
+) -> int:
+    """Starts n_programs(config) programs of a kernel on the device's current stream; returns their number."""
     with on(device):
         gpu = gpu_name(device)
         config = tuning.chosen(space, gpu)
@@ -53,7 +53,9 @@ def launch(
             assert gpu is not None
             config = search(kernel, space, n_programs, arguments, constants)
             tuning.choose(space, gpu, config)
-        kernel[(n_programs(config),)](*arguments, **constants, **config.keywords)
+        count = n_programs(config)
+        kernel[(count,)](*arguments, **constants, **config.keywords)
+    return count
 
 
 def search(

@@ -132,15 +132,15 @@ def _layer_norm_backward(
     dy_column_stride = 1 if n_cols == 1 else dy_rows.stride(1)
     vector = tuning.vector_width(min(x.itemsize, dy.itemsize), n_cols, x_stride, dy_stride * dy_column_stride)
     compute = compute_dtype(x)
-    n_programs = tuning.rows_backward_programs(n_rows, n_cols, multiprocessors(x.device))
+    most_programs = tuning.rows_backward_programs(n_rows, n_cols, multiprocessors(x.device))
     sums = [
-        torch.empty(n_programs, n_cols, dtype=compute, device=x.device) if grad.numel() else None
+        torch.empty(most_programs, n_cols, dtype=compute, device=x.device) if grad.numel() else None
         for grad in (dweight, dbias)
     ]
-    launch(
+    n_sums = launch(
         _kernels().rows_backward_kernel,
         tuning.rows_backward(n_cols, name_of(x.dtype), compute.itemsize, INTERPRETED),
-        lambda config: n_programs,
+        lambda config: min(most_programs, -(-n_rows // config["BLOCK_M"])),
         x.device,
         dy_rows,
         x_rows,
@@ -166,7 +166,7 @@ def _layer_norm_backward(
             *sums,
             dweight if dweight.numel() else None,
             dbias if dbias.numel() else None,
-            n_programs,
+            n_sums,
             n_cols,
             COMPUTE=triton_dtype(compute),
         )

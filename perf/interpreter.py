@@ -1,0 +1,221 @@
+"""Triton's interpreter, made to compute as a GPU does and to tell what memory a kernel touches.
+
+All that depends on the private parts of triton.runtime.interpreter is here and in arithmetic.py; those parts are the
+same in Triton 3.6 and 3.7.
+The interpreter must be on, that is, TRITON_INTERPRET=1 must be set before Triton is imported.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+from triton.runtime.jit import TensorWrapper
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from perf import arithmetic
+
+Array: TypeAlias = arithmetic.Array
+Program: TypeAlias = tuple[int, int, int]
+AccessKind: TypeAlias = Literal["load", "store", "atomic"]
+
+BUILDER = interpreter.InterpreterBuilder
+TensorHandle = interpreter.TensorHandle
+SEM = ir.MEM_SEMANTIC
+ACQUIRING = (SEM.ACQUIRE, SEM.ACQUIRE_RELEASE)
+RELEASING = (SEM.RELEASE, SEM.ACQUIRE_RELEASE)
+MISSING = object()
+
+
+class Observer:
+    """What `observe` reports to. Every method does nothing here; override those of interest.
+
+    A method that raises ends the launch with that very error, before the access that it was told of takes place.
+    """
+
+    def launch_begins(self, kernel: str, tensors: dict[str, torch.Tensor]) -> None:
+        """`tensors`: the tensor arguments by name; the items of a tuple argument `a` are "a[0]", "a[1]", ..."""
+
+    def access(self, kind: AccessKind, addresses: Array, itemsize: int, program: Program) -> None:
+        """`addresses`: uint64 [lanes], the bytes' addresses of the lanes that are not masked off."""
+
+    def synchronizes(self, addresses: Array, acquires: bool, releases: bool, program: Program) -> None:
+        """The memory semantics of an atomic, told right after its `access`."""
+
+    def launch_ends(self) -> None:
+        """Not called for a launch that raised."""
+
+
+@contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    saved = {name: vars(owner).get(name, MISSING) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Numbers as on a GPU.
+
+    bf16 rounds to nearest even where the stock interpreter truncates it or takes its bits for an integer; arguments
+    that are Python floats are fp32 scalars; minimum, maximum and clamp drop NaN unless told to propagate it; fma
+    rounds once; nothing warns.
+    """
+    with ExitStack() as stack:
+        for owner, attributes in arithmetic.replacements():
+            stack.enter_context(_replaced(owner, **attributes))
+        yield
+
+
+@contextmanager
+def int32_overflow_is_an_error() -> Iterator[None]:
+    """A sum, difference or product that leaves its integer type raises AssertionError, and so does tl.device_assert."""
+    builder = interpreter.interpreter_builder
+    with _replaced(builder, options=dataclasses.replace(builder.options, debug=True)):
+        yield
+
+
+class _NothingToRestore:
+    def restore(self) -> None:
+        pass
+
+
+@contextmanager
+def fast_launches() -> Iterator[None]:
+    """Stock, all of triton.language is patched anew at each call of a @triton.jit function; here once."""
+    original, original_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    scalar_np_dtype = functools.cache(interpreter._get_np_dtype)
+    scopes: list[Any] = []
+    patched: set[int] = set()
+
+    def patch_lang(fn: Any) -> Any:
+        modules = {id(tl), id(tl.core)}.intersection(map(id, fn.__globals__.values()))
+        if not modules <= patched:
+            scopes.append(original(fn))
+            patched.update(modules)
+        return _NothingToRestore()
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        original_tensor(tensor, scope)
+        # Triton 3.6 makes an int of an array of one element, which NumPy deprecates.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def get_np_dtype(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else scalar_np_dtype(scalar)
+
+    functions = (patch_lang, patch_lang_tensor, get_np_dtype)
+    try:
+        with _replaced(interpreter, **{f"_{f.__name__}": f for f in functions}):
+            yield
+    finally:
+        for scope in reversed(scopes):
+            scope.restore()
+
+
+def _itemsize(pointers: Any) -> int:
+    return int(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+
+
+def _unmasked(pointers: Any, mask: Any) -> Array:
+    addresses: Array = pointers.data
+    taken = mask.data.astype(bool, copy=False)  # int1 & int1 is an int32 array where one of them was a scalar
+    return addresses.reshape(-1) if taken.all() else addresses[np.broadcast_to(taken, addresses.shape)]
+
+
+@functools.cache
+def _poison(dtype: Any) -> Any:
+    np_dtype = interpreter._get_np_dtype(dtype)
+    if dtype.is_floating() and np_dtype.kind != "f":
+        return np.iinfo(np_dtype).max  # a NaN in bf16 and in the fp8 formats of NVIDIA
+    return np.nan if np_dtype.kind == "f" else True if np_dtype.kind == "b" else np.iinfo(np_dtype).max
+
+
+def _observed_accesses(observer: Observer, poison_masked_loads: bool) -> dict[str, Callable[..., Any]]:
+    load, store = BUILDER.create_masked_load, BUILDER.create_masked_store
+    rmw, cas = BUILDER.create_atomic_rmw, BUILDER.create_atomic_cas
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
+        observer.access("load", _unmasked(pointers, mask), _itemsize(pointers), self.grid_idx)
+        if other is None and poison_masked_loads and not mask.data.all():
+            dtype = pointers.get_element_ty()
+            fill = np.full(pointers.data.shape, _poison(dtype), dtype=interpreter._get_np_dtype(dtype))
+            other = TensorHandle(fill, dtype)
+        return load(self, pointers, mask, other, *rest, **named)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        observer.access("store", _unmasked(pointers, mask), _itemsize(pointers), self.grid_idx)
+        return store(self, pointers, value, mask, *rest)
+
+    def atomic(addresses: Array, itemsize: int, sem: Any, program: Program) -> None:
+        observer.access("atomic", addresses, itemsize, program)
+        observer.synchronizes(addresses, sem in ACQUIRING, sem in RELEASING, program)
+
+    def create_atomic_rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
+        atomic(_unmasked(pointers, mask), _itemsize(pointers), sem, self.grid_idx)
+        return rmw(self, op, pointers, value, mask, sem, scope)
+
+    def create_atomic_cas(self: Any, pointers: Any, compare: Any, value: Any, sem: Any, scope: Any) -> Any:
+        atomic(pointers.data.reshape(-1), _itemsize(pointers), sem, self.grid_idx)
+        return cas(self, pointers, compare, value, sem, scope)
+
+    return {f.__name__: f for f in (create_masked_load, create_masked_store, create_atomic_rmw, create_atomic_cas)}
+
+
+def _tensors(name: str, argument: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(argument, torch.Tensor):
+        yield name, argument
+    elif isinstance(argument, TensorWrapper | TensorDescriptor):
+        yield from _tensors(name, argument.base)
+    elif isinstance(argument, tuple):
+        for i, item in enumerate(argument):
+            yield from _tensors(f"{name}[{i}]", item)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Stock, an error is wrapped in an InterpreterError once for every @triton.jit function that it leaves."""
+    while isinstance(error, InterpreterError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextmanager
+def observe(observer: Observer, *, poison_masked_loads: bool = False) -> Iterator[None]:
+    """Report every launch and every access to memory to `observer`.
+
+    An error inside a kernel comes out as itself, not as an InterpreterError. With `poison_masked_loads`, the lanes that
+    a load without `other=` masks off read NaN (integers: their largest value), where the stock interpreter reads 0.
+    """
+    executor = interpreter.GridExecutor
+    original = executor.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        names = inspect.getfullargspec(self.fn).args
+        arguments = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
+        tensors = dict(pair for name, value in arguments.items() for pair in _tensors(name, value))
+        observer.launch_begins(self.fn.__name__, tensors)
+        try:
+            original(self, *args, **kwargs)
+        except InterpreterError as error:
+            raise _root_cause(error) from None
+        observer.launch_ends()
+
+    accesses = _observed_accesses(observer, poison_masked_loads)
+    with _replaced(BUILDER, **accesses), _replaced(executor, __call__=call):
+        yield

@@ -1,0 +1,63 @@
+import os
+import random
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    assert "triton" not in sys.modules, "Triton reads TRITON_INTERPRET when it is imported, and it has been"
+    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+if TYPE_CHECKING:
+    from guards import Guard
+
+if INTERPRETED:
+    # The interpreter works in one thread; under pytest-xdist torch's pools would only contend for the cores.
+    torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped where there is none")
+    config.addinivalue_line("markers", "unguarded: runs the kernels without the interpreter's guards")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU and not INTERPRETED:
+        return
+    reason = "the interpreter is on (TRITON_INTERPRET=1)" if HAS_GPU else "no GPU"
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Each test draws the same numbers whichever tests run before it, on whichever worker."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def guard(request: pytest.FixtureRequest) -> "Iterator[Guard | None]":
+    """What the guards have recorded so far in this test; None where the kernels run unguarded."""
+    if not INTERPRETED or request.node.get_closest_marker("unguarded"):
+        yield None
+        return
+    from guards import guarded
+
+    with guarded() as guard:
+        yield guard
