@@ -1,0 +1,122 @@
+"""Under torch.compile: no graph break, the same kernels, the same bits, the same running statistics."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import triton_norm
+
+pytestmark = [
+    pytest.mark.usefixtures("_fresh_dynamo"),
+    # Dynamo's own, on every autograd.Function that it traces.
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Network(nn.Module):
+    def __init__(self, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.batch_norm = triton_norm.BatchNorm2d(4, momentum=momentum)
+        self.layer_norm = triton_norm.LayerNorm((3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer_norm(self.batch_norm(x).relu()).sin()
+
+
+def trained(model: nn.Module, run: nn.Module, batches: list[Tensor]) -> list[Tensor]:
+    """Outputs, gradients and state after a step on each batch."""
+    found = []
+    for x in batches:
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        y.square().sum().backward()
+        found += [y.detach(), leaf.grad]
+    return found + [p.grad for p in model.parameters()] + [b.clone() for b in model.buffers()]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_training_gives_the_bits_of_eager(training, momentum, device):
+    """Batch sizes change: the second makes shapes dynamic, and compiles nothing more after that."""
+    eager = Network(momentum).to(device).train(training)
+    compiled = copy.deepcopy(eager)
+    batches = [torch.randn(n, 4, 3, 6, device=device) for n in (2, 3, 5, 4)]
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for a, b in zip(trained(eager, eager, batches), trained(compiled, run, batches), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.unguarded  # Inductor's workspaces are its own
+@pytest.mark.filterwarnings("ignore")  # of Inductor and what it imports
+def test_inductor_agrees_with_eager(device):
+    eager = Network().to(device)
+    compiled = copy.deepcopy(eager)
+    batches = [torch.randn(n, 4, 3, 6, device=device) for n in (2, 3)]
+    found = trained(compiled, torch.compile(compiled, fullgraph=True), batches)
+    torch.testing.assert_close(found, trained(eager, eager, batches), rtol=1e-4, atol=1e-5)
+
+
+def test_the_backend_is_guarded(device):
+    x = torch.randn(3, 8, device=device)
+    normalize = torch.compile(lambda x: triton_norm.layer_norm(x, (8,)), fullgraph=True, backend="aot_eager")
+    kernels, torchs = (normalize_under(name, normalize, x) for name in ("triton", "torch"))
+    assert torch.equal(torchs, torch.nn.functional.layer_norm(x, (8,)))
+    assert torch.equal(kernels, normalize_under("triton", normalize, x))
+
+
+def normalize_under(name: str, normalize, x: Tensor) -> Tensor:
+    with triton_norm.backend(name):
+        return normalize(x)
+
+
+def test_wrong_calls_are_errors_there_too():
+    normalize = torch.compile(lambda x: triton_norm.layer_norm(x, (9,)), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="expected input with shape"):
+        normalize(torch.randn(3, 8))
+
+
+def operators(device: str) -> dict[str, tuple]:
+    """Calls of every operator, by name."""
+    x, weight = torch.randn(3, 4, 6, device=device), torch.randn(6, device=device)
+    row_statistics = torch.rand(2, 12, device=device)
+    statistics = torch.rand(2, 4, device=device)
+    channel_weight = torch.randn(4, device=device)
+    moved = (statistics[0].clone(), statistics[1].clone(), torch.tensor(0, device=device))
+    wanted = [True, True, False]
+    ops = torch.ops.triton_norm
+    last = x.mT.contiguous().mT
+    return {
+        "layer_norm": (ops.layer_norm, (x, weight, None, 6, 1e-5, torch.bfloat16)),
+        "layer_norm_forward": (ops.layer_norm_forward, (x, weight, None, 6, 1e-5, None)),
+        "layer_norm_backward": (ops.layer_norm_backward, (x, x + 1, weight, None, *row_statistics, 6, wanted)),
+        "batch_norm_forward": (ops.batch_norm_forward, (x, channel_weight, None, *moved, 0.1, 1e-5)),
+        "batch_norm_forward, channels last": (ops.batch_norm_forward, (last, None, None, *moved, None, 1e-5)),
+        "batch_norm_inference": (ops.batch_norm_inference, (last, channel_weight, None, *statistics, 1e-5)),
+        "batch_norm_backward": (
+            ops.batch_norm_backward,
+            (x, last, channel_weight, None, *statistics, True, 1e-5, wanted),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", operators("cpu"))
+def test_opcheck(name, device):
+    operator, arguments = operators(device)[name]
+    torch.library.opcheck(operator.default, arguments)
+
+
+def test_export_keeps_the_operator(device):
+    x = torch.randn(3, 8, device=device)
+    with torch.no_grad():
+        exported = torch.export.export(triton_norm.LayerNorm(8).to(device), (x,))
+    assert any("triton_norm.layer_norm" in str(node.target) for node in exported.graph.nodes)
+    assert torch.equal(exported.module()(x), triton_norm.layer_norm(x, (8,), torch.ones(8, device=device)))

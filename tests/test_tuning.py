@@ -1,0 +1,208 @@
+"""Launch choices: every config is right, the search is triton.autotune's, and what it finds is kept."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import triton_norm
+from oracle import batch_norm_oracle, check, layer_norm_oracle, run
+from triton_norm import tuning
+from triton_norm.ops import launch
+
+triton = pytest.importorskip("triton")
+
+ELEMENTS = [1, 3, 8, 64, 1000, 4096, 32768, 65536, 2**20]
+
+
+def spaces():
+    for n_cols in ELEMENTS:
+        for dtype, compute_bytes in (("bfloat16", 4), ("float32", 4), ("float64", 8)):
+            for interpreted in (False, True):
+                yield tuning.rows_forward(n_cols, dtype, compute_bytes, interpreted)
+                yield tuning.rows_backward(n_cols, dtype, compute_bytes, interpreted)
+    for vector in (1, 2, 4, 8):
+        for last in (False, True):
+            for interpreted in (False, True):
+                lanes = tuning.channel_lanes(vector, 1000, last)
+                yield tuning.channels("channels_apply_kernel", lanes, vector, "float32", last, interpreted)
+
+
+def test_spaces_are_small_and_of_powers_of_two():
+    for space in spaces():
+        assert 1 <= len(space.configs) <= 9, space
+        assert len(set(space.configs)) == len(space.configs)
+        for config in space.configs:
+            assert config.num_warps in (1, 2, 4, 8, 16, 32)
+            for name, value in config.blocks:
+                assert name in ("WHOLE_ROW", "STAGES") or (value >= 1 and value & (value - 1) == 0), (space, config)
+
+
+def test_whole_rows_cover_their_columns():
+    for n_cols in ELEMENTS:
+        for space in (
+            tuning.rows_forward(n_cols, "float32", 4, False),
+            tuning.rows_backward(n_cols, "float32", 4, False),
+        ):
+            for config in space.configs:
+                assert not config["WHOLE_ROW"] or config["BLOCK_N"] >= n_cols
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "extents", "width"),
+    [
+        (2, (1024,), 8),
+        (2, (1000,), 8),
+        (2, (1002,), 2),
+        (4, (1000, 0), 4),
+        (4, (49,), 1),
+        (8, (6,), 2),
+        (2, (64, 65), 1),
+    ],
+)
+def test_vector_width(itemsize, extents, width):
+    assert tuning.vector_width(itemsize, *extents) == width
+
+
+GPU_CONFIGS = [
+    (kernel, n_cols, config)
+    for n_cols in (24, 300)
+    for kernel, space in (("forward", tuning.rows_forward), ("backward", tuning.rows_backward))
+    for config in space(n_cols, "float32", 4, False).configs
+]
+
+
+@pytest.mark.parametrize(("kernel", "n_cols", "config"), GPU_CONFIGS)
+def test_every_config_for_rows_is_right(kernel, n_cols, config, monkeypatch, device):
+    """The configs of a GPU, run wherever the tests run."""
+    space = tuning.rows_forward if kernel == "forward" else tuning.rows_backward
+    forced = tuning.Space(f"rows_{kernel}_kernel", "", (config,))
+    monkeypatch.setattr(tuning, space.__name__, lambda *arguments: forced)
+    x, dy = torch.randn(2, 5, n_cols, device=device)
+    weight, bias = torch.randn(2, n_cols, device=device)
+    actual = run(lambda x, w, b: triton_norm.layer_norm(x, (n_cols,), w, b), x, weight, bias, dy)
+    check(actual, x, weight, bias, dy, (1,), layer_norm_oracle((n_cols,), 2))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("index", range(3))
+def test_every_config_for_channels_is_right(index, last, monkeypatch, device):
+    x, dy = torch.randn(2, 3, 8, 40, device=device)
+    if last:
+        x, dy = (t.mT.contiguous().mT for t in (x, dy))
+    lanes, vector = tuning.channel_lanes(4, 8, last), 4
+    configs = tuning.channels("channels_apply_kernel", lanes, vector, "float32", last, False).configs
+    forced = tuning.Space("channels", "", (configs[index % len(configs)],))
+    monkeypatch.setattr(tuning, "channels", lambda *arguments: forced)
+    weight, bias = torch.randn(2, 8, device=device)
+    actual = run(lambda x, w, b: triton_norm.batch_norm(x, None, None, w, b, True), x, weight, bias, dy)
+    check(actual, x, weight, bias, dy, (0, 2), batch_norm_oracle(None))
+
+
+@pytest.fixture
+def unknown_gpu(monkeypatch, tmp_path):
+    """A GPU that nothing is known of, on which each config seems faster than the one before; returns the timings."""
+    from triton.runtime.autotuner import Autotuner
+
+    timed = []
+
+    def bench(call, quantiles):
+        call()
+        timed.append(call)
+        return [1.0 / len(timed)] * 3
+
+    monkeypatch.setattr(Autotuner, "do_bench", staticmethod(bench))
+    monkeypatch.setattr(launch, "gpu_name", lambda device: "NVIDIA Unheard-Of 9")
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    for space in ("rows_forward", "rows_backward", "channels"):
+        made = getattr(tuning, space)
+        monkeypatch.setattr(tuning, space, lambda *a, made=made: made(*a[:-1], False))
+    tuning.measured.cache_clear()
+    yield timed
+    tuning.measured.cache_clear()
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the search times for real")
+def test_a_search_runs_once_for_any_number_of_rows(unknown_gpu, device):
+    weight = torch.randn(40, device=device, requires_grad=True)
+    for n_rows in (3, 5, 64, 1):
+        triton_norm.layer_norm(torch.randn(n_rows, 40, device=device), (40,), weight).sum().backward()
+        if n_rows == 3:
+            searched = len(unknown_gpu)
+            assert searched > 2
+    assert len(unknown_gpu) == searched
+    space = tuning.rows_forward(40, "float32", 4, False)
+    assert tuning.chosen(space, "NVIDIA Unheard-Of 9") == space.configs[-1]
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the search times for real")
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_search_moves_running_statistics_once(unknown_gpu, momentum, device):
+    module = triton_norm.BatchNorm1d(3, momentum=momentum, device=device)
+    x = torch.randn(4, 3, 8, device=device)
+    module(x)
+    assert unknown_gpu
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    F.batch_norm(x, mean, var, training=True, momentum=momentum or 1.0)
+    torch.testing.assert_close(module.running_mean, mean)
+    torch.testing.assert_close(module.running_var, var)
+    assert module.num_batches_tracked.item() == 1
+
+
+def stored(gpu: str, text: str) -> None:
+    tuning.tuned_file(gpu).write_text(text)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU its own file is used")
+def test_a_shipped_choice_is_used_and_nothing_searched(unknown_gpu, device):
+    gpu = "NVIDIA Unheard-Of 9"
+    space = tuning.rows_forward(40, "float32", 4, False)
+    wanted = space.configs[1]
+    stored(gpu, json.dumps({"choices": {space.kernel: {space.key: wanted.keywords}}}))
+    triton_norm.layer_norm(torch.randn(3, 40, device=device), (40,))
+    assert not unknown_gpu
+    assert tuning.chosen(space, gpu) == wanted
+    assert tuning.choices(gpu) == {space.kernel: {space.key: wanted.keywords}}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"choices": 3}', '{"choices": {"k": {"key": {"BLOCK_M": "x"}}}}', "\0"]
+)
+def test_a_broken_file_is_left_out_with_one_warning(text, monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    tuning.measured.cache_clear()
+    stored("broken", text)
+    with pytest.warns(UserWarning, match="broken.json is left out"):
+        assert not tuning.measured("broken")
+    with warnings.catch_warnings(action="error"):
+        assert not tuning.measured("broken")
+    tuning.measured.cache_clear()
+
+
+def test_shipped_files_hold_choices_of_their_spaces():
+    for file in tuning.TUNED.glob("*.json"):
+        for kernel, keys in json.loads(file.read_text())["choices"].items():
+            for key, choice in keys.items():
+                assert kernel.endswith("_kernel"), (file, kernel)
+                assert choice["num_warps"] in (1, 2, 4, 8, 16, 32), (file, key)
+
+
+@pytest.mark.gpu
+def test_another_batch_size_compiles_nothing():
+    from triton_norm.kernels import channels, rows
+
+    kernels = [rows.rows_forward_kernel, rows.rows_backward_kernel, channels.channels_statistics_kernel]
+    module = torch.nn.Sequential(triton_norm.BatchNorm1d(64), triton_norm.LayerNorm(64)).cuda()
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    for n_rows in (32, 64, 33):
+        module(torch.randn(n_rows, 64, device="cuda")).sum().backward()
+    before = compiled()
+    for n_rows in (48, 50, 1024, 7):
+        module(torch.randn(n_rows, 64, device="cuda")).sum().backward()
+    assert compiled() == before
