@@ -274,6 +274,20 @@ def test_running_statistics_of_another_type(kept, device):
     torch.testing.assert_close(var.double(), exact_var, rtol=tolerance, atol=tolerance)
 
 
+@MODES
+def test_parameters_and_running_statistics_of_any_stride(training, device):
+    x, _, _, dy = drawn((4, 6, 9), torch.float32, device)
+    weight, bias, mean, var = (torch.rand(6, 4, device=device) + 0.5).T
+    exact_mean, exact_var = mean.double(), var.double()
+    ours = run(lambda x, w, b: triton_norm.batch_norm(x, mean, var, w, b, training), x, weight, bias, dy)
+    theirs = run(
+        lambda x, w, b: F.batch_norm(x, exact_mean, exact_var, w, b, training),
+        *(t.double() for t in (x, weight, bias, dy)),
+    )
+    for a, b in zip([*ours.tensors(), mean, var], [*theirs.tensors(), exact_mean, exact_var], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @MODES

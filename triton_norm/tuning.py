@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TUNED = Path(__file__).parent / "tuned"
 
 MAX_GRID = 2**31 - 1
 VECTOR_BYTES = 16
+THREADS = 1024  # of a program, at most
+WARP = 64 if torch.version.hip else 32  # threads
 LANES = 64  # channels side by side in a channels-last tile: 128 bytes of a 16-bit type
-WHOLE_ROW_FORWARD_BYTES = 128 * 1024  # of one row in the type it is computed in: 32 registers a thread at 32 warps
+WHOLE_ROW_FORWARD_BYTES = 128 * 1024  # of one row in the type it is computed in: 32 registers for each of 1024 threads
 WHOLE_ROW_BACKWARD_BYTES = 32 * 1024  # x, dy and the sums of dweight and dbias are held at once
 CHANNEL_PROGRAMS_PER_SM = 16
 MIN_SPLIT_ELEMENTS = 2048
@@ -70,7 +74,7 @@ def vector_width(itemsize: int, *extents: int) -> int:
 
 
 def warps(elements: int, per_thread: int) -> int:
-    return min(32, max(1, next_power_of_2(elements) // (32 * per_thread)))
+    return min(THREADS, max(WARP, next_power_of_2(elements) // per_thread)) // WARP
 
 
 def _space(kernel: str, key: str, configs: list[Config]) -> Space:
@@ -92,7 +96,7 @@ def rows_forward(n_cols: int, dtype: str, compute_bytes: int, interpreted: bool)
             config(warps(tile, per_thread), BLOCK_M=tile // width, BLOCK_N=width, WHOLE_ROW=True)
             for per_thread in (16, 8, 32)
             for tile in tiles
-            if tile <= 32 * 32 * per_thread
+            if tile <= THREADS * per_thread
         ]
     else:
         configs = [
@@ -119,12 +123,12 @@ def rows_backward(n_cols: int, dtype: str, compute_bytes: int, interpreted: bool
             config(warps(tile, per_thread), BLOCK_M=tile // width, BLOCK_N=width, WHOLE_ROW=True, STAGES=stages)
             for per_thread in (8, 16)
             for stages in (2, 1, 3)
-            if tile <= 32 * 32 * per_thread
+            if tile <= THREADS * per_thread
         ]
     else:
         piece = 16384 // compute_bytes
         configs = [
-            config(16, BLOCK_M=rows, BLOCK_N=piece // widening, WHOLE_ROW=False, STAGES=1)
+            config(512 // WARP, BLOCK_M=rows, BLOCK_N=piece // widening, WHOLE_ROW=False, STAGES=1)
             for rows, widening in ((1, 1), (2, 1), (2, 2), (4, 2))
         ]
     return _space("rows_backward_kernel", key, configs)

@@ -102,6 +102,7 @@ def _batch_norm_forward(
     means, m2s = _partials(swept, x)
     _launch_sweep(_kernels().channels_statistics_kernel, swept, view, (view.tensor, means, m2s))
     mean, rstd = _per_channel(x), _per_channel(x)
+    moved_mean, moved_var = contiguous(running_mean), contiguous(running_var)
     if momentum is None and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     _launch_finalise(
@@ -112,8 +113,8 @@ def _batch_norm_forward(
         m2s,
         mean,
         rstd,
-        running_mean,
-        running_var,
+        moved_mean,
+        moved_var,
         num_batches_tracked,
         swept.n_channels,
         swept.n_splits,
@@ -124,6 +125,9 @@ def _batch_norm_forward(
         CUMULATIVE=momentum is None,
         COMPUTE=triton_dtype(compute_dtype(x)),
     )
+    for running, moved in ((running_mean, moved_mean), (running_var, moved_var)):
+        if running is not None and moved is not None and moved is not running:
+            running.copy_(moved)
     return _apply(swept, view, mean, rstd, weight, bias, eps, from_variance=False), mean, rstd
 
 
@@ -132,7 +136,8 @@ def _batch_norm_inference(
 ) -> Tensor:
     view = as_view(x)
     swept = sweep(view, multiprocessors(x.device))
-    return _apply(swept, view, running_mean, running_var, weight, bias, eps, from_variance=True)
+    mean, var = running_mean.contiguous(), running_var.contiguous()
+    return _apply(swept, view, mean, var, weight, bias, eps, from_variance=True)
 
 
 def _backward_outputs(
@@ -165,7 +170,7 @@ def _batch_norm_backward(
     x_view, dy_view = as_view(x), as_view(dy, like=x)
     swept = sweep(x_view, multiprocessors(x.device), dy_view)
     constants = {"DY_LANE_STRIDE": swept.lane_stride(dy_view)}
-    weight = contiguous(weight)
+    weight, mean, rstd_or_var = contiguous(weight), mean.contiguous(), rstd_or_var.contiguous()
     dx_now = dx if wanted[0] and not training else None
     sums = _partials(swept, x) if training or dweight.numel() or dbias.numel() else (None, None)
     _launch_sweep(
