@@ -30,12 +30,19 @@ def _known(name: str, source: str) -> str:
 
 
 class _Override(threading.local):
-    """The backend asked for, in each thread; unlike a ContextVar, torch.compile can trace it, and guards on it."""
+    """The backend asked for, in each thread."""
 
     name = _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
 
 _override = _Override()
+_newest = _override.name
+"""The backend asked for last in any thread: what compiled code goes by, for not every torch guards on a thread's own."""
+
+
+def asked_for() -> str:
+    """The backend for a call from here."""
+    return _newest if torch.compiler.is_compiling() else _override.name
 
 
 @contextlib.contextmanager
@@ -44,13 +51,16 @@ def backend(name: str) -> Iterator[None]:
 
     "auto" (the default): to the kernels what they serve, to torch the rest. "torch": all to torch. "triton": all to the
     kernels; a call that they don't serve raises RuntimeError with the reason. Decided when the forward runs: its
-    backward follows it. The environment variable TRITON_NORM_BACKEND sets the default.
+    backward follows it. Compiled code goes by the backend asked for last in any thread. The environment variable
+    TRITON_NORM_BACKEND sets the default.
     """
-    before, _override.name = _override.name, _known(name, "backend")
+    global _newest
+    before = _override.name, _newest
+    _override.name = _newest = _known(name, "backend")
     try:
         yield
     finally:
-        _override.name = before
+        _override.name, _newest = before
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def unserved(x: Tensor, *others: Tensor | None) -> str | None:
 
 def use_triton(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a call on x, the input, and the other tensors goes to the kernels."""
-    chosen = _override.name
+    chosen = asked_for()
     if chosen == "torch":
         return False
     reason = unserved(x, *others)
@@ -104,7 +114,7 @@ def use_triton(x: Tensor, *others: Tensor | None) -> bool:
 
 def explanation(function: str, copies: tuple[str, ...], x: Tensor, *others: Tensor | None) -> Explanation:
     """What `use_triton` decides, in words; raises nothing."""
-    chosen = _override.name
+    chosen = asked_for()
     if chosen == "torch":
         return Explanation(function, "torch", "backend 'torch' was asked for")
     reason = unserved(x, *others)
