@@ -142,6 +142,11 @@ def test_empty_batches_as_torch_treats_them(shape, momentum, device):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
+def test_a_vector_of_no_elements_has_no_channels(device):
+    x = torch.ones(0, device=device)
+    assert triton_norm.batch_norm(x, x.clone(), x.clone(), training=True).shape == (0,)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own decompositions
 def test_transforms_and_forward_mode(device):
     x, tangent = torch.randn(2, 3, 8, dtype=torch.float64, device=device)

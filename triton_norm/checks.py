@@ -94,7 +94,7 @@ def batch_norm(
         _is_tensor("batch_norm", name, tensor)
     _is_number("batch_norm", "eps", eps)
     _check_momentum(momentum, num_batches_tracked)
-    if x.dim() < 2:
+    if x.dim() < 2 and (x.dim() == 0 or x.numel() > 0):  # torch takes a vector of no elements for no channels
         raise RuntimeError(
             f"batch_norm(): expected input of at least 2 dimensions (N, C, *), but got input of size {list(x.shape)}"
         )
@@ -104,7 +104,7 @@ def batch_norm(
         raise RuntimeError("batch_norm(): running_mean and running_var must be defined in evaluation mode")
     _check_values_per_channel(x, training, eps)
     _is_floating("batch_norm", x)
-    n_channels = x.shape[1]
+    n_channels = x.shape[1] if x.dim() > 1 else 0
     for name, tensor in tensors.items():
         if tensor is None:
             continue
