@@ -23,11 +23,6 @@ if INTERPRETED:
     torch.set_num_threads(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU; skipped where there is none")
-    config.addinivalue_line("markers", "unguarded: runs the kernels without the interpreter's guards")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_GPU and not INTERPRETED:
         return

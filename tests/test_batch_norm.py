@@ -28,9 +28,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tuning, "INTERPRETED_SMS", 2)
     monkeypatch.setattr(tuning, "MIN_SPLIT_ELEMENTS", 64)
     monkeypatch.setattr(tuning, "LANES", 16)
-    tuning.channels.cache_clear()
+    tuning.forget()
     yield
-    tuning.channels.cache_clear()
+    tuning.forget()
 
 
 def laid(x: Tensor, layout: str) -> Tensor:

@@ -48,12 +48,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tuning, "INTERPRETED_SMS", 3)
     monkeypatch.setattr(tuning, "WHOLE_ROW_FORWARD_BYTES", 128 * 4)
     monkeypatch.setattr(tuning, "WHOLE_ROW_BACKWARD_BYTES", 64 * 4)
-    spaces = (tuning.rows_forward, tuning.rows_backward)
-    for space in spaces:
-        space.cache_clear()
+    tuning.forget()
     yield
-    for space in spaces:
-        space.cache_clear()
+    tuning.forget()
 
 
 SHAPES = [

@@ -37,7 +37,7 @@ class _Override(threading.local):
 
 _override = _Override()
 _newest = _override.name
-"""The backend asked for last in any thread: what compiled code goes by, for not every torch guards on a thread's own."""
+"""The backend asked for last, in any thread. Compiled code goes by it: torch 2.11 doesn't guard on a thread's own."""
 
 
 def asked_for() -> str:

@@ -77,6 +77,12 @@ def warps(elements: int, per_thread: int) -> int:
     return min(THREADS, max(WARP, next_power_of_2(elements) // per_thread)) // WARP
 
 
+def forget() -> None:
+    """Makes every space anew: the numbers above have been changed."""
+    for made in (rows_forward, rows_backward, rows_backward_finalise, channels, channels_finalise):
+        made.cache_clear()
+
+
 def _space(kernel: str, key: str, configs: list[Config]) -> Space:
     return Space(kernel, key, tuple(dict.fromkeys(configs)))
 
@@ -126,10 +132,16 @@ def rows_backward(n_cols: int, dtype: str, compute_bytes: int, interpreted: bool
             if tile <= THREADS * per_thread
         ]
     else:
-        piece = 16384 // compute_bytes
+        piece = 8192 // compute_bytes
         configs = [
-            config(512 // WARP, BLOCK_M=rows, BLOCK_N=piece // widening, WHOLE_ROW=False, STAGES=1)
-            for rows, widening in ((1, 1), (2, 1), (2, 2), (4, 2))
+            config(threads // WARP, BLOCK_M=rows, BLOCK_N=columns, WHOLE_ROW=False, STAGES=1)
+            for threads, rows, columns in (
+                (256, 4, piece),
+                (512, 4, piece),
+                (512, 2, 2 * piece),
+                (256, 2, piece),
+                (512, 1, 2 * piece),
+            )
         ]
     return _space("rows_backward_kernel", key, configs)
 
@@ -155,13 +167,13 @@ def channel_lanes(vector: int, n_channels: int, channels_last: bool) -> int:
 def channels(kernel: str, lanes: int, vector: int, dtype: str, channels_last: bool, interpreted: bool) -> Space:
     """T, the groups of a tile, for any of the kernels that sweep x."""
     layout = "last" if channels_last else "first"
-    tiles = (INTERPRETED_TILE // 4,) if interpreted else (4096, 2048, 8192)
-    configs = [
-        config(warps(tile, per_thread), T=tile // lanes)
-        for per_thread in (16, 32)
-        for tile in tiles
-        if vector > 1 or tile < 8192
-    ]
+    tiles: tuple[int, ...] = (2048, 4096, 8192) if channels_last else (4096, 2048, 8192)
+    per_threads = (16, 32)
+    if interpreted:
+        tiles = (INTERPRETED_TILE // 4,)
+    elif vector == 1:  # an address for each element
+        tiles, per_threads = (2048, 4096), (8, 16)
+    configs = [config(warps(tile, per_thread), T=tile // lanes) for per_thread in per_threads for tile in tiles]
     return _space(kernel, f"channels {layout}, {lanes} lanes by {vector}, {dtype}", configs)
 
 

@@ -229,7 +229,8 @@ def rows_backward_finalise_kernel(
     dweight_ptr,
     dbias_ptr,
     n_sums,
-    n_cols,
+    n_col_vecs,
+    V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -238,6 +239,7 @@ def rows_backward_finalise_kernel(
 
     Grid: cdiv(n_cols, BLOCK_N). Either pair of pointers may be None.
     """
+    n_cols = n_col_vecs * V
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     column_mask = cols < n_cols
     dweight = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)

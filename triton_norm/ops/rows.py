@@ -167,7 +167,8 @@ def _layer_norm_backward(
             dweight if dweight.numel() else None,
             dbias if dbias.numel() else None,
             n_sums,
-            n_cols,
+            n_cols // vector,
+            V=vector,
             COMPUTE=triton_dtype(compute),
         )
     return dx, dweight, dbias

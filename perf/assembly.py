@@ -1,0 +1,114 @@
+"""Machine code read back: what a compiled kernel's instructions are, and how wide its accesses to memory."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import triton
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_SASS_WIDTH = re.compile(r"\.[SU]?(8|16|64|128|256)(?=\.|$)")
+_GCN = re.compile(r"^\s+((?:v|s|global|buffer|ds|flat|scratch)_\w+)", re.MULTILINE)
+_GCN_NARROW = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16}
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([BINARIES / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _text_section(cubin: bytes) -> bytes:
+    """The instructions of an ELF file with one kernel."""
+    (section_table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names_index = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, section_table + i * size) for i in range(count)]
+    names = sections[names_index][4]
+    for name, _, _, _, offset, length in sections:
+        if cubin.startswith(b".text.", names + name):
+            return cubin[offset : offset + length]
+    raise ValueError("no code in the compiled kernel")
+
+
+def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
+    """Each kernel's mnemonics. nvdisasm takes half a second to start, so it starts once for all of them."""
+    texts = [_text_section(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(texts))
+        file.flush()
+        architecture = f"SM{capability}{'a' if capability >= 90 else ''}"
+        found = [(int(at, 16), name) for at, name in _SASS.findall(_run("nvdisasm", "-b", architecture, file.name))]
+    code: list[list[str]] = []
+    start = 0
+    for text in texts:
+        code.append([name for at, name in found if start <= at < start + len(text)])
+        start += len(text)
+    return code
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+
+
+def _sass_bits(instruction: str) -> int:
+    found = _SASS_WIDTH.search(instruction)
+    return int(found[1]) if found else 32
+
+
+def nvidia(cubin: bytes, code: Sequence[str]) -> dict[str, Any]:
+    usage = _usage(cubin)
+    mnemonics = [instruction.partition(".")[0] for instruction in code]
+
+    def widths(*names: str) -> dict[int, int]:
+        return dict(Counter(_sass_bits(i) for i, name in zip(code, mnemonics, strict=True) if name in names))
+
+    return {
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "instructions": sum(name != "NOP" for name in mnemonics),
+        "spill_stores": mnemonics.count("STL"),
+        "spill_loads": mnemonics.count("LDL"),
+        "loads": widths("LDG", "LDGSTS"),
+        "stores": widths("STG"),
+        "asynchronous_copies": mnemonics.count("LDGSTS"),
+    }
+
+
+def _gcn_bits(instruction: str) -> int:
+    multiple = re.search(r"dwordx(\d)", instruction)
+    if multiple:
+        return 32 * int(multiple[1])
+    return next((bits for name, bits in _GCN_NARROW.items() if name in instruction), 32)
+
+
+def amd(assembly: str) -> dict[str, Any]:
+    code = _GCN.findall(assembly)
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    def widths(kind: str) -> dict[int, int]:
+        return dict(Counter(_gcn_bits(i) for i in code if re.match(rf"(global|buffer|flat)_{kind}_", i)))
+
+    return {
+        "registers": field("vgpr_count"),
+        "stack_bytes": field("private_segment_fixed_size"),
+        "instructions": len(code),
+        "spill_stores": sum(i.startswith("scratch_store") for i in code),
+        "spill_loads": sum(i.startswith("scratch_load") for i in code),
+        "loads": widths("load"),
+        "stores": widths("store"),
+        "asynchronous_copies": 0,
+    }

@@ -1,0 +1,116 @@
+"""What was found out, and the few figures that are derived from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from perf.workloads import MODES, TITLE
+
+Record = dict[str, Any]
+NOT_TIMED = "Nothing was timed on this machine: it has no GPU."
+
+
+@dataclass
+class Findings:
+    """Everything that one report shows. `timed` holds runs made here and runs read from files."""
+
+    environment: dict[str, str]
+    kind: str = "report"
+    format: int = 1
+    timed: list[Record] = field(default_factory=list)
+    traffic: list[Record] = field(default_factory=list)
+    resources: list[Record] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    timed_here: bool = False
+    interrupted: bool = False
+
+
+def ok(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if record["status"] == "ok"]
+
+
+def speedups(records: Sequence[Record], over: str, of: str = "triton_norm") -> list[float]:
+    """How many times faster, on every point that both were timed on."""
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for record in ok(records):
+        key = tuple(record[name] for name in ("op", "mode", "dtype", "layout")) + tuple(record["shape"])
+        times.setdefault(key, {})[record["contender"]] = record["median_us"]
+    return [found[over] / found[of] for found in times.values() if over in found and of in found]
+
+
+def split(records: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Record]]]:
+    """Timed records by op, mode and dtype: one figure each."""
+    for op in TITLE:
+        for mode in MODES:
+            mine = [record for record in records if (record["op"], record["mode"]) == (op, mode)]
+            for dtype in dict.fromkeys(record["dtype"] for record in mine):
+                yield op, mode, dtype, [record for record in mine if record["dtype"] == dtype]
+
+
+def shape_text(record: Record) -> str:
+    return "×".join(map(str, record["shape"]))
+
+
+def lying(record: Record) -> str:
+    """The shape, and for channels how it lies in memory."""
+    if len(record["shape"]) == 2:
+        return shape_text(record)
+    return f"{shape_text(record)} {'NHWC' if record['layout'] == 'channels_last' else 'NCHW'}"
+
+
+def shortfalls(findings: Findings) -> list[str]:
+    """Everything that is not as it should be, in words, worst first; the page's most useful list."""
+    found = []
+    for run in findings.timed:
+        device = run["environment"].get("GPU", "unknown GPU")
+        failed = [r for r in run["records"] if r["status"] in ("wrong", "error")]
+        found += [f"{device}: {r['contender']} on {_name(r)}: {r['status']}, {r['message']}" for r in failed]
+        for op, mode, dtype, records in split(run["records"]):
+            slower = [ratio for ratio in speedups(records, "torch") if ratio < 1]
+            if slower:
+                text = f"slower than torch eager on {len(slower)} points, at worst {min(slower):.2f}×"
+                found.append(f"{device}: {TITLE[op]} {mode} {dtype}: {text}")
+        if run.get("unreached"):
+            found.append(f"{device}: {len(run['unreached'])} points were not reached in the time given")
+        if run.get("tests", {}).get("passed") is False:
+            found.append(f"{device}: the tests did not pass: {run['tests']['summary']}")
+    found += [f"traffic of {_name(r)}: {r['status']}, {r['message']}" for r in findings.traffic if r["status"] != "ok"]
+    found += [
+        f"{_name(r)}: moves {_streamed(r):.2f} times the floor's bytes, weights counted once"
+        for r in sorted(ok(findings.traffic), key=_streamed, reverse=True)
+        if _streamed(r) > 1.25
+    ]
+    return found + _code_shortfalls(findings.resources)
+
+
+def _streamed(record: Record) -> float:
+    """Bytes over the floor, without the weights that every program reads again and finds in cache."""
+    again = sum(record["bytes"]["parameters"].values()) - sum(record["footprint"]["parameters"].values())
+    return float((record["total_bytes"] - again) / record["floor_bytes"])
+
+
+def _code_shortfalls(records: Sequence[Record]) -> list[str]:
+    """One line for each kernel, shape and complaint, with the targets that it is true of."""
+    found: dict[str, list[str]] = {}
+    for r in records:
+        where = f"{r['kernel']} ({_name(r)})"
+        if r["status"] != "ok":
+            found.setdefault(f"{_name(r)} does not compile: {r['message']}", []).append(r["target"])
+            continue
+        if r["spill_stores"]:
+            found.setdefault(f"{where} spills, stores", []).append(f"{r['target']}: {r['spill_stores']}")
+        if r["resident_warps"] == 0:
+            found.setdefault(f"{where} cannot be launched", []).append(f"{r['target']}: {r['limited_by']}")
+        elif r["resident_warps"] < 0.25 * r["possible_warps"]:
+            text = f"{r['target']}: {r['resident_warps']} of {r['possible_warps']} warps, by {r['limited_by']}"
+            found.setdefault(f"{where} fills few warps", []).append(text)
+        widest = max(map(int, {**r["loads"], **r["stores"]}), default=128)
+        if widest < 64:
+            found.setdefault(f"{where} moves at most {widest // 8} bytes an instruction", []).append(r["target"])
+    return [f"{what} ({'; '.join(targets)})" for what, targets in found.items()]
+
+
+def _name(record: Record) -> str:
+    return f"{record['op']} {record['mode']} {record['dtype']} {lying(record)}"

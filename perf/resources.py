@@ -1,0 +1,165 @@
+"""What the kernels cost on GPUs that are not here: compiled exactly as they would be launched, and disassembled.
+
+The process must not have TRITON_INTERPRET=1 set. Nothing runs: the ops are called with CPU tensors, and the one
+function through which they launch is replaced by one that compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from perf import assembly
+from perf.measure import bind, candidate, in_a_line, make_inputs
+from perf.stand_in import OPS, as_on_gpu
+from perf.workloads import Point
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU, and what one of its multiprocessors (NVIDIA: SM, AMD: CU) can hold."""
+
+    name: str
+    example: str
+    gpu: GPUTarget
+    multiprocessors: int
+    warps: int
+    registers: int
+    register_unit: int
+    shared: int
+    shared_reserved: int
+    blocks: int
+    threads_per_block: int = 1024
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "A100", GPUTarget("cuda", 80, 32), 108, 64, 65536, 256, 164 << 10, 1 << 10, 32),
+        Target("sm_90", "H100, H200", GPUTarget("cuda", 90, 32), 132, 64, 65536, 256, 228 << 10, 1 << 10, 32),
+        Target("sm_100", "B200", GPUTarget("cuda", 100, 32), 148, 64, 65536, 256, 228 << 10, 1 << 10, 32),
+        Target("gfx942", "MI300X", GPUTarget("hip", "gfx942", 64), 304, 32, 131072, 512, 64 << 10, 0, 32),
+    )
+}
+
+
+def occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple[int, str]:
+    """Warps that a multiprocessor holds at once, and what holds it back. No warps: the block cannot be launched."""
+    if warps * target.gpu.warp_size > target.threads_per_block:
+        return 0, f"{target.threads_per_block} threads a block"
+    per_warp = -(-registers * target.gpu.warp_size // target.register_unit) * target.register_unit
+    limits = {
+        "threads": min(target.warps // warps, target.blocks),
+        "registers": target.registers // max(per_warp, 1) // warps,
+        "shared memory": target.shared // (shared + target.shared_reserved) if shared else target.blocks,
+    }
+    limit = min(limits, key=lambda name: limits[name])
+    return limits[limit] * warps, limit
+
+
+def inspect(compiled: Sequence[Any], target: Target) -> list[Record]:
+    """Registers, spills, widths of global accesses (bits: how many instructions) and occupancy of compiled kernels."""
+    if target.gpu.backend == "cuda":
+        cubins = [kernel.asm["cubin"] for kernel in compiled]
+        codes = assembly.disassemble(cubins, int(target.gpu.arch))
+        found = [assembly.nvidia(cubin, code) for cubin, code in zip(cubins, codes, strict=True)]
+    else:
+        found = [assembly.amd(kernel.asm["amdgcn"]) for kernel in compiled]
+    for record, kernel in zip(found, compiled, strict=True):
+        shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+        resident, limit = occupancy(target, record["registers"], shared, warps)
+        record |= {"shared_bytes": shared, "warps": warps, "resident_warps": resident}
+        record |= {"possible_warps": target.warps, "limited_by": limit}
+    return found
+
+
+class CompileOnlyDriver:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target.gpu
+
+    def get_current_device(self) -> str:
+        return self._target.name
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiling_for(target: Target) -> Iterator[list[Callable[[], tuple[str, Any]]]]:
+    """Every launch made inside is listed as a call that compiles it for the target; none is run."""
+    launches: list[Callable[[], tuple[str, Any]]] = []
+
+    def list_only(
+        kernel: Any, space: Any, n_programs: Callable[[Any], int], device: Any, *arguments: Any, **constants: Any
+    ) -> int:
+        config = space.configs[0]
+        programs = n_programs(config)
+        named = {"grid": (programs,), **constants, **config.keywords}
+        launches.append(lambda: (kernel.__name__, kernel.warmup(*arguments, **named)))
+        return programs
+
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(CompileOnlyDriver(target))
+    try:
+        with as_on_gpu(target.multiprocessors, target.gpu.warp_size, list_only):
+            yield launches
+    finally:
+        driver._active = before
+
+
+def compile_point(point: Point, target: Target) -> list[tuple[str, Any]]:
+    """The kernels of one op's pass in one direction, by name, in the order of their launches."""
+    inputs = make_inputs(point, "cpu", blank=True)
+    forward = bind(point, OPS, inputs)
+    assert forward is not None
+    call = candidate("triton_norm", point, forward, inputs)
+    with compiling_for(target) as launches:
+        state = call.prepare()
+        launches.clear()
+        call.run(state)
+        return [compile_one() for compile_one in launches]
+
+
+def _some(points: Sequence[Point], target: Target) -> Iterator[Record]:
+    about: list[Record] = []
+    compiled: list[Any] = []
+    for point in points:
+        described = {**point.describe(), "target": target.name}
+        try:
+            for name, kernel in compile_point(point, target):
+                about.append({**described, "kernel": name, "status": "ok", "message": ""})
+                compiled.append(kernel)
+        except Exception as error:
+            yield {**described, "kernel": "", "status": "error", "message": in_a_line(error)}
+    for description, measured in zip(about, inspect(compiled, target), strict=True):
+        yield {**description, **measured}
+
+
+def records(points: Sequence[Point], targets: Sequence[str] = tuple(TARGETS), at_once: int = 8) -> Iterator[Record]:
+    for start in range(0, len(points), at_once):
+        for name in targets:
+            yield from _some(points[start : start + at_once], TARGETS[name])
+
+
+def line(record: Record) -> str:
+    name = f"{record['target']} {record['kernel']} {record['dtype']} {record['shape']} {record['layout']}"
+    if record["status"] != "ok":
+        return f"{name}: {record['status']}, {record['message']}"
+    return f"{name}: {record['registers']} registers, {record['spill_stores']} spilled, loads {record['loads']}"

@@ -1,0 +1,268 @@
+"""What is measured, declared as data: shapes of real models, sweeps, and the fewest bytes each op must move."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+MODES = ("forward", "backward")
+BULK = ("x", "y", "dy", "dx")
+PARAMETERS = ("weight", "bias", "dweight", "dbias")
+STATISTICS = ("mean", "rstd", "running_mean", "running_var")
+
+FAMILY = {"layer_norm": "rows", "batch_norm": "channels", "batch_norm_eval": "channels"}
+TITLE = {
+    "layer_norm": "LayerNorm",
+    "batch_norm": "BatchNorm, training",
+    "batch_norm_eval": "BatchNorm, evaluation",
+}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The tensors that must cross the memory bus once each."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return f"{self.short}: {' + '.join(self.reads)} read once, {' + '.join(self.writes)} written once"
+
+    @property
+    def short(self) -> str:
+        return f"{sum(t in BULK for t in self.reads)}R{sum(t in BULK for t in self.writes)}W"
+
+
+_GRADIENTS = ("dx", "dweight", "dbias")
+_RUNNING = ("running_mean", "running_var")
+FLOORS = {
+    ("layer_norm", "forward"): Floor(("x", "weight", "bias"), ("y",)),
+    ("layer_norm", "backward"): Floor(("x", "dy", "weight", "mean", "rstd"), _GRADIENTS),
+    ("batch_norm", "forward"): Floor(("x", "weight", "bias", *_RUNNING), ("y", *_RUNNING)),
+    ("batch_norm", "backward"): Floor(("x", "dy", "weight", "mean", "rstd"), _GRADIENTS),
+    ("batch_norm_eval", "forward"): Floor(("x", "weight", "bias", *_RUNNING), ("y",)),
+    ("batch_norm_eval", "backward"): Floor(("x", "dy", "weight", *_RUNNING), _GRADIENTS),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One input. Rows: (tokens, hidden). Channels: (N, C, *spatial), lying in memory as `layout` says."""
+
+    family: str
+    group: str
+    shape: tuple[int, ...]
+    source: str
+    layout: str = "contiguous"
+    quick: bool = False
+    landmark: bool = False
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def features(self) -> int:
+        return self.shape[-1] if self.family == "rows" else self.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """How many means there are: one a row, or one a channel."""
+        return self.elements // self.features if self.family == "rows" else self.features
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing to time: an op, its direction, the element type and the input."""
+
+    op: str
+    mode: str
+    dtype: str
+    workload: Workload
+
+    @property
+    def training(self) -> bool:
+        return self.op != "batch_norm_eval"
+
+    @property
+    def parameter_dtype(self) -> str:
+        """BatchNorm keeps its parameters in fp32 beside 16-bit activations, as autocast does; LayerNorm follows x."""
+        return self.dtype if self.op == "layer_norm" or self.dtype == "fp64" else "fp32"
+
+    def tensor_bytes(self, name: str) -> int:
+        if name in BULK:
+            return self.workload.elements * ITEMSIZE[self.dtype]
+        if name in PARAMETERS:
+            return self.workload.features * ITEMSIZE[self.parameter_dtype]
+        return self.workload.groups * (8 if self.dtype == "fp64" else 4)
+
+    @property
+    def floor(self) -> Floor:
+        return FLOORS[self.op, self.mode]
+
+    @property
+    def floor_bytes(self) -> int:
+        return sum(map(self.tensor_bytes, self.floor.reads + self.floor.writes))
+
+    @property
+    def bulk_floor_bytes(self) -> int:
+        return sum(self.tensor_bytes(name) for name in self.floor.reads + self.floor.writes if name in BULK)
+
+    def describe(self) -> dict[str, object]:
+        """The part of every record that says what was measured."""
+        workload = self.workload
+        return {
+            "op": self.op,
+            "mode": self.mode,
+            "dtype": self.dtype,
+            "shape": list(workload.shape),
+            "layout": workload.layout,
+            "group": workload.group,
+            "source": workload.source,
+            "floor_bytes": self.floor_bytes,
+            "bulk_floor_bytes": self.bulk_floor_bytes,
+        }
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.workload.shape))
+        layout = "" if self.workload.layout == "contiguous" else f" {self.workload.layout}"
+        return f"{self.op} {self.mode} {self.dtype} {shape}{layout}"
+
+
+SWEEP_ELEMENTS = 1 << 26
+COLUMNS = [128 << k for k in range(12)]
+QUICK_COLUMNS = (128, 512, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
+LANDMARK_COLUMNS = (1024, 4096, 16384, 65536)
+
+TOKENS_HIDDEN = 1024
+TOKENS = [1 << k for k in range(0, 21, 2)]
+QUICK_TOKENS = (1, 1024, 16384, 262144)
+
+MODEL_TOKENS = 16384
+MODELS = {
+    768: "BERT base, GPT-2, ViT-B",
+    896: "Qwen2.5 0.5B",
+    1000: "divisible by 8 only",
+    1023: "odd",
+    1024: "BERT large, ViT-L",
+    1280: "ViT-H, GPT-2 large",
+    1536: "Qwen2.5 1.5B",
+    1600: "GPT-2 XL",
+    2560: "Phi-2",
+    3072: "Llama-3.2 3B",
+    3584: "Qwen2.5 7B",
+    4096: "Llama-3 8B",
+    5120: "Qwen2.5 14B",
+    7168: "DeepSeek-V3",
+    8192: "Llama-3 70B",
+    12288: "GPT-3",
+    16384: "Llama-3 405B",
+}
+QUICK_MODELS = (768, 1000, 1023, 1600, 5120, 7168)
+
+# [channels, side of the square image]: every distinct BatchNorm of the network at 224 x 224 pixels.
+RESNET50 = [
+    (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28),
+    (256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7),
+]  # fmt: skip
+MOBILENET_V2 = [
+    (32, 112), (16, 112), (96, 112), (96, 56), (24, 56), (144, 56), (144, 28), (32, 28), (192, 28), (192, 14),
+    (64, 14), (384, 14), (96, 14), (576, 14), (576, 7), (160, 7), (960, 7), (320, 7), (1280, 7),
+]  # fmt: skip
+UNET_3D = [(32, 128), (64, 64), (128, 32), (256, 16), (320, 8), (320, 4)]
+QUICK_RESNET50 = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
+
+BATCH_CHANNELS, BATCH_SIDE = 256, 28
+BATCHES = [1 << k for k in range(11)]
+QUICK_BATCHES = (4, 32, 128, 512)
+LAYOUTS = ("contiguous", "channels_last")
+
+
+def _rows() -> Iterator[Workload]:
+    for n in COLUMNS:
+        source = f"{SWEEP_ELEMENTS >> 20}M elements"
+        shape = (SWEEP_ELEMENTS // n, n)
+        yield Workload("rows", "columns", shape, source, quick=n in QUICK_COLUMNS, landmark=n in LANDMARK_COLUMNS)
+    for n, source in MODELS.items():
+        yield Workload("rows", "models", (MODEL_TOKENS, n), source, quick=n in QUICK_MODELS)
+    for tokens in TOKENS:
+        quick = tokens in QUICK_TOKENS
+        yield Workload("rows", "tokens", (tokens, TOKENS_HIDDEN), f"{TOKENS_HIDDEN} columns", quick=quick)
+
+
+def _channels(layout: str) -> Iterator[Workload]:
+    def image(batch: int, channels: int, side: int, source: str, quick: bool, landmark: bool = False) -> Workload:
+        group = "batch" if source == "batch sweep" else "networks"
+        return Workload("channels", group, (batch, channels, side, side), source, layout, quick, landmark)
+
+    for batch in BATCHES:
+        yield image(batch, BATCH_CHANNELS, BATCH_SIDE, "batch sweep", batch in QUICK_BATCHES, batch == 128)
+    for batch in (32, 256):
+        for channels, side in RESNET50:
+            quick = batch == 256 and (channels, side) in QUICK_RESNET50
+            yield image(batch, channels, side, "ResNet-50", quick, quick and channels == 256)
+    for channels, side in MOBILENET_V2:
+        yield image(64, channels, side, "MobileNetV2", quick=(channels, side) == (96, 112))
+    for channels, side in UNET_3D:
+        shape = (2, channels, side, side, side)
+        yield Workload("channels", "networks", shape, "3-D U-Net", layout, quick=side == 64)
+
+
+WORKLOADS = [*_rows(), *_channels("contiguous"), *_channels("channels_last")]
+
+
+def points(
+    dtypes: tuple[str, ...] = ("bf16", "fp32"), quick: bool = True, ops: tuple[str, ...] = tuple(FAMILY)
+) -> list[Point]:
+    """Everything to time, landmarks first, so that whatever is done when time runs out is a picture of the whole."""
+    found = [
+        Point(op, mode, dtype, workload)
+        for workload in WORKLOADS
+        for op in ops
+        if FAMILY[op] == workload.family and (workload.quick or workload.landmark or not quick)
+        for mode in MODES
+        for dtype in dtypes
+    ]
+    return sorted(found, key=lambda point: (not point.workload.landmark, point.op == "batch_norm_eval"))
+
+
+def _counted(op: str, dtype: str, shape: tuple[int, ...], layout: str = "contiguous") -> list[Point]:
+    workload = Workload(FAMILY[op], "representative", shape, "", layout)
+    return [Point(op, mode, dtype, workload) for mode in MODES]
+
+
+def traffic_points() -> list[Point]:
+    """About one multiprocessor's share of a real input, such as 1/128 of 16384 rows: the interpreter is slow, and every
+    share moves the same bytes. Of channels there are few where each has programs of its own."""
+    rows = [_counted("layer_norm", "bf16", (128, n)) for n in (1000, 1024, 4096, 8192)]
+    rows += [_counted("layer_norm", "bf16", (32, n)) for n in (32768, 65536)]
+    rows += [_counted("layer_norm", "fp32", (128, 4096))]
+    channels = [
+        _counted(op, "bf16", shape, layout)
+        for op in ("batch_norm", "batch_norm_eval")
+        for shape, layout in (
+            ((4, 16, 56, 56), "contiguous"),
+            ((16, 16, 14, 14), "contiguous"),
+            ((64, 16, 7, 7), "contiguous"),
+            ((2, 64, 56, 56), "channels_last"),
+            ((32, 64, 7, 7), "channels_last"),
+        )
+    ]
+    return [point for found in rows + channels for point in found]
+
+
+def resource_points() -> list[Point]:
+    """Shapes whose launches differ. They are compiled, never run."""
+    lengths = (1000, 1024, 4096, 8192, 32768)
+    rows = [_counted("layer_norm", dtype, (4096, n)) for dtype in ("bf16", "fp32") for n in lengths]
+    channels = [
+        _counted(op, "bf16", shape, layout)
+        for op in ("batch_norm", "batch_norm_eval")
+        for shape, layout in (
+            ((32, 256, 56, 56), "contiguous"),
+            ((32, 2048, 7, 7), "contiguous"),
+            ((32, 256, 56, 56), "channels_last"),
+        )
+    ]
+    return [point for found in rows + channels for point in found]
