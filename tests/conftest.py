@@ -2,7 +2,7 @@ import os
 import random
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,3 +56,18 @@ def guard(request: pytest.FixtureRequest) -> "Iterator[Guard | None]":
 
     with guarded() as guard:
         yield guard
+
+
+@pytest.fixture
+def numbers(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Callable[..., None]]":
+    """Sets numbers of `triton_norm.tuning` by name where the kernels are interpreted; a GPU keeps its own."""
+    from triton_norm import tuning
+
+    def use(**values: int) -> None:
+        if INTERPRETED:
+            for name, value in values.items():
+                monkeypatch.setattr(tuning, name, value)
+            tuning.forget()
+
+    yield use
+    tuning.forget()

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 import triton_norm
 from oracle import Results, batch_norm_oracle, check, run
-from triton_norm import tuning
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -22,15 +21,9 @@ def _through_the_kernels():
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles(numbers):
     """Interpreted with so small tiles and so many programs that channels are split, and splits are swept in steps."""
-    monkeypatch.setattr(tuning, "INTERPRETED_TILE", 256)
-    monkeypatch.setattr(tuning, "INTERPRETED_SMS", 2)
-    monkeypatch.setattr(tuning, "MIN_SPLIT_ELEMENTS", 64)
-    monkeypatch.setattr(tuning, "LANES", 16)
-    tuning.forget()
-    yield
-    tuning.forget()
+    numbers(INTERPRETED_TILE=256, INTERPRETED_SMS=2, MIN_SPLIT_ELEMENTS=64, LANES=16)
 
 
 def laid(x: Tensor, layout: str) -> Tensor:

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 import triton_norm
 from oracle import Results, check, layer_norm_oracle, run
-from triton_norm import tuning
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -42,15 +41,9 @@ def against_oracle(x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Te
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles(numbers):
     """Interpreted with tiles as small, against these rows, as a GPU's are against real ones."""
-    monkeypatch.setattr(tuning, "INTERPRETED_TILE", 128)
-    monkeypatch.setattr(tuning, "INTERPRETED_SMS", 3)
-    monkeypatch.setattr(tuning, "WHOLE_ROW_FORWARD_BYTES", 128 * 4)
-    monkeypatch.setattr(tuning, "WHOLE_ROW_BACKWARD_BYTES", 64 * 4)
-    tuning.forget()
-    yield
-    tuning.forget()
+    numbers(INTERPRETED_TILE=128, INTERPRETED_SMS=3, WHOLE_ROW_FORWARD_BYTES=512, WHOLE_ROW_BACKWARD_BYTES=256)
 
 
 SHAPES = [
