@@ -214,6 +214,16 @@ def test_no_less_exact_than_torch_on_hard_data(data, layout, device):
     assert our_error <= 2 * their_error + 4 * torch.finfo(torch.float32).eps * exact.abs().max().clamp_min(1)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [1e4, 1e6])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_large_mean_leaves_no_error_of_its_own_size(ratio, layout, device):
+    x = laid((ratio + torch.randn(4, 3, 9, 10)).to(device), layout)
+    exact = F.batch_norm(x.double(), None, None, training=True)
+    error = (triton_norm.batch_norm(x, None, None, training=True) - exact).abs().max()
+    assert error <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
 @MODES
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_nan_and_inf_where_torch_has_them(poison, training, device):

@@ -191,6 +191,15 @@ def test_no_less_exact_than_torch_on_hard_data(data, columns, device):
     assert our_error <= 2 * their_error + 4 * torch.finfo(torch.float32).eps * exact.abs().max().clamp_min(1)
 
 
+@pytest.mark.parametrize("columns", [64, 1000, 40001])
+@pytest.mark.parametrize("ratio", [1e4, 1e6])
+def test_a_large_mean_leaves_no_error_of_its_own_size(ratio, columns, device):
+    x = (ratio + torch.randn(4, columns)).to(device)
+    exact = F.layer_norm(x.double(), (columns,))
+    error = (triton_norm.layer_norm(x, (columns,)) - exact).abs().max()
+    assert error <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf_where_torch_has_them(poison, device):
     x, weight, bias, dy = drawn((6, 65), 1, torch.float32, device)

@@ -24,6 +24,7 @@ from triton_norm.kernels.tiles import (
 def channels_statistics_kernel(
     x_ptr,
     means_ptr,
+    rests_ptr,
     m2s_ptr,
     n_channel_vecs,
     n_blocks,
@@ -39,7 +40,10 @@ def channels_statistics_kernel(
     T: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """means and m2s [n_splits, n_channels]: mean and centred sum of squares of each split of each channel. 1R."""
+    """Mean, as means + rests to twice the precision, and centred sum of squares m2s of each split of each channel.
+
+    All [n_splits, n_channels]. 1R.
+    """
     split = tl.program_id(0) // n_blocks
     channels = channels_of(tl.program_id(0) % n_blocks, LANES, AXIS)
     n_channels = n_channel_vecs if AXIS is None else n_channel_vecs * V
@@ -49,6 +53,7 @@ def channels_statistics_kernel(
     width: tl.constexpr = 1 if AXIS is None else LANES
     lanes_per_channel: tl.constexpr = LANES if AXIS is None else 1
     mean = tl.zeros([1, width], COMPUTE)
+    rest = tl.zeros([1, width], COMPUTE)
     m2 = tl.zeros([1, width], COMPUTE)
     for start in range(first, end, T):
         mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
@@ -56,15 +61,19 @@ def channels_statistics_kernel(
         x = load_tile(x_lanes + offsets, mask, COMPUTE)
         seen = to_float((start - first) * lanes_per_channel, COMPUTE)
         count = to_float(tl.minimum(end - start, T) * lanes_per_channel, COMPUTE)
-        centred, tile_mean = centre(x, mask, 1.0 / count, AXIS)
-        mean, m2 = merge(seen, mean, m2, count, tile_mean, tile_sum(centred * centred, AXIS))
-    tl.store(means_ptr + split.to(tl.int64) * n_channels + channels, mean, mask=in_range)
-    tl.store(m2s_ptr + split.to(tl.int64) * n_channels + channels, m2, mask=in_range)
+        centred, tile_mean, tile_rest = centre(x, mask, count, AXIS)
+        tile_m2 = tile_sum(centred * centred, AXIS)
+        mean, rest, m2 = merge(seen, mean, rest, m2, count, tile_mean, tile_rest, tile_m2)
+    slots = split.to(tl.int64) * n_channels + channels
+    tl.store(means_ptr + slots, mean, mask=in_range)
+    tl.store(rests_ptr + slots, rest, mask=in_range)
+    tl.store(m2s_ptr + slots, m2, mask=in_range)
 
 
 @triton.jit
 def merge_splits(
     means_ptr,
+    rests_ptr,
     m2s_ptr,
     channels,
     in_range,
@@ -75,29 +84,33 @@ def merge_splits(
     BLOCK_K: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """(mean, M2) [1, BLOCK_C] of whole channels from those of their splits, the last of which may be shorter.
+    """(mean, rest, M2) [1, BLOCK_C] of whole channels from those of their splits, the last of which may be shorter.
 
     Means are summed as differences from the first, so that equal ones merge to themselves exactly.
     """
     base = tl.load(means_ptr + channels, mask=in_range, other=0.0)
-    inverse_total = 1.0 / to_float(total, COMPUTE)
     shift = tl.zeros_like(base)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
         mask = (splits < n_splits) & in_range
-        share = tl.minimum(total - splits * split_size, split_size).to(COMPUTE) * inverse_total
-        means = tl.load(means_ptr + splits * n_channels + channels, mask=mask, other=0.0)
-        shift += tile_sum(tl.where(mask, (means - base) * share, 0.0), 0)
+        slots = splits * n_channels + channels
+        share = tl.minimum(total - splits * split_size, split_size).to(COMPUTE) / to_float(total, COMPUTE)
+        delta = tl.load(means_ptr + slots, mask=mask, other=0.0) - base
+        delta += tl.load(rests_ptr + slots, mask=mask, other=0.0)
+        shift += tile_sum(tl.where(mask, delta * share, 0.0), 0)
     mean = base + shift
+    rest = (base - mean) + shift
     m2 = tl.zeros_like(base)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
         mask = (splits < n_splits) & in_range
+        slots = splits * n_channels + channels
         count = tl.minimum(total - splits * split_size, split_size).to(COMPUTE)
-        delta = tl.load(means_ptr + splits * n_channels + channels, mask=mask, other=0.0) - mean
-        m2s = tl.load(m2s_ptr + splits * n_channels + channels, mask=mask, other=0.0)
-        m2 += tile_sum(tl.where(mask, m2s + delta * delta * count, 0.0), 0)
-    return mean, m2
+        delta = tl.load(means_ptr + slots, mask=mask, other=0.0) - mean
+        delta += tl.load(rests_ptr + slots, mask=mask, other=0.0) - rest
+        m2s = tl.load(m2s_ptr + slots, mask=mask, other=0.0)
+        m2 += tile_sum(tl.where(mask, m2s + delta * (delta * count), 0.0), 0)
+    return mean, rest, m2
 
 
 @triton.jit
@@ -111,8 +124,10 @@ def move_running(ptr, channels, mask, value, momentum, COMPUTE: tl.constexpr):
 @triton.jit(do_not_specialize=["n_splits", "split_size", "total"])
 def channels_finalise_statistics_kernel(
     means_ptr,
+    rests_ptr,
     m2s_ptr,
     mean_ptr,
+    rest_ptr,
     rstd_ptr,
     running_mean_ptr,
     running_var_ptr,
@@ -129,7 +144,7 @@ def channels_finalise_statistics_kernel(
     BLOCK_C: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """mean, rstd [n_channels] from the splits' (mean, M2), `total` elements a channel; moves the running statistics.
+    """mean + rest and rstd [n_channels] from those of the splits, `total` elements a channel; moves running statistics.
 
     The running variance is the unbiased one. Its momentum is momentum + momentum_rest, two fp32 scalars that keep an
     fp64 module's precision; CUMULATIVE: 1 / num_batches_tracked, counted before the launch. Otherwise the first program
@@ -137,10 +152,21 @@ def channels_finalise_statistics_kernel(
     """
     channels = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     in_range = channels < n_channels
-    mean, m2 = merge_splits(
-        means_ptr, m2s_ptr, channels, in_range, n_channels, n_splits, split_size, total, BLOCK_K, COMPUTE
+    mean, rest, m2 = merge_splits(
+        means_ptr,
+        rests_ptr,
+        m2s_ptr,
+        channels,
+        in_range,
+        n_channels,
+        n_splits,
+        split_size,
+        total,
+        BLOCK_K,
+        COMPUTE,
     )
     tl.store(mean_ptr + channels, mean, mask=in_range)
+    tl.store(rest_ptr + channels, rest, mask=in_range)
     tl.store(rstd_ptr + channels, tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS), mask=in_range)
     if running_mean_ptr is not None:
         if CUMULATIVE:
@@ -159,6 +185,7 @@ def channels_apply_kernel(
     x_ptr,
     y_ptr,
     mean_ptr,
+    rest_ptr,
     rstd_ptr,
     weight_ptr,
     bias_ptr,
@@ -178,10 +205,10 @@ def channels_apply_kernel(
     T: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """y = (x − mean) · rstd · weight + bias, y without gaps in x's layout. 1R1W.
+    """y = (x − mean − rest) · rstd · weight + bias, y without gaps in x's layout. 1R1W.
 
     Sweeps in the reverse of the statistics' order, and so begins with what is still in cache.
-    FROM_VARIANCE: rstd_ptr holds variances. weight_ptr and bias_ptr may be None.
+    FROM_VARIANCE: rstd_ptr holds variances. rest_ptr, weight_ptr and bias_ptr may be None.
     """
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     split = program // n_blocks
@@ -192,6 +219,7 @@ def channels_apply_kernel(
     x_lanes = lanes_at(x_ptr, channels, x_channel_vecs, V, LANES, 1, AXIS)
     y_lanes = lanes_at(y_ptr, channels, y_channel_vecs, V, LANES, 1, AXIS)
     mean = load_parameter(mean_ptr, channels, in_range, 0.0, COMPUTE)
+    rest = load_parameter(rest_ptr, channels, in_range, 0.0, COMPUTE)
     scale = load_rstd(rstd_ptr, channels, in_range, EPS, FROM_VARIANCE, COMPUTE)
     scale *= load_parameter(weight_ptr, channels, in_range, 1.0, COMPUTE)
     bias = load_parameter(bias_ptr, channels, in_range, 0.0, COMPUTE)
@@ -202,7 +230,8 @@ def channels_apply_kernel(
         mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
         x_offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
         y_offsets = group_offsets(start, groups_per_sample, y_sample_vecs, y_group_vecs, V, 1, T)
-        y = (load_tile(x_lanes + x_offsets, mask, COMPUTE) - mean) * scale + bias
+        centred = (load_tile(x_lanes + x_offsets, mask, COMPUTE) - mean) - rest
+        y = centred * scale + bias
         tl.store(y_lanes + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

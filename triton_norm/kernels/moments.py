@@ -25,21 +25,37 @@ def tile_sum(tile, AXIS: tl.constexpr):
 
 
 @triton.jit
-def centre(x, mask, inverse_count, AXIS: tl.constexpr):
-    """(x − mean, mean) over AXIS, in x's type; x must be 0, and the result is 0, outside the mask.
-
-    Terms are scaled before they are summed, so that no finite row overflows, and the mean of what is left is taken
-    off again, so that a constant row centres to exactly 0 and a large mean leaves no rounding error of its own size.
-    """
-    mean = tile_sum(x * inverse_count, AXIS)
-    centred = tl.where(mask, x - mean, 0.0)
-    correction = tile_sum(centred * inverse_count, AXIS)
-    return tl.where(mask, centred - correction, 0.0), mean + correction
+def divide(a, b, inverse):
+    """a / b, correctly rounded but for rare cases, from a rounded inverse of b."""
+    quotient = a * inverse
+    return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
 
 
 @triton.jit
-def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """(mean, M2) of two disjoint sets together (Chan, Golub, LeVeque 1979); counts are floats, count_b is not 0."""
+def centre(x, mask, count, AXIS: tl.constexpr):
+    """(x − mean, mean, rest) over AXIS, the mean of `count` elements being mean + rest to twice the precision.
+
+    x must be 0, and the result is 0, outside the mask. The mean of what a first mean leaves is taken off again: a
+    constant row centres to exactly 0, and a large mean leaves no rounding error of its own size. Sums are of terms
+    scaled by a power of two, which rounds nothing and lets no finite row overflow.
+    """
+    SIZE: tl.constexpr = x.shape[0] * x.shape[1] if AXIS is None else x.shape[AXIS]
+    SCALE: tl.constexpr = 1.0 / SIZE
+    share = count * SCALE
+    inverse = 1.0 / share
+    first = divide(tile_sum(x * SCALE, AXIS), share, inverse)
+    centred = tl.where(mask, x - first, 0.0)
+    correction = divide(tile_sum(centred * SCALE, AXIS), share, inverse)
+    mean = first + correction
+    return tl.where(mask, centred - correction, 0.0), mean, (first - mean) + correction
+
+
+@triton.jit
+def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
+    """(mean, rest, M2) of two disjoint sets together (Chan, Golub, LeVeque 1979); counts are floats, count_b not 0."""
     share = count_b / (count_a + count_b)
-    delta = mean_b - mean_a
-    return mean_a + delta * share, m2_a + m2_b + delta * (delta * (count_a * share))
+    step = (mean_b - mean_a) * share
+    mean = mean_a + step
+    rest = ((mean_a - mean) + step) + (rest_a + (rest_b - rest_a) * share)
+    delta = (mean_b - mean_a) + (rest_b - rest_a)
+    return mean, rest, m2_a + m2_b + delta * (delta * (count_a * share))

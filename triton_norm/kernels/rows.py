@@ -61,28 +61,30 @@ def rows_forward_kernel(
     if WHOLE_ROW:
         mask = row_mask & (block < n_cols)
         x = tl.load(x_rows + block, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
-        centred, mean = centre(x, mask, 1.0 / total, 1)
+        centred, mean, _ = centre(x, mask, total, 1)
         rstd = tl.rsqrt(tile_sum(centred * centred, 1) / total + EPS)
         y = normalize(centred, rstd, weight_ptr, bias_ptr, block, n_cols, COMPUTE)
         tl.store(y_rows + block, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         mean = tl.zeros([BLOCK_M, 1], COMPUTE)
+        rest = tl.zeros([BLOCK_M, 1], COMPUTE)
         m2 = tl.zeros([BLOCK_M, 1], COMPUTE)
         for start in range(0, n_cols, BLOCK_N):
             cols = start + block
             mask = row_mask & (cols < n_cols)
             x = tl.load(x_rows + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(COMPUTE)
             count = to_float(tl.minimum(n_cols - start, BLOCK_N), COMPUTE)
-            centred, piece_mean = centre(x, mask, 1.0 / count, 1)
+            centred, piece_mean, piece_rest = centre(x, mask, count, 1)
             piece_m2 = tile_sum(centred * centred, 1)
-            mean, m2 = merge(to_float(start, COMPUTE), mean, m2, count, piece_mean, piece_m2)
+            seen = to_float(start, COMPUTE)
+            mean, rest, m2 = merge(seen, mean, rest, m2, count, piece_mean, piece_rest, piece_m2)
         rstd = tl.rsqrt(m2 / total + EPS)
         last = (n_cols - 1) // BLOCK_N * BLOCK_N
         for swept in range(0, n_cols, BLOCK_N):
             cols = last - swept + block
             mask = row_mask & (cols < n_cols)
             x = tl.load(x_rows + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
-            y = normalize(x - mean, rstd, weight_ptr, bias_ptr, cols, n_cols, COMPUTE)
+            y = normalize((x - mean) - rest, rstd, weight_ptr, bias_ptr, cols, n_cols, COMPUTE)
             tl.store(y_rows + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=row_mask)

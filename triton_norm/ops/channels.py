@@ -55,10 +55,9 @@ def _launch_finalise(kernel: Any, device: torch.device, n_channels: int, *argume
     )
 
 
-def _partials(swept: Sweep, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two sums for each split of each channel."""
-    both = torch.empty(2, swept.n_splits, swept.n_channels, dtype=compute_dtype(x), device=x.device)
-    return both[0], both[1]
+def _partials(swept: Sweep, x: Tensor, kinds: int) -> tuple[Tensor, ...]:
+    """What each split of each channel leaves, so many kinds of it."""
+    return torch.empty(kinds, swept.n_splits, swept.n_channels, dtype=compute_dtype(x), device=x.device).unbind()
 
 
 def _per_channel(x: Tensor) -> Tensor:
@@ -69,14 +68,15 @@ def _apply(
     swept: Sweep,
     x: View,
     mean: Tensor,
-    rstd: Tensor,
+    rest: Tensor | None,
+    rstd_or_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     from_variance: bool,
 ) -> Tensor:
     y = dense_like(x.tensor)
-    pointers = (x.tensor, y, mean, rstd, contiguous(weight), contiguous(bias))
+    pointers = (x.tensor, y, mean, rest, rstd_or_var, contiguous(weight), contiguous(bias))
     _launch_sweep(_kernels().channels_apply_kernel, swept, x, pointers, EPS=eps, FROM_VARIANCE=from_variance)
     return y
 
@@ -99,9 +99,9 @@ def _batch_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     view = as_view(x)
     swept = sweep(view, multiprocessors(x.device))
-    means, m2s = _partials(swept, x)
-    _launch_sweep(_kernels().channels_statistics_kernel, swept, view, (view.tensor, means, m2s))
-    mean, rstd = _per_channel(x), _per_channel(x)
+    partials = _partials(swept, x, kinds=3)
+    _launch_sweep(_kernels().channels_statistics_kernel, swept, view, (view.tensor, *partials))
+    mean, rest, rstd = _per_channel(x), _per_channel(x), _per_channel(x)
     moved_mean, moved_var = contiguous(running_mean), contiguous(running_var)
     if momentum is None and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -109,9 +109,9 @@ def _batch_norm_forward(
         _kernels().channels_finalise_statistics_kernel,
         x.device,
         swept.n_channels,
-        means,
-        m2s,
+        *partials,
         mean,
+        rest,
         rstd,
         moved_mean,
         moved_var,
@@ -128,7 +128,7 @@ def _batch_norm_forward(
     for running, moved in ((running_mean, moved_mean), (running_var, moved_var)):
         if running is not None and moved is not None and moved is not running:
             running.copy_(moved)
-    return _apply(swept, view, mean, rstd, weight, bias, eps, from_variance=False), mean, rstd
+    return _apply(swept, view, mean, rest, rstd, weight, bias, eps, from_variance=False), mean, rstd
 
 
 def _batch_norm_inference(
@@ -137,7 +137,7 @@ def _batch_norm_inference(
     view = as_view(x)
     swept = sweep(view, multiprocessors(x.device))
     mean, var = running_mean.contiguous(), running_var.contiguous()
-    return _apply(swept, view, mean, var, weight, bias, eps, from_variance=True)
+    return _apply(swept, view, mean, None, var, weight, bias, eps, from_variance=True)
 
 
 def _backward_outputs(
@@ -172,7 +172,7 @@ def _batch_norm_backward(
     constants = {"DY_LANE_STRIDE": swept.lane_stride(dy_view)}
     weight, mean, rstd_or_var = contiguous(weight), mean.contiguous(), rstd_or_var.contiguous()
     dx_now = dx if wanted[0] and not training else None
-    sums = _partials(swept, x) if training or dweight.numel() or dbias.numel() else (None, None)
+    sums = _partials(swept, x, kinds=2) if training or dweight.numel() or dbias.numel() else (None, None)
     _launch_sweep(
         _kernels().channels_backward_reduce_kernel,
         swept,
