@@ -58,6 +58,15 @@ def guard(request: pytest.FixtureRequest) -> "Iterator[Guard | None]":
         yield guard
 
 
+@pytest.fixture(autouse=True)
+def _no_search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU launches are the best guesses: searching for each of the tests' shapes would take most of their time."""
+    if not INTERPRETED and not request.node.get_closest_marker("searches"):
+        from triton_norm.ops import launch
+
+        monkeypatch.setattr(launch, "search", lambda kernel, space, *arguments: space.configs[0])
+
+
 @pytest.fixture
 def numbers(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Callable[..., None]]":
     """Sets numbers of `triton_norm.tuning` by name where the kernels are interpreted; a GPU keeps its own."""

@@ -177,7 +177,8 @@ def test_a_broken_file_is_left_out_with_one_warning(text, monkeypatch, tmp_path)
     stored("broken", text)
     with pytest.warns(UserWarning, match="broken.json is left out"):
         assert not tuning.measured("broken")
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert not tuning.measured("broken")
     tuning.measured.cache_clear()
 
@@ -188,6 +189,25 @@ def test_shipped_files_hold_choices_of_their_spaces():
             for key, choice in keys.items():
                 assert kernel.endswith("_kernel"), (file, kernel)
                 assert choice["num_warps"] in (1, 2, 4, 8, 16, 32), (file, key)
+
+
+@pytest.mark.gpu
+@pytest.mark.searches
+def test_a_real_search_is_right_and_runs_once(monkeypatch):
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "measured", lambda gpu: {})
+    searched = []
+    search = launch.search
+    monkeypatch.setattr(launch, "search", lambda kernel, *a: searched.append(kernel.__name__) or search(kernel, *a))
+    module, exact = (
+        torch.nn.Sequential(norms.BatchNorm1d(48), norms.LayerNorm(48)) for norms in (triton_norm, torch.nn)
+    )
+    module.cuda()
+    for n_rows in (512, 700):
+        x = torch.randn(n_rows, 48)
+        torch.testing.assert_close(module(x.cuda()).cpu(), exact(x), rtol=1e-4, atol=1e-4)
+    assert len(searched) == len(set(searched)) == 3
+    torch.testing.assert_close(module[0].running_var.cpu(), exact[0].running_var)
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ WHOLE_ROW_FORWARD_BYTES = 128 * 1024  # of one row in the type it is computed in
 WHOLE_ROW_BACKWARD_BYTES = 32 * 1024  # x, dy and the sums of dweight and dbias are held at once
 CHANNEL_PROGRAMS_PER_SM = 16
 MIN_SPLIT_ELEMENTS = 2048
+SEARCH_WARMUP_MS, SEARCH_MS = 10, 40  # for each config
 INTERPRETED_TILE = 16384  # elements; the interpreter's cost is per operation, not per element
 INTERPRETED_SMS = 1
 

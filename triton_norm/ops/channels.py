@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_norm import reference, tuning
 from triton_norm.ops.launch import INTERPRETED, launch, multiprocessors
 from triton_norm.ops.layout import Sweep, View, as_view, dense_like, sweep
-from triton_norm.ops.library import contiguous, name_of, nothing, operator, triton_dtype
+from triton_norm.ops.library import contiguous, name_of, nothing, operator, parameter_gradients, triton_dtype
 from triton_norm.reference import compute_dtype
 
 
@@ -140,18 +140,11 @@ def _batch_norm_inference(
     return _apply(swept, view, mean, None, var, weight, bias, eps, from_variance=True)
 
 
-def _backward_outputs(
+def _gradients(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias without contents; of no elements where not wanted."""
-    dx = dense_like(x) if wanted[0] else nothing(x)
-    dweight, dbias = (
-        torch.empty(parameter.shape, dtype=parameter.dtype, device=x.device)
-        if parameter is not None and parameter_wanted
-        else nothing(x)
-        for parameter, parameter_wanted in ((weight, wanted[1]), (bias, wanted[2]))
-    )
-    return dx, dweight, dbias
+    return dense_like(x) if wanted[0] else nothing(x), *parameter_gradients(weight, bias, x, wanted)
 
 
 def _batch_norm_backward(
@@ -166,7 +159,7 @@ def _batch_norm_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """rstd_or_var: the batch's rstd in training, otherwise the running variance."""
-    dx, dweight, dbias = _backward_outputs(x, weight, bias, wanted)
+    dx, dweight, dbias = _gradients(x, weight, bias, wanted)
     x_view, dy_view = as_view(x), as_view(dy, like=x)
     swept = sweep(x_view, multiprocessors(x.device), dy_view)
     constants = {"DY_LANE_STRIDE": swept.lane_stride(dy_view)}
@@ -227,7 +220,7 @@ def _fake_batch_norm_backward(
     eps: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_outputs(x, weight, bias, wanted)
+    return _gradients(x, weight, bias, wanted)
 
 
 batch_norm_forward_op = operator(

@@ -67,12 +67,14 @@ def search(
     of times.
     """
     import triton
+    from triton.testing import do_bench
 
+    timed = functools.partial(do_bench, warmup=tuning.SEARCH_WARMUP_MS, rep=tuning.SEARCH_MS)
     candidates = [
         triton.Config(dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages)
         for config in space.configs
     ]
-    tuner = triton.autotune(candidates, key=[], cache_results=True)(kernel)
+    tuner = triton.autotune(candidates, key=[], do_bench=timed, cache_results=True)(kernel)
     tuner[lambda meta: (n_programs(meta),)](*arguments, **constants)
     best = tuner.best_config
     return tuning.config(best.num_warps, best.num_stages, **best.kwargs)

@@ -1,7 +1,7 @@
 """What the operators of both families share: their registration, and small conversions for launches."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,3 +41,16 @@ def nothing(x: Tensor) -> Tensor:
 
 def contiguous(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
+
+
+def parameter_gradients(
+    weight: Tensor | None, bias: Tensor | None, x: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """dweight and dbias without contents; `wanted` says of x, weight and bias which gradients are."""
+    dweight, dbias = (
+        torch.empty(parameter.shape, dtype=parameter.dtype, device=x.device)
+        if parameter is not None and asked
+        else nothing(x)
+        for parameter, asked in ((weight, wanted[1]), (bias, wanted[2]))
+    )
+    return dweight, dbias

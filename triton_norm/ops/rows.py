@@ -10,7 +10,7 @@ from torch import Tensor
 
 from triton_norm import reference, tuning
 from triton_norm.ops.launch import INTERPRETED, launch, multiprocessors
-from triton_norm.ops.library import contiguous, name_of, nothing, operator, triton_dtype
+from triton_norm.ops.library import contiguous, name_of, nothing, operator, parameter_gradients, triton_dtype
 from triton_norm.reference import compute_dtype
 
 
@@ -102,18 +102,11 @@ def _layer_norm_forward(
     return y, mean, rstd
 
 
-def _backward_outputs(
+def _gradients(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias without contents; of no elements where not wanted."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else nothing(x)
-    dweight, dbias = (
-        torch.empty(parameter.shape, dtype=parameter.dtype, device=x.device)
-        if parameter is not None and parameter_wanted
-        else nothing(x)
-        for parameter, parameter_wanted in ((weight, wanted[1]), (bias, wanted[2]))
-    )
-    return dx, dweight, dbias
+    return _output(x, None) if wanted[0] else nothing(x), *parameter_gradients(weight, bias, x, wanted)
 
 
 def _layer_norm_backward(
@@ -126,7 +119,7 @@ def _layer_norm_backward(
     n_cols: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _backward_outputs(x, weight, bias, wanted)
+    dx, dweight, dbias = _gradients(x, weight, bias, wanted)
     x_rows, dy_rows = as_rows(x, n_cols), as_rows(dy, n_cols, broadcast=True)
     n_rows, x_stride, dy_stride = x_rows.shape[0], _row_stride(x_rows), _row_stride(dy_rows)
     dy_column_stride = 1 if n_cols == 1 else dy_rows.stride(1)
@@ -196,7 +189,7 @@ def _fake_layer_norm_backward(
     n_cols: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_outputs(x, weight, bias, wanted)
+    return _gradients(x, weight, bias, wanted)
 
 
 _FORWARD = "(Tensor x, Tensor? weight, Tensor? bias, SymInt n_cols, float eps, ScalarType? out_dtype)"
