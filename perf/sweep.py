@@ -1,5 +1,6 @@
 """A timed run from beginning to end: the tests if asked for, then every point that the time allows, kept as it goes."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def run_tests(seconds: float) -> dict[str, Any]:
     """The library's own tests on this machine: their last line, and whether they passed."""
     before = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "tests"]
+    if importlib.util.find_spec("xdist"):  # most of the time goes to compiling, on the CPU
+        command += ["-n", "auto", "--maxprocesses", "12"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
         output, passed = done.stdout + done.stderr, done.returncode == 0
@@ -95,7 +98,11 @@ def timed_run(
 
 
 def _measure(points: Sequence[Point], ledger: Ledger, deadline: float, quick: bool, say: Callable[[str], None]) -> None:
+    import torch
+
     from perf import measure
+    from triton_norm import tuning
+    from triton_norm.ops import launch
 
     results = ledger.results
     results["contenders"] = {contender.name: contender.status() for contender in CONTENDERS}
@@ -113,6 +120,7 @@ def _measure(points: Sequence[Point], ledger: Ledger, deadline: float, quick: bo
             records = measure.measure_point(point, chosen, timer) + _skipped(point, present, chosen)
             results["reached"] = reached + 1
             ledger.add(records)
+            results["choices"] = tuning.choices(launch.gpu_name(torch.device(timer.device)))
             say(f"[{reached + 1}/{len(points)}] {point}: {_line(records)}")
 
 

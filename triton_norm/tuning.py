@@ -208,7 +208,7 @@ def choose(space: Space, gpu: str, choice: Config) -> None:
     _chosen[gpu, space.kernel, space.key] = choice
 
 
-def choices(gpu: str) -> dict[str, dict[str, dict[str, Any]]]:
+def choices(gpu: str | None) -> dict[str, dict[str, dict[str, Any]]]:
     """What was chosen on a GPU so far, in the form of `tuned/<gpu>.json`."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for (name, kernel, key), choice in _chosen.items():
