@@ -1,5 +1,6 @@
 """Wrong calls: torch's exception types, words that name the argument and both shapes, nothing written."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -109,3 +110,12 @@ def test_a_module_that_rejects_has_moved_nothing(make, x, momentum):
     with pytest.raises(error.type):
         ours(x)
     assert all(torch.equal(before[name], buffer) for name, buffer in ours.named_buffers())
+
+
+def test_numbers_of_any_kind_as_torch_takes_them():
+    expected = F.layer_norm(X, (4,), eps=0.5)
+    for eps in (np.float32(0.5), torch.tensor(0.5), np.float64(0.5)):
+        torch.testing.assert_close(triton_norm.layer_norm(X, (np.int64(4),), eps=eps), expected)
+    mean, var = running()
+    triton_norm.batch_norm(X, mean, var, training=True, momentum=torch.tensor(1.0))
+    assert torch.equal(mean, torch.ones(3))

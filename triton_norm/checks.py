@@ -1,6 +1,7 @@
 """Arguments checked before anything is written: torch's exception types, in words that name the argument."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +16,12 @@ def _is_tensor(function: str, name: str, value: object, optional: bool = True) -
 
 
 def _is_number(function: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
+    """As torch: any real number, or a tensor of no dimensions."""
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad):
+        return
+    raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
 
 
 def _matches_input(function: str, name: str, value: Tensor, x: Tensor) -> None:
@@ -47,13 +52,13 @@ def layer_norm(
             f"layer_norm(): argument 'normalized_shape' must be tuple of ints, not {type(normalized_shape).__name__}"
         )
     for length in normalized_shape:
-        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt, numbers.Integral)):
             raise TypeError(
                 "layer_norm(): argument 'normalized_shape' must be tuple of ints, "
                 f"but found element of type {type(length).__name__}"
             )
     _is_number("layer_norm", "eps", eps)
-    shape = tuple(normalized_shape)
+    shape = tuple(length if type(length) in (int, torch.SymInt) else int(length) for length in normalized_shape)
     if not shape:
         raise RuntimeError("layer_norm(): expected normalized_shape to have at least one dimension, but got []")
     if tuple(x.shape[-len(shape) :]) != shape:

@@ -107,12 +107,21 @@ def batch_norm(
     checks.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     if use_triton(input, running_mean, running_var, weight, bias):
         counter = num_batches_tracked if training else None
+        if counter is not None and counter.device != input.device:
+            momentum, counter = _count_elsewhere(counter, momentum), None
+        share = None if momentum is None else float(momentum)
         return channels.batch_norm(
-            input, running_mean, running_var, counter, weight, bias, bool(training), momentum, float(eps)
+            input, running_mean, running_var, counter, weight, bias, bool(training), share, float(eps)
         )
     return _torch_batch_norm(
         input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
     )
+
+
+def _count_elsewhere(num_batches_tracked: Tensor, momentum: float | None) -> float:
+    """Counts with torch; returns the momentum that the count gives where it is asked for, which waits for the GPU."""
+    num_batches_tracked.add_(1)
+    return 1.0 / float(num_batches_tracked) if momentum is None else momentum
 
 
 def _torch_batch_norm(
@@ -127,10 +136,9 @@ def _torch_batch_norm(
     eps: float,
 ) -> Tensor:
     if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if momentum is None:
-        assert num_batches_tracked is not None
-        momentum = 1.0 / float(num_batches_tracked) if training and running_mean is not None else 0.0
+        momentum = _count_elsewhere(num_batches_tracked, momentum)
+    elif momentum is None:
+        momentum = 0.0
     types = {tensor.dtype for tensor in (running_mean, running_var, weight, bias) if tensor is not None}
     if types <= {x.dtype} or (x.dtype in _HALVES and types == {torch.float32}):
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
