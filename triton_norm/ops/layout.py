@@ -10,6 +10,9 @@ from torch import Tensor
 
 from triton_norm import tuning
 
+MOST_POSITIONS = 2**30
+"""Of a sample: the kernels number them, and what a tile reaches past them, in 32 bits."""
+
 
 class View(NamedTuple):
     """A tensor as [samples, channels, positions]; the strides of axes of length 1 are 0."""
@@ -132,6 +135,8 @@ def sweep(x: View, multiprocessors: int, *others: View) -> Sweep:
     n_samples, n_channels = x.tensor.shape[:2]
     last = channels_last(x.tensor)
     n_positions = x.tensor.numel() // (n_samples * n_channels)
+    if n_positions > MOST_POSITIONS:
+        raise NotImplementedError(f"batch_norm(): more than {MOST_POSITIONS} positions in input of {x.tensor.shape}")
     extents = [n_channels if last else n_positions]
     for view in (x, *others):
         if last and view.channel_stride:
