@@ -137,8 +137,8 @@ def rows_backward(n_cols: int, dtype: str, compute_bytes: int, interpreted: bool
         configs = [
             config(threads // WARP, BLOCK_M=rows, BLOCK_N=columns, WHOLE_ROW=False, STAGES=1)
             for threads, rows, columns in (
-                (256, 4, piece),
                 (512, 4, piece),
+                (256, 4, piece),
                 (512, 2, 2 * piece),
                 (256, 2, piece),
                 (512, 1, 2 * piece),

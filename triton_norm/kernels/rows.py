@@ -117,8 +117,9 @@ def input_gradient(wdy, x_hat, mean_wdy, mean_wdy_x_hat, rstd):
 def add_to_sums(sums_ptr, cols, added, mask, begun):
     """Adds a row of columns to this program's own sums in memory, which hold nothing before they are begun."""
     if sums_ptr is not None:
-        so_far = tl.load(sums_ptr + cols, mask=mask & begun, other=0.0)
-        tl.store(sums_ptr + cols, so_far + added, mask=mask)
+        if begun:
+            added += tl.load(sums_ptr + cols, mask=mask, other=0.0)
+        tl.store(sums_ptr + cols, added, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
