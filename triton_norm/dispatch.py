@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Buffer, Parameter
 
+from triton_norm.checks import FLOATING
 from triton_norm.ops.launch import INTERPRETED
 
 BACKENDS = ("auto", "triton", "torch")
 VARIABLE = "TRITON_NORM_BACKEND"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _PLAIN = (Tensor, Parameter, Buffer, FakeTensor)
@@ -94,7 +94,7 @@ def unserved(x: Tensor, *others: Tensor | None) -> str | None:
             return f"{type(tensor).__name__} is a subclass of Tensor"
         if tensor.layout != torch.strided or tensor.is_nested:
             return "a tensor is not strided"
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOATING:
             return f"of dtype {tensor.dtype}"
     if x.numel() == 0:
         return "the input has no elements"

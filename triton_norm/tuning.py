@@ -18,7 +18,6 @@ import torch
 
 TUNED = Path(__file__).parent / "tuned"
 
-MAX_GRID = 2**31 - 1
 VECTOR_BYTES = 16
 THREADS = 1024  # of a program, at most
 WARP = 64 if torch.version.hip else 32  # threads

@@ -15,7 +15,7 @@ MOST_POSITIONS = 2**30
 
 
 class View(NamedTuple):
-    """A tensor as [samples, channels, positions]; the strides of axes of length 1 are 0."""
+    """A tensor as [samples, channels, positions]; axes of length 1 have stride 0, a single sample that without gaps."""
 
     tensor: Tensor
     sample_stride: int
@@ -43,7 +43,8 @@ def _stride(x: Tensor, axis: int) -> int:
 
 def _view(x: Tensor) -> View | None:
     position_stride = collapsed_stride(x.shape[2:], x.stride()[2:])
-    return None if position_stride is None else View(x, _stride(x, 0), _stride(x, 1), position_stride)
+    sample_stride = x.stride(0) if x.shape[0] > 1 else math.prod(x.shape[1:])
+    return None if position_stride is None else View(x, sample_stride, _stride(x, 1), position_stride)
 
 
 def channels_last(x: Tensor) -> bool:

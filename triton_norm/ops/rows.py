@@ -37,8 +37,8 @@ def copies(x: Tensor, n_cols: int) -> bool:
 
 
 def _row_stride(rows: Tensor) -> int:
-    """0 for a single row, whose stride means nothing and must not narrow the accesses."""
-    return rows.stride(0) if rows.shape[0] > 1 else 0
+    """That of rows without gaps for a single row: its own means nothing, and another value would compile anew."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
 
 
 def _launch_forward(
