@@ -80,16 +80,17 @@ def check(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
     eps: float = 1e-5,
+    constant: bool | None = None,
 ) -> None:
     """Holds every tensor of `actual` to `exact_function` in fp64.
 
     axes: those reduced over; the parameters' axes are the others (BatchNorm) or these (LayerNorm). mean and rstd are
-    given where they are constants (evaluation).
+    given where they are not the biased moments of x over them: as constants (evaluation), unless `constant` is False.
     """
     # Contiguous: torch's own BatchNorm on the CPU has a wrong dx for some strides of x and dy.
     wide, wide_dy = x.double().contiguous(), dy.double().contiguous()
     exact = run(exact_function, wide, widen(weight), widen(bias), wide_dy)
-    constant = mean is not None
+    constant = mean is not None if constant is None else constant
     mean = wide.mean(axes, keepdim=True) if mean is None else mean
     rstd = torch.rsqrt(wide.var(axes, correction=0, keepdim=True) + eps) if rstd is None else rstd
     parameter_axes = exact_function.parameter_axes  # type: ignore[attr-defined]
@@ -116,14 +117,6 @@ def check(
         assert_within(
             actual.dbias, exact.dbias, _sum(wide_dy.abs(), summed).reshape(exact.dbias.shape), sum_growth, computed
         )
-
-
-def layer_norm_oracle(normalized_shape: tuple[int, ...], rank: int, eps: float = 1e-5) -> Callable[..., Tensor]:
-    def exact(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.layer_norm(x, normalized_shape, weight, bias, eps)
-
-    exact.parameter_axes = tuple(range(rank - len(normalized_shape), rank))  # type: ignore[attr-defined]
-    return exact
 
 
 def batch_norm_oracle(running: tuple[Tensor, Tensor] | None, eps: float = 1e-5) -> Callable[..., Tensor]:

@@ -27,9 +27,13 @@ class Network(nn.Module):
         super().__init__()
         self.batch_norm = triton_norm.BatchNorm2d(4, momentum=momentum)
         self.layer_norm = triton_norm.LayerNorm((3, 6))
+        self.rms_norm = triton_norm.RMSNorm(6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer_norm(self.batch_norm(x).relu()).sin()
+        y, stream = self.rms_norm(self.batch_norm(x).relu(), residual=x, weight_offset=1.0)
+        z, stream = self.rms_norm(y.sin(), residual=stream, residual_dtype=torch.float64)
+        _, last = self.rms_norm(z, residual=stream.float())
+        return self.layer_norm(last).sin()
 
 
 def trained(model: nn.Module, run: nn.Module, batches: list[Tensor]) -> list[Tensor]:
@@ -88,6 +92,7 @@ def operators(device: str) -> dict[str, tuple]:
     """Calls of every operator, by name."""
     x, weight = torch.randn(3, 4, 6, device=device), torch.randn(6, device=device)
     row_statistics = torch.rand(2, 12, device=device)
+    row_wanted = [True, True, True]
     statistics = torch.rand(2, 4, device=device)
     channel_weight = torch.randn(4, device=device)
     moved = (statistics[0].clone(), statistics[1].clone(), torch.tensor(0, device=device))
@@ -95,9 +100,23 @@ def operators(device: str) -> dict[str, tuple]:
     ops = torch.ops.triton_norm
     last = x.mT.contiguous().mT
     return {
-        "layer_norm": (ops.layer_norm, (x, weight, None, 6, 1e-5, torch.bfloat16)),
-        "layer_norm_forward": (ops.layer_norm_forward, (x, weight, None, 6, 1e-5, None)),
-        "layer_norm_backward": (ops.layer_norm_backward, (x, x + 1, weight, None, *row_statistics, 6, wanted)),
+        "rows_forward, inference": (
+            ops.rows_forward,
+            (x, None, weight, None, 6, 1e-5, 0.0, True, torch.bfloat16, None, False),
+        ),
+        "rows_forward, training": (ops.rows_forward, (x, None, weight, weight, 6, 1e-5, 0.0, True, None, None, True)),
+        "rows_forward, residual": (
+            ops.rows_forward,
+            (x.half(), x, weight, None, 6, 1e-5, 1.0, False, None, torch.float64, True),
+        ),
+        "rows_backward": (
+            ops.rows_backward,
+            (x, None, x + 1, weight, None, row_statistics, 6, 0.0, True, x.dtype, None, row_wanted),
+        ),
+        "rows_backward, residual": (
+            ops.rows_backward,
+            (x, x, x + 1, weight, None, row_statistics[:1], 6, 1.0, False, torch.float16, torch.float32, row_wanted),
+        ),
         "batch_norm_forward": (ops.batch_norm_forward, (x, channel_weight, None, *moved, 0.1, 1e-5)),
         "batch_norm_forward, channels last": (ops.batch_norm_forward, (last, None, None, *moved, None, 1e-5)),
         "batch_norm_inference": (ops.batch_norm_inference, (last, channel_weight, None, *statistics, 1e-5)),
@@ -118,5 +137,5 @@ def test_export_keeps_the_operator(device):
     x = torch.randn(3, 8, device=device)
     with torch.no_grad():
         exported = torch.export.export(triton_norm.LayerNorm(8).to(device), (x,))
-    assert any("triton_norm.layer_norm" in str(node.target) for node in exported.graph.nodes)
+    assert any("triton_norm.rows_forward" in str(node.target) for node in exported.graph.nodes)
     assert torch.equal(exported.module()(x), triton_norm.layer_norm(x, (8,), torch.ones(8, device=device)))

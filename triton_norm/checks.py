@@ -42,43 +42,96 @@ def _is_floating(function: str, x: Tensor) -> None:
         )
 
 
-def layer_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[int, ...]:
-    """Raises where torch's layer_norm does; returns normalized_shape as a tuple."""
-    _is_tensor("layer_norm", "input", x, optional=False)
+def _is_dtype(function: str, name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{function}(): argument '{name}' must be torch.dtype, not {type(value).__name__}")
+    if value not in FLOATING:
+        raise NotImplementedError(f"{function}(): {name} must be a floating-point type, but got {value}")
+
+
+def _normalized_shape(function: str, normalized_shape: object) -> tuple[int, ...]:
     if not isinstance(normalized_shape, (tuple, list)):
         raise TypeError(
-            f"layer_norm(): argument 'normalized_shape' must be tuple of ints, not {type(normalized_shape).__name__}"
+            f"{function}(): argument 'normalized_shape' must be tuple of ints, not {type(normalized_shape).__name__}"
         )
     for length in normalized_shape:
-        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt, numbers.Integral)):
+        if type(length) is not int and (
+            isinstance(length, bool) or not isinstance(length, (torch.SymInt, numbers.Integral))
+        ):
             raise TypeError(
-                "layer_norm(): argument 'normalized_shape' must be tuple of ints, "
+                f"{function}(): argument 'normalized_shape' must be tuple of ints, "
                 f"but found element of type {type(length).__name__}"
             )
-    _is_number("layer_norm", "eps", eps)
     shape = tuple(length if type(length) in (int, torch.SymInt) else int(length) for length in normalized_shape)
     if not shape:
-        raise RuntimeError("layer_norm(): expected normalized_shape to have at least one dimension, but got []")
-    if tuple(x.shape[-len(shape) :]) != shape:
+        raise RuntimeError(f"{function}(): expected normalized_shape to have at least one dimension, but got []")
+    return shape
+
+
+def rows(
+    function: str,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    parameters: Sequence[tuple[str, Tensor | None]],
+    eps: float | None,
+) -> tuple[int, ...]:
+    """Raises where torch's layer_norm or rms_norm does; returns normalized_shape as a tuple."""
+    _is_tensor(function, "input", x, optional=False)
+    shape = _normalized_shape(function, normalized_shape)
+    if type(eps) is not float and not (eps is None and function == "rms_norm"):
+        _is_number(function, "eps", eps)
+    if x.dim() == 0 and function == "rms_norm":
+        raise ValueError("rms_norm(): expected input of at least one dimension, but got input of size []")
+    if x.shape[-len(shape) :] != shape:
         expected = ", ".join(("*", *map(str, shape)))
         raise RuntimeError(
-            f"layer_norm(): given normalized_shape={list(shape)}, expected input with shape [{expected}], "
+            f"{function}(): given normalized_shape={list(shape)}, expected input with shape [{expected}], "
             f"but got input of size {list(x.shape)}"
         )
-    _is_floating("layer_norm", x)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        _is_tensor("layer_norm", name, parameter)
+    if x.dtype not in FLOATING and not (x.is_complex() and function == "rms_norm"):
+        _is_floating(function, x)
+    for name, parameter in parameters:
         if parameter is None:
             continue
-        if tuple(parameter.shape) != shape:
+        _is_tensor(function, name, parameter)
+        if parameter.shape != shape:
             raise RuntimeError(
-                f"layer_norm(): expected {name} to be of the same shape as normalized_shape, "
+                f"{function}(): expected {name} to be of the same shape as normalized_shape, "
                 f"but got {name} of shape {list(parameter.shape)} and normalized_shape={list(shape)}"
             )
-        _matches_input("layer_norm", name, parameter, x)
+        _matches_input(function, name, parameter, x)
     return shape
+
+
+def fused(
+    function: str,
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    residual_dtype: torch.dtype | None,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Raises for what torch's functions don't take, before anything is written."""
+    _is_tensor(function, "residual", residual)
+    _is_number(function, "weight_offset", weight_offset)
+    _is_dtype(function, "residual_dtype", residual_dtype)
+    _is_dtype(function, "out_dtype", out_dtype)
+    _is_floating(function, x)
+    if residual is None:
+        if residual_dtype is not None:
+            raise ValueError(f"{function}(): residual_dtype={residual_dtype} was given without a residual")
+    elif residual.shape != x.shape:
+        raise RuntimeError(
+            f"{function}(): expected residual to be of the same shape as input, "
+            f"but got residual of shape {list(residual.shape)} and input of size {list(x.shape)}"
+        )
+    else:
+        _matches_input(function, "residual", residual, x)
+    if weight_offset and weight is None:
+        raise ValueError(f"{function}(): weight_offset={weight_offset} was given without a weight")
 
 
 def batch_norm(

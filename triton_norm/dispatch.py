@@ -15,12 +15,13 @@ from torch.nn import Buffer, Parameter
 
 from triton_norm.checks import FLOATING
 from triton_norm.ops.launch import INTERPRETED
+from triton_norm.tuning import MOST_COLUMNS
 
 BACKENDS = ("auto", "triton", "torch")
 VARIABLE = "TRITON_NORM_BACKEND"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_PLAIN = (Tensor, Parameter, Buffer, FakeTensor)
+_PLAIN = {Tensor, Parameter, Buffer, FakeTensor}
 
 
 def _known(name: str, source: str) -> str:
@@ -77,8 +78,9 @@ class Explanation:
         return f"{self.function}: {self.backend}, because {self.reason}{copied}"
 
 
-def unserved(x: Tensor, *others: Tensor | None) -> str | None:
-    """Why the kernels can't serve a call on x, the input, and the other tensors; None where they can."""
+def unserved(x: Tensor, *others: Tensor | None, columns: int = 1) -> str | None:
+    """Why the kernels can't serve a call on x, the input, with rows of so many columns, and the other tensors; None
+    where they can."""
     if not HAS_TRITON:
         return "triton is not installed"
     if not (x.is_cuda or (INTERPRETED and x.is_cpu)):
@@ -96,28 +98,32 @@ def unserved(x: Tensor, *others: Tensor | None) -> str | None:
             return "a tensor is not strided"
         if tensor.dtype not in FLOATING:
             return f"of dtype {tensor.dtype}"
+    if columns > MOST_COLUMNS:
+        return f"a row has more than {MOST_COLUMNS} columns"
     if x.numel() == 0:
         return "the input has no elements"
     return None
 
 
-def use_triton(x: Tensor, *others: Tensor | None) -> bool:
+def use_triton(x: Tensor, *others: Tensor | None, columns: int = 1) -> bool:
     """Whether a call on x, the input, and the other tensors goes to the kernels."""
     chosen = asked_for()
     if chosen == "torch":
         return False
-    reason = unserved(x, *others)
+    reason = unserved(x, *others, columns=columns)
     if reason is not None and chosen == "triton":
         raise RuntimeError(f"backend 'triton' can't serve this call: {reason}")
     return reason is None
 
 
-def explanation(function: str, copies: tuple[str, ...], x: Tensor, *others: Tensor | None) -> Explanation:
+def explanation(
+    function: str, copies: tuple[str, ...], x: Tensor, *others: Tensor | None, columns: int = 1
+) -> Explanation:
     """What `use_triton` decides, in words; raises nothing."""
     chosen = asked_for()
     if chosen == "torch":
         return Explanation(function, "torch", "backend 'torch' was asked for")
-    reason = unserved(x, *others)
+    reason = unserved(x, *others, columns=columns)
     if reason is None:
         how = "interpreted on the CPU" if INTERPRETED and x.is_cpu else f"on {x.device}"
         return Explanation(function, "triton", f"the kernels serve it, {how}", copies)

@@ -1,5 +1,8 @@
 """torch.nn.functional's normalizations: check, decide between the kernels and torch, call."""
 
+import functools
+import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +21,76 @@ def _uniform(x: Tensor, *others: Tensor | None) -> bool:
     return all(tensor is None or tensor.dtype == x.dtype for tensor in others)
 
 
-def _autocasts(x: Tensor) -> bool:
-    """Whether autocast computes layer_norm in float32: it does on CUDA, and leaves it alone on the CPU."""
-    return x.is_cuda and torch.is_autocast_enabled("cuda")
+@functools.cache
+def _cast_by_autocast(operator: str) -> bool:
+    """Whether CUDA's autocast computes aten::operator in float32; it has always left the CPU's alone."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "AutocastCUDA"))
+
+
+def _autocasts(operator: str, x: Tensor) -> bool:
+    return x.is_cuda and torch.is_autocast_enabled("cuda") and _cast_by_autocast(operator)
+
+
+def _normalize(
+    function: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    residual: Tensor | None = None,
+    residual_dtype: torch.dtype | None = None,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """layer_norm or rms_norm of checked arguments."""
+    if out_dtype is None and x.dtype in _HALVES and _autocasts(function, x):
+        out_dtype = torch.float32  # autocast would cast the input; the kernel reads it as it is
+    if use_triton(x, weight, bias, residual, columns=math.prod(shape)):
+        if eps is None:
+            eps = torch.finfo(reference.compute_dtype(x)).eps
+        return rows.normalize(
+            x,
+            residual,
+            weight,
+            bias,
+            math.prod(shape),
+            float(eps),
+            float(weight_offset),
+            function == "layer_norm",
+            out_dtype,
+            residual_dtype,
+            shape,
+        )
+    if residual is None:
+        return _torch_normalize(function, x, shape, weight, bias, eps, float(weight_offset), out_dtype)
+    total = reference.add(x, residual, residual_dtype or residual.dtype)
+    out_dtype = out_dtype or x.dtype
+    return _torch_normalize(function, total, shape, weight, bias, eps, float(weight_offset), out_dtype), total
+
+
+def _torch_normalize(
+    function: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """torch's own function where it computes what is asked for."""
+    plain = weight_offset == 0.0 and out_dtype in (None, x.dtype)
+    if (plain and _uniform(x, weight, bias)) or (_autocasts(function, x) and plain):
+        if function == "layer_norm":
+            return F.layer_norm(x, shape, weight, bias, 1e-5 if eps is None else eps)
+        return F.rms_norm(x, shape, weight, eps)
+    if eps is None:
+        eps = torch.finfo(reference.compute_dtype(x)).eps
+    centred = function == "layer_norm"
+    return reference.normalize(
+        x, shape, weight, bias, eps, centred=centred, weight_offset=weight_offset, out_dtype=out_dtype
+    )
 
 
 def layer_norm(
@@ -29,39 +99,91 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Tensor:
-    r"""y = (x − mean) / sqrt(var + eps) · weight + bias over the trailing axes, as torch.nn.functional.layer_norm.
+    *,
+    residual: Tensor | None = None,
+    residual_dtype: torch.dtype | None = None,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    r"""y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias over the trailing axes, as
+    torch.nn.functional.layer_norm.
 
     mean and var = E[(x − mean)²], the biased variance, are each sample's own, over the axes of `normalized_shape`.
+    With `residual`, x is total = input + residual, rounded once to its own type, and (y, total) is returned.
 
     Args:
-        input: x, of shape [*, *normalized_shape]; float32, float16, bfloat16 or float64, of any strides.
+        input: of shape [*, *normalized_shape]; float32, float16, bfloat16 or float64, of any strides.
         normalized_shape: the lengths of the axes to normalize over.
         weight: of shape normalized_shape and any of those types, its own; None is 1.
         bias: likewise; None is 0.
         eps: added to the variance, under the root.
+        residual: of input's shape and any of those types; both outputs' gradients flow to it and to input.
+        residual_dtype: the type of total; None is the residual's.
+        weight_offset: added to the weight in float32: 1 for a weight that is stored as its distance from 1.
+        out_dtype: the type of y; None is input's (float32 where CUDA's autocast says so).
 
     Returns:
-        y, contiguous, of input's shape and type (float32 where CUDA's autocast says so).
+        y, contiguous, of input's shape; with `residual` also total, likewise.
 
     Raises:
         RuntimeError: shapes or devices don't match, or the input's type isn't one of the four (NotImplementedError).
         TypeError: an argument is of the wrong type.
+        ValueError: residual_dtype without residual, or weight_offset without weight.
 
     Statistics are computed and saved in float32, in float64 for float64 input. A sample's result has the same bits
     whatever other samples are beside it. Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
-    shape = checks.layer_norm(input, normalized_shape, weight, bias, eps)
-    if use_triton(input, weight, bias):
-        return rows.layer_norm(input, shape, weight, bias, float(eps), _layer_norm_dtype(input))
-    if _uniform(input, weight, bias) or _autocasts(input):
-        return F.layer_norm(input, shape, weight, bias, eps)
-    return reference.layer_norm(input, shape, weight, bias, eps)
+    shape = checks.rows("layer_norm", input, normalized_shape, (("weight", weight), ("bias", bias)), eps)
+    if residual is None and residual_dtype is None and weight_offset == 0.0 and out_dtype is None:
+        return _normalize("layer_norm", input, shape, weight, bias, eps)
+    checks.fused("layer_norm", input, weight, residual, residual_dtype, weight_offset, out_dtype)
+    return _normalize("layer_norm", input, shape, weight, bias, eps, residual, residual_dtype, weight_offset, out_dtype)
 
 
-def _layer_norm_dtype(x: Tensor) -> torch.dtype | None:
-    """float32 where autocast would cast the input to it first; the kernel then reads x as it is."""
-    return torch.float32 if _autocasts(x) and x.dtype in _HALVES else None
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor | None = None,
+    residual_dtype: torch.dtype | None = None,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    r"""y = x / sqrt(E[x²] + eps) · (weight + weight_offset) over the trailing axes, as torch.nn.functional.rms_norm.
+
+    E[x²] is each sample's own, over the axes of `normalized_shape`. With `residual`, x is total = input + residual,
+    rounded once to its own type, and (y, total) is returned.
+
+    Args:
+        input: of shape [*, *normalized_shape]; float32, float16, bfloat16 or float64, of any strides. Complex input
+            goes to torch.
+        normalized_shape: the lengths of the axes to normalize over.
+        weight: of shape normalized_shape and any of those types, its own; None is 1.
+        eps: added under the root; None is the machine epsilon of float32, of float64 for float64 input.
+        residual: of input's shape and any of those types; both outputs' gradients flow to it and to input.
+        residual_dtype: the type of total; None is the residual's.
+        weight_offset: added to the weight in float32: 1 for a weight that is stored as its distance from 1.
+        out_dtype: the type of y; None is input's (float32 where CUDA's autocast says so).
+
+    Returns:
+        y, contiguous, of input's shape; with `residual` also total, likewise.
+
+    Raises:
+        RuntimeError: shapes or devices don't match, or the input's type isn't served (NotImplementedError).
+        TypeError: an argument is of the wrong type.
+        ValueError: input of no dimensions, residual_dtype without residual, or weight_offset without weight.
+
+    y is rounded once, after the weight. Mean squares are computed and saved in float32, in float64 for float64 input. A
+    sample's result has the same bits whatever other samples are beside it.
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+    """
+    shape = checks.rows("rms_norm", input, normalized_shape, (("weight", weight),), eps)
+    if residual is None and residual_dtype is None and weight_offset == 0.0 and out_dtype is None:
+        return _normalize("rms_norm", input, shape, weight, None, eps)
+    checks.fused("rms_norm", input, weight, residual, residual_dtype, weight_offset, out_dtype)
+    return _normalize("rms_norm", input, shape, weight, None, eps, residual, residual_dtype, weight_offset, out_dtype)
 
 
 def batch_norm(
@@ -148,18 +270,25 @@ def _torch_batch_norm(
     return y
 
 
-def explain_layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Explanation:
-    shape = checks.layer_norm(input, normalized_shape, weight, bias, eps)
-    copied = ("the input: its rows are not contiguous, or not evenly spaced",)
-    n_cols = torch.Size(shape).numel()
-    copies = copied if input.numel() and rows.copies(input, n_cols) else ()
-    return explanation("layer_norm", copies, input, weight, bias)
+def _explain_rows(function: str, input: Tensor, *arguments: Any, **fused: Any) -> Explanation:
+    """Of the arguments of layer_norm or rms_norm, which are checked as there."""
+    signature = inspect.signature(layer_norm if function == "layer_norm" else rms_norm)
+    given = signature.bind(input, *arguments, **fused)
+    given.apply_defaults()
+    named = given.arguments
+    weight, bias, residual = named["weight"], named.get("bias"), named["residual"]
+    parameters = [(name, named[name]) for name in ("weight", "bias") if name in named]
+    shape = checks.rows(function, input, named["normalized_shape"], parameters, named["eps"])
+    extras = [named[name] for name in ("residual_dtype", "weight_offset", "out_dtype")]
+    if residual is not None or extras != [None, 0.0, None]:
+        checks.fused(function, input, weight, residual, *extras)
+    columns = math.prod(shape)
+    copied = [
+        f"the {name}: its rows are not contiguous, or not evenly spaced"
+        for name, tensor in (("input", input), ("residual", residual))
+        if tensor is not None and tensor.numel() and rows.copies(tensor, columns)
+    ]
+    return explanation(function, tuple(copied), input, weight, bias, residual, columns=columns)
 
 
 def explain_batch_norm(
@@ -183,12 +312,12 @@ def explain_batch_norm(
 def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Where `target(*args, **kwargs)` would go, and why, and what it would have to copy; computes and moves nothing.
 
-    `target` is layer_norm, batch_norm or one of this library's modules. Raises what the call itself would raise for its
-    arguments, and TypeError for another target. A gradient is copied where its strides are unlike its input's and it is
-    not one element expanded; that is only known in the backward.
+    `target` is layer_norm, rms_norm, batch_norm or one of this library's modules. Raises what the call itself would
+    raise for its arguments, and TypeError for another target. A gradient is copied where its strides are unlike its
+    input's and it is not one element expanded; that is only known in the backward.
     """
-    if target is layer_norm:
-        return explain_layer_norm(*args, **kwargs)
+    if target is layer_norm or target is rms_norm:
+        return _explain_rows(target.__name__, *args, **kwargs)
     if target is batch_norm:
         return explain_batch_norm(*args, **kwargs)
     explain_call = getattr(target, "explain_call", None)

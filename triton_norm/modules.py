@@ -9,13 +9,25 @@ from triton_norm.dispatch import Explanation
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch.nn.LayerNorm, computed by `triton_norm.layer_norm`."""
+    """torch.nn.LayerNorm, computed by `triton_norm.layer_norm`, whose keyword arguments forward takes too."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+    def forward(self, input: Tensor, **fused: Any) -> Any:
+        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **fused)
 
-    def explain_call(self, input: Tensor) -> Explanation:
-        return functional.explain_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+    def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
+        arguments = (self.normalized_shape, self.weight, self.bias, self.eps)
+        return functional.explain(functional.layer_norm, input, *arguments, **fused)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm, computed by `triton_norm.rms_norm`, whose keyword arguments forward takes too."""
+
+    def forward(self, x: Tensor, **fused: Any) -> Any:
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, **fused)
+
+    def explain_call(self, x: Tensor, **fused: Any) -> Explanation:
+        arguments = (self.normalized_shape, self.weight, self.eps)
+        return functional.explain(functional.rms_norm, x, *arguments, **fused)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):

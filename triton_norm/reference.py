@@ -9,33 +9,47 @@ import torch
 from torch import Tensor
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
-def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float = 0.0) -> Tensor:
     y = x_hat
     if weight is not None:
-        y = y * weight.to(y.dtype)
+        y = y * (weight.to(y.dtype) + weight_offset)
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y
 
 
-def layer_norm(
+def add(x: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
+    """x + residual, rounded once."""
+    compute = compute_dtype(x, residual)
+    return (x.to(compute) + residual.to(compute)).to(dtype)
+
+
+def normalize(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    centred: bool = True,
+    weight_offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = (x − mean) / sqrt(var + eps) · weight + bias over the trailing axes, var biased."""
+    """y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias over the trailing axes, var biased: LayerNorm.
+
+    RMSNorm unless `centred`: mean is 0, and var is E[x²].
+    """
     axes = tuple(range(-len(normalized_shape), 0))
-    wide = x.to(compute_dtype(x))
-    centred = wide - wide.mean(axes, keepdim=True)
-    rstd = torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
-    return _affine(centred * rstd, weight, bias).to(out_dtype or x.dtype)
+    x_hat = x.to(compute_dtype(x))
+    if centred:
+        x_hat = x_hat - x_hat.mean(axes, keepdim=True)
+    x_hat = x_hat * torch.rsqrt((x_hat * x_hat).mean(axes, keepdim=True) + eps)
+    return _affine(x_hat, weight, bias, weight_offset).to(out_dtype or x.dtype)
 
 
 def batch_norm(
@@ -76,9 +90,13 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
 def gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Differentiable gradients of function(*inputs) for the inputs wanted, None for the others."""
+    """Differentiable gradients of function(*inputs) for the inputs wanted, None for the others.
+
+    Each input is taken by a view of its own, so that a tensor that serves as two of them has a gradient as each.
+    """
     with torch.enable_grad():
-        y = function(*inputs)
-        targets = [tensor for tensor, asked in zip(inputs, wanted, strict=True) if asked and tensor is not None]
+        views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        y = function(*views)
+        targets = [view for view, asked in zip(views, wanted, strict=True) if asked and view is not None]
         found = iter(torch.autograd.grad(y, targets, dy, create_graph=True))
-    return [next(found) if asked and tensor is not None else None for tensor, asked in zip(inputs, wanted, strict=True)]
+    return [next(found) if asked and view is not None else None for view, asked in zip(views, wanted, strict=True)]

@@ -9,12 +9,15 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TUNED = Path(__file__).parent / "tuned"
 
@@ -22,8 +25,11 @@ VECTOR_BYTES = 16
 THREADS = 1024  # of a program, at most
 WARP = 64 if torch.version.hip else 32  # threads
 LANES = 64  # channels side by side in a channels-last tile: 128 bytes of a 16-bit type
-WHOLE_ROW_FORWARD_BYTES = 128 * 1024  # of one row in the type it is computed in: 32 registers for each of 1024 threads
-WHOLE_ROW_BACKWARD_BYTES = 32 * 1024  # x, dy and the sums of dweight and dbias are held at once
+MOST_COLUMNS = 2**20  # of a row; Triton's largest tile, which is one backward program's where nothing shares a row
+FORWARD_PIECE_BYTES = 128 * 1024  # of a row in the type it is computed in: 32 registers for each of 1024 threads
+BACKWARD_SPAN_BYTES = 32 * 1024  # x, dy and the sums of dweight and dbias are held at once
+MOST_BLOCK_M = 2  # rows that peers exchange sums of at a time
+PEERS_SHARE = 3  # a row's peers are no more than one multiprocessor in so many: as many launches at once can wait
 CHANNEL_PROGRAMS_PER_SM = 16
 MIN_SPLIT_ELEMENTS = 2048
 SEARCH_WARMUP_MS, SEARCH_MS = 10, 40  # for each config
@@ -40,7 +46,7 @@ class Config:
     num_stages: int = 1
 
     def __getitem__(self, block: str) -> int:
-        return dict(self.blocks)[block]
+        return self.keywords[block]
 
     @functools.cached_property
     def keywords(self) -> dict[str, int]:
@@ -54,6 +60,11 @@ class Space:
     kernel: str
     key: str
     configs: tuple[Config, ...]
+
+    @functools.cached_property
+    def span(self) -> int:
+        """The fewest columns that a program may own of a row."""
+        return min(config["BLOCK_N"] * config.keywords.get("PIECES", 1) for config in self.configs)
 
 
 def config(num_warps: int, num_stages: int = 1, **blocks: int) -> Config:
@@ -77,82 +88,98 @@ def warps(elements: int, per_thread: int) -> int:
     return min(THREADS, max(WARP, next_power_of_2(elements) // per_thread)) // WARP
 
 
+_remembered: list[Any] = []
+
+
+def remembered(function: Callable[P, T]) -> Callable[P, T]:
+    """functools.cache for what follows from the numbers above: `forget` empties it."""
+    cached = functools.cache(function)
+    _remembered.append(cached)
+    return cast("Callable[P, T]", cached)
+
+
 def forget() -> None:
-    """Makes every space anew: the numbers above have been changed."""
-    for made in (rows_forward, rows_backward, rows_backward_finalise, channels, channels_finalise):
-        made.cache_clear()
+    """Makes everything anew that follows from the numbers above: they have been changed."""
+    for cached in _remembered:
+        cached.cache_clear()
 
 
 def _space(kernel: str, key: str, configs: list[Config]) -> Space:
     return Space(kernel, key, tuple(dict.fromkeys(configs)))
 
 
-@functools.cache
-def rows_forward(n_cols: int, dtype: str, compute_bytes: int, interpreted: bool) -> Space:
-    """Several short rows a program, one row in registers, or pieces of a long one."""
+def most_peers(multiprocessors: int) -> int:
+    """Programs that may share a row, a power of two."""
+    return next_power_of_2(multiprocessors // PEERS_SHARE + 1) // 2 or 1
+
+
+def _shared(width: int, block: int, peers: int) -> dict[str, int]:
+    """Pieces of `block` columns, and programs to share them, for a row of `width` columns; powers of two all."""
+    members = min(peers, width // block)
+    return {"PIECES": width // block // members, "PEERS": members}
+
+
+@remembered
+def rows_forward(n_cols: int, types: str, compute_bytes: int, multiprocessors: int, interpreted: bool) -> Space:
+    """Several short rows a program, one row in registers, or spans of a long one, which its programs exchange."""
     width = next_power_of_2(n_cols)
-    whole = width * compute_bytes <= WHOLE_ROW_FORWARD_BYTES
-    key = f"columns {width}, {dtype}"
+    whole = width * compute_bytes <= FORWARD_PIECE_BYTES
     if interpreted:
         block = width if whole else INTERPRETED_TILE
-        configs = [config(4, BLOCK_M=max(1, INTERPRETED_TILE // block), BLOCK_N=block, WHOLE_ROW=whole)]
+        configs = [config(4, BLOCK_M=max(1, INTERPRETED_TILE // block), BLOCK_N=block, **_shared(width, block, 1))]
     elif whole:
         tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)})
         configs = [
-            config(warps(tile, per_thread), BLOCK_M=tile // width, BLOCK_N=width, WHOLE_ROW=True)
+            config(warps(tile, per_thread), BLOCK_M=tile // width, BLOCK_N=width, **_shared(width, width, 1))
             for per_thread in (16, 8, 32)
             for tile in tiles
             if tile <= THREADS * per_thread
         ]
     else:
         configs = [
-            config(warps(block, 16), BLOCK_M=1, BLOCK_N=block, WHOLE_ROW=False)
-            for block in (8192, 16384, 4096)
-            if block * compute_bytes <= WHOLE_ROW_FORWARD_BYTES // 2
+            config(warps(block, 16), BLOCK_M=1, BLOCK_N=block, **_shared(width, block, peers))
+            for peers in (most_peers(multiprocessors), 1)
+            for block in (64 * 1024 // compute_bytes, 32 * 1024 // compute_bytes)
         ]
-    return _space("rows_forward_kernel", key, configs)
+    return _space("rows_forward_kernel", f"columns {width}, {types}", configs)
 
 
-@functools.cache
-def rows_backward(n_cols: int, dtype: str, compute_bytes: int, interpreted: bool) -> Space:
-    """STAGES > 1 fetches the next rows through shared memory while this one is computed."""
+@remembered
+def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: int, interpreted: bool) -> Space:
+    """STAGES > 1 fetches the next rows through shared memory while these are computed."""
     width = next_power_of_2(n_cols)
-    whole = width * compute_bytes <= WHOLE_ROW_BACKWARD_BYTES
-    key = f"columns {width}, {dtype}"
+    whole = width * compute_bytes <= BACKWARD_SPAN_BYTES
     if interpreted:
-        block = width if whole else INTERPRETED_TILE // 4
-        tile = INTERPRETED_TILE if whole else 4 * block
-        configs = [config(4, BLOCK_M=max(1, tile // block), BLOCK_N=block, WHOLE_ROW=whole, STAGES=1)]
+        configs = [config(4, BLOCK_M=max(1, INTERPRETED_TILE // width), BLOCK_N=width, PEERS=1, STAGES=1)]
     elif whole:
-        tile = max(width, 1024)
+        tiles = sorted({max(width, tile // compute_bytes) for tile in (16 * 1024, 32 * 1024)})
         configs = [
-            config(warps(tile, per_thread), BLOCK_M=tile // width, BLOCK_N=width, WHOLE_ROW=True, STAGES=stages)
-            for per_thread in (8, 16)
-            for stages in (2, 1, 3)
-            if tile <= THREADS * per_thread
+            config(warps(tile, 8), BLOCK_M=tile // width, BLOCK_N=width, PEERS=1, STAGES=stages)
+            for tile in tiles
+            for stages in (2, 3, 1)
         ]
     else:
-        piece = 8192 // compute_bytes
+        narrowest = width // most_peers(multiprocessors)
+        spans = sorted({max(narrowest, span // compute_bytes) for span in (16 * 1024, 32 * 1024)})
         configs = [
-            config(threads // WARP, BLOCK_M=rows, BLOCK_N=columns, WHOLE_ROW=False, STAGES=1)
-            for threads, rows, columns in (
-                (512, 4, piece),
-                (256, 4, piece),
-                (512, 2, 2 * piece),
-                (256, 2, piece),
-                (512, 1, 2 * piece),
-            )
+            config(warps(span, 8), BLOCK_M=rows, BLOCK_N=span, PEERS=width // span, STAGES=1)
+            for rows in range(1, MOST_BLOCK_M + 1)
+            for span in spans
         ]
-    return _space("rows_backward_kernel", key, configs)
+    return _space("rows_backward_kernel", f"columns {width}, {types}", configs)
 
 
-def rows_backward_programs(n_rows: int, n_cols: int, multiprocessors: int) -> int:
-    """Programs that share the rows, and rows of partial sums; apart from the space, which searches with these fixed."""
-    per_sm = min(8, max(1, 8192 // next_power_of_2(n_cols)))
-    return max(1, min(n_rows, multiprocessors * per_sm))
+def rows_backward_teams(n_rows: int, n_peers: int, multiprocessors: int, config: Config | Mapping[str, Any]) -> int:
+    """Teams that share the rows, each of which leaves a row of sums; two programs a multiprocessor where they fit."""
+    per_sm = 2 if config["BLOCK_M"] == 1 and config["BLOCK_N"] <= THREADS * 4 else 1
+    return max(1, min(-(-n_rows // config["BLOCK_M"]), multiprocessors * per_sm // n_peers))
 
 
-@functools.cache
+def rows_backward_most_teams(n_rows: int, multiprocessors: int) -> int:
+    return max(1, min(n_rows, 2 * multiprocessors))
+
+
+@remembered
 def rows_backward_finalise(interpreted: bool) -> Space:
     shapes = ((64, 512),) if interpreted else ((64, 32), (128, 16), (32, 64))
     configs = [config(4, BLOCK_M=rows, BLOCK_N=columns) for rows, columns in shapes]
@@ -163,7 +190,7 @@ def channel_lanes(vector: int, n_channels: int, channels_last: bool) -> int:
     return min(LANES, next_power_of_2(n_channels)) if channels_last else vector
 
 
-@functools.cache
+@remembered
 def channels(kernel: str, lanes: int, vector: int, dtype: str, channels_last: bool, interpreted: bool) -> Space:
     """T, the groups of a tile, for any of the kernels that sweep x."""
     layout = "last" if channels_last else "first"
@@ -177,7 +204,7 @@ def channels(kernel: str, lanes: int, vector: int, dtype: str, channels_last: bo
     return _space(kernel, f"channels {layout}, {lanes} lanes by {vector}, {dtype}", configs)
 
 
-@functools.cache
+@remembered
 def channels_finalise(kernel: str) -> Space:
     return _space(kernel, "", [config(4, BLOCK_K=32, BLOCK_C=32)])
 

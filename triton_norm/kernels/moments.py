@@ -59,3 +59,18 @@ def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
     rest = ((mean_a - mean) + step) + (rest_a + (rest_b - rest_a) * share)
     delta = (mean_b - mean_a) + (rest_b - rest_a)
     return mean, rest, m2_a + m2_b + delta * (delta * (count_a * share))
+
+
+@triton.jit
+def merge_all(counts, means, rests, m2s, total):
+    """(mean, rest, M2), scalars, of all the sets of a vector together; all of a set that isn't there is 0.
+
+    Means are summed as differences from the first set's, so that equal ones merge to themselves exactly.
+    """
+    base = tl.sum(tl.where(tl.arange(0, means.shape[0]) == 0, means, 0.0), 0)
+    present = counts > 0
+    shift = tl.sum(tl.where(present, (means - base) + rests, 0.0) * (counts / total), 0)
+    mean = base + shift
+    rest = (base - mean) + shift
+    delta = tl.where(present, (means - mean) + (rests - rest), 0.0)
+    return mean, rest, tl.sum(m2s + delta * (delta * counts), 0)

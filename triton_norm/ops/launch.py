@@ -1,12 +1,13 @@
-"""The one place that launches: chooses the config, stands on the tensor's device, starts the kernel."""
+"""The one place that launches: chooses the config, stands on the tensors' device, starts the kernel."""
 
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from triton_norm import tuning
 from triton_norm.tuning import Config, Space
@@ -16,6 +17,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 Grid = Callable[[Config | Mapping[str, Any]], int]
 """The number of programs for a config, or for the block sizes by name."""
+
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
 @functools.cache
@@ -37,34 +41,77 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def launch(
-    kernel: Any,
-    space: Space,
-    n_programs: Grid,
-    device: torch.device,
-    *arguments: Any,
-    **constants: Any,
-) -> int:
+def start(kernel: Any, count: int, arguments: Sequence[Any], constants: Mapping[str, Any], config: Config) -> Any:
+    """Through Triton's own launch, which compiles what it has not compiled yet; returns the compiled kernel."""
+    return kernel[(count,)](*arguments, **constants, **config.keywords)
+
+
+@functools.cache
+def _hooks() -> tuple[Any, ...]:
+    from triton import knobs
+
+    return knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+
+
+class Launcher:
+    """One kernel with one set of constants on one device, for tensors and integers of one kind.
+
+    Whoever makes it says by what it makes it that all calls' arguments have the same types, None in the same places,
+    and equal integers but for those that the kernel doesn't specialise on. Then the kernel that was compiled for the
+    first call whose tensors all lie on 16 bytes is started directly by every other one: Triton's own look-up, several
+    times as long as the start itself, would find the same.
+    """
+
+    def __init__(self, kernel: Any, space: Space, device: torch.device, constants: Mapping[str, Any]) -> None:
+        self.space, self.constants = space, constants
+        self._kernel, self._device = kernel, device
+        self._gpu = gpu_name(device)
+        self.config = tuning.chosen(space, self._gpu)
+        self._index = -1 if device.index is None else device.index
+        self._ready: tuple[Any, ...] | None = None
+
+    def __call__(self, n_programs: Grid, tensors: Sequence[Tensor | None], integers: Sequence[int]) -> int:
+        """Starts n_programs(config) programs on the device's current stream; returns their number."""
+        if self._ready is not None and self._index == current_device():
+            run, function, metadata, constants = self._ready
+            addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            if not any(address is not None and address % tuning.VECTOR_BYTES for address in addresses):
+                count = n_programs(self.config)  # type: ignore[arg-type]
+                stream = current_stream(self._index)
+                run(count, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *constants)
+                return count
+        return self._start(n_programs, tensors, integers)
+
+    def _start(self, n_programs: Grid, tensors: Sequence[Tensor | None], integers: Sequence[int]) -> int:
+        arguments = (*tensors, *integers)
+        with on(self._device):
+            if self.config is None:
+                assert self._gpu is not None
+                self.config = search(self._kernel, self.space, n_programs, arguments, self.constants)
+                tuning.choose(self.space, self._gpu, self.config)
+            count = n_programs(self.config)
+            compiled = start(self._kernel, count, arguments, self.constants, self.config)
+        aligned = all(tensor is None or tensor.data_ptr() % tuning.VECTOR_BYTES == 0 for tensor in tensors)
+        hooked = any(getattr(hook, "calls", hook) for hook in _hooks()) if hasattr(compiled, "run") else True
+        if aligned and not hooked and not self._kernel.pre_run_hooks:
+            named = {**self.constants, **self.config.keywords}
+            values = tuple(named[name] for name in self._kernel.arg_names[len(arguments) :])
+            self._ready = compiled.run, compiled.function, compiled.packed_metadata, values
+        return count
+
+
+def launch(kernel: Any, space: Space, n_programs: Grid, device: torch.device, *arguments: Any, **constants: Any) -> int:
     """Starts n_programs(config) programs of a kernel on the device's current stream; returns their number."""
-    with on(device):
-        gpu = gpu_name(device)
-        config = tuning.chosen(space, gpu)
-        if config is None:
-            assert gpu is not None
-            config = search(kernel, space, n_programs, arguments, constants)
-            tuning.choose(space, gpu, config)
-        count = n_programs(config)
-        kernel[(count,)](*arguments, **constants, **config.keywords)
-    return count
+    return Launcher(kernel, space, device, constants)._start(n_programs, (), arguments)
 
 
 def search(
-    kernel: Any, space: Space, n_programs: Grid, arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any, space: Space, n_programs: Grid, arguments: Sequence[Any], constants: Mapping[str, Any]
 ) -> Config:
     """The fastest config for these arguments, by `triton.autotune`, which keeps what it finds on disk.
 
-    Every kernel with more than one config writes its outputs from inputs that it leaves alone: it may run any number
-    of times.
+    Every kernel with more than one config writes its outputs from inputs that it leaves alone, and begins with zeros in
+    its `sync_ptr`, if any: with those made anew it may run any number of times.
     """
     import triton
     from triton.testing import do_bench
@@ -74,7 +121,11 @@ def search(
         triton.Config(dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages)
         for config in space.configs
     ]
-    tuner = triton.autotune(candidates, key=[], do_bench=timed, cache_results=True)(kernel)
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    zeros = [name for name in ("sync_ptr",) if given.get(name) is not None]
+    tuner = triton.autotune(candidates, key=[], do_bench=timed, cache_results=True, reset_to_zero=zeros)(kernel)
     tuner[lambda meta: (n_programs(meta),)](*arguments, **constants)
+    for name in zeros:
+        given[name].zero_()
     best = tuner.best_config
     return tuning.config(best.num_warps, best.num_stages, **best.kwargs)
