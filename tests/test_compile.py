@@ -91,7 +91,7 @@ def test_wrong_calls_are_errors_there_too():
 def operators(device: str) -> dict[str, tuple]:
     """Calls of every operator, by name."""
     x, weight = torch.randn(3, 4, 6, device=device), torch.randn(6, device=device)
-    row_statistics = torch.rand(2, 12, device=device)
+    row_statistics = torch.rand(2 * 12, device=device)
     row_wanted = [True, True, True]
     statistics = torch.rand(2, 4, device=device)
     channel_weight = torch.randn(4, device=device)
@@ -102,20 +102,36 @@ def operators(device: str) -> dict[str, tuple]:
     return {
         "rows_forward, inference": (
             ops.rows_forward,
-            (x, None, weight, None, 6, 1e-5, 0.0, True, torch.bfloat16, None, False),
+            (x, None, weight, None, False, 6, 1e-5, 0.0, True, torch.bfloat16, None),
         ),
-        "rows_forward, training": (ops.rows_forward, (x, None, weight, weight, 6, 1e-5, 0.0, True, None, None, True)),
+        "rows_forward, training": (ops.rows_forward, (x, None, weight, weight, True, 6, 1e-5, 0.0, True, None, None)),
         "rows_forward, residual": (
             ops.rows_forward,
-            (x.half(), x, weight, None, 6, 1e-5, 1.0, False, None, torch.float64, True),
+            (x.half(), x, weight, None, True, 6, 1e-5, 1.0, False, None, torch.float64),
         ),
         "rows_backward": (
             ops.rows_backward,
-            (x, None, x + 1, weight, None, row_statistics, 6, 0.0, True, x.dtype, None, row_wanted),
+            (x, None, x + 1, weight, None, row_statistics, x.dtype, None, row_wanted, 6, 1e-5, 0.0, True, None, None),
         ),
         "rows_backward, residual": (
             ops.rows_backward,
-            (x, x, x + 1, weight, None, row_statistics[:1], 6, 1.0, False, torch.float16, torch.float32, row_wanted),
+            (
+                x,
+                x,
+                x + 1,
+                weight,
+                None,
+                row_statistics,
+                torch.half,
+                x.dtype,
+                row_wanted,
+                6,
+                1e-5,
+                1.0,
+                False,
+                None,
+                None,
+            ),
         ),
         "batch_norm_forward": (ops.batch_norm_forward, (x, channel_weight, None, *moved, 0.1, 1e-5)),
         "batch_norm_forward, channels last": (ops.batch_norm_forward, (last, None, None, *moved, None, 1e-5)),

@@ -56,25 +56,37 @@ def _normalized_shape(function: str, normalized_shape: object) -> tuple[int, ...
         raise TypeError(
             f"{function}(): argument 'normalized_shape' must be tuple of ints, not {type(normalized_shape).__name__}"
         )
+    shape = []
     for length in normalized_shape:
-        if type(length) is not int and (
-            isinstance(length, bool) or not isinstance(length, (torch.SymInt, numbers.Integral))
-        ):
-            raise TypeError(
-                f"{function}(): argument 'normalized_shape' must be tuple of ints, "
-                f"but found element of type {type(length).__name__}"
-            )
-    shape = tuple(length if type(length) in (int, torch.SymInt) else int(length) for length in normalized_shape)
+        if type(length) is not int and type(length) is not torch.SymInt:
+            if isinstance(length, bool) or not isinstance(length, numbers.Integral):
+                raise TypeError(
+                    f"{function}(): argument 'normalized_shape' must be tuple of ints, "
+                    f"but found element of type {type(length).__name__}"
+                )
+            length = int(length)
+        shape.append(length)
     if not shape:
         raise RuntimeError(f"{function}(): expected normalized_shape to have at least one dimension, but got []")
-    return shape
+    return tuple(shape)
+
+
+def _row_parameter(function: str, name: str, parameter: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    _is_tensor(function, name, parameter)
+    if parameter.shape != shape:
+        raise RuntimeError(
+            f"{function}(): expected {name} to be of the same shape as normalized_shape, "
+            f"but got {name} of shape {list(parameter.shape)} and normalized_shape={list(shape)}"
+        )
+    _matches_input(function, name, parameter, x)
 
 
 def rows(
     function: str,
     x: Tensor,
     normalized_shape: Sequence[int],
-    parameters: Sequence[tuple[str, Tensor | None]],
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float | None,
 ) -> tuple[int, ...]:
     """Raises where torch's layer_norm or rms_norm does; returns normalized_shape as a tuple."""
@@ -92,16 +104,10 @@ def rows(
         )
     if x.dtype not in FLOATING and not (x.is_complex() and function == "rms_norm"):
         _is_floating(function, x)
-    for name, parameter in parameters:
-        if parameter is None:
-            continue
-        _is_tensor(function, name, parameter)
-        if parameter.shape != shape:
-            raise RuntimeError(
-                f"{function}(): expected {name} to be of the same shape as normalized_shape, "
-                f"but got {name} of shape {list(parameter.shape)} and normalized_shape={list(shape)}"
-            )
-        _matches_input(function, name, parameter, x)
+    if weight is not None:
+        _row_parameter(function, "weight", weight, shape, x)
+    if bias is not None:
+        _row_parameter(function, "bias", bias, shape, x)
     return shape
 
 

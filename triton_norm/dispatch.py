@@ -14,9 +14,10 @@ from torch.autograd import forward_ad
 from torch.nn import Buffer, Parameter
 
 from triton_norm.checks import FLOATING
-from triton_norm.ops.launch import INTERPRETED
+from triton_norm.ops import launch
 from triton_norm.tuning import MOST_COLUMNS
 
+INTERPRETED = launch.INTERPRETED
 BACKENDS = ("auto", "triton", "torch")
 VARIABLE = "TRITON_NORM_BACKEND"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -79,16 +80,14 @@ class Explanation:
 
 
 def unserved(x: Tensor, *others: Tensor | None, columns: int = 1) -> str | None:
-    """Why the kernels can't serve a call on x, the input, with rows of so many columns, and the other tensors; None
-    where they can."""
+    """Why the kernels can't serve calls on tensors like x, the input with rows of so many columns, and the others.
+
+    None where they can.
+    """
     if not HAS_TRITON:
         return "triton is not installed"
     if not (x.is_cuda or (INTERPRETED and x.is_cpu)):
         return f"the input is on {x.device}" + (", and TRITON_INTERPRET is not set" if x.is_cpu else "")
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
     for tensor in (x, *others):
         if tensor is None:
             continue
@@ -105,15 +104,29 @@ def unserved(x: Tensor, *others: Tensor | None, columns: int = 1) -> str | None:
     return None
 
 
-def use_triton(x: Tensor, *others: Tensor | None, columns: int = 1) -> bool:
-    """Whether a call on x, the input, and the other tensors goes to the kernels."""
+def unserved_now() -> str | None:
+    """Why the kernels can't serve any call at this moment."""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None
+
+
+def goes_to_triton(reason: str | None) -> bool:
+    """Whether a call goes to the kernels that `unserved` gave this reason for."""
     chosen = asked_for()
     if chosen == "torch":
         return False
-    reason = unserved(x, *others, columns=columns)
+    reason = reason or unserved_now()
     if reason is not None and chosen == "triton":
         raise RuntimeError(f"backend 'triton' can't serve this call: {reason}")
     return reason is None
+
+
+def use_triton(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call on x, the input, and the other tensors goes to the kernels."""
+    return goes_to_triton(unserved(x, *others))
 
 
 def explanation(
@@ -123,7 +136,7 @@ def explanation(
     chosen = asked_for()
     if chosen == "torch":
         return Explanation(function, "torch", "backend 'torch' was asked for")
-    reason = unserved(x, *others, columns=columns)
+    reason = unserved(x, *others, columns=columns) or unserved_now()
     if reason is None:
         how = "interpreted on the CPU" if INTERPRETED and x.is_cpu else f"on {x.device}"
         return Explanation(function, "triton", f"the kernels serve it, {how}", copies)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_norm import checks, reference
-from triton_norm.dispatch import Explanation, explanation, use_triton
-from triton_norm.ops import channels, layout, rows
+from triton_norm import checks, dispatch, reference, tuning
+from triton_norm.dispatch import Explanation, explanation, goes_to_triton, unserved, use_triton
+from triton_norm.ops import channels, layout, row_launches, rows
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -28,68 +28,125 @@ def _cast_by_autocast(operator: str) -> bool:
 
 
 def _autocasts(operator: str, x: Tensor) -> bool:
-    return x.is_cuda and torch.is_autocast_enabled("cuda") and _cast_by_autocast(operator)
+    on_cuda = isinstance(x, Tensor) and x.is_cuda
+    return on_cuda and torch.is_autocast_enabled("cuda") and _cast_by_autocast(operator)
 
 
-def _normalize(
+_Arguments = tuple[Any, ...]
+"""Of layer_norm, but for the input: normalized_shape, weight, bias, eps and the keyword ones in order."""
+
+_served: dict[Any, tuple[rows.Options, str | None]] = {}
+"""Calls found right, by the kinds of their arguments: what they ask for, and why the kernels can't serve them."""
+MOST_SERVED = 4096
+tuning.when_forgotten(_served.clear)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape
+
+
+def _check(
     function: str,
     x: Tensor,
-    shape: tuple[int, ...],
+    normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | None,
-    residual: Tensor | None = None,
-    residual_dtype: torch.dtype | None = None,
-    weight_offset: float = 0.0,
-    out_dtype: torch.dtype | None = None,
-) -> Any:
-    """layer_norm or rms_norm of checked arguments."""
-    if out_dtype is None and x.dtype in _HALVES and _autocasts(function, x):
-        out_dtype = torch.float32  # autocast would cast the input; the kernel reads it as it is
-    if use_triton(x, weight, bias, residual, columns=math.prod(shape)):
-        if eps is None:
-            eps = torch.finfo(reference.compute_dtype(x)).eps
-        return rows.normalize(
-            x,
-            residual,
-            weight,
-            bias,
-            math.prod(shape),
-            float(eps),
-            float(weight_offset),
-            function == "layer_norm",
-            out_dtype,
+    residual: Tensor | None,
+    residual_dtype: torch.dtype | None,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[rows.Options, str | None]:
+    """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments."""
+    shape = checks.rows(function, x, normalized_shape, weight, bias, eps)
+    if (residual, residual_dtype, weight_offset, out_dtype) != (None, None, 0.0, None):
+        checks.fused(function, x, weight, residual, residual_dtype, weight_offset, out_dtype)
+    if eps is None:
+        eps = torch.finfo(reference.compute_dtype(x)).eps
+    n_cols, centred = math.prod(shape), function == "layer_norm"
+    options = rows.Options(n_cols, float(eps), float(weight_offset), centred, out_dtype, residual_dtype)
+    return options, unserved(x, weight, bias, residual, columns=n_cols)
+
+
+def _checked(function: str, x: Tensor, arguments: _Arguments) -> tuple[rows.Options, str | None]:
+    """As `_check`; a call like an earlier one is not checked again."""
+    if torch.compiler.is_compiling():
+        return _check(function, x, *arguments)
+    normalized_shape, weight, bias, eps, residual, residual_dtype, weight_offset, out_dtype = arguments
+    try:
+        key = (
+            function,
+            dispatch.INTERPRETED,
+            normalized_shape,
+            type(x),
+            x.dtype,
+            x.device,
+            x.layout,
+            x.shape,
+            None if weight is None else _kind(weight),
+            None if bias is None else _kind(bias),
+            type(eps),
+            eps,
+            None if residual is None else _kind(residual),
             residual_dtype,
-            shape,
+            weight_offset,
+            out_dtype,
         )
+        found = _served.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones, a list for a shape
+        options, reason = _check(function, x, *arguments)
+        return options._replace(launchers={}), reason
+    if found is None:
+        options, reason = _check(function, x, *arguments)
+        found = options._replace(launchers={}), reason
+        if len(_served) >= MOST_SERVED:
+            _served.clear()
+        _served[key] = found
+    return found
+
+
+def _normalize(function: str, x: Tensor, arguments: _Arguments) -> Any:
+    """layer_norm or rms_norm."""
+    autocast = _autocasts(function, x)
+    if autocast and arguments[-1] is None and x.dtype in _HALVES:
+        arguments = (*arguments[:-1], torch.float32)  # autocast would cast the input; the kernel reads it as it is
+    options, reason = _checked(function, x, arguments)
+    normalized_shape, weight, bias, eps, residual, residual_dtype, _, out_dtype = arguments
+    if goes_to_triton(reason):
+        return rows.normalize(x, residual, weight, bias, options)
+    shape = tuple(normalized_shape)
     if residual is None:
-        return _torch_normalize(function, x, shape, weight, bias, eps, float(weight_offset), out_dtype)
+        return _torch_normalize(x, shape, weight, bias, eps, options, autocast)
     total = reference.add(x, residual, residual_dtype or residual.dtype)
-    out_dtype = out_dtype or x.dtype
-    return _torch_normalize(function, total, shape, weight, bias, eps, float(weight_offset), out_dtype), total
+    options = options._replace(out_dtype=out_dtype or x.dtype)
+    return _torch_normalize(total, shape, weight, bias, eps, options, autocast), total
 
 
 def _torch_normalize(
-    function: str,
     x: Tensor,
     shape: tuple[int, ...],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | None,
-    weight_offset: float,
-    out_dtype: torch.dtype | None,
+    options: rows.Options,
+    autocast: bool,
 ) -> Tensor:
     """torch's own function where it computes what is asked for."""
-    plain = weight_offset == 0.0 and out_dtype in (None, x.dtype)
-    if (plain and _uniform(x, weight, bias)) or (_autocasts(function, x) and plain):
-        if function == "layer_norm":
-            return F.layer_norm(x, shape, weight, bias, 1e-5 if eps is None else eps)
+    own_dtype = torch.float32 if autocast and x.dtype in _HALVES else x.dtype
+    plain = options.weight_offset == 0.0 and options.out_dtype in (None, own_dtype)
+    if plain and (autocast or _uniform(x, weight, bias)):
+        if options.centred:
+            return F.layer_norm(x, shape, weight, bias, options.eps)
         return F.rms_norm(x, shape, weight, eps)
-    if eps is None:
-        eps = torch.finfo(reference.compute_dtype(x)).eps
-    centred = function == "layer_norm"
     return reference.normalize(
-        x, shape, weight, bias, eps, centred=centred, weight_offset=weight_offset, out_dtype=out_dtype
+        x,
+        shape,
+        weight,
+        bias,
+        options.eps,
+        centred=options.centred,
+        weight_offset=options.weight_offset,
+        out_dtype=options.out_dtype,
     )
 
 
@@ -133,11 +190,8 @@ def layer_norm(
     Statistics are computed and saved in float32, in float64 for float64 input. A sample's result has the same bits
     whatever other samples are beside it. Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
-    shape = checks.rows("layer_norm", input, normalized_shape, (("weight", weight), ("bias", bias)), eps)
-    if residual is None and residual_dtype is None and weight_offset == 0.0 and out_dtype is None:
-        return _normalize("layer_norm", input, shape, weight, bias, eps)
-    checks.fused("layer_norm", input, weight, residual, residual_dtype, weight_offset, out_dtype)
-    return _normalize("layer_norm", input, shape, weight, bias, eps, residual, residual_dtype, weight_offset, out_dtype)
+    fused = residual, residual_dtype, weight_offset, out_dtype
+    return _normalize("layer_norm", input, (normalized_shape, weight, bias, eps, *fused))
 
 
 def rms_norm(
@@ -179,11 +233,8 @@ def rms_norm(
     sample's result has the same bits whatever other samples are beside it.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
-    shape = checks.rows("rms_norm", input, normalized_shape, (("weight", weight),), eps)
-    if residual is None and residual_dtype is None and weight_offset == 0.0 and out_dtype is None:
-        return _normalize("rms_norm", input, shape, weight, None, eps)
-    checks.fused("rms_norm", input, weight, residual, residual_dtype, weight_offset, out_dtype)
-    return _normalize("rms_norm", input, shape, weight, None, eps, residual, residual_dtype, weight_offset, out_dtype)
+    fused = residual, residual_dtype, weight_offset, out_dtype
+    return _normalize("rms_norm", input, (normalized_shape, weight, None, eps, *fused))
 
 
 def batch_norm(
@@ -270,23 +321,20 @@ def _torch_batch_norm(
     return y
 
 
-def _explain_rows(function: str, input: Tensor, *arguments: Any, **fused: Any) -> Explanation:
+def _explain_rows(function: str, input: Tensor, *arguments: Any, **named_arguments: Any) -> Explanation:
     """Of the arguments of layer_norm or rms_norm, which are checked as there."""
     signature = inspect.signature(layer_norm if function == "layer_norm" else rms_norm)
-    given = signature.bind(input, *arguments, **fused)
+    given = signature.bind(input, *arguments, **named_arguments)
     given.apply_defaults()
     named = given.arguments
     weight, bias, residual = named["weight"], named.get("bias"), named["residual"]
-    parameters = [(name, named[name]) for name in ("weight", "bias") if name in named]
-    shape = checks.rows(function, input, named["normalized_shape"], parameters, named["eps"])
-    extras = [named[name] for name in ("residual_dtype", "weight_offset", "out_dtype")]
-    if residual is not None or extras != [None, 0.0, None]:
-        checks.fused(function, input, weight, residual, *extras)
-    columns = math.prod(shape)
+    fused = tuple(named[name] for name in ("residual_dtype", "weight_offset", "out_dtype"))
+    options, _ = _check(function, input, named["normalized_shape"], weight, bias, named["eps"], residual, *fused)
+    columns = options.n_cols
     copied = [
         f"the {name}: its rows are not contiguous, or not evenly spaced"
         for name, tensor in (("input", input), ("residual", residual))
-        if tensor is not None and tensor.numel() and rows.copies(tensor, columns)
+        if tensor is not None and tensor.numel() and row_launches.copies(tensor, columns)
     ]
     return explanation(function, tuple(copied), input, weight, bias, residual, columns=columns)
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float = 0.0) -> Tensor:

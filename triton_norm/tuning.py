@@ -88,20 +88,25 @@ def warps(elements: int, per_thread: int) -> int:
     return min(THREADS, max(WARP, next_power_of_2(elements) // per_thread)) // WARP
 
 
-_remembered: list[Any] = []
+_forgets: list[Callable[[], object]] = []
+
+
+def when_forgotten(clear: Callable[[], object]) -> None:
+    """`clear` empties what remembers something that follows from the numbers above."""
+    _forgets.append(clear)
 
 
 def remembered(function: Callable[P, T]) -> Callable[P, T]:
-    """functools.cache for what follows from the numbers above: `forget` empties it."""
+    """functools.cache for what follows from the numbers above."""
     cached = functools.cache(function)
-    _remembered.append(cached)
+    when_forgotten(cached.cache_clear)
     return cast("Callable[P, T]", cached)
 
 
 def forget() -> None:
     """Makes everything anew that follows from the numbers above: they have been changed."""
-    for cached in _remembered:
-        cached.cache_clear()
+    for clear in _forgets:
+        clear()
 
 
 def _space(kernel: str, key: str, configs: list[Config]) -> Space:
@@ -169,10 +174,17 @@ def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: 
     return _space("rows_backward_kernel", f"columns {width}, {types}", configs)
 
 
-def rows_backward_teams(n_rows: int, n_peers: int, multiprocessors: int, config: Config | Mapping[str, Any]) -> int:
+def rows_backward_teams(config: Mapping[str, Any], n_rows: int, n_cols: int, multiprocessors: int) -> int:
     """Teams that share the rows, each of which leaves a row of sums; two programs a multiprocessor where they fit."""
     per_sm = 2 if config["BLOCK_M"] == 1 and config["BLOCK_N"] <= THREADS * 4 else 1
-    return max(1, min(-(-n_rows // config["BLOCK_M"]), multiprocessors * per_sm // n_peers))
+    n_peers: int = -(-n_cols // config["BLOCK_N"])
+    n_groups: int = -(-n_rows // config["BLOCK_M"])
+    return max(1, min(n_groups, multiprocessors * per_sm // n_peers))
+
+
+def rows_backward_programs(config: Mapping[str, Any], n_rows: int, n_cols: int, multiprocessors: int) -> int:
+    n_peers: int = -(-n_cols // config["BLOCK_N"])
+    return rows_backward_teams(config, n_rows, n_cols, multiprocessors) * n_peers
 
 
 def rows_backward_most_teams(n_rows: int, multiprocessors: int) -> int:

@@ -135,8 +135,8 @@ def rows_forward_kernel(
     PIECES: tl.constexpr,
     PEERS: tl.constexpr,
 ):
-    """x [n_rows, n_cols] with rows x_row_vecs · V apart → y [n_rows, n_cols] contiguous; statistics [2, n_rows] are the
-    rows' mean and rstd, or [1, n_rows] rstd alone unless CENTRED.
+    """x [n_rows, n_cols] with rows x_row_vecs · V apart → y [n_rows, n_cols] contiguous; statistics are the rows'
+    means [n_rows], if CENTRED, and then their rstds [n_rows].
 
     With a residual, likewise strided, what is normalized is total = x + residual, contiguous and rounded to its own
     type. A span of a row is PIECES pieces of BLOCK_N columns, the last of which stays in registers: the others are

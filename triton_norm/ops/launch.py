@@ -17,6 +17,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 Grid = Callable[[Config | Mapping[str, Any]], int]
 """The number of programs for a config, or for the block sizes by name."""
+Programs = Callable[[Mapping[str, Any], int], int]
+"""The number of programs for a config's keywords and so many rows."""
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
@@ -46,67 +48,102 @@ def start(kernel: Any, count: int, arguments: Sequence[Any], constants: Mapping[
     return kernel[(count,)](*arguments, **constants, **config.keywords)
 
 
-@functools.cache
-def _hooks() -> tuple[Any, ...]:
-    from triton import knobs
-
-    return knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-
-
 class Launcher:
     """One kernel with one set of constants on one device, for tensors and integers of one kind.
 
-    Whoever makes it says by what it makes it that all calls' arguments have the same types, None in the same places,
-    and equal integers but for those that the kernel doesn't specialise on. Then the kernel that was compiled for the
-    first call whose tensors all lie on 16 bytes is started directly by every other one: Triton's own look-up, several
-    times as long as the start itself, would find the same.
+    Whoever makes it says by what it makes it that all calls' tensors have the same types, with None in the same places,
+    and that the integers behind `n_rows`, on which no kernel specialises, are always `integers`. Then the kernel that
+    was compiled for the first call whose tensors all lie on 16 bytes is started directly by every other one: Triton's
+    own look-up, several times as long as the start itself, would find the same.
     """
 
-    def __init__(self, kernel: Any, space: Space, device: torch.device, constants: Mapping[str, Any]) -> None:
-        self.space, self.constants = space, constants
-        self._kernel, self._device = kernel, device
+    def __init__(
+        self,
+        kernel: Any,
+        space: Space,
+        device: torch.device,
+        n_programs: Programs,
+        integers: Sequence[int],
+        **constants: Any,
+    ) -> None:
+        self.space, self.span, self.integers = space, space.span, tuple(integers)
+        self._kernel, self._device, self._n_programs, self._constants = kernel, device, n_programs, constants
         self._gpu = gpu_name(device)
-        self.config = tuning.chosen(space, self._gpu)
         self._index = -1 if device.index is None else device.index
+        self._config = tuning.chosen(space, self._gpu)
         self._ready: tuple[Any, ...] | None = None
 
-    def __call__(self, n_programs: Grid, tensors: Sequence[Tensor | None], integers: Sequence[int]) -> int:
-        """Starts n_programs(config) programs on the device's current stream; returns their number."""
+    def __call__(self, n_rows: int, *tensors: Tensor | None) -> None:
+        """Starts the programs for so many rows on the device's current stream."""
         if self._ready is not None and self._index == current_device():
-            run, function, metadata, constants = self._ready
-            addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-            if not any(address is not None and address % tuning.VECTOR_BYTES for address in addresses):
-                count = n_programs(self.config)  # type: ignore[arg-type]
+            run, function, metadata, hooks, keywords, behind = self._ready
+            addresses: list[int | None] = []
+            bits = 0
+            for tensor in tensors:
+                if tensor is None:
+                    addresses.append(None)
+                else:
+                    address = tensor.data_ptr()
+                    bits |= address
+                    addresses.append(address)
+            if not (bits % tuning.VECTOR_BYTES or hooks[0] or hooks[1]):
+                count = self._n_programs(keywords, n_rows)
                 stream = current_stream(self._index)
-                run(count, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *constants)
-                return count
-        return self._start(n_programs, tensors, integers)
+                run(count, 1, 1, stream, function, metadata, None, None, None, *addresses, n_rows, *behind)
+                return
+        self._start(n_rows, tensors)
 
-    def _start(self, n_programs: Grid, tensors: Sequence[Tensor | None], integers: Sequence[int]) -> int:
-        arguments = (*tensors, *integers)
+    @property
+    def config(self) -> Config:
+        """What the last call was launched with."""
+        assert self._config is not None
+        return self._config
+
+    def _start(self, n_rows: int, tensors: Sequence[Tensor | None]) -> None:
+        arguments = (*tensors, n_rows, *self.integers)
         with on(self._device):
-            if self.config is None:
+            if self._config is None:
                 assert self._gpu is not None
-                self.config = search(self._kernel, self.space, n_programs, arguments, self.constants)
-                tuning.choose(self.space, self._gpu, self.config)
-            count = n_programs(self.config)
-            compiled = start(self._kernel, count, arguments, self.constants, self.config)
+                count_of = self._n_programs
+                self._config = search(
+                    self._kernel, self.space, lambda config: count_of(config, n_rows), arguments, self._constants
+                )
+                tuning.choose(self.space, self._gpu, self._config)
+            count = self._n_programs(self._config.keywords, n_rows)
+            compiled = start(self._kernel, count, arguments, self._constants, self._config)
         aligned = all(tensor is None or tensor.data_ptr() % tuning.VECTOR_BYTES == 0 for tensor in tensors)
-        hooked = any(getattr(hook, "calls", hook) for hook in _hooks()) if hasattr(compiled, "run") else True
-        if aligned and not hooked and not self._kernel.pre_run_hooks:
-            named = {**self.constants, **self.config.keywords}
-            values = tuple(named[name] for name in self._kernel.arg_names[len(arguments) :])
-            self._ready = compiled.run, compiled.function, compiled.packed_metadata, values
-        return count
+        if aligned and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
+            named = {**self._constants, **self._config.keywords}
+            constants = (named[name] for name in self._kernel.arg_names[len(arguments) :])
+            behind = (*self.integers, *constants)
+            function, metadata = compiled.function, compiled.packed_metadata
+            self._ready = compiled.run, function, metadata, _hooks(), self._config.keywords, behind
+
+
+@functools.cache
+def _hooks() -> tuple[Sequence[Any], Sequence[Any]]:
+    """Whom Triton's launches tell of themselves, such as a profiler; the lists are theirs, and change."""
+    from triton import knobs
+
+    return knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
 
 
 def launch(kernel: Any, space: Space, n_programs: Grid, device: torch.device, *arguments: Any, **constants: Any) -> int:
     """Starts n_programs(config) programs of a kernel on the device's current stream; returns their number."""
-    return Launcher(kernel, space, device, constants)._start(n_programs, (), arguments)
+    with on(device):
+        gpu = gpu_name(device)
+        config = tuning.chosen(space, gpu)
+        if config is None:
+            assert gpu is not None
+            config = search(kernel, space, n_programs, arguments, constants)
+            tuning.choose(space, gpu, config)
+        count = n_programs(config)
+        start(kernel, count, arguments, constants, config)
+    return count
 
 
 def search(
-    kernel: Any, space: Space, n_programs: Grid, arguments: Sequence[Any], constants: Mapping[str, Any]
+    kernel: Any, space: Space, n_programs: Callable[[Any], int], arguments: Sequence[Any], constants: Mapping[str, Any]
 ) -> Config:
     """The fastest config for these arguments, by `triton.autotune`, which keeps what it finds on disk.
 

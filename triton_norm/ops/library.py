@@ -22,27 +22,28 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
     return getattr(torch.ops.triton_norm, name).default
 
 
-def pure_operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines an operator that changes none of its arguments; returns a function that calls it, or its implementation
-    itself where nothing traces or intercepts the call and the operator would only cost time.
+def is_intercepted() -> bool:
+    """Whether something traces or intercepts operators; otherwise one costs time and does what its function does."""
+    return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
 
-    Both give a tuple with None for what a call has no use for. The operator's own results can't be None, and are
-    tensors of no elements then.
+
+def pure_operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines an operator that changes none of its arguments, from functions that give a tuple of tensors, with None
+    for what a call has no use for; returns a function that calls it and gives the same.
+
+    The operator's own results can't be None, and are tensors of no elements then.
     """
 
     def filled(function: Callable[..., Any]) -> Callable[..., Any]:
         def fill(*arguments: Any) -> tuple[Tensor, ...]:
-            given = next(argument for argument in arguments if isinstance(argument, Tensor))
-            return tuple(nothing(given) if found is None else found for found in function(*arguments))
+            return tuple(nothing(arguments[0]) if found is None else found for found in function(*arguments))
 
         return fill
 
-    traced = operator(schema, filled(implementation), filled(fake))
+    defined = operator(schema, filled(implementation), filled(fake))
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
-            return tuple(found if found.numel() else None for found in traced(*arguments))
-        return implementation(*arguments)
+        return tuple(found if found.numel() else None for found in defined(*arguments))
 
     return call
 

@@ -1,0 +1,291 @@
+"""LayerNorm and RMSNorm: the launches of a call, its outputs, and what its programs share."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import tuning
+from triton_norm.ops.launch import INTERPRETED, Launcher, multiprocessors
+from triton_norm.ops.library import contiguous, name_of, triton_dtype
+from triton_norm.reference import compute_dtype
+
+
+class Options(NamedTuple):
+    """What a call asks for besides its tensors. `centred` is LayerNorm, otherwise RMSNorm; out_dtype None is x's,
+    total_dtype None the residual's. `launchers` are those made for calls whose tensors are of the kinds of this one's.
+    """
+
+    n_cols: int
+    eps: float
+    weight_offset: float
+    centred: bool
+    out_dtype: torch.dtype | None
+    total_dtype: torch.dtype | None
+    launchers: dict[Any, Launcher] | None = None
+
+
+@functools.cache
+def _kernels() -> Any:
+    from triton_norm.kernels import rows
+
+    return rows
+
+
+@functools.cache
+def _backward_kernels() -> Any:
+    from triton_norm.kernels import rows_backward
+
+    return rows_backward
+
+
+class Rows(NamedTuple):
+    """A tensor as rows, with neighbours' distances in elements; `column` is 0 where a row is one element expanded."""
+
+    tensor: Tensor | None
+    stride: int
+    column: int
+
+
+def as_rows(x: Tensor, n_cols: int, broadcast: bool = False) -> tuple[Tensor, int, int]:
+    """x as `Rows`, in its own memory where its columns are adjacent or, with `broadcast`, one element expanded.
+
+    A single row's stride is that of rows without gaps: its own means nothing, and another would compile anew.
+    """
+    if x.is_contiguous():
+        return x, n_cols, 1
+    rows = x.reshape(-1, n_cols)
+    column = 1 if n_cols == 1 else rows.stride(1)
+    if column != 1 and not (broadcast and column == 0):
+        rows, column = rows.contiguous(), 1
+    return rows, rows.stride(0) if rows.shape[0] > 1 else n_cols, column
+
+
+def copies(x: Tensor, n_cols: int) -> bool:
+    """Whether `as_rows` has to copy."""
+    try:
+        return n_cols > 1 and x.view(-1, n_cols).stride(1) != 1
+    except RuntimeError:
+        return True
+
+
+def _misaligned(*tensors: Tensor | None) -> int:
+    """The addresses' bits below 16, or'ed."""
+    bits = 0
+    for tensor in tensors:
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    return bits % tuning.VECTOR_BYTES
+
+
+def _vector(misaligned: int, extents: int, tensors: Sequence[Tensor | None]) -> int:
+    """Columns an access can move: 16 bytes' worth of the narrowest type, or what bases and extents, or'ed, allow."""
+    itemsizes = [tensor.itemsize for tensor in tensors if tensor is not None]
+    vector = tuning.vector_width(min(itemsizes), extents)
+    return min(vector, max(1, (misaligned & -misaligned) // max(itemsizes))) if misaligned else vector
+
+
+def _names(*tensors: Tensor | None) -> str:
+    return ", ".join(name_of(tensor.dtype) for tensor in tensors if tensor is not None)
+
+
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _forward_launcher(
+    options: Options,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    total: Tensor | None,
+    strides: tuple[int, int],
+    misaligned: int,
+) -> Launcher:
+    """strides: of x's rows and the residual's."""
+    n_cols = options.n_cols
+    x_stride, residual_stride = strides
+    vector = _vector(misaligned, n_cols | x_stride | residual_stride, (x, residual, y, total))
+    compute, device = compute_dtype(x, total), x.device
+    types = _names(x, residual)
+    space = tuning.rows_forward(n_cols, types, compute.itemsize, multiprocessors(device), INTERPRETED)
+
+    def n_programs(config: Mapping[str, Any], n_rows: int) -> int:
+        groups: int = -(-n_rows // config["BLOCK_M"])
+        return groups if config["PEERS"] == 1 else groups * -(-n_cols // (config["BLOCK_N"] * config["PIECES"]))
+
+    return Launcher(
+        _kernels().rows_forward_kernel,
+        space,
+        device,
+        n_programs,
+        (n_cols // vector, x_stride // vector, residual_stride // vector),
+        EPS=options.eps,
+        WEIGHT_OFFSET=options.weight_offset,
+        CENTRED=options.centred,
+        V=vector,
+        COMPUTE=triton_dtype(compute),
+    )
+
+
+def _meeting(
+    launcher: Launcher, n_cols: int, n_teams: int, slots: tuple[int, ...], compute: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where a row's peers leave what they tell each other, and the zeros that they begin with."""
+    partials = torch.empty(n_teams, *slots, -(-n_cols // launcher.span), dtype=compute, device=device)
+    return partials, torch.zeros(1 + n_teams, dtype=torch.int32, device=device)
+
+
+def outputs(x: Tensor, residual: Tensor | None, options: Options, saves: bool) -> Outputs:
+    """y, total where there is a residual, and statistics where they are to be saved; without contents."""
+    y = torch.empty_like(x, dtype=options.out_dtype, memory_format=torch.contiguous_format)
+    total = statistics = None
+    if residual is not None:
+        total = torch.empty_like(residual, dtype=options.total_dtype, memory_format=torch.contiguous_format)
+    if saves:
+        n_rows = x.numel() // options.n_cols
+        statistics = x.new_empty(2 * n_rows if options.centred else n_rows, dtype=compute_dtype(x, total))
+    return y, total, statistics
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options, saves: bool
+) -> Outputs:
+    """What `outputs` says, with its contents."""
+    y, total, statistics = outputs(x, residual, options, saves)
+    n_cols = options.n_cols
+    n_rows = x.numel() // n_cols
+    x_rows, x_stride, _ = as_rows(x, n_cols)
+    bases, residual_rows, residual_stride = x_rows.data_ptr(), None, 0
+    if residual is not None:
+        residual_rows, residual_stride, _ = as_rows(residual, n_cols)
+        bases |= residual_rows.data_ptr()
+    misaligned = bases % tuning.VECTOR_BYTES
+    launchers: dict[Any, Launcher] = {} if options.launchers is None else options.launchers
+    key = saves, x_stride, residual_stride, misaligned
+    launcher = launchers.get(key)
+    if launcher is None:
+        strides = x_stride, residual_stride
+        launcher = launchers[key] = _forward_launcher(options, x, residual, y, total, strides, misaligned)
+    partials = sync = None
+    if n_cols > launcher.span:
+        partials, sync = _meeting(launcher, n_cols, n_rows, (3,), compute_dtype(x, total), x.device)
+    launcher(n_rows, x_rows, residual_rows, y, total, contiguous(weight), contiguous(bias), statistics, partials, sync)
+    return y, total, statistics
+
+
+def _backward_launcher(
+    options: Options,
+    dy: Rows,
+    dtotal: Rows,
+    x: Rows,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    compute: torch.dtype,
+    device: torch.device,
+    misaligned: int,
+) -> Launcher:
+    n_cols, n_sms = options.n_cols, multiprocessors(device)
+    read = [rows for rows in (dy, dtotal, x) if rows.tensor is not None and rows.column]
+    extents = functools.reduce(int.__or__, (rows.stride for rows in read), n_cols)
+    vector = _vector(misaligned, extents, [*(rows.tensor for rows in read), dx, dresidual])
+    types = _names(dy.tensor, dtotal.tensor, x.tensor)
+    strides = (rows.stride // (vector if rows.column else 1) for rows in (dy, dtotal, x))
+    return Launcher(
+        _backward_kernels().rows_backward_kernel,
+        tuning.rows_backward(n_cols, types, compute.itemsize, n_sms, INTERPRETED),
+        device,
+        functools.partial(tuning.rows_backward_programs, n_cols=n_cols, multiprocessors=n_sms),
+        (n_cols // vector, *strides),
+        DY_COLUMN_STRIDE=dy.column,
+        DTOTAL_COLUMN_STRIDE=dtotal.column,
+        WEIGHT_OFFSET=options.weight_offset,
+        CENTRED=options.centred,
+        V=vector,
+        COMPUTE=triton_dtype(compute),
+    )
+
+
+@tuning.remembered
+def _finalise_launcher(
+    device: torch.device, dweight: torch.dtype | None, dbias: torch.dtype | None, n_cols: int, compute: torch.dtype
+) -> Launcher:
+    """Its "rows" are those of the sums."""
+    vector = tuning.vector_width(compute.itemsize, n_cols)
+    return Launcher(
+        _backward_kernels().rows_backward_finalise_kernel,
+        tuning.rows_backward_finalise(INTERPRETED),
+        device,
+        lambda config, n_sums: -(-n_cols // config["BLOCK_N"]),
+        (n_cols // vector,),
+        V=vector,
+        COMPUTE=triton_dtype(compute),
+    )
+
+
+def gradients(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dx_dtype: torch.dtype,
+    dresidual_dtype: torch.dtype | None,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """dx, dresidual where its type is given, dweight and dbias as `wanted` of x, weight and bias; without contents."""
+
+    def like(tensor: Tensor | None, asked: bool, dtype: torch.dtype | None = None) -> Tensor | None:
+        if tensor is None or not asked:
+            return None
+        return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+    dx, dresidual = like(x, wanted[0], dx_dtype), like(x, dresidual_dtype is not None, dresidual_dtype)
+    return dx, dresidual, like(weight, wanted[1]), like(bias, wanted[2])
+
+
+def backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    options: Options,
+    dx_dtype: torch.dtype,
+    dresidual_dtype: torch.dtype | None,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """What `gradients` says, with its contents; x is what was normalized."""
+    dx, dresidual, dweight, dbias = gradients(x, weight, bias, dx_dtype, dresidual_dtype, wanted)
+    n_cols, compute, device = options.n_cols, statistics.dtype, x.device
+    n_rows = x.numel() // n_cols
+    x_rows, dy_rows = Rows(*as_rows(x, n_cols)), Rows(*as_rows(dy, n_cols, broadcast=True))
+    dtotal_rows = Rows(None, 0, 1) if dtotal is None else Rows(*as_rows(dtotal, n_cols, broadcast=True))
+    spread = (rows.tensor if rows.column else None for rows in (dy_rows, dtotal_rows))
+    misaligned = _misaligned(*spread, x_rows.tensor, dx, dresidual)
+    launchers: dict[Any, Launcher] = {} if options.launchers is None else options.launchers
+    layouts = (*dy_rows[1:], *dtotal_rows[1:], x_rows.stride, misaligned)
+    types = dy.dtype, None if dtotal is None else dtotal.dtype, dx_dtype, dresidual_dtype, tuple(wanted)
+    key = (*layouts, *types)
+    launcher = launchers.get(key)
+    if launcher is None:
+        launcher = launchers[key] = _backward_launcher(
+            options, dy_rows, dtotal_rows, x_rows, dx, dresidual, compute, device, misaligned
+        )
+    n_sms = multiprocessors(device)
+    most_teams = tuning.rows_backward_most_teams(n_rows, n_sms)
+    partials = sync = None
+    if dx is not None and n_cols > launcher.span:
+        partials, sync = _meeting(launcher, n_cols, most_teams, (2, 2, tuning.MOST_BLOCK_M), compute, device)
+    dweight_sums, dbias_sums = (
+        None if grad is None else statistics.new_empty((most_teams, n_cols)) for grad in (dweight, dbias)
+    )
+    inputs = dy_rows.tensor, dtotal_rows.tensor, x_rows.tensor, contiguous(weight), statistics
+    launcher(n_rows, *inputs, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
+    if dweight is not None or dbias is not None:
+        n_sums = tuning.rows_backward_teams(launcher.config.keywords, n_rows, n_cols, n_sms)
+        dtypes = None if dweight is None else dweight.dtype, None if dbias is None else dbias.dtype
+        finalise = _finalise_launcher(device, *dtypes, n_cols, compute)
+        finalise(n_sums, dweight_sums, dbias_sums, dweight, dbias)
+    return dx, dresidual, dweight, dbias
