@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 import triton_norm
-from triton_norm import dispatch
+from triton_norm import dispatch, functional
 
 
 @pytest.fixture
@@ -148,13 +149,14 @@ def test_a_vector_of_no_elements_has_no_channels(device):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own decompositions
-def test_transforms_and_forward_mode(device):
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_transforms_and_forward_mode(name, device):
     x, tangent = torch.randn(2, 3, 8, dtype=torch.float64, device=device)
 
     def loss(norm):
         return lambda t: norm(t, (8,)).pow(3).sum()
 
-    ours, theirs = loss(triton_norm.layer_norm), loss(F.layer_norm)
+    ours, theirs = loss(getattr(triton_norm, name)), loss(getattr(F, name))
     torch.testing.assert_close(torch.func.grad(ours)(x), torch.func.grad(theirs)(x))
     torch.testing.assert_close(torch.func.hessian(ours)(x[0]), torch.func.hessian(theirs)(x[0]))
     torch.testing.assert_close(torch.func.vmap(ours)(x), torch.func.vmap(theirs)(x))
@@ -208,13 +210,50 @@ def test_torchs_path_takes_the_same_mixtures_of_types(dtype, parameters, trainin
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_as_torch(dtype, device):
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_autocast_as_torch(name, backend, dtype, device):
     x, weight = torch.randn(4, 8, device=device, dtype=dtype), torch.randn(8, device=device)
-    with torch.autocast(device, torch.bfloat16):
-        ours = triton_norm.layer_norm(x, (8,), weight)
-        expected = F.layer_norm(x, (8,), weight.to(dtype) if device == "cpu" else weight).dtype
-        assert ours.dtype == expected
+    ours, theirs = getattr(triton_norm, name), getattr(F, name)
+    with torch.autocast(device, torch.bfloat16), triton_norm.backend(backend):
+        expected = theirs(x, (8,), weight.to(dtype) if device == "cpu" else weight)
+        y = ours(x, (8,), weight)
+        z, total = ours(x, (8,), weight, residual=x)
+        assert (y.dtype, z.dtype, total.dtype) == (expected.dtype, expected.dtype, dtype)
         assert triton_norm.batch_norm(x, None, None, weight, training=True).dtype == x.dtype
+
+
+def test_complex_input_goes_to_torch(device):
+    x = torch.randn(3, 8, dtype=torch.complex64, device=device)
+    torch.testing.assert_close(triton_norm.rms_norm(x, (8,)), F.rms_norm(x, (8,)))
+    with pytest.raises(NotImplementedError, match=r"input of torch\.complex64"):
+        triton_norm.rms_norm(x, (8,), out_dtype=torch.float32)
+
+
+def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch, device):
+    x, weight = torch.randn(5, 24, device=device), torch.ones(24, device=device)
+    triton_norm.layer_norm(x, (24,), weight)
+    monkeypatch.setattr(functional.checks, "rows", lambda *_: pytest.fail("checked again"))
+    triton_norm.layer_norm(x + 1, (24,), weight + 1)
+    monkeypatch.undo()
+    for wrong in ((x, (24,), weight[:23]), (x[:, 1:], (24,), weight), (x, (24,), weight.long()), (x, [23], weight)):
+        with pytest.raises(RuntimeError):
+            triton_norm.layer_norm(*wrong)
+
+
+def test_what_is_remembered_of_calls_is_bounded(monkeypatch, device):
+    monkeypatch.setattr(functional, "MOST_SERVED", 4)
+    for n_rows in range(1, 12):
+        triton_norm.layer_norm(torch.randn(n_rows, 8, device=device), (8,))
+    assert len(functional._served) <= 4
+
+
+def test_fake_tensors_outside_their_mode_stay_fake(device):
+    with FakeTensorMode():
+        x = torch.randn(3, 8, device=device)
+    y = triton_norm.rms_norm(x, (8,))
+    assert isinstance(y, FakeTensor)
+    assert y.shape == x.shape
 
 
 def test_explain_takes_modules_and_refuses_the_rest(device):

@@ -32,6 +32,29 @@ LAYER_NORM = [
 ]
 
 
+RMS_NORM = [
+    (lambda f: f(X, (5,)), r"normalized_shape=\[5\].*\[\*, 5\].*\[2, 3, 4\]"),
+    (lambda f: f(torch.tensor(1.0), (1,)), r"at least one dimension.*size \[\]"),
+    (lambda f: f(X, ()), "normalized_shape to have at least one dimension"),
+    (lambda f: f(X, 4), "'normalized_shape' must be tuple of ints, not int"),
+    (lambda f: f(X, (4,), torch.ones(3)), r"weight.*\[3\].*normalized_shape=\[4\]"),
+    (lambda f: f([1.0], (1,)), "'input' must be Tensor, not list"),
+    (lambda f: f(X, (4,), [1.0] * 4), "'weight' must be Tensor, not list"),
+    (lambda f: f(X, (4,), eps="small"), "'eps' must be float, not str"),
+    (lambda f: f(X.long(), (4,)), "input of torch.int64"),
+    (lambda f: f(X, (4,), torch.ones(4, device="meta")), "input is on cpu and weight is on meta"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), RMS_NORM)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_rms_norm(call, words, backend):
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as theirs:
+        call(F.rms_norm)
+    with triton_norm.backend(backend), pytest.raises(theirs.type, match=words):
+        call(triton_norm.rms_norm)
+
+
 @pytest.mark.parametrize(("call", "words"), LAYER_NORM)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_layer_norm(call, words, backend):

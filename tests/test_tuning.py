@@ -1,5 +1,6 @@
 """Launch choices: every config is right, the search is triton.autotune's, and what it finds is kept."""
 
+import contextlib
 import json
 import warnings
 
@@ -8,12 +9,17 @@ import torch
 from torch.nn import functional as F
 
 import triton_norm
-from oracle import batch_norm_oracle, check, layer_norm_oracle, run
+from oracle import batch_norm_oracle, check, run
+from row_norms import LAYER_NORM
 from triton_norm import tuning
 from triton_norm.ops import launch
 
 triton = pytest.importorskip("triton")
 
+if launch.INTERPRETED:
+    from perf.interleave import interleaved
+
+SMS = 132
 ELEMENTS = [1, 3, 8, 64, 1000, 4096, 32768, 65536, 2**20]
 
 
@@ -21,8 +27,8 @@ def spaces():
     for n_cols in ELEMENTS:
         for dtype, compute_bytes in (("bfloat16", 4), ("float32", 4), ("float64", 8)):
             for interpreted in (False, True):
-                yield tuning.rows_forward(n_cols, dtype, compute_bytes, interpreted)
-                yield tuning.rows_backward(n_cols, dtype, compute_bytes, interpreted)
+                yield tuning.rows_forward(n_cols, dtype, compute_bytes, SMS, interpreted)
+                yield tuning.rows_backward(n_cols, dtype, compute_bytes, SMS, interpreted)
     for vector in (1, 2, 4, 8):
         for last in (False, True):
             for interpreted in (False, True):
@@ -40,14 +46,14 @@ def test_spaces_are_small_and_of_powers_of_two():
                 assert name in ("WHOLE_ROW", "STAGES") or (value >= 1 and value & (value - 1) == 0), (space, config)
 
 
-def test_whole_rows_cover_their_columns():
+def test_a_rows_programs_cover_its_columns():
     for n_cols in ELEMENTS:
         for space in (
-            tuning.rows_forward(n_cols, "float32", 4, False),
-            tuning.rows_backward(n_cols, "float32", 4, False),
+            tuning.rows_forward(n_cols, "float32", 4, SMS, False),
+            tuning.rows_backward(n_cols, "float32", 4, SMS, False),
         ):
             for config in space.configs:
-                assert not config["WHOLE_ROW"] or config["BLOCK_N"] >= n_cols
+                assert config["BLOCK_N"] * config.keywords.get("PIECES", 1) * config["PEERS"] >= n_cols
 
 
 @pytest.mark.parametrize(
@@ -68,9 +74,9 @@ def test_vector_width(itemsize, extents, width):
 
 GPU_CONFIGS = [
     (kernel, n_cols, config)
-    for n_cols in (24, 300)
+    for n_cols in (24, 300, 40000)
     for kernel, space in (("forward", tuning.rows_forward), ("backward", tuning.rows_backward))
-    for config in space(n_cols, "float32", 4, False).configs
+    for config in space(n_cols, "float32", 4, SMS, False).configs
 ]
 
 
@@ -79,11 +85,16 @@ def test_every_config_for_rows_is_right(kernel, n_cols, config, monkeypatch, dev
     """The configs of a GPU, run wherever the tests run."""
     space = tuning.rows_forward if kernel == "forward" else tuning.rows_backward
     forced = tuning.Space(f"rows_{kernel}_kernel", "", (config,))
+    tuning.forget()
     monkeypatch.setattr(tuning, space.__name__, lambda *arguments: forced)
-    x, dy = torch.randn(2, 5, n_cols, device=device)
-    weight, bias = torch.randn(2, n_cols, device=device)
-    actual = run(lambda x, w, b: triton_norm.layer_norm(x, (n_cols,), w, b), x, weight, bias, dy)
-    check(actual, x, weight, bias, dy, (1,), layer_norm_oracle((n_cols,), 2))
+    monkeypatch.setattr(tuning, "INTERPRETED_SMS", 6)
+    launch.multiprocessors.cache_clear()
+    x, weight, bias, dy = LAYER_NORM.drawn((5, n_cols), 1, torch.float32, device)
+    with interleaved() if launch.INTERPRETED else contextlib.nullcontext():
+        LAYER_NORM.against_oracle(x, weight, bias, dy)
+    monkeypatch.undo()
+    launch.multiprocessors.cache_clear()
+    tuning.forget()
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -121,8 +132,10 @@ def unknown_gpu(monkeypatch, tmp_path):
         made = getattr(tuning, space)
         monkeypatch.setattr(tuning, space, lambda *a, made=made: made(*a[:-1], False))
     tuning.measured.cache_clear()
+    tuning.forget()
     yield timed
     tuning.measured.cache_clear()
+    tuning.forget()
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the search times for real")
@@ -134,8 +147,28 @@ def test_a_search_runs_once_for_any_number_of_rows(unknown_gpu, device):
             searched = len(unknown_gpu)
             assert searched > 2
     assert len(unknown_gpu) == searched
-    space = tuning.rows_forward(40, "float32", 4, False)
+    space = tuning.rows_forward(40, "float32", 4, 1, False)
     assert tuning.chosen(space, "NVIDIA Unheard-Of 9") == space.configs[-1]
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the search times for real")
+def test_a_search_leaves_peers_their_zeros(unknown_gpu, monkeypatch, device):
+    """Each config is run with tickets and arrivals from zero, and the call itself once more."""
+    monkeypatch.setattr(tuning, "INTERPRETED_SMS", 12)
+    monkeypatch.setattr(tuning, "FORWARD_PIECE_BYTES", 1024)
+    monkeypatch.setattr(tuning, "BACKWARD_SPAN_BYTES", 1024)
+    launch.multiprocessors.cache_clear()
+    for numbers in (
+        tuning.rows_forward(900, "float32", 4, 12, False),
+        tuning.rows_backward(900, "float32", 4, 12, False),
+    ):
+        assert any(config["PEERS"] > 1 for config in numbers.configs)
+    inputs = LAYER_NORM.drawn((3, 900), 1, torch.float32, device)
+    with interleaved():
+        LAYER_NORM.against_oracle(*inputs)
+    assert len(unknown_gpu) > 2
+    monkeypatch.undo()
+    launch.multiprocessors.cache_clear()
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the search times for real")
@@ -159,7 +192,7 @@ def stored(gpu: str, text: str) -> None:
 @pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU its own file is used")
 def test_a_shipped_choice_is_used_and_nothing_searched(unknown_gpu, device):
     gpu = "NVIDIA Unheard-Of 9"
-    space = tuning.rows_forward(40, "float32", 4, False)
+    space = tuning.rows_forward(40, "float32", 4, 1, False)
     wanted = space.configs[1]
     stored(gpu, json.dumps({"choices": {space.kernel: {space.key: wanted.keywords}}}))
     triton_norm.layer_norm(torch.randn(3, 40, device=device), (40,))
@@ -212,9 +245,9 @@ def test_a_real_search_is_right_and_runs_once(monkeypatch):
 
 @pytest.mark.gpu
 def test_another_batch_size_compiles_nothing():
-    from triton_norm.kernels import channels, rows
+    from triton_norm.kernels import channels, rows, rows_backward
 
-    kernels = [rows.rows_forward_kernel, rows.rows_backward_kernel, channels.channels_statistics_kernel]
+    kernels = [rows.rows_forward_kernel, rows_backward.rows_backward_kernel, channels.channels_statistics_kernel]
     module = torch.nn.Sequential(triton_norm.BatchNorm1d(64), triton_norm.LayerNorm(64)).cuda()
 
     def compiled() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from triton_norm import checks, dispatch, reference, tuning
@@ -94,11 +95,11 @@ def _checked(function: str, x: Tensor, arguments: _Arguments) -> tuple[rows.Opti
         )
         found = _served.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones, a list for a shape
-        options, reason = _check(function, x, *arguments)
-        return options._replace(launchers={}), reason
+        return _check(function, x, *arguments)
     if found is None:
-        options, reason = _check(function, x, *arguments)
-        found = options._replace(launchers={}), reason
+        options, reason = found = _check(function, x, *arguments)
+        if not any(isinstance(tensor, FakeTensor) for tensor in (x, weight, bias, residual)):
+            found = options._replace(launchers={}), reason
         if len(_served) >= MOST_SERVED:
             _served.clear()
         _served[key] = found

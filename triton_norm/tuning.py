@@ -144,7 +144,7 @@ def rows_forward(n_cols: int, types: str, compute_bytes: int, multiprocessors: i
         configs = [
             config(warps(block, 16), BLOCK_M=1, BLOCK_N=block, **_shared(width, block, peers))
             for peers in (most_peers(multiprocessors), 1)
-            for block in (64 * 1024 // compute_bytes, 32 * 1024 // compute_bytes)
+            for block in (FORWARD_PIECE_BYTES // 2 // compute_bytes, FORWARD_PIECE_BYTES // 4 // compute_bytes)
         ]
     return _space("rows_forward_kernel", f"columns {width}, {types}", configs)
 
@@ -157,7 +157,7 @@ def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: 
     if interpreted:
         configs = [config(4, BLOCK_M=max(1, INTERPRETED_TILE // width), BLOCK_N=width, PEERS=1, STAGES=1)]
     elif whole:
-        tiles = sorted({max(width, tile // compute_bytes) for tile in (16 * 1024, 32 * 1024)})
+        tiles = sorted({max(width, tile // compute_bytes) for tile in (BACKWARD_SPAN_BYTES // 2, BACKWARD_SPAN_BYTES)})
         configs = [
             config(warps(tile, 8), BLOCK_M=tile // width, BLOCK_N=width, PEERS=1, STAGES=stages)
             for tile in tiles
@@ -165,7 +165,9 @@ def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: 
         ]
     else:
         narrowest = width // most_peers(multiprocessors)
-        spans = sorted({max(narrowest, span // compute_bytes) for span in (16 * 1024, 32 * 1024)})
+        spans = sorted(
+            {max(narrowest, span // compute_bytes) for span in (BACKWARD_SPAN_BYTES // 2, BACKWARD_SPAN_BYTES)}
+        )
         configs = [
             config(warps(span, 8), BLOCK_M=rows, BLOCK_N=span, PEERS=width // span, STAGES=1)
             for rows in range(1, MOST_BLOCK_M + 1)

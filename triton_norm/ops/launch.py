@@ -15,6 +15,8 @@ from triton_norm.tuning import Config, Space
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton interprets kernels in this process; read once, as Triton itself reads it."""
 
+INT32_END = 2**31
+
 Grid = Callable[[Config | Mapping[str, Any]], int]
 """The number of programs for a config, or for the block sizes by name."""
 Programs = Callable[[Mapping[str, Any], int], int]
@@ -75,7 +77,7 @@ class Launcher:
 
     def __call__(self, n_rows: int, *tensors: Tensor | None) -> None:
         """Starts the programs for so many rows on the device's current stream."""
-        if self._ready is not None and self._index == current_device():
+        if self._ready is not None and self._index == current_device() and n_rows < INT32_END:
             run, function, metadata, hooks, keywords, behind = self._ready
             addresses: list[int | None] = []
             bits = 0
@@ -112,7 +114,7 @@ class Launcher:
             count = self._n_programs(self._config.keywords, n_rows)
             compiled = start(self._kernel, count, arguments, self._constants, self._config)
         aligned = all(tensor is None or tensor.data_ptr() % tuning.VECTOR_BYTES == 0 for tensor in tensors)
-        if aligned and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
+        if aligned and n_rows < INT32_END and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
             named = {**self._constants, **self._config.keywords}
             constants = (named[name] for name in self._kernel.arg_names[len(arguments) :])
             behind = (*self.integers, *constants)

@@ -15,7 +15,8 @@ from triton_norm.reference import compute_dtype
 
 class Options(NamedTuple):
     """What a call asks for besides its tensors. `centred` is LayerNorm, otherwise RMSNorm; out_dtype None is x's,
-    total_dtype None the residual's. `launchers` are those made for calls whose tensors are of the kinds of this one's.
+    total_dtype None the residual's. `launchers` are those made for calls whose tensors are of the kinds of this one's,
+    None for a call that is not known to be of real tensors.
     """
 
     n_cols: int

@@ -108,7 +108,7 @@ class RowsFunction(torch.autograd.Function):
             if x_wanted and residual_wanted and residual_dtype != x_dtype:
                 dtypes = x_dtype, residual_dtype
             given = dy, dtotal, x, weight, bias, statistics
-            if is_intercepted():
+            if ctx.options.launchers is None or is_intercepted():
                 grads = _backward_op(*given, *dtypes, wanted, *ctx.options[:-1])
             else:
                 grads = backward(*given, ctx.options, *dtypes, wanted)
@@ -147,7 +147,7 @@ def _differentiable_gradients(
 
 def normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options) -> Any:
     """y, or (y, total) with a residual, through the kernels; without gradients no statistics are written or saved."""
-    intercepted = is_intercepted()
+    intercepted = options.launchers is None or is_intercepted()
     if intercepted:
         options = options._replace(launchers=None)
     if torch.is_grad_enabled() and (
