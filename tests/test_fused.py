@@ -44,7 +44,7 @@ def gradients(outputs, leaves, grads):
 @pytest.mark.parametrize(("dtype", "residual_dtype", "total_dtype"), TYPES)
 @pytest.mark.parametrize("columns", [40, 33, 300])
 def test_is_the_sum_and_the_norm_of_the_rounded_sum(norm, dtype, residual_dtype, total_dtype, columns, numbers, device):
-    numbers(INTERPRETED_TILE=128, INTERPRETED_SMS=3, FORWARD_PIECE_BYTES=512)
+    numbers(INTERPRETED_TILE=128, INTERPRETED_SMS=3, WHOLE_ROW_BYTES=512)
     x, residual, weight, bias, dy, dtotal = parts(norm, dtype, residual_dtype, device, (6, columns))
     total_dtype_wanted = total_dtype or residual_dtype
     leaves = [tensor.requires_grad_() for tensor in (x, residual, weight)]

@@ -49,7 +49,7 @@ def share(monkeypatch):
         width = tuning.next_power_of_2(columns)
         peers = width // (SPAN * pieces)
         forward = tuning.config(4, BLOCK_M=1, BLOCK_N=SPAN, PIECES=pieces, PEERS=peers)
-        backward = tuning.config(4, BLOCK_M=at_once, BLOCK_N=SPAN, PEERS=width // SPAN, STAGES=1)
+        backward = tuning.config(4, BLOCK_M=at_once, BLOCK_N=SPAN, PEERS=width // SPAN, STAGES=1, HOLD_WEIGHT=False)
         for name, config in (("rows_forward", forward), ("rows_backward", backward)):
             space = tuning.Space(f"{name}_kernel", "", (config,))
             monkeypatch.setattr(tuning, name, functools.partial(lambda space, *_: space, space))
@@ -154,7 +154,10 @@ def test_nothing_is_shared_that_one_program_can_hold(guard, share, device):
 @pytest.mark.parametrize("compute_bytes", [4, 8])
 def test_a_rows_peers_leave_most_multiprocessors_to_others(multiprocessors, compute_bytes):
     for n_cols in (40000, 65536, 262144, 2**20):
-        for made in (tuning.rows_forward, tuning.rows_backward):
-            for config in made(n_cols, "x", compute_bytes, multiprocessors, False).configs:
+        for space in (
+            tuning.rows_forward(n_cols, "x", compute_bytes, compute_bytes, multiprocessors, False),
+            tuning.rows_backward(n_cols, "x", compute_bytes, multiprocessors, False),
+        ):
+            for config in space.configs:
                 assert config["PEERS"] * config["BLOCK_N"] * config.keywords.get("PIECES", 1) >= n_cols
                 assert config["PEERS"] <= max(1, multiprocessors // tuning.PEERS_SHARE)

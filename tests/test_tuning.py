@@ -25,9 +25,9 @@ ELEMENTS = [1, 3, 8, 64, 1000, 4096, 32768, 65536, 2**20]
 
 def spaces():
     for n_cols in ELEMENTS:
-        for dtype, compute_bytes in (("bfloat16", 4), ("float32", 4), ("float64", 8)):
+        for dtype, stored_bytes, compute_bytes in (("bfloat16", 2, 4), ("float32", 4, 4), ("float64", 8, 8)):
             for interpreted in (False, True):
-                yield tuning.rows_forward(n_cols, dtype, compute_bytes, SMS, interpreted)
+                yield tuning.rows_forward(n_cols, dtype, stored_bytes, compute_bytes, SMS, interpreted)
                 yield tuning.rows_backward(n_cols, dtype, compute_bytes, SMS, interpreted)
     for vector in (1, 2, 4, 8):
         for last in (False, True):
@@ -43,13 +43,13 @@ def test_spaces_are_small_and_of_powers_of_two():
         for config in space.configs:
             assert config.num_warps in (1, 2, 4, 8, 16, 32)
             for name, value in config.blocks:
-                assert name in ("WHOLE_ROW", "STAGES") or (value >= 1 and value & (value - 1) == 0), (space, config)
+                assert name in ("HOLD_WEIGHT", "STAGES") or (value >= 1 and value & (value - 1) == 0), (space, config)
 
 
 def test_a_rows_programs_cover_its_columns():
     for n_cols in ELEMENTS:
         for space in (
-            tuning.rows_forward(n_cols, "float32", 4, SMS, False),
+            tuning.rows_forward(n_cols, "float32", 4, 4, SMS, False),
             tuning.rows_backward(n_cols, "float32", 4, SMS, False),
         ):
             for config in space.configs:
@@ -75,8 +75,11 @@ def test_vector_width(itemsize, extents, width):
 GPU_CONFIGS = [
     (kernel, n_cols, config)
     for n_cols in (24, 300, 40000)
-    for kernel, space in (("forward", tuning.rows_forward), ("backward", tuning.rows_backward))
-    for config in space(n_cols, "float32", 4, SMS, False).configs
+    for kernel, space in (
+        ("forward", tuning.rows_forward(n_cols, "float32", 4, 4, SMS, False)),
+        ("backward", tuning.rows_backward(n_cols, "float32", 4, SMS, False)),
+    )
+    for config in space.configs
 ]
 
 
@@ -147,7 +150,7 @@ def test_a_search_runs_once_for_any_number_of_rows(unknown_gpu, device):
             searched = len(unknown_gpu)
             assert searched > 2
     assert len(unknown_gpu) == searched
-    space = tuning.rows_forward(40, "float32", 4, 1, False)
+    space = tuning.rows_forward(40, "float32", 4, 4, 1, False)
     assert tuning.chosen(space, "NVIDIA Unheard-Of 9") == space.configs[-1]
 
 
@@ -155,11 +158,12 @@ def test_a_search_runs_once_for_any_number_of_rows(unknown_gpu, device):
 def test_a_search_leaves_peers_their_zeros(unknown_gpu, monkeypatch, device):
     """Each config is run with tickets and arrivals from zero, and the call itself once more."""
     monkeypatch.setattr(tuning, "INTERPRETED_SMS", 12)
+    monkeypatch.setattr(tuning, "WHOLE_ROW_BYTES", 1024)
     monkeypatch.setattr(tuning, "FORWARD_PIECE_BYTES", 1024)
     monkeypatch.setattr(tuning, "BACKWARD_SPAN_BYTES", 1024)
     launch.multiprocessors.cache_clear()
     for numbers in (
-        tuning.rows_forward(900, "float32", 4, 12, False),
+        tuning.rows_forward(900, "float32", 4, 4, 12, False),
         tuning.rows_backward(900, "float32", 4, 12, False),
     ):
         assert any(config["PEERS"] > 1 for config in numbers.configs)
@@ -192,7 +196,7 @@ def stored(gpu: str, text: str) -> None:
 @pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU its own file is used")
 def test_a_shipped_choice_is_used_and_nothing_searched(unknown_gpu, device):
     gpu = "NVIDIA Unheard-Of 9"
-    space = tuning.rows_forward(40, "float32", 4, 1, False)
+    space = tuning.rows_forward(40, "float32", 4, 4, 1, False)
     wanted = space.configs[1]
     stored(gpu, json.dumps({"choices": {space.kernel: {space.key: wanted.keywords}}}))
     triton_norm.layer_norm(torch.randn(3, 40, device=device), (40,))

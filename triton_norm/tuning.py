@@ -26,7 +26,8 @@ THREADS = 1024  # of a program, at most
 WARP = 64 if torch.version.hip else 32  # threads
 LANES = 64  # channels side by side in a channels-last tile: 128 bytes of a 16-bit type
 MOST_COLUMNS = 2**20  # of a row; Triton's largest tile, which is one backward program's where nothing shares a row
-FORWARD_PIECE_BYTES = 128 * 1024  # of a row in the type it is computed in: 32 registers for each of 1024 threads
+WHOLE_ROW_BYTES = 64 * 1024  # of a row in its widest stored type: what is left of 1024 threads' registers
+FORWARD_PIECE_BYTES = 64 * 1024  # of a longer row in the type it is computed in: 16 registers for each of 1024 threads
 BACKWARD_SPAN_BYTES = 32 * 1024  # x, dy and the sums of dweight and dbias are held at once
 MOST_BLOCK_M = 2  # rows that peers exchange sums of at a time
 PEERS_SHARE = 3  # a row's peers are no more than one multiprocessor in so many: as many launches at once can wait
@@ -125,10 +126,12 @@ def _shared(width: int, block: int, peers: int) -> dict[str, int]:
 
 
 @remembered
-def rows_forward(n_cols: int, types: str, compute_bytes: int, multiprocessors: int, interpreted: bool) -> Space:
-    """Several short rows a program, one row in registers, or spans of a long one, which its programs exchange."""
+def rows_forward(
+    n_cols: int, types: str, stored_bytes: int, compute_bytes: int, multiprocessors: int, interpreted: bool
+) -> Space:
+    """Several short rows a program, one row in registers, or spans of a long one for programs that exchange moments."""
     width = next_power_of_2(n_cols)
-    whole = width * compute_bytes <= FORWARD_PIECE_BYTES
+    whole = width * stored_bytes <= WHOLE_ROW_BYTES
     if interpreted:
         block = width if whole else INTERPRETED_TILE
         configs = [config(4, BLOCK_M=max(1, INTERPRETED_TILE // block), BLOCK_N=block, **_shared(width, block, 1))]
@@ -144,7 +147,7 @@ def rows_forward(n_cols: int, types: str, compute_bytes: int, multiprocessors: i
         configs = [
             config(warps(block, 16), BLOCK_M=1, BLOCK_N=block, **_shared(width, block, peers))
             for peers in (most_peers(multiprocessors), 1)
-            for block in (FORWARD_PIECE_BYTES // 2 // compute_bytes, FORWARD_PIECE_BYTES // 4 // compute_bytes)
+            for block in (FORWARD_PIECE_BYTES // compute_bytes, FORWARD_PIECE_BYTES // 2 // compute_bytes)
         ]
     return _space("rows_forward_kernel", f"columns {width}, {types}", configs)
 
@@ -155,11 +158,20 @@ def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: 
     width = next_power_of_2(n_cols)
     whole = width * compute_bytes <= BACKWARD_SPAN_BYTES
     if interpreted:
-        configs = [config(4, BLOCK_M=max(1, INTERPRETED_TILE // width), BLOCK_N=width, PEERS=1, STAGES=1)]
+        configs = [
+            config(4, BLOCK_M=max(1, INTERPRETED_TILE // width), BLOCK_N=width, PEERS=1, STAGES=1, HOLD_WEIGHT=True)
+        ]
     elif whole:
         tiles = sorted({max(width, tile // compute_bytes) for tile in (BACKWARD_SPAN_BYTES // 2, BACKWARD_SPAN_BYTES)})
         configs = [
-            config(warps(tile, 8), BLOCK_M=tile // width, BLOCK_N=width, PEERS=1, STAGES=stages)
+            config(
+                warps(tile, 8),
+                BLOCK_M=tile // width,
+                BLOCK_N=width,
+                PEERS=1,
+                STAGES=stages,
+                HOLD_WEIGHT=tile < THREADS * 8,  # a thread of fewer may have more than 64 registers
+            )
             for tile in tiles
             for stages in (2, 3, 1)
         ]
@@ -169,7 +181,7 @@ def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: 
             {max(narrowest, span // compute_bytes) for span in (BACKWARD_SPAN_BYTES // 2, BACKWARD_SPAN_BYTES)}
         )
         configs = [
-            config(warps(span, 8), BLOCK_M=rows, BLOCK_N=span, PEERS=width // span, STAGES=1)
+            config(warps(span, 8), BLOCK_M=rows, BLOCK_N=span, PEERS=width // span, STAGES=1, HOLD_WEIGHT=False)
             for rows in range(1, MOST_BLOCK_M + 1)
             for span in spans
         ]

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from triton_norm.kernels.exchange import meet, take_place
 from triton_norm.kernels.moments import tile_sum, to_float
-from triton_norm.kernels.rows import at, load_columns
+from triton_norm.kernels.rows import at
 
 
 @triton.jit
@@ -84,6 +84,7 @@ def rows_backward_kernel(
     BLOCK_N: tl.constexpr,
     PEERS: tl.constexpr,
     STAGES: tl.constexpr,
+    HOLD_WEIGHT: tl.constexpr,
 ):
     """dx = (wdy − mean(wdy) − x_hat · mean(wdy · x_hat)) · rstd + dtotal with wdy = dy · (weight + WEIGHT_OFFSET), and
     each team's share of dweight = Σ dy · x_hat and dbias = Σ dy over the rows. mean(wdy) is 0 unless CENTRED.
@@ -113,6 +114,8 @@ def rows_backward_kernel(
     first = team.to(tl.int64) * BLOCK_M
     step = n_teams.to(tl.int64) * BLOCK_M
     inverse_total = 1.0 / to_float(n_cols, COMPUTE)
+    if HOLD_WEIGHT and weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0)
     dweight = tl.zeros([KEPT, BLOCK_N], COMPUTE)
     dbias = tl.zeros([KEPT, BLOCK_N], COMPUTE)
     for group in tl.range(first, n_rows, step, num_stages=STAGES):
@@ -133,7 +136,9 @@ def rows_backward_kernel(
         if dx_ptr is not None:
             wdy = dy
             if weight_ptr is not None:
-                wdy *= load_columns(weight_ptr, cols, n_cols, WEIGHT_OFFSET, COMPUTE)
+                if not HOLD_WEIGHT:
+                    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0, eviction_policy="evict_last")
+                wdy *= weight.to(COMPUTE) + WEIGHT_OFFSET
             sum_wdy_x_hat = tile_sum(wdy * x_hat, 1)
             sum_wdy = tile_sum(wdy, 1) if CENTRED else tl.zeros_like(sum_wdy_x_hat)
             if PEERS > 1:

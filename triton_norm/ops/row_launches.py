@@ -110,8 +110,10 @@ def _forward_launcher(
     x_stride, residual_stride = strides
     vector = _vector(misaligned, n_cols | x_stride | residual_stride, (x, residual, y, total))
     compute, device = compute_dtype(x, total), x.device
-    types = _names(x, residual)
-    space = tuning.rows_forward(n_cols, types, compute.itemsize, multiprocessors(device), INTERPRETED)
+    stored = max(tensor.itemsize for tensor in (x, residual, total) if tensor is not None)
+    space = tuning.rows_forward(
+        n_cols, _names(x, residual, total), stored, compute.itemsize, multiprocessors(device), INTERPRETED
+    )
 
     def n_programs(config: Mapping[str, Any], n_rows: int) -> int:
         groups: int = -(-n_rows // config["BLOCK_M"])
