@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         part = verb(name, does, text)
         part.add_argument("--lines", action="store_true", help="one JSON record a line")
         part.add_argument("--points", type=int, default=None, help="only the first so many points")
+        part.add_argument("--full", action="store_true", help="every length of rows for every op")
+        if does is compile_resources:
+            part.add_argument("--target", action="append", help="only for this GPU, such as sm_90; may be repeated")
+    numerics = verb("numerics", compare_numerics, "errors against fp64 on hard data, triton_norm's beside torch's")
+    numerics.add_argument("--lines", action="store_true", help="one JSON record a line")
+    host = verb("host", time_host, "what a call costs on the host on top of its launches, over a stub of CUDA's driver")
+    host.add_argument("--lines", action="store_true", help="one JSON record a line")
     verb("anatomy", draw_anatomy, "the picture of which elements each norm reduces over", folder)
     return parser
 
@@ -74,7 +81,7 @@ def everything(options: argparse.Namespace) -> int:
 
     findings = Findings(environment.describe())
     report.load(sorted(STORED.glob("*.json")), findings)
-    workers = {"traffic": Worker("traffic", say), "resources": Worker("resources", say)}
+    workers = {verb: Worker(verb, say) for verb in ("traffic", "resources", "numerics")}
     try:
         if environment.has_gpu():
             _time_into(findings, options)
@@ -90,6 +97,7 @@ def everything(options: argparse.Namespace) -> int:
             worker.stop()
     findings.traffic += workers["traffic"].records
     findings.resources += workers["resources"].records
+    findings.numerics += workers["numerics"].records
     return _finish(findings, options.out)
 
 
@@ -140,9 +148,20 @@ def count_traffic(options: argparse.Namespace) -> int:
     from perf import traffic
 
     failed = False
-    for record in traffic.records(workloads.traffic_points()[: options.points]):
+    for record in traffic.records(workloads.traffic_points(options.full)[: options.points]):
         failed |= record["status"] != "ok"
         say(json.dumps(record) if options.lines else traffic.line(record))
+    return int(failed)
+
+
+def compare_numerics(options: argparse.Namespace) -> int:
+    os.environ["TRITON_INTERPRET"] = "0" if environment.has_gpu() else "1"
+    from perf import numerics
+
+    failed = False
+    for record in numerics.records():
+        failed |= record["status"] != "ok"
+        say(json.dumps(record) if options.lines else numerics.line(record))
     return int(failed)
 
 
@@ -153,9 +172,23 @@ def compile_resources(options: argparse.Namespace) -> int:
         os.environ["TRITON_CACHE_DIR"] = cache
         from perf import resources
 
-        for record in resources.records(workloads.resource_points()[: options.points]):
+        points = workloads.resource_points(options.full)[: options.points]
+        for record in resources.records(points, options.target or list(resources.TARGETS)):
             failed |= record["status"] != "ok"
             say(json.dumps(record) if options.lines else resources.line(record))
+    return int(failed)
+
+
+def time_host(options: argparse.Namespace) -> int:
+    os.environ.pop("TRITON_INTERPRET", None)
+    failed = False
+    with tempfile.TemporaryDirectory() as built:
+        os.environ["TRITON_CACHE_DIR"] = built
+        from perf import host
+
+        for record in host.records(Path(built)):
+            failed |= record["status"] != "ok"
+            say(json.dumps(record) if options.lines else host.line(record))
     return int(failed)
 
 

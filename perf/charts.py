@@ -113,10 +113,12 @@ def throughput(records: Sequence[Record], roof: float | None, machine: str, path
     panels = {key: [r for r in records if (r["group"], r["layout"]) == key] for key in _panel_keys(records)}
     places, lines = _places([len({shape_text(r) for r in chosen}) for chosen in panels.values()])
     title = f"{TITLE[op]}, {mode}, {dtype}: bytes at the floor ({FLOORS[op, mode].short}) ÷ time"
+    named = dict.fromkeys(record["contender"] for record in records)
+    names = list(dict.fromkeys(record["contender"] for record in records if record["status"] != "unsupported"))
     foot = f"{machine}   ·   median, band from the 20th to the 80th percentile, cold L2"
+    foot += "".join(f"   ·   {name} has no such op" for name in named if name not in names)
     figure = _canvas(12.4, 3.4 * lines + HEAD + FOOT, title, foot)
     grid = figure.add_gridspec(lines, 2)
-    names = list(dict.fromkeys(record["contender"] for record in records))
     top = 1.08 * max([record["gbps"] for record in records if record["status"] == "ok"] + [roof or 0.0, 1.0])
     for (line, columns), (key, chosen) in zip(places, panels.items(), strict=True):
         _throughput_panel(figure.add_subplot(grid[line, columns]), key, chosen, names, roof, top)
@@ -125,11 +127,11 @@ def throughput(records: Sequence[Record], roof: float | None, machine: str, path
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[tuple[int, slice]], int]:
-    """Line and columns of each panel, two to a line, or one where there are many points; and the number of lines."""
+    """Line and columns of each panel, two to a line, or one that is alone or has many points; and how many lines."""
     places: list[tuple[int, slice]] = []
     line, column = 0, 0
     for size in sizes:
-        width = 2 if size > MANY_POINTS else 1
+        width = 2 if size > MANY_POINTS or len(sizes) == 1 else 1
         if column + width > 2:
             line, column = line + 1, 0
         places.append((line, slice(column, column + width)))
@@ -210,8 +212,8 @@ def _series(
 
 
 PARTS = {
-    "x, dy loaded": ("loaded", ("bulk",), BLUE),
-    "y, dx stored": ("stored", ("bulk",), SKY),
+    "x, residual, dy loaded": ("loaded", ("bulk",), BLUE),
+    "y, total, dx stored": ("stored", ("bulk",), SKY),
     "weights and their gradients": ("both", ("parameters",), YELLOW),
     "statistics": ("both", ("statistics",), ORANGE),
     "partial sums": ("both", ("partials",), PURPLE),
@@ -223,7 +225,8 @@ def traffic(records: Sequence[Record], machine: str, path: Path) -> Path:
     counted = [record for record in records if record["status"] == "ok"]
     ops = [op for op in TITLE if any(record["op"] == op for record in counted)]
     heights = [max(_rows_of(counted, op, mode) for mode in ("forward", "backward")) for op in ops]
-    foot = f"counted under Triton's interpreter on about one multiprocessor's share, nothing timed   ·   {machine}"
+    counted_on = "rows as on 132 multiprocessors, channels on about one's share"
+    foot = f"counted under Triton's interpreter, {counted_on}, nothing timed   ·   {machine}"
     title = "Bytes that the kernels ask for, over the fewest that must move"
     figure = _canvas(12.4, 0.25 * sum(heights) + 0.62 * len(ops) + HEAD + FOOT, title, foot)
     panels = figure.subplots(len(ops), 2, squeeze=False, height_ratios=[h + 0.6 for h in heights])

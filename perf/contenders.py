@@ -4,7 +4,11 @@ import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import torch
+from torch.nn import functional
 
 from perf.environment import version
 
@@ -13,10 +17,16 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Functions:
-    """What a contender computes with; None where it has no such op."""
+    """What a contender computes with; None where it has no such op.
+
+    Those with a residual take it after x, and return y and total = x + residual.
+    """
 
     layer_norm: Function | None = None
     batch_norm: Function | None = None
+    rms_norm: Function | None = None
+    layer_norm_residual: Function | None = None
+    rms_norm_residual: Function | None = None
 
 
 @dataclass(frozen=True)
@@ -46,26 +56,55 @@ class Contender:
         return f"missing ({missing})" if missing else f"{self.distribution} {version(self.distribution)}"
 
 
-def _torch() -> Functions:
-    from torch.nn import functional
+def _layer_norm_of_sum(x: Any, residual: Any, *arguments: Any) -> Any:
+    total = x + residual
+    return functional.layer_norm(total, *arguments), total
 
-    return Functions(functional.layer_norm, functional.batch_norm)
+
+def _rms_norm_of_sum(x: Any, residual: Any, *arguments: Any) -> Any:
+    total = x + residual
+    return functional.rms_norm(total, *arguments), total
+
+
+def torch_functions() -> Functions:
+    return Functions(
+        functional.layer_norm, functional.batch_norm, functional.rms_norm, _layer_norm_of_sum, _rms_norm_of_sum
+    )
 
 
 def _torch_compile() -> Functions:
-    import torch
-    from torch.nn import functional
-
     torch._dynamo.reset()
-    layer_norm = torch.compile(functional.layer_norm, dynamic=False, fullgraph=True)
-    batch_norm = torch.compile(functional.batch_norm, dynamic=False, fullgraph=True)
-    return Functions(layer_norm, batch_norm)
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+    return Functions(**{name: compiled(function) for name, function in vars(torch_functions()).items()})
 
 
-def _triton_norm() -> Functions:
-    import triton_norm
+def triton_norm_functions() -> Functions:
+    import triton_norm as tn
 
-    return Functions(triton_norm.layer_norm, triton_norm.batch_norm)
+    def layer_norm_residual(x: Any, residual: Any, *arguments: Any) -> Any:
+        return tn.layer_norm(x, *arguments, residual=residual)
+
+    def rms_norm_residual(x: Any, residual: Any, *arguments: Any) -> Any:
+        return tn.rms_norm(x, *arguments, residual=residual)
+
+    return Functions(tn.layer_norm, tn.batch_norm, tn.rms_norm, layer_norm_residual, rms_norm_residual)
+
+
+def _liger() -> Functions:
+    """Its RMSNorm computing in fp32 throughout, as torch does, and leaving dy as it is."""
+    liger = importlib.import_module("liger_kernel.transformers.functional")
+    as_torch = {"offset": 0.0, "casting_mode": "gemma", "in_place": False}
+
+    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
+        return liger.liger_layer_norm(x, weight, bias, eps)
+
+    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+        return liger.liger_rms_norm(x, weight, eps, **as_torch)
+
+    def rms_norm_residual(x: Any, residual: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+        return liger.liger_fused_add_rms_norm(x, residual, weight, eps, **as_torch)
+
+    return Functions(layer_norm, rms_norm=rms_norm, rms_norm_residual=rms_norm_residual)
 
 
 def _kernels_only() -> AbstractContextManager[Any]:
@@ -76,7 +115,8 @@ def _kernels_only() -> AbstractContextManager[Any]:
 
 
 CONTENDERS = [
-    Contender("triton_norm", _triton_norm, ("triton", "triton_norm"), "triton", scope=_kernels_only),
-    Contender("torch", _torch, ("torch",)),
+    Contender("triton_norm", triton_norm_functions, ("triton", "triton_norm"), "triton", scope=_kernels_only),
+    Contender("torch", torch_functions, ("torch",)),
     Contender("torch.compile", _torch_compile, ("torch", "triton"), compiles=True),
+    Contender("Liger-Kernel", _liger, ("triton", "liger_kernel.transformers.functional"), "liger-kernel"),
 ]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
-from perf.workloads import MODES, TITLE
+from perf.workloads import BULK, MODES, TITLE
 
 Record = dict[str, Any]
+OUTPUTS = ("y", "dx")
+FAR = 16  # ulp
 NOT_TIMED = "Nothing was timed on this machine: it has no GPU."
 
 
@@ -22,6 +25,7 @@ class Findings:
     timed: list[Record] = field(default_factory=list)
     traffic: list[Record] = field(default_factory=list)
     resources: list[Record] = field(default_factory=list)
+    numerics: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     timed_here: bool = False
     interrupted: bool = False
@@ -78,14 +82,14 @@ def shortfalls(findings: Findings) -> list[str]:
             found.append(f"{device}: the tests did not pass: {run['tests']['summary']}")
     found += [f"traffic of {_name(r)}: {r['status']}, {r['message']}" for r in findings.traffic if r["status"] != "ok"]
     found += [
-        f"{_name(r)}: moves {_streamed(r):.2f} times the floor's bytes, weights counted once"
-        for r in sorted(ok(findings.traffic), key=_streamed, reverse=True)
-        if _streamed(r) > 1.25
+        f"{_name(r)}: moves {streamed(r):.2f} times the floor's bytes, weights counted once"
+        for r in sorted(ok(findings.traffic), key=streamed, reverse=True)
+        if streamed(r) > 1.25
     ]
-    return found + _code_shortfalls(findings.resources)
+    return found + _code_shortfalls(findings.resources) + _inexact(findings.numerics)
 
 
-def _streamed(record: Record) -> float:
+def streamed(record: Record) -> float:
     """Bytes over the floor, without the weights that every program reads again and finds in cache."""
     again = sum(record["bytes"]["parameters"].values()) - sum(record["footprint"]["parameters"].values())
     return float((record["total_bytes"] - again) / record["floor_bytes"])
@@ -106,10 +110,60 @@ def _code_shortfalls(records: Sequence[Record]) -> list[str]:
         elif r["resident_warps"] < 0.25 * r["possible_warps"]:
             text = f"{r['target']}: {r['resident_warps']} of {r['possible_warps']} warps, by {r['limited_by']}"
             found.setdefault(f"{where} fills few warps", []).append(text)
-        widest = max(map(int, {**r["loads"], **r["stores"]}), default=128)
-        if widest < 64:
-            found.setdefault(f"{where} moves at most {widest // 8} bytes an instruction", []).append(r["target"])
+        width = access_bits(r)
+        if width < 64:
+            found.setdefault(f"{where} moves few bytes an instruction", []).append(f"{r['target']}: {width // 8}")
     return [f"{what} ({'; '.join(targets)})" for what, targets in found.items()]
+
+
+def access_bits(record: Record) -> int:
+    """Of x, y and their like the narrowest access; where arguments are not told apart, the widest of all."""
+    bulk = [access for name, access in record["accesses"].items() if name in BULK]
+    if record["accesses"]:
+        return min((int(bits) for access in bulk for widths in access.values() for bits in widths), default=128)
+    return max(map(int, {**record["loads"], **record["stores"]}), default=128)
+
+
+def ulps_text(ulps: float | None) -> str:
+    return "not finite" if ulps is None else f"{ulps:.2f} ulp" if ulps < 1000 else f"{ulps:.1e} ulp"
+
+
+def is_worse(ulps: dict[str, float | None]) -> bool:
+    """Whether triton_norm is further off than torch, in the digits that are shown."""
+    ours, theirs = ulps["triton_norm"], ulps["torch"]
+    if ours is None or theirs is None:
+        return ours is None and theirs is not None
+    return round(ours, 2) > round(theirs, 2)
+
+
+def _inexact(records: Sequence[Record]) -> list[str]:
+    """Outputs that are further off than torch's, and those that are far off as torch's are."""
+    failed = [r for r in records if r["status"] != "ok"]
+    found = [f"exactness of {r['op']} {r['dtype']} on {r['data']}: {r['status']}, {r['message']}" for r in failed]
+    groups: dict[str, list[Record]] = {}
+    for r in ok(records):
+        for output in OUTPUTS:
+            about = {"data": r["data"], "columns": r["columns"], **r[output]}
+            groups.setdefault(f"{TITLE[r['op']]} {r['dtype']} {output}", []).append(about)
+    for name, members in groups.items():
+        worse = [member for member in members if is_worse(member)]
+        if worse:
+            worst = max(worse, key=lambda member: _off(member["triton_norm"]) - _off(member["torch"]))
+            ours, theirs = ulps_text(worst["triton_norm"]), ulps_text(worst["torch"])
+            where = f"{ours} where torch has {theirs} ({worst['data']}, {worst['columns']} columns)"
+            found.append(f"{name}: less exact than torch on {len(worse)} of {len(members)} inputs, at worst {where}")
+        far: dict[str, float] = {}
+        for member in members:
+            if _off(member["triton_norm"]) > FAR and member not in worse:
+                far[member["data"]] = max(far.get(member["data"], 0.0), _off(member["triton_norm"]))
+        if far:
+            listed = ", ".join(f"{data} (up to {ulps_text(ulps)})" for data, ulps in far.items())
+            found.append(f"{name}: no worse than torch, and far from exact all the same: {listed}")
+    return found
+
+
+def _off(ulps: float | None) -> float:
+    return inf if ulps is None else ulps
 
 
 def _name(record: Record) -> str:

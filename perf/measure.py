@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,9 @@ HOST_CALLS = 9
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 11, 101
 
 
+Forward = Callable[[], Any]
+
+
 class Stopped(RuntimeError):
     """The GPU no longer answers: nothing measured after this could be trusted."""
 
@@ -40,15 +43,25 @@ class Inputs:
     dy: torch.Tensor
     running_mean: torch.Tensor
     running_var: torch.Tensor
+    residual: torch.Tensor | None = None
+    dtotal: torch.Tensor | None = None
 
     def reset(self) -> None:
         self.running_mean.fill_(0.25)
         self.running_var.fill_(1.5)
 
+    def leaves(self, point: Point) -> tuple[torch.Tensor, ...]:
+        """What each of the point's gradients is the gradient of."""
+        by_gradient = {"dx": self.x, "dresidual": self.residual, "dweight": self.weight, "dbias": self.bias}
+        found = (by_gradient[name] for name in point.gradients)
+        return tuple(leaf for leaf in found if leaf is not None)
+
     def double(self) -> "Inputs":
-        leaves = (self.x, self.weight, self.bias)
-        x, weight, bias = (leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves)
-        return Inputs(x, weight, bias, self.dy.double(), self.running_mean.double(), self.running_var.double())
+        return Inputs(*(_double(getattr(self, field.name)) for field in fields(self)))
+
+
+def _double(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
 
 
 def make_inputs(point: Point, device: str, seed: int = 0, blank: bool = False) -> Inputs:
@@ -73,22 +86,27 @@ def make_inputs(point: Point, device: str, seed: int = 0, blank: bool = False) -
     bias = draw(features, point.parameter_dtype, 0.0, 0.25)
     running = torch.empty(features, device=device, dtype=torch.float64 if point.dtype == "fp64" else torch.float32)
     inputs = Inputs(x, weight, bias, dy, running, running.clone())
+    if point.has_residual:
+        inputs.residual = draw(workload.shape, point.dtype, -0.25, 1.0)
+        inputs.dtotal = draw(workload.shape, point.dtype, 0.0, 1.0)
     inputs.reset()
-    for leaf in (x, weight, bias):
+    for leaf in inputs.leaves(point):
         leaf.requires_grad_(point.mode == "backward")
     return inputs
 
 
-def bind(point: Point, functions: Functions, inputs: Inputs) -> Callable[[], torch.Tensor] | None:
+def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
     """The forward call of one op on these inputs, or None where the contender has no such op."""
-    i, shape = inputs, (point.workload.features,)
-    if point.op == "layer_norm":
-        layer_norm = functions.layer_norm
-        return layer_norm and (lambda: layer_norm(i.x, shape, i.weight, i.bias, EPS))
-    batch_norm, training = functions.batch_norm, point.training
-    if batch_norm is None:
+    i, function = inputs, getattr(functions, point.op.removesuffix("_eval"))
+    if function is None:
         return None
-    return lambda: batch_norm(i.x, i.running_mean, i.running_var, i.weight, i.bias, training, MOMENTUM, EPS)
+    if point.workload.family == "channels":
+        statistics, training = (i.running_mean, i.running_var), point.training
+        return lambda: function(i.x, *statistics, i.weight, i.bias, training, MOMENTUM, EPS)
+    tensors = (i.x, i.residual) if point.has_residual else (i.x,)
+    parameters = (i.weight, i.bias) if point.has_bias else (i.weight,)
+    shape = (point.workload.features,)
+    return lambda: function(*tensors, shape, *parameters, EPS)
 
 
 @dataclass(frozen=True)
@@ -100,12 +118,13 @@ class Candidate:
     run: Callable[[Any], Any]
 
 
-def candidate(name: str, point: Point, forward: Callable[[], torch.Tensor], inputs: Inputs) -> Candidate:
+def candidate(name: str, point: Point, forward: Forward, inputs: Inputs) -> Candidate:
     """A backward pass is timed after a fresh, untimed forward pass: no graph is kept from one call to the next."""
     if point.mode == "forward":
         return Candidate(name, lambda: None, lambda _: forward())
-    leaves = (inputs.x, inputs.weight, inputs.bias)
-    return Candidate(name, forward, lambda y: torch.autograd.grad(y, leaves, inputs.dy))
+    leaves = inputs.leaves(point)
+    gradients = (inputs.dy, inputs.dtotal) if point.has_residual else inputs.dy
+    return Candidate(name, forward, lambda y: torch.autograd.grad(y, leaves, gradients))
 
 
 def outputs(point: Point, entry: Candidate, inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -117,17 +136,38 @@ def outputs(point: Point, entry: Candidate, inputs: Inputs) -> dict[str, torch.T
 def named(point: Point, result: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
     """Everything that a call must have computed."""
     if point.mode == "backward":
-        return dict(zip(("dx", "dweight", "dbias"), result, strict=True))
+        return dict(zip(point.gradients, result, strict=True))
+    if point.has_residual:
+        return dict(zip(("y", "total"), result, strict=True))
     if point.op == "batch_norm":
         return {"y": result, "running_mean": inputs.running_mean, "running_var": inputs.running_var}
     return {"y": result}
 
 
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """To the type's nearest values, in fp64; gradients pass as they are."""
+    return x + (x.detach().to(dtype).double() - x.detach())
+
+
+def exact_functions(total_dtype: torch.dtype) -> Functions:
+    """torch's own in fp64, where total = x + residual is what a total of that type would hold."""
+
+    def layer_norm(x: Any, residual: Any, *arguments: Any) -> Any:
+        total = _rounded(x + residual, total_dtype)
+        return functional.layer_norm(total, *arguments), total
+
+    def rms_norm(x: Any, residual: Any, *arguments: Any) -> Any:
+        total = _rounded(x + residual, total_dtype)
+        return functional.rms_norm(total, *arguments), total
+
+    return Functions(functional.layer_norm, functional.batch_norm, functional.rms_norm, layer_norm, rms_norm)
+
+
 def expected(point: Point, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """torch's own function in fp64."""
+    """What is right, in fp64."""
     inputs.reset()
     exact = inputs.double()
-    forward = bind(point, Functions(functional.layer_norm, functional.batch_norm), exact)
+    forward = bind(point, exact_functions(inputs.x.dtype), exact)
     assert forward is not None
     return outputs(point, candidate("fp64", point, forward, exact), exact)
 

@@ -20,8 +20,8 @@ def load(paths: Sequence[Path], findings: Findings) -> None:
             if content["kind"] == "timing":
                 findings.timed.append(content)
             elif content["kind"] == "report":
-                for name in ("timed", "traffic", "resources", "problems"):
-                    getattr(findings, name).extend(content[name])
+                for name in ("timed", "traffic", "resources", "numerics", "problems"):
+                    getattr(findings, name).extend(content.get(name, []))
             else:
                 raise ValueError(f"kind {content['kind']!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -58,6 +58,7 @@ def _write_csv(findings: Findings, path: Path) -> None:
     ]
     rows += [_flat("traffic", record, {}) for record in findings.traffic]
     rows += [_flat("resources", record, {}) for record in findings.resources]
+    rows += [_flat("numerics", record, {}) for record in findings.numerics]
     columns = list(dict.fromkeys(name for row in rows for name in row)) or ["record"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -69,6 +70,6 @@ def has_failed(findings: Findings) -> bool:
     """Whether anything of ours is wrong or missing; another contender's failure is only recorded."""
     here = findings.timed[:1] if findings.timed_here else []
     ours = [record for run in here for record in run["records"] if record["contender"] == "triton_norm"]
-    records = ours + findings.traffic + findings.resources
+    records = ours + findings.traffic + findings.resources + findings.numerics
     unsound = any(run.get("stopped") or run.get("tests", {}).get("passed") is False for run in here)
     return bool(findings.problems) or unsound or any(record["status"] in ("wrong", "error") for record in records)

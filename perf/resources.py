@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from perf import assembly
+from perf import assembly, ptx
 from perf.measure import bind, candidate, in_a_line, make_inputs
 from perf.stand_in import OPS, as_on_gpu
 from perf.workloads import Point
@@ -66,7 +66,11 @@ def occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple[
 
 
 def inspect(compiled: Sequence[Any], target: Target) -> list[Record]:
-    """Registers, spills, widths of global accesses (bits: how many instructions) and occupancy of compiled kernels."""
+    """Registers, spills, widths of global accesses (bits: how many instructions) and occupancy of compiled kernels.
+
+    For NVIDIA the accesses are told apart by argument too, as they are in PTX: there, before the compiler's last step,
+    which neither splits nor joins them but may write a loop's body more than once.
+    """
     if target.gpu.backend == "cuda":
         cubins = [kernel.asm["cubin"] for kernel in compiled]
         codes = assembly.disassemble(cubins, int(target.gpu.arch))
@@ -78,6 +82,8 @@ def inspect(compiled: Sequence[Any], target: Target) -> list[Record]:
         resident, limit = occupancy(target, record["registers"], shared, warps)
         record |= {"shared_bytes": shared, "warps": warps, "resident_warps": resident}
         record |= {"possible_warps": target.warps, "limited_by": limit}
+        text = kernel.asm.get("ptx")
+        record["accesses"] = ptx.accesses(text, kernel.src.signature) if text else {}
     return found
 
 
@@ -105,14 +111,9 @@ def compiling_for(target: Target) -> Iterator[list[Callable[[], tuple[str, Any]]
     """Every launch made inside is listed as a call that compiles it for the target; none is run."""
     launches: list[Callable[[], tuple[str, Any]]] = []
 
-    def list_only(
-        kernel: Any, space: Any, n_programs: Callable[[Any], int], device: Any, *arguments: Any, **constants: Any
-    ) -> int:
-        config = space.configs[0]
-        programs = n_programs(config)
-        named = {"grid": (programs,), **constants, **config.keywords}
+    def list_only(kernel: Any, count: int, arguments: Sequence[Any], constants: Record, config: Any) -> None:
+        named = {"grid": (count,), **constants, **config.keywords}
         launches.append(lambda: (kernel.__name__, kernel.warmup(*arguments, **named)))
-        return programs
 
     driver = triton.runtime.driver
     before = driver._active
@@ -137,25 +138,27 @@ def compile_point(point: Point, target: Target) -> list[tuple[str, Any]]:
         return [compile_one() for compile_one in launches]
 
 
-def _some(points: Sequence[Point], target: Target) -> Iterator[Record]:
-    about: list[Record] = []
-    compiled: list[Any] = []
+def _some(points: Sequence[Point], target: Target, known: dict[str, Record]) -> Iterator[Record]:
+    """`known`: what was found of kernels by their hashes; many shapes are served by one."""
+    about: list[tuple[Record, Any]] = []
     for point in points:
         described = {**point.describe(), "target": target.name}
         try:
             for name, kernel in compile_point(point, target):
-                about.append({**described, "kernel": name, "status": "ok", "message": ""})
-                compiled.append(kernel)
+                about.append(({**described, "kernel": name, "status": "ok", "message": ""}, kernel))
         except Exception as error:
             yield {**described, "kernel": "", "status": "error", "message": in_a_line(error)}
-    for description, measured in zip(about, inspect(compiled, target), strict=True):
-        yield {**description, **measured}
+    new = {kernel.hash: kernel for _, kernel in about if kernel.hash not in known}
+    known |= dict(zip(new, inspect(list(new.values()), target), strict=True))
+    for description, kernel in about:
+        yield {**description, **known[kernel.hash]}
 
 
 def records(points: Sequence[Point], targets: Sequence[str] = tuple(TARGETS), at_once: int = 8) -> Iterator[Record]:
+    known: dict[str, dict[str, Record]] = {name: {} for name in targets}
     for start in range(0, len(points), at_once):
         for name in targets:
-            yield from _some(points[start : start + at_once], TARGETS[name])
+            yield from _some(points[start : start + at_once], TARGETS[name], known[name])
 
 
 def line(record: Record) -> str:

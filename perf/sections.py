@@ -9,7 +9,21 @@ from typing import Any
 
 from perf import charts, page
 from perf.environment import machine
-from perf.findings import NOT_TIMED, Findings, Record, lying, ok, shape_text, shortfalls, speedups, split
+from perf.findings import (
+    NOT_TIMED,
+    OUTPUTS,
+    Findings,
+    Record,
+    access_bits,
+    is_worse,
+    lying,
+    ok,
+    shape_text,
+    shortfalls,
+    speedups,
+    split,
+    ulps_text,
+)
 from perf.page import Cell, Entry
 from perf.workloads import BULK, FLOORS, MODES, TITLE
 
@@ -20,6 +34,7 @@ def html(findings: Findings, out: Path) -> str:
         ("Speed", _timing_section(findings, out)),
         ("Traffic", _traffic_section(findings, out)),
         ("Machine code", _resources_section(findings)),
+        ("Exactness", _exactness_section(findings)),
         ("What falls short", page.bullets(shortfalls(findings))),
         ("What is normalized", _anatomy_section(findings, out)),
         ("Method", _method_section()),
@@ -35,13 +50,15 @@ def _summary(findings: Findings) -> str:
     if findings.interrupted:
         notes.append("The run was interrupted: this is the part that was finished.")
     notes += findings.problems
-    failed = sum(record["status"] != "ok" for record in findings.traffic + findings.resources)
+    failed = sum(record["status"] != "ok" for record in findings.traffic + findings.resources + findings.numerics)
     if failed:
         notes.append(f"{failed} records are of something that failed: see what falls short.")
     notes += [f"The timed run stopped early: {run['stopped']}" for run in findings.timed if run.get("stopped")]
     html = "".join(page.paragraph(note, "notice") for note in notes)
     items = [card for run in findings.timed for card in _timing_cards(run)]
-    items += _traffic_cards(findings.traffic) + _resource_cards(findings.resources)
+    items += (
+        _traffic_cards(findings.traffic) + _resource_cards(findings.resources) + _exactness_cards(findings.numerics)
+    )
     return html + page.cards(items)
 
 
@@ -144,7 +161,7 @@ def _traffic_section(findings: Findings, out: Path) -> str:
         "direction: what reaches memory if whatever is read again is still in cache."
     )
     head = [
-        "op", "mode", "dtype", "shape", "layout", "launches", "floor MiB", "x, dy", "y, dx", "weights",
+        "op", "mode", "dtype", "shape", "layout", "launches", "floor MiB", "x, residual, dy", "y, total, dx", "weights",
         "statistics", "partials", "all", "÷ floor", "each once ÷ floor"
     ]  # fmt: skip
     rows: list[list[Entry]] = []
@@ -185,16 +202,46 @@ def _resources_section(findings: Findings) -> str:
 
 
 def _resource_row(r: Record) -> list[Entry]:
-    widest = max(map(int, r["loads"]), default=128)
     resident = f"{r['resident_warps']}/{r['possible_warps']}"
-    mode = f"eval {r['mode']}" if r["op"] == "batch_norm_eval" else r["mode"]
     spilled = f"{r['spill_stores']}+{r['spill_loads']}" if r["spill_stores"] or r["spill_loads"] else "0"
     return [
-        r["kernel"].removesuffix("_kernel"), mode, f"{lying(r)} {r['dtype']}",
-        Cell(_widths(r["loads"]), widest < 64), _widths(r["stores"]), str(r["warps"]), str(r["registers"]),
+        r["kernel"].removesuffix("_kernel"), f"{TITLE[r['op']]}, {r['mode']}", f"{lying(r)} {r['dtype']}",
+        Cell(_widths(r["loads"]), access_bits(r) < 64), _widths(r["stores"]), str(r["warps"]), str(r["registers"]),
         Cell(spilled, r["spill_stores"] > 0), str(r["shared_bytes"]), str(r["instructions"]),
         Cell(resident, r["resident_warps"] < 0.25 * r["possible_warps"]), r["limited_by"],
     ]  # fmt: skip
+
+
+def _exactness_cards(records: Sequence[Record]) -> list[tuple[str, str]]:
+    compared = [r[output] for r in ok(records) for output in OUTPUTS]
+    if not compared:
+        return []
+    no_worse = sum(not is_worse(ulps) for ulps in compared)
+    return [(f"{no_worse} of {len(compared)}", "results on hard data that are no further from fp64 than torch's")]
+
+
+def _exactness_section(findings: Findings) -> str:
+    compared = ok(findings.numerics)
+    if not compared:
+        return ""
+    text = (
+        "The largest error against fp64, in ulp of the output's type at the largest element of its exact row: 0.5 is a "
+        "result rounded once. Marked where triton_norm is further off than torch on the same device."
+    )
+    html = [page.paragraph(text)]
+    head = ["dtype", "x", "columns", *(f"{output}: {who}" for output in OUTPUTS for who in ("triton_norm", "torch"))]
+    for op in dict.fromkeys(r["op"] for r in compared):
+        rows: list[list[Entry]] = []
+        for r in compared:
+            if r["op"] == op:
+                errors = [
+                    Cell(ulps_text(ulps), who == "triton_norm" and is_worse(r[output]))
+                    for output in OUTPUTS
+                    for who, ulps in r[output].items()
+                ]
+                rows.append([r["dtype"], r["data"], str(r["columns"]), *errors])
+        html.append(page.details(f"{TITLE[op]}: {len(rows)} inputs", page.table(head, rows, text_columns=2)))
+    return "".join(html)
 
 
 def _anatomy_section(findings: Findings, out: Path) -> str:
@@ -221,8 +268,8 @@ METHOD = (
     "No contender is timed on a point before all that it computes agrees with torch's own function in fp64. One that "
     "does not, or that fails, is recorded with its message.",
     "Traffic is counted address by address while Triton's interpreter runs the kernels on few rows and small batches, "
-    "with the launches of a GPU; masked lanes count nothing. Time under the interpreter means nothing and is not "
-    "recorded.",
+    "with the launches of a GPU; masked lanes count nothing. Of rows two counts give what each more adds, and so the "
+    "bytes of all of them. Time under the interpreter means nothing and is not recorded.",
     "Machine code is what Triton compiles for a GPU that is not there, from the very arguments of a launch; occupancy "
     "follows from registers, shared memory and threads.",
 )

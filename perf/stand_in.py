@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from perf.contenders import Functions
-from triton_norm import tuning
-from triton_norm.ops import channels, launch, rows
+import triton_norm
+from perf.contenders import triton_norm_functions
+from triton_norm import dispatch, tuning
+from triton_norm.ops import launch
+
+OPS = triton_norm_functions()
+
+
+def _ops_modules() -> list[ModuleType]:
+    return [module for name, module in sys.modules.items() if name.startswith("triton_norm.ops.")]
 
 
 @contextmanager
-def as_on_gpu(multiprocessors: int, warp: int = 32, start: Callable[..., int] | None = None) -> Iterator[None]:
-    """Launches as chosen for a GPU of so many multiprocessors and threads a warp. `start` replaces what starts them."""
+def as_on_gpu(multiprocessors: int, warp: int = 32, start: Callable[..., Any] | None = None) -> Iterator[None]:
+    """CPU tensors are served, with the launches chosen for a GPU of so many multiprocessors and threads a warp.
+
+    `start` replaces `triton_norm.ops.launch.start`, through which every launch goes.
+    """
     with ExitStack() as replaced:
         replaced.callback(tuning.forget)
-        replaced.enter_context(mock.patch.object(tuning, "WARP", warp))
-        for module in (launch, rows, channels):
-            replaced.enter_context(mock.patch.object(module, "INTERPRETED", False))
-            replaced.enter_context(mock.patch.object(module, "multiprocessors", lambda _: multiprocessors))
-            if start is not None:
-                replaced.enter_context(mock.patch.object(module, "launch", start))
+
+        def replace(module: Any, name: str, stand_in: Any) -> None:
+            replaced.enter_context(mock.patch.object(module, name, stand_in))
+
+        replaced.enter_context(triton_norm.backend("triton"))
+        replace(tuning, "WARP", warp)
+        replace(dispatch, "INTERPRETED", True)
+        for module in _ops_modules():
+            for name, stand_in in (("INTERPRETED", False), ("multiprocessors", lambda _: multiprocessors)):
+                if hasattr(module, name):
+                    replace(module, name, stand_in)
+        if start is not None:
+            replace(launch, "start", start)
         tuning.forget()
         yield
-
-
-def _layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
-    return rows.layer_norm(x, shape, weight, bias, eps, None)
-
-
-def _batch_norm(
-    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
-) -> Any:
-    return channels.batch_norm(x, running_mean, running_var, None, weight, bias, training, momentum, eps)
-
-
-OPS = Functions(_layer_norm, _batch_norm)

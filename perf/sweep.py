@@ -59,9 +59,8 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 
 def _selected(point: Point, contenders: Sequence[Contender], quick: bool) -> list[Contender]:
-    """Compiling each shape anew takes seconds: a quick sweep spends them on the training landmarks alone."""
-    worth_compiling = not quick or (point.workload.landmark and point.training)
-    return [contender for contender in contenders if worth_compiling or not contender.compiles]
+    """Compiling each shape anew takes seconds: a quick sweep spends them on landmarks alone."""
+    return [contender for contender in contenders if not quick or point.is_landmark or not contender.compiles]
 
 
 def _skipped(point: Point, contenders: Sequence[Contender], chosen: Sequence[Contender]) -> list[dict[str, Any]]:

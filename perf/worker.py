@@ -14,6 +14,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = 5.0
+GRACE = 5.0
 
 
 class Worker:
@@ -57,5 +58,9 @@ class Worker:
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-            self._process.wait()
+            try:
+                self._process.wait(GRACE)
+            except subprocess.TimeoutExpired:  # an import can swallow what the signal raises
+                self._process.kill()
+                self._process.wait()
         self._errors.close()

@@ -1,18 +1,28 @@
 """What is measured, declared as data: shapes of real models, sweeps, and the fewest bytes each op must move."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 MODES = ("forward", "backward")
-BULK = ("x", "y", "dy", "dx")
+BULK = ("x", "residual", "y", "total", "dy", "dtotal", "dx")
 PARAMETERS = ("weight", "bias", "dweight", "dbias")
 STATISTICS = ("mean", "rstd", "running_mean", "running_var")
 
-FAMILY = {"layer_norm": "rows", "batch_norm": "channels", "batch_norm_eval": "channels"}
+FAMILY = {
+    "layer_norm": "rows",
+    "rms_norm": "rows",
+    "layer_norm_residual": "rows",
+    "rms_norm_residual": "rows",
+    "batch_norm": "channels",
+    "batch_norm_eval": "channels",
+}
 TITLE = {
     "layer_norm": "LayerNorm",
+    "rms_norm": "RMSNorm",
+    "layer_norm_residual": "LayerNorm + residual",
+    "rms_norm_residual": "RMSNorm + residual",
     "batch_norm": "BatchNorm, training",
     "batch_norm_eval": "BatchNorm, evaluation",
 }
@@ -39,6 +49,13 @@ _RUNNING = ("running_mean", "running_var")
 FLOORS = {
     ("layer_norm", "forward"): Floor(("x", "weight", "bias"), ("y",)),
     ("layer_norm", "backward"): Floor(("x", "dy", "weight", "mean", "rstd"), _GRADIENTS),
+    ("rms_norm", "forward"): Floor(("x", "weight"), ("y",)),
+    ("rms_norm", "backward"): Floor(("x", "dy", "weight", "rstd"), ("dx", "dweight")),
+    # dx is the residual's gradient too.
+    ("layer_norm_residual", "forward"): Floor(("x", "residual", "weight", "bias"), ("y", "total")),
+    ("layer_norm_residual", "backward"): Floor(("total", "dy", "dtotal", "weight", "mean", "rstd"), _GRADIENTS),
+    ("rms_norm_residual", "forward"): Floor(("x", "residual", "weight"), ("y", "total")),
+    ("rms_norm_residual", "backward"): Floor(("total", "dy", "dtotal", "weight", "rstd"), ("dx", "dweight")),
     ("batch_norm", "forward"): Floor(("x", "weight", "bias", *_RUNNING), ("y", *_RUNNING)),
     ("batch_norm", "backward"): Floor(("x", "dy", "weight", "mean", "rstd"), _GRADIENTS),
     ("batch_norm_eval", "forward"): Floor(("x", "weight", "bias", *_RUNNING), ("y",)),
@@ -86,9 +103,29 @@ class Point:
         return self.op != "batch_norm_eval"
 
     @property
+    def is_landmark(self) -> bool:
+        """Worth the seconds that torch.compile takes, in a quick sweep too."""
+        compared_widely = self.op in ("layer_norm", "batch_norm") or self.dtype == "bf16"
+        return self.workload.landmark and self.training and compared_widely
+
+    @property
+    def has_residual(self) -> bool:
+        return self.op.endswith("_residual")
+
+    @property
+    def has_bias(self) -> bool:
+        return not self.op.startswith("rms_norm")
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """What its backward computes, in the order of the leaves; dresidual is dx."""
+        weights = ("dweight", "dbias") if self.has_bias else ("dweight",)
+        return ("dx", "dresidual", *weights) if self.has_residual else ("dx", *weights)
+
+    @property
     def parameter_dtype(self) -> str:
-        """BatchNorm keeps its parameters in fp32 beside 16-bit activations, as autocast does; LayerNorm follows x."""
-        return self.dtype if self.op == "layer_norm" or self.dtype == "fp64" else "fp32"
+        """BatchNorm keeps its parameters in fp32 beside 16-bit activations, as autocast does; the others follow x."""
+        return self.dtype if self.workload.family == "rows" or self.dtype == "fp64" else "fp32"
 
     def tensor_bytes(self, name: str) -> int:
         if name in BULK:
@@ -134,6 +171,7 @@ SWEEP_ELEMENTS = 1 << 26
 COLUMNS = [128 << k for k in range(12)]
 QUICK_COLUMNS = (128, 512, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
 LANDMARK_COLUMNS = (1024, 4096, 16384, 65536)
+QUICK_RESIDUAL_COLUMNS = (1024, 4096, 16384)
 
 TOKENS_HIDDEN = 1024
 TOKENS = [1 << k for k in range(0, 21, 2)]
@@ -212,6 +250,12 @@ def _channels(layout: str) -> Iterator[Workload]:
 WORKLOADS = [*_rows(), *_channels("contiguous"), *_channels("channels_last")]
 
 
+def _is_quick(op: str, workload: Workload) -> bool:
+    if op.endswith("_residual"):
+        return workload.landmark and workload.features in QUICK_RESIDUAL_COLUMNS
+    return workload.quick or workload.landmark
+
+
 def points(
     dtypes: tuple[str, ...] = ("bf16", "fp32"), quick: bool = True, ops: tuple[str, ...] = tuple(FAMILY)
 ) -> list[Point]:
@@ -220,49 +264,70 @@ def points(
         Point(op, mode, dtype, workload)
         for workload in WORKLOADS
         for op in ops
-        if FAMILY[op] == workload.family and (workload.quick or workload.landmark or not quick)
+        if FAMILY[op] == workload.family and (not quick or _is_quick(op, workload))
         for mode in MODES
         for dtype in dtypes
     ]
     return sorted(found, key=lambda point: (not point.workload.landmark, point.op == "batch_norm_eval"))
 
 
-def _counted(op: str, dtype: str, shape: tuple[int, ...], layout: str = "contiguous") -> list[Point]:
-    workload = Workload(FAMILY[op], "representative", shape, "", layout)
-    return [Point(op, mode, dtype, workload) for mode in MODES]
+# The row lengths at which the bars for bytes and machine code hold, and the fewest rows that they are stated for.
+BAR_COLUMNS = (
+    64, 128, 256, 768, 1000, 1024, 2048, 4096, 5120, 7168, 8192, 12288, 16384, 32768, 65536, 131072, 262144,
+)  # fmt: skip
+BAR_ROWS = {"forward": 1024, "backward": 16384}
+QUICK_BAR_COLUMNS = (1000, 1024, 4096, 8192, 32768, 65536)
+ROW_OPS = tuple(op for op, family in FAMILY.items() if family == "rows")
 
 
-def traffic_points() -> list[Point]:
-    """About one multiprocessor's share of a real input, such as 1/128 of 16384 rows: the interpreter is slow, and every
-    share moves the same bytes. Of channels there are few where each has programs of its own."""
-    rows = [_counted("layer_norm", "bf16", (128, n)) for n in (1000, 1024, 4096, 8192)]
-    rows += [_counted("layer_norm", "bf16", (32, n)) for n in (32768, 65536)]
-    rows += [_counted("layer_norm", "fp32", (128, 4096))]
-    channels = [
-        _counted(op, "bf16", shape, layout)
-        for op in ("batch_norm", "batch_norm_eval")
-        for shape, layout in (
-            ((4, 16, 56, 56), "contiguous"),
-            ((16, 16, 14, 14), "contiguous"),
-            ((64, 16, 7, 7), "contiguous"),
-            ((2, 64, 56, 56), "channels_last"),
-            ((32, 64, 7, 7), "channels_last"),
-        )
+def bars(
+    ops: Sequence[str] = ROW_OPS,
+    modes: Sequence[str] = MODES,
+    dtypes: Sequence[str] = ("bf16", "fp32"),
+    columns: Sequence[int] = BAR_COLUMNS,
+) -> list[Point]:
+    return [
+        Point(op, mode, dtype, Workload("rows", "bars", (BAR_ROWS[mode], n), ""))
+        for op in ops
+        for dtype in dtypes
+        for n in columns
+        for mode in modes
     ]
-    return [point for found in rows + channels for point in found]
 
 
-def resource_points() -> list[Point]:
-    """Shapes whose launches differ. They are compiled, never run."""
-    lengths = (1000, 1024, 4096, 8192, 32768)
-    rows = [_counted("layer_norm", dtype, (4096, n)) for dtype in ("bf16", "fp32") for n in lengths]
-    channels = [
-        _counted(op, "bf16", shape, layout)
+def _rows_to_inspect(full: bool) -> list[Point]:
+    if full:
+        return bars()
+    several = bars(("layer_norm",), dtypes=("bf16",), columns=QUICK_BAR_COLUMNS)
+    several += bars(("layer_norm",), dtypes=("fp32",), columns=(4096, 16384))
+    return several + bars(ROW_OPS[1:], dtypes=("bf16",), columns=(4096,))
+
+
+def _channels_to_inspect(*shapes: tuple[tuple[int, ...], str]) -> list[Point]:
+    return [
+        Point(op, mode, "bf16", Workload("channels", "representative", shape, "", layout))
         for op in ("batch_norm", "batch_norm_eval")
-        for shape, layout in (
-            ((32, 256, 56, 56), "contiguous"),
-            ((32, 2048, 7, 7), "contiguous"),
-            ((32, 256, 56, 56), "channels_last"),
-        )
+        for shape, layout in shapes
+        for mode in MODES
     ]
-    return [point for found in rows + channels for point in found]
+
+
+def traffic_points(full: bool = False) -> list[Point]:
+    """Of channels, about one multiprocessor's share of a real input: every share moves the same bytes. There are few
+    channels where each has programs of its own. `full`: every row length, for every op."""
+    return _rows_to_inspect(full) + _channels_to_inspect(
+        ((4, 16, 56, 56), "contiguous"),
+        ((16, 16, 14, 14), "contiguous"),
+        ((64, 16, 7, 7), "contiguous"),
+        ((2, 64, 56, 56), "channels_last"),
+        ((32, 64, 7, 7), "channels_last"),
+    )
+
+
+def resource_points(full: bool = False) -> list[Point]:
+    """Shapes whose launches differ. They are compiled, never run. `full`: every row length, for every op."""
+    return _rows_to_inspect(full) + _channels_to_inspect(
+        ((32, 256, 56, 56), "contiguous"),
+        ((32, 2048, 7, 7), "contiguous"),
+        ((32, 256, 56, 56), "channels_last"),
+    )

@@ -1,13 +1,13 @@
-"""The perf suite where no GPU is needed: floors, records, the gate, the report, and the parts that run as processes."""
+"""The perf suite where no GPU is needed: floors, records, the gate, and the parts that run as processes."""
 
-import csv
+import importlib.util
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +15,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from perf import charts, findings, measure, report, sweep, workloads
-from perf.contenders import Contender, Functions
+from perf import findings, measure, sweep, workloads
+from perf.contenders import CONTENDERS as CONTENDERS_OF_A_RUN
+from perf.contenders import Contender, Functions, torch_functions
 from perf.workloads import Point, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.unguarded
 
+CHANNEL_OPS = ("batch_norm", "batch_norm_eval")
 ROWS = Workload("rows", "columns", (64, 96), "test")
 IMAGES = Workload("channels", "networks", (4, 6, 5, 5), "test", "channels_last")
 
@@ -50,6 +52,14 @@ def records_of(*arguments):
         ("layer_norm", "backward", "fp32", (10, 30), 3 * 300 * 4 + 3 * 30 * 4 + 2 * 10 * 4),
         # fp64 statistics for fp64 input.
         ("layer_norm", "backward", "fp64", (10, 30), 3 * 300 * 8 + 3 * 30 * 8 + 2 * 10 * 8),
+        # No bias; rstd without a mean.
+        ("rms_norm", "forward", "bf16", (128, 1000), 2 * 128 * 1000 * 2 + 1000 * 2),
+        ("rms_norm", "backward", "fp32", (10, 30), 3 * 300 * 4 + 2 * 30 * 4 + 10 * 4),
+        # x, residual, y, total; then total, dy, dtotal and dx, which is dresidual too.
+        ("layer_norm_residual", "forward", "bf16", (10, 30), 4 * 300 * 2 + 2 * 30 * 2),
+        ("layer_norm_residual", "backward", "bf16", (10, 30), 4 * 300 * 2 + 3 * 30 * 2 + 2 * 10 * 4),
+        ("rms_norm_residual", "forward", "bf16", (10, 30), 4 * 300 * 2 + 30 * 2),
+        ("rms_norm_residual", "backward", "bf16", (10, 30), 4 * 300 * 2 + 2 * 30 * 2 + 10 * 4),
         # x and y; fp32 weight and bias; two running statistics read and written.
         ("batch_norm", "forward", "bf16", (2, 3, 4, 4), 2 * 96 * 2 + 2 * 3 * 4 + 4 * 3 * 4),
         ("batch_norm", "backward", "bf16", (2, 3, 4, 4), 3 * 96 * 2 + 3 * 3 * 4 + 2 * 3 * 4),
@@ -67,6 +77,15 @@ def test_workloads_are_distinct_and_the_sweep_is_of_one_size():
     quick, full = workloads.points(), workloads.points(quick=False)
     assert set(quick) < set(full)
     assert quick[0].workload.landmark
+
+
+def test_the_ops_with_a_residual_make_a_quick_run_little_longer():
+    before, after = (workloads.points(ops=ops) for ops in (("layer_norm", *CHANNEL_OPS), tuple(workloads.FAMILY)))
+    assert len(after) < 1.5 * len(before)
+    assert sum(point.is_landmark for point in after) < 1.7 * sum(point.is_landmark for point in before)
+    assert {point.op for point in after} == set(workloads.FAMILY)
+    assert workloads.FLOORS["layer_norm_residual", "forward"].short == "2R2W"
+    assert workloads.FLOORS["layer_norm_residual", "backward"].short == "3R1W"
 
 
 class FakeTimer:
@@ -96,7 +115,7 @@ def fails(*_):
     raise ValueError("no such shape\n\nand more")
 
 
-TORCH = Contender("torch", lambda: Functions(functional.layer_norm, functional.batch_norm))
+TORCH = Contender("torch", torch_functions)
 CONTENDERS = [
     TORCH,
     Contender("wrong", lambda: Functions(off_by_a_percent)),
@@ -129,6 +148,58 @@ def test_the_gate_knows_batch_norm_and_its_running_statistics(op, mode):
     (record,) = measure.measure_point(Point(op, mode, "fp32", IMAGES), [TORCH], FakeTimer(), seconds=0)
     assert record["status"] == "ok"
     assert ("running_var" in record["errors"]) == (op == "batch_norm" and mode == "forward")
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm_residual", "rms_norm_residual"])
+@pytest.mark.parametrize(("mode", "dtype"), [("forward", "fp32"), ("forward", "bf16"), ("backward", "fp32")])
+def test_the_gate_knows_rows_with_and_without_a_residual(op, dtype, mode):
+    (record,) = measure.measure_point(Point(op, mode, dtype, ROWS), [TORCH], FakeTimer(), seconds=0)
+    assert record["status"] == "ok"
+    outputs = {"y"} if mode == "forward" else {"dx", "dweight"}
+    if op.endswith("residual"):
+        outputs |= {"total"} if mode == "forward" else {"dresidual"}
+    if op.startswith("layer_norm") and mode == "backward":
+        outputs |= {"dbias"}
+    assert set(record["errors"]) == outputs
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_a_wrong_total_and_a_gradient_that_leaves_it_out_fail_the_gate(mode):
+    def function(x, residual, shape, weight, eps):
+        total = x + residual
+        return functional.rms_norm(total, shape, weight, eps), 1.01 * total.detach() + 0 * total
+
+    wrong = Contender("wrong", lambda: Functions(rms_norm_residual=function))
+    (record,) = measure.measure_point(Point("rms_norm_residual", mode, "fp32", ROWS), [wrong], FakeTimer(), seconds=0)
+    assert record["status"] == "wrong"
+    assert record["message"].startswith("total" if mode == "forward" else "dx")
+
+
+def test_liger_is_called_with_its_own_arguments_where_it_is_importable(monkeypatch):
+    """torch's functions stand in for its own, in its order of arguments; in place, they would overwrite dy."""
+    (liger,) = (contender for contender in CONTENDERS_OF_A_RUN if contender.name == "Liger-Kernel")
+    if importlib.util.find_spec("liger_kernel") is None:
+        assert liger.status().startswith("missing (ModuleNotFoundError")
+    as_torch = {"offset": 0.0, "casting_mode": "gemma", "in_place": False}
+
+    def rms_norm(x, weight, eps, **options):
+        assert options == as_torch
+        return functional.rms_norm(x, weight.shape, weight, eps)
+
+    module = SimpleNamespace(
+        liger_layer_norm=lambda x, weight, bias, eps: functional.layer_norm(x, weight.shape, weight, bias, eps),
+        liger_rms_norm=rms_norm,
+        liger_fused_add_rms_norm=lambda x, r, weight, eps, **options: (rms_norm(x + r, weight, eps, **options), x + r),
+    )
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", module)
+    points = [Point(op, mode, "fp32", ROWS) for op in workloads.ROW_OPS for mode in workloads.MODES]
+    records = [measure.measure_point(point, [liger], FakeTimer(), seconds=0)[0] for point in points]
+    statuses = {(record["op"], record["status"]) for record in records}
+    assert statuses == {
+        *((op, "ok") for op in ("layer_norm", "rms_norm", "rms_norm_residual")), ("layer_norm_residual", "unsupported")
+    }  # fmt: skip
 
 
 def test_nan_never_passes_the_gate():
@@ -214,113 +285,14 @@ def test_timed_run_ends_with_its_time(gpu_of_the_test, tmp_path):
     assert len(results["unreached"]) == 1
 
 
-def synthetic(seed=0):
-    """A results file such as a GPU would give; every figure in it is made up."""
-    generator = torch.Generator().manual_seed(seed)
-    records = []
-    for point in workloads.points():
-        for contender, share in (("triton_norm", 0.9), ("torch", 0.5), ("torch.compile", 0.75)):
-            record = {**point.describe(), "contender": contender, "status": "ok", "message": ""}
-            if contender == "torch.compile" and not point.workload.landmark:
-                records.append(record | {"status": "skipped", "message": "made up"})
-                continue
-            if contender == "torch" and point.workload.shape[-1] == 1023:
-                records.append(record | {"status": "wrong", "message": "made up"})
-                continue
-            noise = 0.95 + 0.1 * float(torch.rand((), generator=generator))
-            gbps = 3000 * share * noise * point.floor_bytes / (point.floor_bytes + (8 << 20))
-            median = point.floor_bytes / gbps / 1e3
-            record |= {"median_us": median, "p20_us": 0.97 * median, "p80_us": 1.05 * median, "host_us": 9.0}
-            records.append(record | {"gbps": gbps, "repetitions": 11, "errors": {"y": 1e-3}})
-    environment = {"GPU": "made-up GPU", "torch": "0", "triton": "0", "date": "never"}
-    run = {"kind": "timing", "format": 1, "environment": environment, "copy_gbps": 3000.0}
-    return run | {"records": records, "contenders": {"torch": "torch 0"}, "unreached": []}
-
-
-class Page(HTMLParser):
-    VOID = ("meta", "link", "img")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.counts, self.links = [], {}, []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_report_of_a_results_file_has_every_figure_and_nothing_outside(tmp_path):
-    run = synthetic()
-    source = tmp_path / "made-up.json"
-    source.write_text(json.dumps(run))
-    found = findings.Findings({"torch": "0", "triton": "0", "date": "never"})
-    report.load([source], found)
-    out = tmp_path / "report"
-    text = report.write(found, out).read_text()
-    page = Page(text)
-    pictures = sorted(path.name for path in out.glob("*.png"))
-    expected = [
-        f"throughput-0-{op}-{mode}-{dtype}.png"
-        for op in workloads.FAMILY
-        for mode in workloads.MODES
-        for dtype in ("bf16", "fp32")
-    ]
-    assert pictures == sorted([*expected, "anatomy.png"])
-    assert page.counts["img"] == len(pictures)
-    assert all(link.startswith(("data:", "#")) for link in page.links)
-    assert "http" not in text.replace("http-equiv", "")
-    assert findings.NOT_TIMED in text
-    assert "made-up GPU" in text
-    assert text.count("<tr>") > len(run["records"])
-    assert json.loads((out / "results.json").read_text())["timed"] == [run]
-    with (out / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(run["records"])
-    assert rows[0]["shape"] == "x".join(map(str, run["records"][0]["shape"]))
-    assert not report.has_failed(found)
-
-
-def test_speedups_are_over_shared_points_only():
-    about = {"op": "layer_norm", "mode": "forward", "dtype": "bf16", "layout": "contiguous", "status": "ok"}
-    records = [
-        about | {"shape": [1, 2], "contender": "torch", "median_us": 30.0},
-        about | {"shape": [1, 2], "contender": "triton_norm", "median_us": 10.0},
-        about | {"shape": [1, 3], "contender": "torch", "median_us": 30.0},
-    ]
-    assert findings.speedups(records, "torch") == [3.0]
-
-
-def test_a_file_that_is_not_results_is_a_problem_not_a_crash(tmp_path):
-    (tmp_path / "other.json").write_text("[]")
-    found = findings.Findings({"torch": "0", "triton": "0", "date": "never"})
-    report.load([tmp_path / "other.json", tmp_path / "absent.json"], found)
-    assert len(found.problems) == 2
-    assert report.has_failed(found)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(1024, "1K"), (1000, "1000"), (262144, "256K"), (1 << 20, "1M"), (1.5, "1.5")]
-)
-def test_numbers_on_axes(value, text):
-    assert charts.short(value) == text
-
-
 def test_traffic_of_layer_norm_reads_x_once_and_writes_y_once():
     forward, backward = records_of("traffic", "--points", "2")
-    x_bytes = math.prod(forward["shape"]) * 2
+    x_bytes, backward_x_bytes = (math.prod(record["shape"]) * 2 for record in (forward, backward))
     assert (forward["op"], forward["mode"], forward["dtype"]) == ("layer_norm", "forward", "bf16")
     assert forward["bytes"]["bulk"] == {"loaded": x_bytes, "stored": x_bytes}
     assert forward["bytes"]["partials"] == {"loaded": 0, "stored": 0}
     assert forward["footprint_bytes"] == forward["floor_bytes"]
-    assert backward["bytes"]["bulk"] == {"loaded": 2 * x_bytes, "stored": x_bytes}
+    assert backward["bytes"]["bulk"] == {"loaded": 2 * backward_x_bytes, "stored": backward_x_bytes}
     assert backward["bytes"]["partials"]["loaded"] == backward["bytes"]["partials"]["stored"] > 0
     for record in (forward, backward):
         assert record["status"] == "ok"
@@ -339,6 +311,21 @@ def test_resources_of_a_kernel_on_gpus_that_are_not_here():
         assert record["spill_stores"] == record["spill_loads"] == 0
         assert 0 < record["registers"] <= 128
         assert 0 < record["resident_warps"] <= record["possible_warps"]
+
+
+def test_errors_on_hard_data_are_no_larger_than_torchs():
+    """ulp of the output's type, once torch's and again for the rounding of another order of summation."""
+    records = records_of("numerics")
+    assert {(r["op"], r["dtype"]) for r in records} == set(
+        product(("layer_norm", "rms_norm"), ("fp32", "bf16", "fp16"))
+    )
+    overflowing = "as large as the type goes"  # in squares, for fp32 and bf16: torch's results are not finite there
+    for record in records:
+        for output in findings.OUTPUTS:
+            ours, theirs = (record[output][name] for name in ("triton_norm", "torch"))
+            assert ours is not None, record
+            assert theirs is not None or record["data"] == overflowing, record
+            assert theirs is None or 0 <= ours <= 2 * theirs + 2, record
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run would measure")

@@ -147,7 +147,7 @@ def rows_forward(
         configs = [
             config(warps(block, 16), BLOCK_M=1, BLOCK_N=block, **_shared(width, block, peers))
             for peers in (most_peers(multiprocessors), 1)
-            for block in (FORWARD_PIECE_BYTES // compute_bytes, FORWARD_PIECE_BYTES // 2 // compute_bytes)
+            for block in (FORWARD_PIECE_BYTES // 2 // compute_bytes, FORWARD_PIECE_BYTES // compute_bytes)
         ]
     return _space("rows_forward_kernel", f"columns {width}, {types}", configs)
 

@@ -29,9 +29,11 @@ def at(rows_ptr, cols, V: tl.constexpr):
 
 
 @triton.jit
-def load_summed(x_rows, residual_rows, total_rows, cols, mask, V: tl.constexpr, COMPUTE: tl.constexpr):
+def load_summed(
+    x_rows, residual_rows, total_rows, cols, mask, V: tl.constexpr, EVICTION: tl.constexpr, COMPUTE: tl.constexpr
+):
     """x, or x + residual rounded once to the total's type and stored."""
-    x = tl.load(at(x_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
+    x = tl.load(at(x_rows, cols, V), mask=mask, other=0.0, eviction_policy=EVICTION)
     if residual_rows is not None:
         residual = tl.load(at(residual_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
         x = (x.to(COMPUTE) + residual.to(COMPUTE)).to(total_rows.dtype.element_ty)
@@ -146,6 +148,7 @@ def rows_forward_kernel(
     residual 2R2W. residual, total, weight, bias and statistics may be None, and partials and sync where PEERS is 1.
     """
     SPAN: tl.constexpr = BLOCK_N * PIECES
+    EVICTION: tl.constexpr = "evict_last" if PIECES > 1 and residual_ptr is None else "evict_first"
     n_cols = n_col_vecs * V
     if PEERS > 1:
         n_peers = tl.cdiv(n_cols, SPAN)
@@ -165,7 +168,7 @@ def rows_forward_kernel(
         total_rows = total_ptr + rows * n_cols
     cols = begin + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     mask = row_mask & (cols < n_cols)
-    x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, COMPUTE)
+    x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
     count = to_float(tl.minimum(n_cols - begin, BLOCK_N), COMPUTE)
     centred, mean, rest, m2 = moments(x.to(COMPUTE), mask, count, CENTRED)
     if PIECES > 1:
@@ -173,7 +176,7 @@ def rows_forward_kernel(
         for start in range(begin + BLOCK_N, end, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)[None, :]
             mask = row_mask & (cols < n_cols)
-            x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, COMPUTE)
+            x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
             count = to_float(tl.minimum(end - start, BLOCK_N), COMPUTE)
             _, piece_mean, piece_rest, piece_m2 = moments(x.to(COMPUTE), mask, count, CENTRED)
             if CENTRED:

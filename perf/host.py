@@ -1,0 +1,195 @@
+"""What the library costs on the host for each call, on top of the launches that the call makes.
+
+Triton compiles, loads and launches as on a GPU, but over `stub_cuda.c`, a driver that computes nothing; the tensors are
+on the CPU. The process must be one of its own, without TRITON_INTERPRET=1: its libcuda is the stub from then on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import shutil
+import subprocess
+import sysconfig
+import timeit
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch.nn import functional as F
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+
+import triton_norm
+from perf.measure import in_a_line
+from perf.stand_in import as_on_gpu
+from triton_norm import dispatch, functional
+from triton_norm.ops import launch
+
+Record = dict[str, Any]
+Call = Callable[[], object]
+
+STUB = Path(__file__).with_name("stub_cuda.c")
+GPU = GPUTarget("cuda", 90, 32)
+MULTIPROCESSORS = 132
+SHAPE = (8, 1024)
+BATCHES, CALLS = 300, 20  # a batch is shorter than a time slice, so that some run undisturbed on a busy machine
+WARMUPS = 5  # calls before each batch: the caches hold what the others left
+METADATA_AND_HOOKS = slice(6, 9)  # of a launcher's arguments
+
+
+def missing() -> str:
+    """What this machine lacks to build the stub and Triton's launchers, or nothing."""
+    if _compiler() is None:
+        return "there is no C compiler ($CC, cc, gcc or clang)"
+    header = Path(sysconfig.get_config_var("INCLUDEPY") or "", "Python.h")
+    return "" if header.exists() else f"there is no {header}"
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def load_stub(folder: Path) -> Callable[[], int]:
+    """Makes the stub this process's libcuda, built in `folder`; returns what counts the launches so far."""
+    compiler, library = _compiler(), folder / "libcuda.so.1"
+    assert compiler is not None
+    headers = Path(nvidia.__file__).with_name("include")
+    build = [compiler, "-O2", "-shared", "-fPIC", f"-I{headers}", f"-Wl,-soname,{library.name}", str(STUB)]
+    subprocess.run([*build, "-o", str(library)], check=True)
+    os.environ |= {"CC": compiler, "TRITON_LIBCUDA_PATH": str(folder)}
+    # Triton asks the loader for libcuda.so.1, which finds what is loaded under that name.
+    count: Any = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL).launch_count
+    count.restype = ctypes.c_ulonglong
+    return lambda: int(count())
+
+
+class StubDriver:
+    """Triton's driver for NVIDIA, but for what it asks torch.cuda."""
+
+    def __init__(self) -> None:
+        self.utils = nvidia.CudaUtils()
+        self.launcher_cls = nvidia.CudaLauncher
+
+    def get_current_target(self) -> GPUTarget:
+        return GPU
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def served_as_on_gpu() -> Iterator[None]:
+    """CPU tensors go where CUDA's go; what asks torch.cuda is replaced by what takes as long to answer."""
+    with ExitStack() as replaced:
+        replaced.enter_context(as_on_gpu(MULTIPROCESSORS, GPU.warp_size))
+        for module, name, stand_in in (
+            (dispatch, "INTERPRETED", True),
+            (functional, "_autocasts", lambda operator, x: x.is_cpu and torch.is_autocast_enabled("cuda")),
+            (launch, "gpu_name", functools.cache(lambda device: "stub")),
+            (launch, "current_device", lambda: -1),  # the index of a device without one, to launch.Launcher
+            (launch, "current_stream", lambda device: 0),
+            (launch, "search", lambda kernel, space, *arguments: space.configs[0]),
+        ):
+            replaced.enter_context(mock.patch.object(module, name, stand_in))
+        yield
+
+
+def cases() -> Iterator[tuple[str, Call]]:
+    """The public functions by what is asked of them."""
+    for name, parameters in (("layer_norm", 2), ("rms_norm", 1)):
+        function = getattr(triton_norm, name, None)
+        if function is not None:
+            yield from _cases_of(name, function, parameters)
+
+
+def _cases_of(name: str, function: Callable[..., torch.Tensor], parameters: int) -> Iterator[tuple[str, Call]]:
+    x, dy = torch.randn(2, *SHAPE).bfloat16()
+    weights = torch.randn(parameters, SHAPE[1]).bfloat16()
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, *weights)]
+    forward = functools.partial(function, x, SHAPE[1:], *weights)
+    recorded = functools.partial(function, leaves[0], SHAPE[1:], *leaves[1:])
+    yield f"{name} forward", forward
+    yield f"{name} forward with gradients", recorded
+    yield f"{name} forward and backward", lambda: torch.autograd.grad(recorded(), leaves, dy)
+
+
+def launches_of(call: Call) -> list[Call]:
+    """The launches that a call makes, each as one that starts the compiled kernel with the same arguments."""
+    made: list[Call] = []
+    start = nvidia.CudaLauncher.__call__
+
+    def noted(launcher: Any, *arguments: Any) -> None:
+        plain = list(arguments)
+        plain[METADATA_AND_HOOKS] = [None] * 3
+        made.append(functools.partial(launcher, *plain))
+        start(launcher, *arguments)
+
+    with mock.patch.object(nvidia.CudaLauncher, "__call__", noted):
+        call()
+    return made
+
+
+def fastest(calls: Sequence[Call]) -> list[float]:
+    """µs per call of each, at best: noise only ever adds."""
+    timers = [timeit.Timer(call) for call in calls]
+    best = [math.inf] * len(calls)
+    for _ in range(BATCHES):
+        for place, timer in enumerate(timers):
+            timer.timeit(WARMUPS)
+            best[place] = min(best[place], timer.timeit(CALLS) / CALLS * 1e6)
+    return best
+
+
+def yardstick() -> Call:
+    """torch's own LayerNorm of 8 elements on the CPU: what this machine needs for one call of a torch function."""
+    return functools.partial(F.layer_norm, torch.randn(1, 8), (8,), torch.ones(8), torch.zeros(8))
+
+
+def measure(call: Call, launches: Callable[[], int]) -> Record:
+    for _ in range(WARMUPS):
+        call()
+    before = launches()
+    call()
+    count = launches() - before
+    started = launches_of(call)
+    if len(started) != count:
+        raise RuntimeError(f"of {count} launches {len(started)} went through Triton's launcher")
+    call_us, torch_us, *launch_us = fastest([call, yardstick(), *started])
+    figures = {"call_us": call_us, "launch_us": sum(launch_us), "library_us": call_us - sum(launch_us)}
+    return {"launches": count, **figures, "torch_us": torch_us}
+
+
+def records(folder: Path) -> Iterator[Record]:
+    """One for each case; what is built lies in `folder`."""
+    reason = missing()
+    if reason:
+        yield {"case": "all", "status": "skipped", "message": reason}
+        return
+    torch.set_num_threads(1)
+    launches = load_stub(folder)
+    triton.runtime.driver.set_active(StubDriver())
+    with served_as_on_gpu():
+        for name, call in cases():
+            try:
+                yield {"case": name, "status": "ok", "message": "", **measure(call, launches)}
+            except Exception as error:
+                yield {"case": name, "status": "error", "message": in_a_line(error)}
+
+
+def line(record: Record) -> str:
+    if record["status"] != "ok":
+        return f"{record['case']}: {record['status']}, {record['message']}"
+    return (
+        f"{record['case']}: {record['library_us']:.1f} µs and {record['launch_us']:.1f} for {record['launches']} bare "
+        f"launch{'es' * (record['launches'] != 1)}; F.layer_norm on the CPU takes {record['torch_us']:.1f}"
+    )

@@ -1,0 +1,56 @@
+"""What a call costs on the host on top of its launches, over a CUDA driver that computes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.unguarded
+
+RUNS = 3  # at most: a busy machine only ever adds time
+TORCH_US = 2.4  # F.layer_norm of 8 elements on the machine that the limits are for
+# With gradients the goal is 12; an autograd.Function that allocates y and the statistics, saves four tensors and does
+# nothing else takes 9 of it.
+LIMITS_US = {"forward": 8.0, "forward with gradients": 18.0}
+LAUNCHES = {"forward": 1, "forward with gradients": 1, "forward and backward": 3}
+
+
+def measured():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "perf", "host", "--lines"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert records, done.stderr
+    if records[0]["status"] == "skipped":
+        pytest.skip(records[0]["message"])
+    assert [record for record in records if record["status"] != "ok"] == []
+    assert done.returncode == 0, done.stderr
+    return records
+
+
+def too_slow(records):
+    """Of the cases with a limit those above it, which is in proportion to this machine's speed at the time."""
+    found = {}
+    for record in records:
+        limit = LIMITS_US.get(record["case"].partition(" ")[2], float("inf")) * max(1, record["torch_us"] / TORCH_US)
+        if record["library_us"] > limit:
+            found[record["case"]] = f"{record['library_us']:.1f} µs, the limit is {limit:.1f}"
+    return found
+
+
+def test_the_library_adds_microseconds_to_its_launches():
+    pytest.importorskip("triton")
+    records = measured()
+    assert {"layer_norm " + case for case in LAUNCHES} <= {record["case"] for record in records}
+    for record in records:
+        assert record["launches"] == LAUNCHES[record["case"].partition(" ")[2]], record["case"]
+    slow = too_slow(records)
+    for _ in range(RUNS - 1):
+        if slow:
+            again = too_slow(measured())
+            slow = {case: again[case] for case in slow if case in again}
+    assert slow == {}
