@@ -45,7 +45,7 @@ ORDERS = {"in order": None, "backwards": backwards, "shuffled": shuffled}
 def share(monkeypatch):
     """Sets how rows are shared: pieces of 32 columns, as many a program as said, rows exchanged so many at a time."""
 
-    def use(columns: int, pieces: int = 1, at_once: int = 1, multiprocessors: int = 9) -> None:
+    def use(columns: int, pieces: int = 1, at_once: int = 1, multiprocessors: int = 6) -> None:
         width = tuning.next_power_of_2(columns)
         peers = width // (SPAN * pieces)
         forward = tuning.config(4, BLOCK_M=1, BLOCK_N=SPAN, PIECES=pieces, PEERS=peers)
@@ -73,13 +73,22 @@ def test_matches_fp64(norm, columns, pieces, at_once, share, device):
         norm.against_oracle(*norm.drawn((1, columns), 1, torch.bfloat16, device))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("resident", [4, 7, None])
-@pytest.mark.parametrize("delayed", [None, 0, 2])
+@pytest.mark.parametrize(
+    ("order", "resident", "delayed"),
+    [
+        ("in order", 4, None),
+        ("in order", None, 0),
+        ("backwards", 4, None),
+        ("backwards", 7, 2),
+        ("backwards", None, None),
+        ("shuffled", 4, 0),
+        ("shuffled", None, 2),
+    ],
+)
 def test_the_bits_do_not_depend_on_the_programs_order(order, resident, delayed, share, device):
     """Four programs a row, and no more of them at once than are needed for one row."""
     share(128)
-    inputs = LAYER_NORM.drawn((9, 128), 1, torch.float32, device)
+    inputs = LAYER_NORM.drawn((6, 128), 1, torch.float32, device)
     with interleaved():
         expected = run(LAYER_NORM.ours((128,)), *inputs)
     with interleaved(resident=resident, order=ORDERS[order], delayed=delayed):
