@@ -188,7 +188,7 @@ def rows_forward_kernel(
         mean, rest, m2 = exchange_moments(
             mean, rest, m2, partials_ptr, sync_ptr, group, peer, n_peers, n_cols, SPAN, PEERS, CENTRED
         )
-        row_mask &= peer == 0
+        row_mask = rows < tl.where(peer == 0, n_rows, 0)
     rstd = tl.rsqrt(m2 / to_float(n_cols, COMPUTE) + EPS)
     if PIECES > 1 or PEERS > 1:
         centred = centred_on(x, mean, rest, CENTRED)
