@@ -1,7 +1,7 @@
 """Triton's interpreter, made to compute as a GPU does and to tell what memory a kernel touches.
 
-All that depends on the private parts of triton.runtime.interpreter is here and in arithmetic.py; those parts are the
-same in Triton 3.6 and 3.7.
+All that depends on the private parts of triton.runtime.interpreter is here, in arithmetic.py and in interleave.py;
+they are the same in Triton 3.6 and 3.7.
 The interpreter must be on, that is, TRITON_INTERPRET=1 must be set before Triton is imported.
 """
 
