@@ -176,7 +176,7 @@ def test_strided_and_expanded_tensors_are_not_copied(expanded, layout, guard, de
         y = triton_norm.batch_norm(x, None, None, training=True)
         torch.autograd.grad(y, x, dy)
     if guard is not None:
-        assert guard.loaded(x) == 4 * x.numel() * x.itemsize  # by each of the four kernels that sweep x
+        assert guard.loaded(x) == 2 * x.numel() * x.itemsize  # once forward, once backward
 
 
 def _must_not_copy(self, *args, **kwargs):

@@ -93,7 +93,8 @@ def operators(device: str) -> dict[str, tuple]:
     x, weight = torch.randn(3, 4, 6, device=device), torch.randn(6, device=device)
     row_statistics = torch.rand(2 * 12, device=device)
     row_wanted = [True, True, True]
-    statistics = torch.rand(2, 4, device=device)
+    statistics = torch.rand(3, 4, device=device)
+    running = torch.rand(4, device=device), torch.rand(4, device=device)
     channel_weight = torch.randn(4, device=device)
     moved = (statistics[0].clone(), statistics[1].clone(), torch.tensor(0, device=device))
     wanted = [True, True, False]
@@ -133,12 +134,29 @@ def operators(device: str) -> dict[str, tuple]:
                 None,
             ),
         ),
-        "batch_norm_forward": (ops.batch_norm_forward, (x, channel_weight, None, *moved, 0.1, 1e-5)),
-        "batch_norm_forward, channels last": (ops.batch_norm_forward, (last, None, None, *moved, None, 1e-5)),
-        "batch_norm_inference": (ops.batch_norm_inference, (last, channel_weight, None, *statistics, 1e-5)),
+        "batch_norm_forward": (
+            ops.batch_norm_forward,
+            (x, None, channel_weight, None, *moved, True, 0.1, 1e-5, None, 0.0),
+        ),
+        "batch_norm_forward, channels last": (
+            ops.batch_norm_forward,
+            (last, x.half(), None, None, *moved, True, None, 1e-5, "relu", 0.0),
+        ),
+        "batch_norm_inference": (
+            ops.batch_norm_inference,
+            (last, None, channel_weight, None, *running, False, 1e-5, "silu", 0.0),
+        ),
+        "batch_norm_inference, residual": (
+            ops.batch_norm_inference,
+            (x, x + 1, channel_weight, None, *running, True, 1e-5, "leaky_relu", 0.1),
+        ),
         "batch_norm_backward": (
             ops.batch_norm_backward,
-            (x, last, channel_weight, None, *statistics, True, 1e-5, wanted),
+            (x, last, None, None, channel_weight, None, statistics, None, None, None, wanted, 1e-5, None, 0.0),
+        ),
+        "batch_norm_backward, residual": (
+            ops.batch_norm_backward,
+            (x, last, last, None, channel_weight, None, None, *running, torch.half, wanted, 1e-5, "silu", 0.0),
         ),
     }
 

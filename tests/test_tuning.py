@@ -30,10 +30,12 @@ def spaces():
                 yield tuning.rows_forward(n_cols, dtype, stored_bytes, compute_bytes, SMS, interpreted)
                 yield tuning.rows_backward(n_cols, dtype, compute_bytes, SMS, interpreted)
     for vector in (1, 2, 4, 8):
-        for last in (False, True):
+        for kind, lanes, width in (("flat", vector, 1), ("last", 64, 64), ("folded", 2048, 64)):
             for interpreted in (False, True):
-                lanes = tuning.channel_lanes(vector, 1000, last)
-                yield tuning.channels("channels_apply_kernel", lanes, vector, "float32", last, interpreted)
+                for held in (0, 4096, 16384):
+                    yield tuning.channels(
+                        "channels_forward_kernel", "waits", kind, lanes, vector, width, "float32", held, interpreted
+                    )
 
 
 def test_spaces_are_small_and_of_powers_of_two():
@@ -100,19 +102,33 @@ def test_every_config_for_rows_is_right(kernel, n_cols, config, monkeypatch, dev
     tuning.forget()
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("held", [0, 256])
+@pytest.mark.parametrize("kind", ["flat", "last", "folded"])
 @pytest.mark.parametrize("index", range(3))
-def test_every_config_for_channels_is_right(index, last, monkeypatch, device):
-    x, dy = torch.randn(2, 3, 8, 40, device=device)
-    if last:
-        x, dy = (t.mT.contiguous().mT for t in (x, dy))
-    lanes, vector = tuning.channel_lanes(4, 8, last), 4
-    configs = tuning.channels("channels_apply_kernel", lanes, vector, "float32", last, False).configs
+def test_every_config_for_channels_is_right(index, kind, held, monkeypatch, device):
+    shape = (9, 8, 7) if kind == "folded" else (2, 8, 3, 40)
+    x, dy = torch.randn(2, *shape, device=device)
+    if kind == "last":
+        x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
+    lanes, vector, width = {"flat": (4, 4, 1), "last": (8, 4, 8), "folded": (512, 4, 8)}[kind]
+    where = "channels_forward_kernel", "waits", kind, lanes, vector, width, "float32", held, False
+    configs = tuning.channels(*where).configs
     forced = tuning.Space("channels", "", (configs[index % len(configs)],))
+    tuning.forget()
     monkeypatch.setattr(tuning, "channels", lambda *arguments: forced)
+    monkeypatch.setattr(tuning, "INTERPRETED_SMS", 6)
+    monkeypatch.setattr(tuning, "INTERPRETED_TILE", 256)
+    monkeypatch.setattr(tuning, "MIN_HELD_ELEMENTS", 64)
+    monkeypatch.setattr(tuning, "ONE_LAUNCH", bool(held))
+    launch.multiprocessors.cache_clear()
     weight, bias = torch.randn(2, 8, device=device)
-    actual = run(lambda x, w, b: triton_norm.batch_norm(x, None, None, w, b, True), x, weight, bias, dy)
-    check(actual, x, weight, bias, dy, (0, 2), batch_norm_oracle(None))
+    with interleaved() if launch.INTERPRETED else contextlib.nullcontext():
+        actual = run(lambda x, w, b: triton_norm.batch_norm(x, None, None, w, b, True), x, weight, bias, dy)
+    axes = (0, *range(2, x.dim()))
+    check(actual, x, weight, bias, dy, axes, batch_norm_oracle(None))
+    monkeypatch.undo()
+    launch.multiprocessors.cache_clear()
+    tuning.forget()
 
 
 @pytest.fixture
@@ -243,15 +259,20 @@ def test_a_real_search_is_right_and_runs_once(monkeypatch):
     for n_rows in (512, 700):
         x = torch.randn(n_rows, 48)
         torch.testing.assert_close(module(x.cuda()).cpu(), exact(x), rtol=1e-4, atol=1e-4)
-    assert len(searched) == len(set(searched)) == 3
+    assert len(searched) == len(set(searched)) == 2
     torch.testing.assert_close(module[0].running_var.cpu(), exact[0].running_var)
 
 
 @pytest.mark.gpu
 def test_another_batch_size_compiles_nothing():
-    from triton_norm.kernels import channels, rows, rows_backward
+    from triton_norm.kernels import channels, channels_backward, rows, rows_backward
 
-    kernels = [rows.rows_forward_kernel, rows_backward.rows_backward_kernel, channels.channels_statistics_kernel]
+    kernels = [
+        rows.rows_forward_kernel,
+        rows_backward.rows_backward_kernel,
+        channels.channels_forward_kernel,
+        channels_backward.channels_backward_kernel,
+    ]
     module = torch.nn.Sequential(triton_norm.BatchNorm1d(64), triton_norm.LayerNorm(64)).cuda()
 
     def compiled() -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ACTIVATIONS = ("relu", "silu", "leaky_relu")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -178,6 +179,24 @@ def batch_norm(
                 f"{list(x.shape)}, but got {name} of shape {list(tensor.shape)}"
             )
         _matches_input("batch_norm", name, tensor, x)
+
+
+def activated(x: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> None:
+    """Raises for what torch's batch_norm doesn't take, before anything is written."""
+    _is_tensor("batch_norm", "residual", residual)
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise RuntimeError(
+                "batch_norm(): expected residual to be of the same shape as input, "
+                f"but got residual of shape {list(residual.shape)} and input of size {list(x.shape)}"
+            )
+        _matches_input("batch_norm", "residual", residual, x)
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(f"batch_norm(): argument 'activation' must be str or None, not {type(activation).__name__}")
+    if activation is not None and activation not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"batch_norm(): activation must be one of {known} or None, but got {activation!r}")
+    _is_number("batch_norm", "negative_slope", negative_slope)
 
 
 def _check_momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from triton_norm import checks, dispatch, reference, tuning
 from triton_norm.dispatch import Explanation, explanation, goes_to_triton, unserved, use_triton
-from triton_norm.ops import channels, layout, row_launches, rows
+from triton_norm.ops import channel_launches, channels, layout, row_launches, rows
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -249,8 +249,12 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     num_batches_tracked: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
-    r"""y = (x − mean) / sqrt(var + eps) · weight + bias, channel by channel, as torch.nn.functional.batch_norm.
+    r"""y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), channel by channel, as
+    torch.nn.functional.batch_norm where there is neither a residual nor an activation f.
 
     In training, mean and var = E[(x − mean)²], the biased variance, are the batch's, over every axis but the second,
     and the running statistics move in place, the variance with the unbiased one of the batch:
@@ -266,6 +270,10 @@ def batch_norm(
         momentum: the batch's share in the running statistics; None: 1 / num_batches_tracked, an average over batches.
         eps: added to the variance, under the root; positive in training.
         num_batches_tracked: an integer tensor of one element, counted up by one in training.
+        residual: of input's shape and any of those types; added before the activation.
+        activation: f: "relu", "silu", "leaky_relu" or None. What it is applied to is never stored: for the backward it
+            is computed again from x, or else, beside a residual, one bit an element is kept ("silu": the residual).
+        negative_slope: of leaky_relu, below 0; as torch.nn.functional.leaky_relu.
 
     Returns:
         y, of input's shape, type and memory format.
@@ -279,17 +287,21 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization" (2015).
     """
     checks.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    if use_triton(input, running_mean, running_var, weight, bias):
+    checks.activated(input, residual, activation, negative_slope)
+    tensors = running_mean, running_var, weight, bias
+    if use_triton(input, *tensors, residual):
         counter = num_batches_tracked if training else None
         if counter is not None and counter.device != input.device:
             momentum, counter = _count_elsewhere(counter, momentum), None
         share = None if momentum is None else float(momentum)
-        return channels.batch_norm(
-            input, running_mean, running_var, counter, weight, bias, bool(training), share, float(eps)
-        )
-    return _torch_batch_norm(
-        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
-    )
+        options = channel_launches.Options(bool(training), share, float(eps), activation, float(negative_slope))
+        return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
+    if training and num_batches_tracked is not None:
+        momentum = _count_elsewhere(num_batches_tracked, momentum)
+    elif momentum is None:
+        momentum = 0.0
+    fused = residual, activation, negative_slope
+    return _torch_batch_norm(input, *tensors, training, momentum, eps, *fused)
 
 
 def _count_elsewhere(num_batches_tracked: Tensor, momentum: float | None) -> float:
@@ -302,21 +314,36 @@ def _torch_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float | None,
+    momentum: float,
     eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
 ) -> Tensor:
-    if training and num_batches_tracked is not None:
-        momentum = _count_elsewhere(num_batches_tracked, momentum)
-    elif momentum is None:
-        momentum = 0.0
+    """By torch's own function where it takes these types, and rounds but once."""
     types = {tensor.dtype for tensor in (running_mean, running_var, weight, bias) if tensor is not None}
-    if types <= {x.dtype} or (x.dtype in _HALVES and types == {torch.float32}):
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    y = reference.batch_norm(x, running_mean, running_var, weight, bias, training, eps)
+    fused = residual is not None or activation is not None
+    halves = x.dtype in _HALVES
+    if (types <= {x.dtype} and not (fused and halves)) or (halves and types == {torch.float32} and not fused):
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        if residual is not None:
+            y = y + residual.to(y.dtype)
+        return reference.activate(y, activation, negative_slope)
+    y = reference.batch_norm(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        eps,
+        residual=residual,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
     if training and running_mean is not None and running_var is not None and x.numel():
         reference.move_running_statistics(x, running_mean, running_var, momentum)
     return y
@@ -340,22 +367,23 @@ def _explain_rows(function: str, input: Tensor, *arguments: Any, **named_argumen
     return explanation(function, tuple(copied), input, weight, bias, residual, columns=columns)
 
 
-def explain_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float | None = 0.1,
-    eps: float = 1e-5,
-    *,
-    num_batches_tracked: Tensor | None = None,
-) -> Explanation:
-    checks.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    copied = ("the input: neither its channels nor its positions lie side by side",)
-    copies = copied if input.numel() and layout.copies(input) else ()
-    return explanation("batch_norm", copies, input, running_mean, running_var, weight, bias)
+def explain_batch_norm(*arguments: Any, **named_arguments: Any) -> Explanation:
+    """Of the arguments of batch_norm, which are checked as there."""
+    given = inspect.signature(batch_norm).bind(*arguments, **named_arguments)
+    given.apply_defaults()
+    named = given.arguments
+    x, residual = named["input"], named["residual"]
+    fused = {name: named.pop(name) for name in ("residual", "activation", "negative_slope")}
+    checks.batch_norm(*named.values())
+    checks.activated(x, **fused)
+    kind = layout.kind_of(x) if x.numel() else ""
+    copied = [
+        f"the {name}: neither its channels nor its positions lie side by side"
+        for name, tensor in (("input", x), ("residual", residual))
+        if tensor is not None and tensor.numel() and layout.copies(tensor, kind)
+    ]
+    tensors = (named[name] for name in ("running_mean", "running_var", "weight", "bias"))
+    return explanation("batch_norm", tuple(copied), x, *tensors, residual)
 
 
 def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:

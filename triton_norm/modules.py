@@ -33,7 +33,7 @@ class RMSNorm(nn.RMSNorm):
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """The forward that the three layers share; which ranks they take is torch's own `_check_input_dim`."""
 
-    def _arguments(self, input: Tensor) -> dict[str, Any]:
+    def _arguments(self, input: Tensor, fused: dict[str, Any]) -> dict[str, Any]:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         moves = self.training and self.track_running_stats
         uses_running = moves or not self.training
@@ -48,13 +48,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             "momentum": 0.0 if self.momentum is None and counter is None else self.momentum,
             "eps": self.eps,
             "num_batches_tracked": counter,
+            **fused,
         }
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.batch_norm(**self._arguments(input))
+    def forward(self, input: Tensor, **fused: Any) -> Tensor:
+        return functional.batch_norm(**self._arguments(input, fused))
 
-    def explain_call(self, input: Tensor) -> Explanation:
-        return functional.explain_batch_norm(**self._arguments(input))
+    def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
+        return functional.explain_batch_norm(**self._arguments(input, fused))
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -54,6 +55,16 @@ def normalize(
     return _affine(x_hat, weight, bias, weight_offset).to(out_dtype or x.dtype)
 
 
+def activate(z: Tensor, activation: str | None, negative_slope: float = 0.01) -> Tensor:
+    if activation == "relu":
+        return torch.relu(z)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope)
+    if activation == "silu":
+        return F.silu(z)
+    return z
+
+
 def batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -62,8 +73,13 @@ def batch_norm(
     bias: Tensor | None = None,
     training: bool = False,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
-    """y = (x − mean) / sqrt(var + eps) · weight + bias over every axis but the second; moves no running statistics."""
+    """y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), the mean and the variance over every axis but the
+    second; moves no running statistics."""
     axes = (0, *range(2, x.dim()))
     shape = (1, -1, *(1 for _ in x.shape[2:]))
     wide = x.to(compute_dtype(x))
@@ -76,7 +92,10 @@ def batch_norm(
         var = running_var.to(wide.dtype).view(shape)
     weight = None if weight is None else weight.reshape(shape)
     bias = None if bias is None else bias.reshape(shape)
-    return _affine(centred * torch.rsqrt(var + eps), weight, bias).to(x.dtype)
+    z = _affine(centred * torch.rsqrt(var + eps), weight, bias)
+    if residual is not None:
+        z = z + residual.to(wide.dtype)
+    return activate(z, activation, negative_slope).to(x.dtype)
 
 
 def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor) -> None:

@@ -7,12 +7,13 @@ samples: another batch size compiles nothing, searches nothing, and rounds every
 
 import functools
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -31,11 +32,27 @@ FORWARD_PIECE_BYTES = 64 * 1024  # of a longer row in the type it is computed in
 BACKWARD_SPAN_BYTES = 32 * 1024  # x, dy and the sums of dweight and dbias are held at once
 MOST_BLOCK_M = 2  # rows that peers exchange sums of at a time
 PEERS_SHARE = 3  # a row's peers are no more than one multiprocessor in so many: as many launches at once can wait
+MOST_FOLDED = 2048  # columns of a block of whole channels
+LEAST_FOLDED_SAMPLES = 8  # below, most rows of a folded tile would be empty
+NARROW_BYTES = 8  # an access, or
+SHORT_BYTES = 128  # a channel's positions in one sample, of fewer bytes is worth folding
 CHANNEL_PROGRAMS_PER_SM = 16
 MIN_SPLIT_ELEMENTS = 2048
+ONE_LAUNCH = True  # whether the programs of a channel may wait for each other
+HELD_BYTES = 32 * 1024  # of x, or of x and dy, that a program keeps while it waits
+HELD_STEP = 4  # the sizes of such tiles are so many times apart, for few of them to be compiled
+HOLDING_PROGRAMS_PER_SM = 2  # at once
+MIN_HELD_ELEMENTS = 1024  # of a program that waits for others
+CACHED_SHARE = 2  # what all programs that run at once read again may take one byte of cache in so many
+FULL_SHARE = 2  # one launch needs a program for one multiprocessor in so many, or no more than
+SMALL_BYTES = 4 * 1024 * 1024  # of x
+MERGED_ELEMENTS = 2048  # of what splits leave, that are merged at a time
+MOST_REMEMBERED = 4096
+LEAST_ZEROS = 4096  # kept for each stream
 SEARCH_WARMUP_MS, SEARCH_MS = 10, 40  # for each config
 INTERPRETED_TILE = 16384  # elements; the interpreter's cost is per operation, not per element
 INTERPRETED_SMS = 1
+INTERPRETED_CACHE = 50 * 1024 * 1024  # bytes, as of an H100
 
 
 @dataclass(frozen=True)
@@ -98,8 +115,8 @@ def when_forgotten(clear: Callable[[], object]) -> None:
 
 
 def remembered(function: Callable[P, T]) -> Callable[P, T]:
-    """functools.cache for what follows from the numbers above."""
-    cached = functools.cache(function)
+    """What follows from the numbers above, computed once for the latest arguments."""
+    cached = functools.lru_cache(MOST_REMEMBERED)(function)
     when_forgotten(cached.cache_clear)
     return cast("Callable[P, T]", cached)
 
@@ -212,33 +229,107 @@ def rows_backward_finalise(interpreted: bool) -> Space:
     return _space("rows_backward_finalise_kernel", "", configs)
 
 
-def channel_lanes(vector: int, n_channels: int, channels_last: bool) -> int:
-    return min(LANES, next_power_of_2(n_channels)) if channels_last else vector
+def channel_lanes(n_channels: int) -> int:
+    return min(LANES, next_power_of_2(n_channels))
+
+
+def folds(n_samples: int, n_positions: int, itemsize: int) -> bool:
+    """Whether samples of so many positions a channel are better read as rows of whole channels."""
+    access = vector_width(itemsize, n_positions) * itemsize
+    narrow = access < NARROW_BYTES or n_positions * itemsize < SHORT_BYTES
+    return narrow and n_samples >= LEAST_FOLDED_SAMPLES and _fold_unit(n_positions) * n_positions <= MOST_FOLDED
+
+
+def _fold_unit(n_positions: int) -> int:
+    """Channels that together have a multiple of eight positions, so that their bits are whole bytes."""
+    return 8 // math.gcd(n_positions, 8)
 
 
 @remembered
-def channels(kernel: str, lanes: int, vector: int, dtype: str, channels_last: bool, interpreted: bool) -> Space:
-    """T, the groups of a tile, for any of the kernels that sweep x."""
-    layout = "last" if channels_last else "first"
-    tiles: tuple[int, ...] = (2048, 4096, 8192) if channels_last else (4096, 2048, 8192)
-    per_threads = (16, 32)
-    if interpreted:
+def fold(n_channels: int, n_positions: int) -> tuple[int, int]:
+    """(lanes, channels) of a block, with the fewest lanes idle."""
+    unit = _fold_unit(n_positions)
+    most = -(-n_channels // unit) * unit
+    lanes, channels = 0, 1
+    for candidate in (MOST_FOLDED, MOST_FOLDED // 2, MOST_FOLDED // 4):
+        whole = min(candidate // n_positions // unit * unit, most)
+        if whole and (not lanes or whole * n_positions * lanes >= channels * n_positions * candidate):
+            lanes, channels = candidate, whole
+    return lanes, channels
+
+
+class Plan(NamedTuple):
+    """How programs share the groups of a channel; `tile`: the elements that each keeps while it waits for the others,
+    0 where none waits."""
+
+    tile: int
+    groups_per_split: int
+
+
+def plan_channels_apart(n_groups: int, lanes: int, n_blocks: int, multiprocessors: int) -> Plan:
+    """Every block of channels together fills the GPU; splits are whole bytes of one bit an element."""
+    n_splits = max(1, multiprocessors * CHANNEL_PROGRAMS_PER_SM // n_blocks)
+    return Plan(0, -(-max(-(-n_groups // n_splits), MIN_SPLIT_ELEMENTS // lanes) // 8) * 8)
+
+
+@remembered
+def plan_channels(
+    n_groups: int, lanes: int, n_blocks: int, held: int, multiprocessors: int, cache: int, interpreted: bool
+) -> Plan | None:
+    """One launch, if its programs fill the GPU, and if what they can't keep will still be in cache when they read it
+    again: of all that run at once. `held`: bytes of an element of what they keep.
+    """
+    elements = n_groups * lanes
+    tile = INTERPRETED_TILE if interpreted else HELD_BYTES // held
+    enough = max(-(-multiprocessors * HOLDING_PROGRAMS_PER_SM // n_blocks), -(-elements // tile))
+    peers = max(1, min(most_peers(multiprocessors), enough, elements // MIN_HELD_ELEMENTS))
+    per_split = -(-n_groups // peers)
+    while not interpreted and tile // HELD_STEP >= max(per_split * lanes, MIN_HELD_ELEMENTS, lanes):
+        tile //= HELD_STEP
+    step = max(8, tile // lanes) if per_split * lanes > tile else 8
+    per_split = -(-per_split // step) * step
+    n_programs = n_blocks * -(-n_groups // per_split)
+    again = max(0, per_split * lanes - tile) * held
+    fits = again * min(n_programs, HOLDING_PROGRAMS_PER_SM * multiprocessors) * CACHED_SHARE <= cache
+    fills = n_programs * FULL_SHARE >= multiprocessors or elements * n_blocks * held <= SMALL_BYTES
+    return Plan(tile, per_split) if ONE_LAUNCH and fits and fills else None
+
+
+def _block_k(width: int) -> int:
+    return max(16, min(128, MERGED_ELEMENTS // width))
+
+
+@remembered
+def channels(
+    kernel: str,
+    role: str,
+    kind: str,
+    lanes: int,
+    vector: int,
+    width: int,
+    types: str,
+    held: int,
+    interpreted: bool,
+) -> Space:
+    """T, the groups of a tile; `held`: the elements of one that is kept, or 0; `width`: the channels of a block."""
+    tiles: tuple[int, ...] = (2048, 4096, 8192) if kind == "last" else (4096, 2048, 8192)
+    per_threads: tuple[int, ...] = (16, 32)
+    if held:
+        tiles, per_threads = (held,), (32, 16)
+    elif interpreted:
         tiles = (INTERPRETED_TILE // 4,)
     elif vector == 1:  # an address for each element
         tiles, per_threads = (2048, 4096), (8, 16)
-    configs = [config(warps(tile, per_thread), T=tile // lanes) for per_thread in per_threads for tile in tiles]
-    return _space(kernel, f"channels {layout}, {lanes} lanes by {vector}, {dtype}", configs)
-
-
-@remembered
-def channels_finalise(kernel: str) -> Space:
-    return _space(kernel, "", [config(4, BLOCK_K=32, BLOCK_C=32)])
-
-
-def groups_per_split(n_groups: int, lanes: int, n_blocks: int, multiprocessors: int) -> int:
-    """Groups of a channel that one program sweeps, so that every block of channels together fills the GPU."""
-    n_splits = max(1, multiprocessors * CHANNEL_PROGRAMS_PER_SM // n_blocks)
-    return max(-(-n_groups // n_splits), MIN_SPLIT_ELEMENTS // lanes)
+    elif kind == "folded":
+        tiles, per_threads = (8192, 16384), (16, 32)
+    merged = max(16, min(128, MERGED_ELEMENTS // width))
+    configs = [
+        config(warps(tile, per_thread), T=max(1, tile // lanes), BLOCK_K=merged)
+        for per_thread in (per_threads[:1] if interpreted else per_threads)
+        for tile in tiles
+    ]
+    key = f"{role}, {kind}, {lanes} lanes by {vector}, {types}" + (f", {held} held" if held else "")
+    return _space(kernel, key, configs)
 
 
 _chosen: dict[tuple[str, str, str], Config] = {}

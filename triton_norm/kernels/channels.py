@@ -1,115 +1,61 @@
-"""BatchNorm over the channels of [samples, channels, positions]; tiles.py says how either layout becomes tiles.
+"""BatchNorm over the channels of [samples, channels, positions]; tiles.py says how they become tiles.
 
-Every reduction is split: n_blocks blocks of channels, times the spans of `groups_per_split` groups that cover them, are
-the grid of the kernels that sweep x; what the spans leave is merged, or summed, in fixed order by a finalise kernel.
+A block of channels is shared by n_splits programs, each of which has the `groups_per_split` groups of a span. Whichever
+of them comes last merges, in fixed order, what all have found: one launch normalizes, or one reduces and one applies.
 """
 
 import triton
 import triton.language as tl
 
+from triton_norm.kernels.activations import activate, bits_per_byte, bytes_of, pack
+from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import centre, merge, tile_sum, to_float
 from triton_norm.kernels.tiles import (
+    aligned,
     channels_of,
     dense_strides,
+    fold_moments,
     group_offsets,
     lanes_at,
+    lanes_of,
     load_parameter,
-    load_rstd,
-    load_tile,
+    load_statistics,
     span,
 )
 
 
-@triton.jit(do_not_specialize=["n_groups", "groups_per_split"])
-def channels_statistics_kernel(
-    x_ptr,
-    means_ptr,
-    rests_ptr,
-    m2s_ptr,
-    n_channel_vecs,
-    n_blocks,
-    n_groups,
-    groups_per_split,
-    groups_per_sample,
-    x_sample_vecs,
-    x_group_vecs,
-    x_channel_vecs,
-    V: tl.constexpr,
-    LANES: tl.constexpr,
-    AXIS: tl.constexpr,
-    T: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Mean, as means + rests to twice the precision, and centred sum of squares m2s of each split of each channel.
-
-    All [n_splits, n_channels]. 1R.
-    """
-    split = tl.program_id(0) // n_blocks
-    channels = channels_of(tl.program_id(0) % n_blocks, LANES, AXIS)
-    n_channels = n_channel_vecs if AXIS is None else n_channel_vecs * V
-    in_range = channels < n_channels
-    x_lanes = lanes_at(x_ptr, channels, x_channel_vecs, V, LANES, 1, AXIS)
-    first, end = span(split, groups_per_split, n_groups)
-    width: tl.constexpr = 1 if AXIS is None else LANES
-    lanes_per_channel: tl.constexpr = LANES if AXIS is None else 1
-    mean = tl.zeros([1, width], COMPUTE)
-    rest = tl.zeros([1, width], COMPUTE)
-    m2 = tl.zeros([1, width], COMPUTE)
-    for start in range(first, end, T):
-        mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
-        offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
-        x = load_tile(x_lanes + offsets, mask, COMPUTE)
-        seen = to_float((start - first) * lanes_per_channel, COMPUTE)
-        count = to_float(tl.minimum(end - start, T) * lanes_per_channel, COMPUTE)
-        centred, tile_mean, tile_rest = centre(x, mask, count, AXIS)
-        tile_m2 = tile_sum(centred * centred, AXIS)
-        mean, rest, m2 = merge(seen, mean, rest, m2, count, tile_mean, tile_rest, tile_m2)
-    slots = split.to(tl.int64) * n_channels + channels
-    tl.store(means_ptr + slots, mean, mask=in_range)
-    tl.store(rests_ptr + slots, rest, mask=in_range)
-    tl.store(m2s_ptr + slots, m2, mask=in_range)
-
-
 @triton.jit
 def merge_splits(
-    means_ptr,
-    rests_ptr,
-    m2s_ptr,
-    channels,
-    in_range,
-    n_channels,
-    n_splits,
-    split_size,
-    total,
-    BLOCK_K: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    partials_ptr, channels, mask, n_channels, n_splits, split_size, total, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """(mean, rest, M2) [1, BLOCK_C] of whole channels from those of their splits, the last of which may be shorter.
+    """(mean, rest, M2) [1, n] of whole channels from those of their splits, partials [3, n_splits, n_channels]; the
+    last split may be shorter than split_size elements.
 
     Means are summed as differences from the first, so that equal ones merge to themselves exactly.
     """
-    base = tl.load(means_ptr + channels, mask=in_range, other=0.0)
+    kind = n_splits.to(tl.int64) * n_channels
+    base = tl.load(partials_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
     shift = tl.zeros_like(base)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
-        mask = (splits < n_splits) & in_range
-        slots = splits * n_channels + channels
+        there = (splits < n_splits) & mask
+        slots = partials_ptr + splits * n_channels + channels
         share = tl.minimum(total - splits * split_size, split_size).to(COMPUTE) / to_float(total, COMPUTE)
-        delta = tl.load(means_ptr + slots, mask=mask, other=0.0) - base
-        delta += tl.load(rests_ptr + slots, mask=mask, other=0.0)
-        shift += tile_sum(tl.where(mask, delta * share, 0.0), 0)
+        delta = tl.load(slots, mask=there, other=0.0, cache_modifier=".cg") - base
+        delta += tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg")
+        shift += tile_sum(tl.where(there, delta * share, 0.0), 0)
     mean = base + shift
     rest = (base - mean) + shift
     m2 = tl.zeros_like(base)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
-        mask = (splits < n_splits) & in_range
-        slots = splits * n_channels + channels
+        there = (splits < n_splits) & mask
+        slots = partials_ptr + splits * n_channels + channels
         count = tl.minimum(total - splits * split_size, split_size).to(COMPUTE)
-        delta = tl.load(means_ptr + slots, mask=mask, other=0.0) - mean
-        delta += tl.load(rests_ptr + slots, mask=mask, other=0.0) - rest
-        m2s = tl.load(m2s_ptr + slots, mask=mask, other=0.0)
-        m2 += tile_sum(tl.where(mask, m2s + delta * (delta * count), 0.0), 0)
+        delta = tl.load(slots, mask=there, other=0.0, cache_modifier=".cg") - mean
+        delta += tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg") - rest
+        m2s = tl.load(slots + 2 * kind, mask=there, other=0.0, cache_modifier=".cg")
+        m2 += tile_sum(tl.where(there, m2s + delta * (delta * count), 0.0), 0)
     return mean, rest, m2
 
 
@@ -121,286 +67,219 @@ def move_running(ptr, channels, mask, value, momentum, COMPUTE: tl.constexpr):
     tl.store(ptr + channels, moved.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_splits", "split_size", "total"])
-def channels_finalise_statistics_kernel(
-    means_ptr,
-    rests_ptr,
-    m2s_ptr,
-    mean_ptr,
-    rest_ptr,
-    rstd_ptr,
+@triton.jit
+def finalise_statistics(
+    mean,
+    rest,
+    m2,
+    statistics_ptr,
     running_mean_ptr,
     running_var_ptr,
     num_batches_tracked_ptr,
+    channels,
+    mask,
     n_channels,
-    n_splits,
-    split_size,
     total,
     momentum,
     momentum_rest,
     EPS: tl.constexpr,
     CUMULATIVE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    LOCAL: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """mean + rest and rstd [n_channels] from those of the splits, `total` elements a channel; moves running statistics.
-
-    The running variance is the unbiased one. Its momentum is momentum + momentum_rest, two fp32 scalars that keep an
-    fp64 module's precision; CUMULATIVE: 1 / num_batches_tracked, counted before the launch. Otherwise the first program
-    counts. The running statistics, and the counter, may be None. Grid: cdiv(n_channels, BLOCK_C).
-    """
-    channels = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    in_range = channels < n_channels
-    mean, rest, m2 = merge_splits(
-        means_ptr,
-        rests_ptr,
-        m2s_ptr,
-        channels,
-        in_range,
-        n_channels,
-        n_splits,
-        split_size,
-        total,
-        BLOCK_K,
-        COMPUTE,
-    )
-    tl.store(mean_ptr + channels, mean, mask=in_range)
-    tl.store(rest_ptr + channels, rest, mask=in_range)
-    tl.store(rstd_ptr + channels, tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS), mask=in_range)
+    """Stores the statistics of channels [1, n] with `total` elements each, and moves the running ones."""
+    tl.store(statistics_ptr + channels, mean, mask=mask)
+    tl.store(statistics_ptr + n_channels + channels, rest, mask=mask)
+    last = m2 if LOCAL else tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS)
+    tl.store(statistics_ptr + 2 * n_channels + channels, last, mask=mask)
     if running_mean_ptr is not None:
         if CUMULATIVE:
-            factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr), COMPUTE)
+            factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr) + 1, COMPUTE)
         else:
             factor = to_float(momentum, COMPUTE) + to_float(momentum_rest, COMPUTE)
-        move_running(running_mean_ptr, channels, in_range, mean, factor, COMPUTE)
-        move_running(running_var_ptr, channels, in_range, m2 / to_float(total - 1, COMPUTE), factor, COMPUTE)
-    if num_batches_tracked_ptr is not None and not CUMULATIVE:
-        if tl.program_id(0) == 0:
-            tl.store(num_batches_tracked_ptr, tl.load(num_batches_tracked_ptr) + 1)
+        move_running(running_mean_ptr, channels, mask, mean, factor, COMPUTE)
+        move_running(running_var_ptr, channels, mask, m2 / to_float(total - 1, COMPUTE), factor, COMPUTE)
 
 
-@triton.jit(do_not_specialize=["n_groups", "groups_per_split"])
-def channels_apply_kernel(
+@triton.jit(do_not_specialize=["n_groups", "groups_per_split", "momentum", "momentum_rest"])
+def channels_forward_kernel(
     x_ptr,
+    residual_ptr,
     y_ptr,
-    mean_ptr,
-    rest_ptr,
-    rstd_ptr,
+    bits_ptr,
     weight_ptr,
     bias_ptr,
-    n_channel_vecs,
-    n_blocks,
+    statistics_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    num_batches_tracked_ptr,
+    partials_ptr,
+    sync_ptr,
     n_groups,
     groups_per_split,
+    momentum,
+    momentum_rest,
+    n_column_vecs,
+    block_vecs,
+    columns_per_channel,
     groups_per_sample,
     x_sample_vecs,
     x_group_vecs,
     x_channel_vecs,
+    residual_sample_vecs,
+    residual_group_vecs,
+    residual_channel_vecs,
     EPS: tl.constexpr,
-    FROM_VARIANCE: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    LOCAL: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    APPLY: tl.constexpr,
+    SHARED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     V: tl.constexpr,
     LANES: tl.constexpr,
     AXIS: tl.constexpr,
-    T: tl.constexpr,
+    FOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
     COMPUTE: tl.constexpr,
-):
-    """y = (x − mean − rest) · rstd · weight + bias, y without gaps in x's layout. 1R1W.
-
-    Sweeps in the reverse of the statistics' order, and so begins with what is still in cache.
-    FROM_VARIANCE: rstd_ptr holds variances. rest_ptr, weight_ptr and bias_ptr may be None.
-    """
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    split = program // n_blocks
-    channels = channels_of(program % n_blocks, LANES, AXIS)
-    n_channels = n_channel_vecs if AXIS is None else n_channel_vecs * V
-    in_range = channels < n_channels
-    y_sample_vecs, y_group_vecs, y_channel_vecs = dense_strides(n_channel_vecs, groups_per_sample, AXIS)
-    x_lanes = lanes_at(x_ptr, channels, x_channel_vecs, V, LANES, 1, AXIS)
-    y_lanes = lanes_at(y_ptr, channels, y_channel_vecs, V, LANES, 1, AXIS)
-    mean = load_parameter(mean_ptr, channels, in_range, 0.0, COMPUTE)
-    rest = load_parameter(rest_ptr, channels, in_range, 0.0, COMPUTE)
-    scale = load_rstd(rstd_ptr, channels, in_range, EPS, FROM_VARIANCE, COMPUTE)
-    scale *= load_parameter(weight_ptr, channels, in_range, 1.0, COMPUTE)
-    bias = load_parameter(bias_ptr, channels, in_range, 0.0, COMPUTE)
-    first, end = span(split, groups_per_split, n_groups)
-    last = first + (end - 1 - first) // T * T
-    for swept in range(0, end - first, T):
-        start = last - swept
-        mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
-        x_offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
-        y_offsets = group_offsets(start, groups_per_sample, y_sample_vecs, y_group_vecs, V, 1, T)
-        centred = (load_tile(x_lanes + x_offsets, mask, COMPUTE) - mean) - rest
-        y = centred * scale + bias
-        tl.store(y_lanes + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["n_groups", "groups_per_split"])
-def channels_backward_reduce_kernel(
-    dy_ptr,
-    x_ptr,
-    dx_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    sums_dy_ptr,
-    sums_dy_centred_ptr,
-    n_channel_vecs,
-    n_blocks,
-    n_groups,
-    groups_per_split,
-    groups_per_sample,
-    dy_sample_vecs,
-    dy_group_vecs,
-    dy_channel_vecs,
-    x_sample_vecs,
-    x_group_vecs,
-    x_channel_vecs,
-    DY_LANE_STRIDE: tl.constexpr,
-    EPS: tl.constexpr,
-    FROM_VARIANCE: tl.constexpr,
-    V: tl.constexpr,
-    LANES: tl.constexpr,
-    AXIS: tl.constexpr,
     T: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Σ dy and Σ dy · (x − mean) of each split of each channel, [n_splits, n_channels] both. 2R.
-
-    Where dx_ptr is not None the statistics are constants, and dx = dy · rstd · weight is written in the same sweep:
-    2R1W, and 1R1W where sums_dy_ptr is None and nothing is summed.
-    """
-    split = tl.program_id(0) // n_blocks
-    channels = channels_of(tl.program_id(0) % n_blocks, LANES, AXIS)
-    n_channels = n_channel_vecs if AXIS is None else n_channel_vecs * V
-    in_range = channels < n_channels
-    dy_lanes = lanes_at(dy_ptr, channels, dy_channel_vecs, V, LANES, DY_LANE_STRIDE, AXIS)
-    x_lanes = lanes_at(x_ptr, channels, x_channel_vecs, V, LANES, 1, AXIS)
-    dx_sample_vecs, dx_group_vecs, dx_channel_vecs = dense_strides(n_channel_vecs, groups_per_sample, AXIS)
-    mean = load_parameter(mean_ptr, channels, in_range, 0.0, COMPUTE)
-    scale = load_rstd(rstd_ptr, channels, in_range, EPS, FROM_VARIANCE, COMPUTE)
-    scale *= load_parameter(weight_ptr, channels, in_range, 1.0, COMPUTE)
-    first, end = span(split, groups_per_split, n_groups)
-    width: tl.constexpr = 1 if AXIS is None else LANES
-    sum_dy = tl.zeros([1, width], COMPUTE)
-    sum_dy_centred = tl.zeros([1, width], COMPUTE)
-    for start in range(first, end, T):
-        mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
-        dy_offsets = group_offsets(start, groups_per_sample, dy_sample_vecs, dy_group_vecs, V, DY_LANE_STRIDE, T)
-        dy = load_tile(dy_lanes + dy_offsets, mask, COMPUTE)
-        if sums_dy_ptr is not None:
-            x_offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
-            centred = tl.where(mask, load_tile(x_lanes + x_offsets, mask, COMPUTE) - mean, 0.0)
-            sum_dy += tile_sum(dy, AXIS)
-            sum_dy_centred += tile_sum(dy * centred, AXIS)
-        if dx_ptr is not None:
-            dx_lanes = lanes_at(dx_ptr, channels, dx_channel_vecs, V, LANES, 1, AXIS)
-            dx_offsets = group_offsets(start, groups_per_sample, dx_sample_vecs, dx_group_vecs, V, 1, T)
-            tl.store(dx_lanes + dx_offsets, (dy * scale).to(dx_ptr.dtype.element_ty), mask=mask)
-    if sums_dy_ptr is not None:
-        tl.store(sums_dy_ptr + split.to(tl.int64) * n_channels + channels, sum_dy, mask=in_range)
-        tl.store(sums_dy_centred_ptr + split.to(tl.int64) * n_channels + channels, sum_dy_centred, mask=in_range)
-
-
-@triton.jit(do_not_specialize=["n_splits", "total"])
-def channels_backward_finalise_kernel(
-    sums_dy_ptr,
-    sums_dy_centred_ptr,
-    rstd_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    mean_dy_ptr,
-    slope_ptr,
-    n_channels,
-    n_splits,
-    total,
-    EPS: tl.constexpr,
-    FROM_VARIANCE: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    COMPUTE: tl.constexpr,
 ):
-    """dweight = Σ dy · x_hat and dbias = Σ dy from the splits' sums; for training's dx, mean_dy = mean(dy) and
-    slope = mean(dy · x_hat) · rstd. All [n_channels]; each may be None. Grid: cdiv(n_channels, BLOCK_C).
+    """STATISTICS: the batch's mean, what rounding it has left, and rstd (M2 if LOCAL), as statistics [3, n_channels],
+    move the running ones. APPLY: y = f(z), z = (x − mean) · rstd · weight + bias + residual, y without gaps in x's
+    layout, and one bit an element for z > 0. Both: in one launch, x's last tile staying in registers while the programs
+    of a channel wait for each other. Without STATISTICS they are given, or else None, and the running ones are used.
+
+    The running variance moves by the unbiased one; momentum is momentum + momentum_rest, two fp32 scalars that keep an
+    fp64 module's precision, or CUMULATIVE, 1 / (num_batches_tracked + 1), which grows by one when all is done.
+    Applying goes through x in the reverse of the statistics' order, and so begins with what is still in cache.
+    Grid: n_blocks · n_splits. SHARED: n_splits > 1, the splits leave partials [3, n_splits, n_channels]; sync:
+    2 + n_blocks. 1R, 1R1W, or both in one launch 1R1W of what fits in registers, the rest from cache.
     """
-    channels = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    in_range = channels < n_channels
-    sum_dy = tl.zeros([1, BLOCK_C], COMPUTE)
-    sum_dy_centred = tl.zeros([1, BLOCK_C], COMPUTE)
-    for start in range(0, n_splits, BLOCK_K):
-        splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
-        mask = (splits < n_splits) & in_range
-        sum_dy += tile_sum(tl.load(sums_dy_ptr + splits * n_channels + channels, mask=mask, other=0.0), 0)
-        sum_dy_centred += tile_sum(
-            tl.load(sums_dy_centred_ptr + splits * n_channels + channels, mask=mask, other=0.0), 0
-        )
-    rstd = load_rstd(rstd_ptr, channels, in_range, EPS, FROM_VARIANCE, COMPUTE)
-    dweight = sum_dy_centred * rstd
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + channels, dweight.to(dweight_ptr.dtype.element_ty), mask=in_range)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + channels, sum_dy.to(dbias_ptr.dtype.element_ty), mask=in_range)
-    if mean_dy_ptr is not None:
-        count = to_float(total, COMPUTE)
-        tl.store(mean_dy_ptr + channels, sum_dy / count, mask=in_range)
-        tl.store(slope_ptr + channels, dweight / count * rstd, mask=in_range)
-
-
-@triton.jit(do_not_specialize=["n_groups", "groups_per_split"])
-def channels_backward_apply_kernel(
-    dy_ptr,
-    x_ptr,
-    dx_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    mean_dy_ptr,
-    slope_ptr,
-    n_channel_vecs,
-    n_blocks,
-    n_groups,
-    groups_per_split,
-    groups_per_sample,
-    dy_sample_vecs,
-    dy_group_vecs,
-    dy_channel_vecs,
-    x_sample_vecs,
-    x_group_vecs,
-    x_channel_vecs,
-    DY_LANE_STRIDE: tl.constexpr,
-    V: tl.constexpr,
-    LANES: tl.constexpr,
-    AXIS: tl.constexpr,
-    T: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """dx = (dy − mean_dy − (x − mean) · slope) · rstd · weight, without gaps in x's layout. 2R1W.
-
-    Sweeps in the reverse of the reduction's order, and so begins with what is still in cache.
-    """
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    split = program // n_blocks
-    channels = channels_of(program % n_blocks, LANES, AXIS)
-    n_channels = n_channel_vecs if AXIS is None else n_channel_vecs * V
-    in_range = channels < n_channels
-    dx_sample_vecs, dx_group_vecs, dx_channel_vecs = dense_strides(n_channel_vecs, groups_per_sample, AXIS)
-    dy_lanes = lanes_at(dy_ptr, channels, dy_channel_vecs, V, LANES, DY_LANE_STRIDE, AXIS)
-    x_lanes = lanes_at(x_ptr, channels, x_channel_vecs, V, LANES, 1, AXIS)
-    dx_lanes = lanes_at(dx_ptr, channels, dx_channel_vecs, V, LANES, 1, AXIS)
-    mean = load_parameter(mean_ptr, channels, in_range, 0.0, COMPUTE)
-    mean_dy = load_parameter(mean_dy_ptr, channels, in_range, 0.0, COMPUTE)
-    slope = load_parameter(slope_ptr, channels, in_range, 0.0, COMPUTE)
-    scale = load_parameter(rstd_ptr, channels, in_range, 1.0, COMPUTE)
-    scale *= load_parameter(weight_ptr, channels, in_range, 1.0, COMPUTE)
+    TOGETHER: tl.constexpr = STATISTICS and APPLY
+    n_splits = tl.cdiv(n_groups, groups_per_split).to(tl.int32)
+    n_blocks = tl.num_programs(0) // n_splits
+    if TOGETHER and SHARED:
+        block, split = take_place(sync_ptr, n_splits)
+    else:
+        program = tl.program_id(0) if STATISTICS else tl.num_programs(0) - 1 - tl.program_id(0)
+        block = program % n_blocks
+        split = program // n_blocks
+    columns, lane_channels, in_range = lanes_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS)
+    n_channels = n_column_vecs if AXIS is None else n_column_vecs * V // columns_per_channel
+    x_lanes = lanes_at(x_ptr, columns, lane_channels, x_channel_vecs, V, LANES, 1, AXIS)
     first, end = span(split, groups_per_split, n_groups)
     last = first + (end - 1 - first) // T * T
-    for swept in range(0, end - first, T):
-        start = last - swept
-        mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
-        dy_offsets = group_offsets(start, groups_per_sample, dy_sample_vecs, dy_group_vecs, V, DY_LANE_STRIDE, T)
-        x_offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
-        dx_offsets = group_offsets(start, groups_per_sample, dx_sample_vecs, dx_group_vecs, V, 1, T)
-        dy = load_tile(dy_lanes + dy_offsets, mask, COMPUTE)
-        centred = load_tile(x_lanes + x_offsets, mask, COMPUTE) - mean
-        dx = (dy - mean_dy - centred * slope) * scale
-        tl.store(dx_lanes + dx_offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    raw = tl.zeros([T, LANES], x_ptr.dtype.element_ty)
+    if STATISTICS:
+        lanes_per_channel: tl.constexpr = LANES if AXIS is None else 1
+        wide: tl.constexpr = 1 if AXIS is None else LANES
+        mean = tl.zeros([1, wide], COMPUTE)
+        rest = tl.zeros([1, wide], COMPUTE)
+        m2 = tl.zeros([1, wide], COMPUTE)
+        for start in range(first, end, T):
+            mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
+            offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
+            raw = tl.load(aligned(x_lanes + offsets, V, 1), mask=mask, other=0.0)
+            seen = to_float((start - first) * lanes_per_channel, COMPUTE)
+            count = to_float(tl.minimum(end - start, T) * lanes_per_channel, COMPUTE)
+            centred, tile_mean, tile_rest = centre(raw.to(COMPUTE), mask, count, AXIS)
+            tile_m2 = tile_sum(centred * centred, AXIS)
+            mean, rest, m2 = merge(seen, mean, rest, m2, count, tile_mean, tile_rest, tile_m2)
+        per_group = V if AXIS is None else columns_per_channel
+        if FOLD:
+            rows = to_float(end - first, COMPUTE)
+            mean, rest, m2 = fold_moments(mean, rest, m2, rows, columns_per_channel, LANES, FOLD, WIDTH)
+        channels, there = channels_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD)
+        total = n_groups.to(tl.int64) * per_group
+        if SHARED:
+            kind = n_splits.to(tl.int64) * n_channels
+            slots = partials_ptr + split.to(tl.int64) * n_channels + channels
+            tl.store(slots, mean, mask=there)
+            tl.store(slots + kind, rest, mask=there)
+            tl.store(slots + 2 * kind, m2, mask=there)
+            if arrive(sync_ptr, block) == n_splits - 1:
+                split_size = groups_per_split.to(tl.int64) * per_group
+                mean, rest, m2 = merge_splits(
+                    partials_ptr, channels, there, n_channels, n_splits, split_size, total, BLOCK_K, COMPUTE
+                )
+                finalise_statistics(
+                    mean,
+                    rest,
+                    m2,
+                    statistics_ptr,
+                    running_mean_ptr,
+                    running_var_ptr,
+                    num_batches_tracked_ptr,
+                    channels,
+                    there,
+                    n_channels,
+                    total,
+                    momentum,
+                    momentum_rest,
+                    EPS,
+                    CUMULATIVE,
+                    LOCAL,
+                    COMPUTE,
+                )
+                if APPLY:
+                    arrive(sync_ptr, block)
+                else:
+                    close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
+            if APPLY:
+                wait(sync_ptr, block, n_splits + 1)
+                if arrive(sync_ptr, block) == 2 * n_splits:
+                    close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
+        else:
+            finalise_statistics(
+                mean,
+                rest,
+                m2,
+                statistics_ptr,
+                running_mean_ptr,
+                running_var_ptr,
+                num_batches_tracked_ptr,
+                channels,
+                there,
+                n_channels,
+                total,
+                momentum,
+                momentum_rest,
+                EPS,
+                CUMULATIVE,
+                LOCAL,
+                COMPUTE,
+            )
+            tl.debug_barrier()
+            if num_batches_tracked_ptr is not None:
+                close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
+    if APPLY:
+        mean, rest, rstd = load_statistics(
+            statistics_ptr, running_mean_ptr, running_var_ptr, lane_channels, in_range, n_channels, EPS, COMPUTE
+        )
+        scale = rstd * load_parameter(weight_ptr, lane_channels, in_range, 1.0, COMPUTE)
+        bias = load_parameter(bias_ptr, lane_channels, in_range, 0.0, COMPUTE)
+        y_sample_vecs, y_group_vecs, y_channel_vecs = dense_strides(n_column_vecs, groups_per_sample, AXIS)
+        y_lanes = lanes_at(y_ptr, columns, lane_channels, y_channel_vecs, V, LANES, 1, AXIS)
+        for swept in range(0, end - first, T):
+            start = last - swept
+            mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
+            if not TOGETHER or swept > 0:
+                offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
+                raw = tl.load(aligned(x_lanes + offsets, V, 1), mask=mask, other=0.0)
+            z = ((raw.to(COMPUTE) - mean) - rest) * scale + bias
+            if residual_ptr is not None:
+                residual_lanes = lanes_at(
+                    residual_ptr, columns, lane_channels, residual_channel_vecs, V, LANES, 1, AXIS
+                )
+                offsets = group_offsets(start, groups_per_sample, residual_sample_vecs, residual_group_vecs, V, 1, T)
+                z += tl.load(aligned(residual_lanes + offsets, V, 1), mask=mask, other=0.0).to(COMPUTE)
+            if bits_ptr is not None:
+                places, within = bytes_of(
+                    bits_ptr, start, end, block, block_vecs, n_column_vecs, n_groups, V, LANES, AXIS, T
+                )
+                tl.store(places, pack((z > 0.0) & mask, bits_per_byte(LANES, AXIS)), mask=within)
+            y = activate(z, ACTIVATION, SLOPE)
+            offsets = group_offsets(start, groups_per_sample, y_sample_vecs, y_group_vecs, V, 1, T)
+            tl.store(aligned(y_lanes + offsets, V, 1), y.to(y_ptr.dtype.element_ty), mask=mask)

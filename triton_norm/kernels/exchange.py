@@ -3,6 +3,9 @@
 A program takes its place by ticket, so places are held in the order in which programs started. The members of the first
 unfinished team have then started or are the next to start, and no program waits for one that can't: whatever the
 grid's size, and as long as the teams of all launches that run at once have fewer members than the GPU holds programs.
+
+`sync_ptr` is the first of 2 + n_teams int32: tickets taken, teams that have closed, and each team's arrivals. They are
+zeros when a launch begins.
 """
 
 import triton
@@ -11,17 +14,40 @@ import triton.language as tl
 
 @triton.jit
 def take_place(sync_ptr, n_members):
-    """(team, member) of this program; sync_ptr is the first of 1 + n_teams int32 zeros made for this launch."""
+    """(team, member) of this program."""
     ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed", scope="gpu")
     return ticket // n_members, ticket % n_members
 
 
 @triton.jit
-def meet(sync_ptr, team, arrivals):
-    """Makes what this program has stored visible to its team, and waits until its members have arrived that often."""
-    arrived_ptr = sync_ptr + 1 + team
+def arrive(sync_ptr, team):
+    """Makes what this program has stored visible to its team; returns how many arrivals there were before."""
     tl.debug_barrier()
-    tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
-    while tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu") < arrivals:
+    return tl.atomic_add(sync_ptr + 2 + team, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def wait(sync_ptr, team, arrivals):
+    """Until the team has arrived that often; what was stored before is visible then, to volatile loads."""
+    while tl.atomic_add(sync_ptr + 2 + team, 0, sem="acquire", scope="gpu") < arrivals:
         pass
     tl.debug_barrier()
+
+
+@triton.jit
+def meet(sync_ptr, team, arrivals):
+    arrive(sync_ptr, team)
+    wait(sync_ptr, team, arrivals)
+
+
+@triton.jit
+def close(sync_ptr, team, n_teams, count_ptr):
+    """By the last member of a team to come: leaves its arrivals as they were found, and, when all teams have closed,
+    the rest, and adds one to *count_ptr, if any.
+    """
+    tl.store(sync_ptr + 2 + team, 0)
+    if tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel", scope="gpu") == n_teams - 1:
+        tl.store(sync_ptr, 0)
+        tl.store(sync_ptr + 1, 0)
+        if count_ptr is not None:
+            tl.store(count_ptr, tl.load(count_ptr) + 1)

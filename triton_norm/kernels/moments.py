@@ -62,15 +62,20 @@ def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
 
 
 @triton.jit
-def merge_all(counts, means, rests, m2s, total):
-    """(mean, rest, M2), scalars, of all the sets of a vector together; all of a set that isn't there is 0.
+def merge_all(counts, means, rests, m2s, total, AXIS: tl.constexpr):
+    """(mean, rest, M2) of all the sets along an axis together; all of a set that isn't there is 0.
 
-    Means are summed as differences from the first set's, so that equal ones merge to themselves exactly.
+    Of a vector these are scalars, of a tile the axis stays with length 1. Means are summed as differences from the
+    first set's, so that equal ones merge to themselves exactly.
     """
-    base = tl.sum(tl.where(tl.arange(0, means.shape[0]) == 0, means, 0.0), 0)
+    KEEP: tl.constexpr = len(means.shape) > 1
+    index = tl.arange(0, means.shape[AXIS])
+    if KEEP:
+        index = tl.expand_dims(index, 1 - AXIS)
+    base = tl.sum(tl.where(index == 0, means, 0.0), AXIS, keep_dims=KEEP)
     present = counts > 0
-    shift = tl.sum(tl.where(present, (means - base) + rests, 0.0) * (counts / total), 0)
+    shift = tl.sum(tl.where(present, (means - base) + rests, 0.0) * (counts / total), AXIS, keep_dims=KEEP)
     mean = base + shift
     rest = (base - mean) + shift
     delta = tl.where(present, (means - mean) + (rests - rest), 0.0)
-    return mean, rest, tl.sum(m2s + delta * (delta * counts), 0)
+    return mean, rest, tl.sum(m2s + delta * (delta * counts), AXIS, keep_dims=KEEP)

@@ -83,7 +83,7 @@ def exchange_moments(
         means = tl.load(base + n_peers + members, mask=there, other=0.0, volatile=True)
         rests = tl.load(base + 2 * n_peers + members, mask=there, other=0.0, volatile=True)
         counts = tl.where(there, tl.minimum(n_cols - members * SPAN, SPAN), 0).to(m2.dtype)
-        row_mean, row_rest, row_m2 = merge_all(counts, means, rests, m2s, n_cols.to(m2.dtype))
+        row_mean, row_rest, row_m2 = merge_all(counts, means, rests, m2s, n_cols.to(m2.dtype), 0)
         mean = to_float(row_mean, m2.dtype)
         rest = to_float(row_rest, m2.dtype)
         m2 = to_float(row_m2, m2.dtype)
@@ -143,7 +143,7 @@ def rows_forward_kernel(
     With a residual, likewise strided, what is normalized is total = x + residual, contiguous and rounded to its own
     type. A span of a row is PIECES pieces of BLOCK_N columns, the last of which stays in registers: the others are
     swept again, backwards, so that they come from cache. Where a row has several spans, as many as PEERS programs share
-    it and exchange their moments in partials [n_rows, 3 or 1, n_peers]; BLOCK_M is 1 then, and sync 1 + n_rows zeros.
+    it and exchange their moments in partials [n_rows, 3 or 1, n_peers]; BLOCK_M is 1 then, and sync 2 + n_rows zeros.
     Grid: cdiv(n_rows, BLOCK_M) · n_peers, n_peers = cdiv(n_cols, PIECES · BLOCK_N). 1R1W where PIECES is 1, with a
     residual 2R2W. residual, total, weight, bias and statistics may be None, and partials and sync where PEERS is 1.
     """

@@ -92,7 +92,7 @@ def rows_backward_kernel(
     dy, dtotal and x [n_rows, n_cols] → dx and dresidual, of equal values, [n_rows, n_cols] contiguous, dweight_sums and
     dbias_sums [n_teams, n_cols]. A team takes every n_teams-th group of BLOCK_M rows; its n_peers = cdiv(n_cols,
     BLOCK_N) programs, at most PEERS, own a span of columns each, keep their sums in registers, and exchange the rows'
-    sums in partials [n_teams, 2, 2 or 1, BLOCK_M, n_peers]; sync is 1 + n_teams zeros. Grid: n_teams · n_peers. 2R1W.
+    sums in partials [n_teams, 2, 2 or 1, BLOCK_M, n_peers]; sync is 2 + n_teams zeros. Grid: n_teams · n_peers. 2R1W.
     dtotal, weight, dx, dresidual and the sums may be None, and partials and sync where PEERS is 1 or dx is None.
     """
     KEPT: tl.constexpr = BLOCK_M if PEERS == 1 else 1

@@ -1,243 +1,128 @@
-"""BatchNorm: launches, `torch.library` operators with their fakes, autograd."""
+"""BatchNorm: `torch.library` operators with their fakes, autograd."""
 
-import functools
-import struct
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_norm import reference, tuning
-from triton_norm.ops.launch import INTERPRETED, launch, multiprocessors
-from triton_norm.ops.layout import Sweep, View, as_view, dense_like, sweep
-from triton_norm.ops.library import contiguous, name_of, nothing, operator, parameter_gradients, triton_dtype
-from triton_norm.reference import compute_dtype
-
-
-@functools.cache
-def _kernels() -> Any:
-    from triton_norm.kernels import channels
-
-    return channels
-
-
-def _launch_sweep(
-    kernel: Any, swept: Sweep, x: View, pointers: Sequence[Tensor | None], *others: View, **constants: Any
-) -> None:
-    """A kernel whose programs share x's channels and groups; strides of `others` come before x's."""
-    dtype = x.tensor.dtype
-    strides = (stride for view in (*others, x) for stride in swept.strides(view))
-    launch(
-        kernel,
-        tuning.channels(kernel.__name__, swept.lanes, swept.vector, name_of(dtype), swept.channels_last, INTERPRETED),
-        lambda config: swept.n_programs,
-        x.tensor.device,
-        *pointers,
-        *swept.geometry,
-        *strides,
-        V=swept.vector,
-        LANES=swept.lanes,
-        AXIS=0 if swept.channels_last else None,
-        COMPUTE=triton_dtype(compute_dtype(x.tensor)),
-        **constants,
-    )
-
-
-def _launch_finalise(kernel: Any, device: torch.device, n_channels: int, *arguments: Any, **constants: Any) -> None:
-    launch(
-        kernel,
-        tuning.channels_finalise(kernel.__name__),
-        lambda config: -(-n_channels // config["BLOCK_C"]),
-        device,
-        *arguments,
-        **constants,
-    )
-
-
-def _partials(swept: Sweep, x: Tensor, kinds: int) -> tuple[Tensor, ...]:
-    """What each split of each channel leaves, so many kinds of it."""
-    return torch.empty(kinds, swept.n_splits, swept.n_channels, dtype=compute_dtype(x), device=x.device).unbind()
-
-
-def _per_channel(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[1], dtype=compute_dtype(x), device=x.device)
-
-
-def _apply(
-    swept: Sweep,
-    x: View,
-    mean: Tensor,
-    rest: Tensor | None,
-    rstd_or_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    from_variance: bool,
-) -> Tensor:
-    y = dense_like(x.tensor)
-    pointers = (x.tensor, y, mean, rest, rstd_or_var, contiguous(weight), contiguous(bias))
-    _launch_sweep(_kernels().channels_apply_kernel, swept, x, pointers, EPS=eps, FROM_VARIANCE=from_variance)
-    return y
-
-
-def _in_two_floats(value: float) -> tuple[float, float]:
-    """value as a sum of two fp32 numbers: a launch passes floats as fp32."""
-    high: float = struct.unpack("f", struct.pack("f", value))[0]
-    return high, value - high
+from triton_norm import reference
+from triton_norm.ops import channel_launches as launches
+from triton_norm.ops.channel_launches import Gradients, Options, saves_bits
+from triton_norm.ops.layout import dense_like, empty_bits, side_of_zero
+from triton_norm.ops.library import nothing, operator, pure_operator
 
 
 def _batch_norm_forward(
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    saves: bool,
     momentum: float | None,
     eps: float,
+    activation: str | None,
+    slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    view = as_view(x)
-    swept = sweep(view, multiprocessors(x.device))
-    partials = _partials(swept, x, kinds=3)
-    _launch_sweep(_kernels().channels_statistics_kernel, swept, view, (view.tensor, *partials))
-    mean, rest, rstd = _per_channel(x), _per_channel(x), _per_channel(x)
-    moved_mean, moved_var = contiguous(running_mean), contiguous(running_var)
-    if momentum is None and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    _launch_finalise(
-        _kernels().channels_finalise_statistics_kernel,
-        x.device,
-        swept.n_channels,
-        *partials,
-        mean,
-        rest,
-        rstd,
-        moved_mean,
-        moved_var,
-        num_batches_tracked,
-        swept.n_channels,
-        swept.n_splits,
-        swept.groups_per_split * swept.elements_per_group,
-        swept.n_groups * swept.elements_per_group,
-        *_in_two_floats(momentum or 0.0),
-        EPS=eps,
-        CUMULATIVE=momentum is None,
-        COMPUTE=triton_dtype(compute_dtype(x)),
-    )
-    for running, moved in ((running_mean, moved_mean), (running_var, moved_var)):
-        if running is not None and moved is not None and moved is not running:
-            running.copy_(moved)
-    return _apply(swept, view, mean, rest, rstd, weight, bias, eps, from_variance=False), mean, rstd
+    options = Options(True, momentum, eps, activation, slope)
+    given = x, residual, weight, bias, running_mean, running_var, num_batches_tracked
+    y, statistics, bits = launches.forward(*given, options, saves)
+    assert statistics is not None
+    return y, statistics, nothing(x) if bits is None else bits
 
 
 def _batch_norm_inference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    view = as_view(x)
-    swept = sweep(view, multiprocessors(x.device))
-    mean, var = running_mean.contiguous(), running_var.contiguous()
-    return _apply(swept, view, mean, None, var, weight, bias, eps, from_variance=True)
-
-
-def _gradients(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias without contents; of no elements where not wanted."""
-    return dense_like(x) if wanted[0] else nothing(x), *parameter_gradients(weight, bias, x, wanted)
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    saves: bool,
+    eps: float,
+    activation: str | None,
+    slope: float,
+) -> tuple[Tensor, Tensor | None]:
+    options = Options(False, 0.0, eps, activation, slope)
+    y, _, bits = launches.forward(x, residual, weight, bias, running_mean, running_var, None, options, saves)
+    return y, bits
 
 
 def _batch_norm_backward(
     dy: Tensor,
     x: Tensor,
+    residual: Tensor | None,
+    bits: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd_or_var: Tensor,
-    training: bool,
-    eps: float,
+    statistics: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_dtype: torch.dtype | None,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """rstd_or_var: the batch's rstd in training, otherwise the running variance."""
-    dx, dweight, dbias = _gradients(x, weight, bias, wanted)
-    x_view, dy_view = as_view(x), as_view(dy, like=x)
-    swept = sweep(x_view, multiprocessors(x.device), dy_view)
-    constants = {"DY_LANE_STRIDE": swept.lane_stride(dy_view)}
-    weight, mean, rstd_or_var = contiguous(weight), mean.contiguous(), rstd_or_var.contiguous()
-    dx_now = dx if wanted[0] and not training else None
-    sums = _partials(swept, x, kinds=2) if training or dweight.numel() or dbias.numel() else (None, None)
-    _launch_sweep(
-        _kernels().channels_backward_reduce_kernel,
-        swept,
-        x_view,
-        (dy_view.tensor, x_view.tensor, dx_now, mean, rstd_or_var, weight, *sums),
-        dy_view,
-        EPS=eps,
-        FROM_VARIANCE=not training,
-        **constants,
-    )
-    if sums[0] is None:
-        return dx, dweight, dbias
-    means = (_per_channel(x), _per_channel(x)) if training and wanted[0] else (None, None)
-    _launch_finalise(
-        _kernels().channels_backward_finalise_kernel,
-        x.device,
-        swept.n_channels,
-        *sums,
-        rstd_or_var,
-        dweight if dweight.numel() else None,
-        dbias if dbias.numel() else None,
-        *means,
-        swept.n_channels,
-        swept.n_splits,
-        swept.n_groups * swept.elements_per_group,
-        EPS=eps,
-        FROM_VARIANCE=not training,
-        COMPUTE=triton_dtype(compute_dtype(x)),
-    )
-    if training and wanted[0]:
-        pointers = (dy_view.tensor, x_view.tensor, dx, mean, rstd_or_var, weight, *means)
-        _launch_sweep(_kernels().channels_backward_apply_kernel, swept, x_view, pointers, dy_view, **constants)
-    return dx, dweight, dbias
+    eps: float,
+    activation: str | None,
+    slope: float,
+) -> Gradients:
+    options = Options(statistics is not None, 0.0, eps, activation, slope)
+    given = dy, x, residual, bits, weight, bias, statistics, running_mean, running_var
+    return launches.backward(*given, options, residual_dtype, wanted)
 
 
-def _fake_batch_norm_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return dense_like(x), _per_channel(x), _per_channel(x)
+def _bits_like(x: Tensor, residual: Tensor | None, saves: bool, activation: str | None) -> Tensor | None:
+    if not (saves and saves_bits(residual, Options(True, 0.0, 0.0, activation))):
+        return None
+    return empty_bits(x)
 
 
-def _fake_batch_norm_inference(x: Tensor, *_: Any) -> Tensor:
-    return dense_like(x)
+def _fake_batch_norm_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    saves, activation = rest[-5], rest[-2]
+    bits = _bits_like(x, residual, saves, activation)
+    statistics = x.new_empty(3, x.shape[1], dtype=reference.compute_dtype(x))
+    return dense_like(x), statistics, nothing(x) if bits is None else bits
+
+
+def _fake_batch_norm_inference(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    return dense_like(x), _bits_like(x, residual, rest[-4], rest[-2])
 
 
 def _fake_batch_norm_backward(
     dy: Tensor,
     x: Tensor,
+    residual: Tensor | None,
+    bits: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd_or_var: Tensor,
-    training: bool,
-    eps: float,
+    statistics: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_dtype: torch.dtype | None,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x, weight, bias, wanted)
+    *_: Any,
+) -> Gradients:
+    return launches.gradients(x, residual_dtype, weight, bias, wanted)
 
 
-batch_norm_forward_op = operator(
-    "batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor, Tensor, Tensor)",
+forward_op = operator(
+    "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool saves, float? momentum, float eps, "
+    "str? activation, float slope) -> (Tensor, Tensor, Tensor)",
     _batch_norm_forward,
     _fake_batch_norm_forward,
 )
-batch_norm_inference_op = operator(
-    "batch_norm_inference(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps) "
-    "-> Tensor",
+inference_op = pure_operator(
+    "batch_norm_inference(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
+    "Tensor running_var, bool saves, float eps, str? activation, float slope) -> (Tensor, Tensor)",
     _batch_norm_inference,
     _fake_batch_norm_inference,
 )
-batch_norm_backward_op = operator(
-    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd_or_var, "
-    "bool training, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+backward_op = pure_operator(
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, "
+    "Tensor? statistics, Tensor? running_mean, Tensor? running_var, ScalarType? residual_dtype, bool[] wanted, "
+    "float eps, str? activation, float slope) -> (Tensor, Tensor, Tensor, Tensor)",
     _batch_norm_backward,
     _fake_batch_norm_backward,
 )
@@ -250,58 +135,98 @@ class BatchNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
+        options: Options,
     ) -> Tensor:
-        if training:
-            y, mean, rstd_or_var = batch_norm_forward_op(
-                x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-            )
+        asked = options.eps, options.activation, options.slope
+        statistics = None
+        if options.batch:
+            running = running_mean, running_var, num_batches_tracked
+            y, statistics, bits = forward_op(x, residual, weight, bias, *running, True, options.momentum, *asked)
+            bits = bits if bits.numel() else None
+            running_mean = running_var = None
         else:
-            y = batch_norm_inference_op(x, weight, bias, running_mean, running_var, eps)
-            mean, rstd_or_var = running_mean, running_var
-        ctx.save_for_backward(x, weight, bias, mean, rstd_or_var)
-        ctx.training, ctx.eps = training, eps
+            y, bits = inference_op(x, residual, weight, bias, running_mean, running_var, True, *asked)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        recomputes = options.activation is not None and bits is None
+        kept_bias = bias if recomputes or ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(
+            x, residual if recomputes else None, bits, weight, kept_bias, statistics, running_mean, running_var
+        )
+        ctx.options = options
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd_or_var = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        unasked = (None,) * 6
+        x_wanted, residual_wanted, *parameters_wanted = ctx.needs_input_grad[:4]
+        wanted = x_wanted, *parameters_wanted
+        unasked = (None,) * 4
         if torch.is_grad_enabled():
+            return *_differentiable_gradients(ctx, dy, x_wanted, residual_wanted, parameters_wanted), *unasked
+        options: Options = ctx.options
+        activated = options.activation is not None
+        stored = ctx.residual_dtype if residual_wanted and activated else None
+        dx, dresidual, dweight, dbias = backward_op(
+            dy, *ctx.saved_tensors, stored, wanted, options.eps, options.activation, options.slope
+        )
+        if residual_wanted and not activated:
+            dresidual = dy.to(ctx.residual_dtype)
+        return dx, dresidual, dweight, dbias, *unasked
 
-            def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                return reference.batch_norm(x, mean, rstd_or_var, weight, bias, ctx.training, ctx.eps)
 
-            return *reference.gradients(forward, (x, weight, bias), dy, wanted), *unasked
-        grads = batch_norm_backward_op(dy, x, weight, bias, mean, rstd_or_var, ctx.training, ctx.eps, wanted)
-        return *(grad if asked else None for grad, asked in zip(grads, wanted, strict=True)), *unasked
+def _differentiable_gradients(
+    ctx: Any, dy: Tensor, x_wanted: bool, residual_wanted: bool, parameters_wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    x, residual, bits, weight, bias, _, running_mean, running_var = ctx.saved_tensors
+    options: Options = ctx.options
+    activation = options.activation
+    if bits is not None:
+        dy = torch.where(side_of_zero(bits, x), dy, dy * options.slope if activation == "leaky_relu" else 0.0)
+        activation = None
+
+    def function(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return reference.batch_norm(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            options.batch,
+            options.eps,
+            residual=residual,
+            activation=activation,
+            negative_slope=options.slope,
+        )
+
+    apart = residual_wanted and residual is None
+    wanted = x_wanted, residual_wanted and not apart, *parameters_wanted
+    found = reference.gradients(function, (x, residual, weight, bias), dy, wanted)
+    if apart:
+        found[1] = dy.to(ctx.residual_dtype)
+    return found
 
 
 def batch_norm(
     x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
+    options: Options,
 ) -> Tensor:
-    """Through the kernels; `training` normalizes with the batch's statistics and moves the running ones, if any."""
-    tensors = (x, weight, bias)
+    """Through the kernels; normalizing with the batch's statistics moves the running ones, if any."""
+    tensors = (x, residual, weight, bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return BatchNormFunction.apply(  # type: ignore
-            x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-        )
-    if training:
-        return batch_norm_forward_op(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)[0]  # type: ignore
-    return batch_norm_inference_op(x, weight, bias, running_mean, running_var, eps)  # type: ignore
+        return BatchNormFunction.apply(*tensors, running_mean, running_var, num_batches_tracked, options)  # type: ignore
+    asked = options.eps, options.activation, options.slope
+    if options.batch:
+        running = running_mean, running_var, num_batches_tracked
+        return forward_op(*tensors, *running, False, options.momentum, *asked)[0]  # type: ignore[no-any-return]
+    return inference_op(*tensors, running_mean, running_var, False, *asked)[0]  # type: ignore[no-any-return]

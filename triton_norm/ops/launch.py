@@ -17,10 +17,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 INT32_END = 2**31
 
-Grid = Callable[[Config | Mapping[str, Any]], int]
-"""The number of programs for a config, or for the block sizes by name."""
-Programs = Callable[[Mapping[str, Any], int], int]
-"""The number of programs for a config's keywords and so many rows."""
+Programs = Callable[..., int]
+"""The number of programs for a config's keywords and a call's own integers."""
+MOVED = ("running_mean_ptr", "running_var_ptr", "num_batches_tracked_ptr")
+"""What kernels move in place."""
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
@@ -36,6 +36,32 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return tuning.INTERPRETED_SMS
+
+
+@functools.cache
+def cache_bytes(device: torch.device) -> int:
+    """Of the cache that all multiprocessors share."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return tuning.INTERPRETED_CACHE
+
+
+_zeros: dict[tuple[int, int], Tensor] = {}
+
+
+def zeros(n: int, device: torch.device) -> Tensor:
+    """At least n int32 zeros, for a kernel that leaves them zeros: kept for each stream, where kernels run in turn.
+
+    A captured graph has its own, since it may be replayed on any stream.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    stream = current_stream(device.index)
+    kept = _zeros.get((device.index, stream))
+    if kept is None or kept.numel() < n:
+        size = tuning.next_power_of_2(max(n, tuning.LEAST_ZEROS))
+        kept = _zeros[device.index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+    return kept
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -54,9 +80,9 @@ class Launcher:
     """One kernel with one set of constants on one device, for tensors and integers of one kind.
 
     Whoever makes it says by what it makes it that all calls' tensors have the same types, with None in the same places,
-    and that the integers behind `n_rows`, on which no kernel specialises, are always `integers`. Then the kernel that
-    was compiled for the first call whose tensors all lie on 16 bytes is started directly by every other one: Triton's
-    own look-up, several times as long as the start itself, would find the same.
+    and that the scalars behind a call's own integers, on which no kernel specialises, are always `scalars`. Then the
+    kernel that was compiled for the first call whose tensors all lie on 16 bytes is started directly by every other
+    one: Triton's own look-up, several times as long as the start itself, would find the same.
     """
 
     def __init__(
@@ -65,19 +91,19 @@ class Launcher:
         space: Space,
         device: torch.device,
         n_programs: Programs,
-        integers: Sequence[int],
+        scalars: Sequence[float],
         **constants: Any,
     ) -> None:
-        self.space, self.span, self.integers = space, space.span, tuple(integers)
+        self.space, self._scalars = space, tuple(scalars)
         self._kernel, self._device, self._n_programs, self._constants = kernel, device, n_programs, constants
         self._gpu = gpu_name(device)
         self._index = -1 if device.index is None else device.index
         self._config = tuning.chosen(space, self._gpu)
         self._ready: tuple[Any, ...] | None = None
 
-    def __call__(self, n_rows: int, *tensors: Tensor | None) -> None:
-        """Starts the programs for so many rows on the device's current stream."""
-        if self._ready is not None and self._index == current_device() and n_rows < INT32_END:
+    def __call__(self, integers: tuple[int, ...], *tensors: Tensor | None) -> None:
+        """Starts the programs for these integers, the first being the greatest, on the device's current stream."""
+        if self._ready is not None and self._index == current_device() and integers[0] < INT32_END:
             run, function, metadata, hooks, keywords, behind = self._ready
             addresses: list[int | None] = []
             bits = 0
@@ -89,11 +115,11 @@ class Launcher:
                     bits |= address
                     addresses.append(address)
             if not (bits % tuning.VECTOR_BYTES or hooks[0] or hooks[1]):
-                count = self._n_programs(keywords, n_rows)
+                count = self._n_programs(keywords, *integers)
                 stream = current_stream(self._index)
-                run(count, 1, 1, stream, function, metadata, None, None, None, *addresses, n_rows, *behind)
+                run(count, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *behind)
                 return
-        self._start(n_rows, tensors)
+        self._start(integers, tensors)
 
     @property
     def config(self) -> Config:
@@ -101,23 +127,23 @@ class Launcher:
         assert self._config is not None
         return self._config
 
-    def _start(self, n_rows: int, tensors: Sequence[Tensor | None]) -> None:
-        arguments = (*tensors, n_rows, *self.integers)
+    def _start(self, integers: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
+        arguments = (*tensors, *integers, *self._scalars)
         with on(self._device):
             if self._config is None:
                 assert self._gpu is not None
                 count_of = self._n_programs
                 self._config = search(
-                    self._kernel, self.space, lambda config: count_of(config, n_rows), arguments, self._constants
+                    self._kernel, self.space, lambda config: count_of(config, *integers), arguments, self._constants
                 )
                 tuning.choose(self.space, self._gpu, self._config)
-            count = self._n_programs(self._config.keywords, n_rows)
+            count = self._n_programs(self._config.keywords, *integers)
             compiled = start(self._kernel, count, arguments, self._constants, self._config)
         aligned = all(tensor is None or tensor.data_ptr() % tuning.VECTOR_BYTES == 0 for tensor in tensors)
-        if aligned and n_rows < INT32_END and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
+        if aligned and integers[0] < INT32_END and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
             named = {**self._constants, **self._config.keywords}
             constants = (named[name] for name in self._kernel.arg_names[len(arguments) :])
-            behind = (*self.integers, *constants)
+            behind = (*self._scalars, *constants)
             function, metadata = compiled.function, compiled.packed_metadata
             self._ready = compiled.run, function, metadata, _hooks(), self._config.keywords, behind
 
@@ -130,27 +156,13 @@ def _hooks() -> tuple[Sequence[Any], Sequence[Any]]:
     return knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
 
 
-def launch(kernel: Any, space: Space, n_programs: Grid, device: torch.device, *arguments: Any, **constants: Any) -> int:
-    """Starts n_programs(config) programs of a kernel on the device's current stream; returns their number."""
-    with on(device):
-        gpu = gpu_name(device)
-        config = tuning.chosen(space, gpu)
-        if config is None:
-            assert gpu is not None
-            config = search(kernel, space, n_programs, arguments, constants)
-            tuning.choose(space, gpu, config)
-        count = n_programs(config)
-        start(kernel, count, arguments, constants, config)
-    return count
-
-
 def search(
     kernel: Any, space: Space, n_programs: Callable[[Any], int], arguments: Sequence[Any], constants: Mapping[str, Any]
 ) -> Config:
     """The fastest config for these arguments, by `triton.autotune`, which keeps what it finds on disk.
 
-    Every kernel with more than one config writes its outputs from inputs that it leaves alone, and begins with zeros in
-    its `sync_ptr`, if any: with those made anew it may run any number of times.
+    A kernel writes its outputs from inputs that it leaves alone, and so may run any number of times, but that it begins
+    with zeros in its `sync_ptr`, if any, which are made anew, and that it moves some tensors in place: copies, here.
     """
     import triton
     from triton.testing import do_bench
@@ -161,9 +173,12 @@ def search(
         for config in space.configs
     ]
     given = dict(zip(kernel.arg_names, arguments, strict=False))
+    for name in MOVED:
+        if given.get(name) is not None:
+            given[name] = given[name].clone()
     zeros = [name for name in ("sync_ptr",) if given.get(name) is not None]
     tuner = triton.autotune(candidates, key=[], do_bench=timed, cache_results=True, reset_to_zero=zeros)(kernel)
-    tuner[lambda meta: (n_programs(meta),)](*arguments, **constants)
+    tuner[lambda meta: (n_programs(meta),)](*given.values(), **constants)
     for name in zeros:
         given[name].zero_()
     best = tuner.best_config

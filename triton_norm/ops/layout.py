@@ -1,8 +1,7 @@
-"""How [samples, channels, *positions] lies in memory, and the geometry of a sweep over it."""
+"""How [samples, channels, *positions] lies in memory, and as which tiles the kernels of kernels/channels.py read it."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,13 +13,62 @@ MOST_POSITIONS = 2**30
 """Of a sample: the kernels number them, and what a tile reaches past them, in 32 bits."""
 
 
-class View(NamedTuple):
-    """A tensor as [samples, channels, positions]; axes of length 1 have stride 0, a single sample that without gaps."""
+class Lie(NamedTuple):
+    """A tensor's memory as [samples, channels, positions]; axes of length 1 have stride 0, a single sample that
+    without gaps. `misaligned` is the base's address modulo 16."""
 
-    tensor: Tensor
     sample_stride: int
     channel_stride: int
     position_stride: int
+    itemsize: int
+    misaligned: int
+
+
+class Layout(NamedTuple):
+    """What the kernels need to know of x, but for the number of samples and strides; kernels/tiles.py has the terms."""
+
+    axis: int | None
+    vector: int
+    lanes: int
+    fold: int
+    width: int
+    n_channels: int
+    n_columns: int
+    block_columns: int
+    columns_per_channel: int
+    groups_per_sample: int
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.n_columns // self.block_columns)
+
+    @property
+    def elements_per_group(self) -> int:
+        """Elements of one channel in a group."""
+        return self.vector if self.axis is None else self.columns_per_channel
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        unit = 1 if self.axis is None else self.vector
+        return self.n_columns // unit, self.block_columns // unit, self.columns_per_channel, self.groups_per_sample
+
+    def spread(self, lie: Lie) -> bool:
+        """Whether a channel's lanes lie side by side, and are not one element expanded."""
+        if self.axis is None:
+            return bool(lie.position_stride) or self.groups_per_sample * self.vector == 1
+        if self.fold:
+            return bool(lie.position_stride)
+        return bool(lie.channel_stride) or self.n_columns == 1
+
+    def strides(self, lie: Lie | None) -> tuple[int, int, int]:
+        """(sample, group, channel) strides, divided by V unless the lanes are one element expanded."""
+        if lie is None:
+            return 0, 0, 0
+        spread = self.spread(lie)
+        unit = self.vector if spread else 1
+        group = lie.position_stride * self.vector if self.axis is None else lie.position_stride
+        channel = 0 if self.axis == 0 and spread else lie.channel_stride
+        return lie.sample_stride // unit, 0 if self.fold else group // unit, channel // unit
 
 
 def collapsed_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
@@ -37,14 +85,14 @@ def collapsed_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None
     return inner
 
 
-def _stride(x: Tensor, axis: int) -> int:
-    return x.stride(axis) if x.shape[axis] > 1 else 0
-
-
-def _view(x: Tensor) -> View | None:
-    position_stride = collapsed_stride(x.shape[2:], x.stride()[2:])
-    sample_stride = x.stride(0) if x.shape[0] > 1 else math.prod(x.shape[1:])
-    return None if position_stride is None else View(x, sample_stride, _stride(x, 1), position_stride)
+def _strides(x: Tensor) -> tuple[int, int, int] | None:
+    """(sample, channel, position), or None where the positions can't be walked as one axis."""
+    shape, strides = x.shape, x.stride()
+    position_stride = collapsed_stride(shape[2:], strides[2:])
+    if position_stride is None:
+        return None
+    sample_stride = strides[0] if shape[0] > 1 else math.prod(shape[1:])
+    return sample_stride, strides[1] if shape[1] > 1 else 0, position_stride
 
 
 def channels_last(x: Tensor) -> bool:
@@ -52,17 +100,34 @@ def channels_last(x: Tensor) -> bool:
     return math.prod(x.shape[2:]) == 1 or (x.shape[1] > 1 and x.stride(1) == 1)
 
 
-def _reads(view: View | None, last: bool, broadcast: bool) -> bool:
-    if view is None:
+def kind_of(x: Tensor) -> str:
+    """ "last": channels side by side; "folded": whole samples, of few positions a channel; "flat": positions."""
+    if channels_last(x):
+        return "last"
+    n_samples, n_channels, *positions = x.shape
+    n_positions = math.prod(positions)
+    strides = _strides(x)
+    copied = strides is None or strides[2] != 1
+    gapless = copied or n_channels == 1 or (strides is not None and strides[1] == n_positions)
+    return "folded" if gapless and tuning.folds(n_samples, n_positions, x.itemsize) else "flat"
+
+
+def _reads(x: Tensor, kind: str, broadcast: bool) -> bool:
+    strides = _strides(x)
+    if strides is None:
         return False
-    lane_stride = view.channel_stride if last else view.position_stride
-    lanes = view.tensor.shape[1] if last else 2
-    return lanes == 1 or lane_stride == 1 or (broadcast and lane_stride == 0)
+    _, channel_stride, position_stride = strides
+    lane_stride = channel_stride if kind == "last" else position_stride
+    if broadcast and lane_stride == 0:
+        return True
+    if kind == "folded" and x.shape[1] > 1 and channel_stride != math.prod(x.shape[2:]):
+        return False
+    return lane_stride == 1 or (kind == "last" and x.shape[1] == 1)
 
 
-def copies(x: Tensor) -> bool:
-    """Whether x has to be copied before it can be read."""
-    return not _reads(_view(x), channels_last(x), broadcast=False)
+def copies(x: Tensor, kind: str) -> bool:
+    """Whether x has to be copied before it can be read as that kind."""
+    return not _reads(x, kind, broadcast=False)
 
 
 def dense_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -73,81 +138,82 @@ def dense_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty((samples, *positions, channels), dtype=dtype or x.dtype, device=x.device).movedim(-1, 1)
 
 
-def as_view(x: Tensor, like: Tensor | None = None) -> View:
-    """x, or a gradient of `like`'s shape, as a view that can be read in its own, or in `like`'s, layout.
-
-    Copies only where the strides leave no other way. A gradient may be one element expanded.
-    """
-    template = x if like is None else like
-    view = _view(x)
-    if view is not None and _reads(view, channels_last(template), broadcast=like is not None):
-        return view
-    copied = _view(dense_like(template, x.dtype).copy_(x))
-    assert copied is not None
-    return copied
+def as_readable(x: Tensor, like: Tensor, kind: str, broadcast: bool = False) -> tuple[Tensor, Lie]:
+    """x, which has the shape of `like`, or a copy of it where its strides leave no other way."""
+    if not _reads(x, kind, broadcast):
+        x = dense_like(like, x.dtype).copy_(x)
+    strides = _strides(x)
+    assert strides is not None
+    return x, Lie(*strides, x.itemsize, x.data_ptr() % tuning.VECTOR_BYTES)
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What the kernels of kernels/channels.py need to know of x, but for its strides."""
-
-    channels_last: bool
-    vector: int
-    lanes: int
-    n_channels: int
-    n_blocks: int
-    n_groups: int
-    groups_per_sample: int
-    groups_per_split: int
-
-    @property
-    def n_splits(self) -> int:
-        return -(-self.n_groups // self.groups_per_split)
-
-    @property
-    def n_programs(self) -> int:
-        return self.n_blocks * self.n_splits
-
-    @property
-    def elements_per_group(self) -> int:
-        """Elements of one channel in a group."""
-        return 1 if self.channels_last else self.vector
-
-    @property
-    def geometry(self) -> tuple[int, ...]:
-        n_channel_vecs = self.n_channels // self.vector if self.channels_last else self.n_channels
-        return n_channel_vecs, self.n_blocks, self.n_groups, self.groups_per_split, self.groups_per_sample
-
-    def strides(self, view: View) -> tuple[int, int, int]:
-        """(sample, group, channel) strides of a view, divided by V unless its lanes are one element expanded."""
-        group_stride = view.position_stride * self.elements_per_group
-        unit = self.vector if self.lane_stride(view) else 1
-        channel_stride = 0 if self.channels_last else view.channel_stride
-        return view.sample_stride // unit, group_stride // unit, channel_stride // unit
-
-    def lane_stride(self, view: View) -> int:
-        """0 where the view's lanes are one element expanded, otherwise 1."""
-        lanes = self.n_channels if self.channels_last else self.groups_per_sample * self.vector
-        return 1 if lanes == 1 or (view.channel_stride if self.channels_last else view.position_stride) else 0
+def _vector(lies: Sequence[Lie], *extents: int) -> int:
+    """Elements an access can move: 16 bytes' worth of the narrowest type, or what bases and extents allow."""
+    vector = tuning.vector_width(min(lie.itemsize for lie in lies), *extents)
+    for lie in lies:
+        if lie.misaligned:
+            vector = min(vector, max(1, (lie.misaligned & -lie.misaligned) // lie.itemsize))
+    return vector
 
 
-def sweep(x: View, multiprocessors: int, *others: View) -> Sweep:
-    """The geometry for reading x, and others in its layout, with the widest accesses that all of them allow."""
-    n_samples, n_channels = x.tensor.shape[:2]
-    last = channels_last(x.tensor)
-    n_positions = x.tensor.numel() // (n_samples * n_channels)
+def layout_of(shape: Sequence[int], kind: str, *lies: Lie) -> Layout:
+    """How tensors that lie so are read together, with the widest accesses that all of them allow."""
+    n_channels, n_positions = shape[1], math.prod(shape[2:])
     if n_positions > MOST_POSITIONS:
-        raise NotImplementedError(f"batch_norm(): more than {MOST_POSITIONS} positions in input of {x.tensor.shape}")
-    extents = [n_channels if last else n_positions]
-    for view in (x, *others):
-        if last and view.channel_stride:
-            extents += [view.sample_stride, view.position_stride]
-        elif not last and view.position_stride:
-            extents += [view.sample_stride, view.channel_stride]
-    vector = tuning.vector_width(min(view.tensor.itemsize for view in (x, *others)), *extents)
-    lanes = tuning.channel_lanes(vector, n_channels, last)
-    groups_per_sample = n_positions if last else n_positions // vector
-    n_blocks = -(-n_channels // lanes) if last else n_channels
-    n_groups = n_samples * groups_per_sample
-    per_split = tuning.groups_per_split(n_groups, lanes, n_blocks, multiprocessors)
-    return Sweep(last, vector, lanes, n_channels, n_blocks, n_groups, groups_per_sample, per_split)
+        raise NotImplementedError(f"batch_norm(): more than {MOST_POSITIONS} positions in input of {list(shape)}")
+    if kind == "last":
+        spread = [lie for lie in lies if lie.channel_stride or n_channels == 1]
+        strides = [stride for lie in spread for stride in (lie.sample_stride, lie.position_stride)]
+        vector, lanes = _vector(spread or lies, n_channels, *strides), tuning.channel_lanes(n_channels)
+        return Layout(0, vector, lanes, 0, 1, n_channels, n_channels, lanes, 1, n_positions)
+    spread = [lie for lie in lies if lie.position_stride]
+    strides = [lie.sample_stride for lie in spread]
+    if kind == "folded":
+        n_columns = n_channels * n_positions
+        lanes, channels = tuning.fold(n_channels, n_positions)
+        vector = _vector(spread or lies, n_columns, channels * n_positions, *strides)
+        fold, width = tuning.next_power_of_2(channels), tuning.next_power_of_2(n_positions)
+        return Layout(0, vector, lanes, fold, width, n_channels, n_columns, channels * n_positions, n_positions, 1)
+    strides += [lie.channel_stride for lie in spread]
+    vector = _vector(spread or lies, n_positions, *strides)
+    return Layout(None, vector, vector, 0, 1, n_channels, n_channels, 1, 1, n_positions // vector)
+
+
+def _bits_per_byte(n_channels: int, kind: str) -> int:
+    """As kernels/activations.py has it: of a position's channels, fewer than eight where those are fewer."""
+    if kind != "last" or n_channels > 4:
+        return 8
+    return 4 if n_channels > 2 else n_channels
+
+
+def _bit_rows(shape: Sequence[int], kind: str) -> tuple[int, int]:
+    """(rows, bits in use in each) of one bit an element; each row begins with a byte."""
+    n_samples, n_channels, *positions = shape
+    n_positions = math.prod(positions)
+    if kind == "flat":
+        return n_channels, n_samples * n_positions
+    if kind == "last":
+        return n_samples * n_positions, n_channels
+    return n_samples, n_channels * n_positions
+
+
+def empty_bits(x: Tensor) -> Tensor:
+    """For one bit an element of x."""
+    kind = kind_of(x)
+    rows, used = _bit_rows(x.shape, kind)
+    per_byte = _bits_per_byte(x.shape[1], kind)
+    return x.new_empty(rows * ((used + per_byte - 1) // per_byte), dtype=torch.uint8)
+
+
+def side_of_zero(bits: Tensor, x: Tensor) -> Tensor:
+    """The bits that a kernel has laid for a tensor like x, as booleans of its shape."""
+    kind = kind_of(x)
+    rows, used = _bit_rows(x.shape, kind)
+    within = torch.arange(_bits_per_byte(x.shape[1], kind), dtype=torch.uint8, device=x.device)
+    spread = ((bits[:, None] >> within) & 1 != 0).view(rows, -1)[:, :used]
+    n_samples, n_channels, *positions = x.shape
+    if kind == "flat":
+        return spread.reshape(n_channels, n_samples, *positions).movedim(0, 1)
+    if kind == "last":
+        return spread.reshape(n_samples, *positions, n_channels).movedim(-1, 1)
+    return spread.reshape(x.shape)

@@ -137,8 +137,8 @@ def _meeting(
     launcher: Launcher, n_cols: int, n_teams: int, slots: tuple[int, ...], compute: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Where a row's peers leave what they tell each other, and the zeros that they begin with."""
-    partials = torch.empty(n_teams, *slots, -(-n_cols // launcher.span), dtype=compute, device=device)
-    return partials, torch.zeros(1 + n_teams, dtype=torch.int32, device=device)
+    partials = torch.empty(n_teams, *slots, -(-n_cols // launcher.space.span), dtype=compute, device=device)
+    return partials, torch.zeros(2 + n_teams, dtype=torch.int32, device=device)
 
 
 def outputs(x: Tensor, residual: Tensor | None, options: Options, saves: bool) -> Outputs:
@@ -173,9 +173,11 @@ def forward(
         strides = x_stride, residual_stride
         launcher = launchers[key] = _forward_launcher(options, x, residual, y, total, strides, misaligned)
     partials = sync = None
-    if n_cols > launcher.span:
+    if n_cols > launcher.space.span:
         partials, sync = _meeting(launcher, n_cols, n_rows, (3,), compute_dtype(x, total), x.device)
-    launcher(n_rows, x_rows, residual_rows, y, total, contiguous(weight), contiguous(bias), statistics, partials, sync)
+    launcher(
+        (n_rows,), x_rows, residual_rows, y, total, contiguous(weight), contiguous(bias), statistics, partials, sync
+    )
     return y, total, statistics
 
 
@@ -279,16 +281,16 @@ def backward(
     n_sms = multiprocessors(device)
     most_teams = tuning.rows_backward_most_teams(n_rows, n_sms)
     partials = sync = None
-    if dx is not None and n_cols > launcher.span:
+    if dx is not None and n_cols > launcher.space.span:
         partials, sync = _meeting(launcher, n_cols, most_teams, (2, 2, tuning.MOST_BLOCK_M), compute, device)
     dweight_sums, dbias_sums = (
         None if grad is None else statistics.new_empty((most_teams, n_cols)) for grad in (dweight, dbias)
     )
     inputs = dy_rows.tensor, dtotal_rows.tensor, x_rows.tensor, contiguous(weight), statistics
-    launcher(n_rows, *inputs, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
+    launcher((n_rows,), *inputs, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
     if dweight is not None or dbias is not None:
         n_sums = tuning.rows_backward_teams(launcher.config.keywords, n_rows, n_cols, n_sms)
         dtypes = None if dweight is None else dweight.dtype, None if dbias is None else dbias.dtype
         finalise = _finalise_launcher(device, *dtypes, n_cols, compute)
-        finalise(n_sums, dweight_sums, dbias_sums, dweight, dbias)
+        finalise((n_sums,), dweight_sums, dbias_sums, dweight, dbias)
     return dx, dresidual, dweight, dbias

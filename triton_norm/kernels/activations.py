@@ -1,0 +1,101 @@
+"""Activations behind a normalization, their derivatives, and one bit an element that says which side of 0 it was on."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_REST = tl.constexpr(1.925963033500e-8)  # of LOG2_E in fp32
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exp(x):
+    """e^x; in fp32 from 2^t, with what rounding t has left out put back."""
+    if x.dtype == tl.float64:
+        power = tl.exp(x)
+    else:
+        t = x * LOG2_E
+        left = tl.fma(x, LOG2_E, -t) + x * LOG2_E_REST
+        power = tl.exp2(t)
+        power += tl.where(tl.abs(left) < 1.0, left, 0.0) * LN_2 * tl.where(power < float("inf"), power, 0.0)
+    return power
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """f(z): "relu", "leaky_relu", whose slope below 0 is SLOPE, "silu", or z itself where ACTIVATION is None."""
+    y = z
+    if ACTIVATION == "relu":
+        y = tl.where(z < 0.0, 0.0, z)
+    if ACTIVATION == "leaky_relu":
+        y = tl.where(z > 0.0, z, z * SLOPE)
+    if ACTIVATION == "silu":
+        y = z / (1.0 + exp(-z))
+    return y
+
+
+@triton.jit
+def derivative(z, positive, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """f'(z), from z where it is "silu", otherwise from whether z is positive."""
+    if ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + exp(-z))
+        slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
+    else:
+        slope = tl.where(positive, 1.0, SLOPE if ACTIVATION == "leaky_relu" else 0.0)
+    return slope
+
+
+@triton.constexpr_function
+def bits_per_byte(LANES, AXIS):
+    """Eight, but for a row of fewer columns."""
+    return 8 if AXIS is None or LANES >= 8 else LANES
+
+
+@triton.jit
+def bytes_of(
+    ptr,
+    start,
+    end,
+    block,
+    block_vecs,
+    n_column_vecs,
+    n_groups,
+    V: tl.constexpr,
+    LANES: tl.constexpr,
+    AXIS: tl.constexpr,
+    T: tl.constexpr,
+):
+    """(pointers, mask) of the bytes with a tile's bits: a channel's elements follow each other, or a row's columns do.
+
+    No byte is two programs'.
+    """
+    PER_BYTE: tl.constexpr = bits_per_byte(LANES, AXIS)
+    byte = tl.arange(0, T * LANES // PER_BYTE)
+    if AXIS is None:
+        per_channel = (n_groups.to(tl.int64) * V + 7) // 8
+        pointers = ptr + block.to(tl.int64) * per_channel + start * V // 8 + byte
+        mask = start * V + byte * 8 < end * V
+    else:
+        BYTES: tl.constexpr = LANES // PER_BYTE
+        row = start + byte // BYTES
+        within = byte % BYTES
+        column = block.to(tl.int64) * (block_vecs * V) + within * PER_BYTE
+        per_row = (n_column_vecs * V + PER_BYTE - 1) // PER_BYTE
+        pointers = ptr + row * per_row + column // PER_BYTE
+        mask = (row < end) & (within * PER_BYTE < block_vecs * V) & (column < n_column_vecs * V)
+    return pointers, mask
+
+
+@triton.jit
+def pack(positive, PER_BYTE: tl.constexpr):
+    """Booleans [T, LANES] as bytes, PER_BYTE of them each."""
+    N_BYTES: tl.constexpr = positive.shape[0] * positive.shape[1] // PER_BYTE
+    bits = tl.reshape(positive.to(tl.int32), [N_BYTES, PER_BYTE]) << tl.arange(0, PER_BYTE)[None, :]
+    return tl.sum(bits, 1).to(tl.uint8)
+
+
+@triton.jit
+def unpack(packed, T: tl.constexpr, LANES: tl.constexpr, PER_BYTE: tl.constexpr):
+    """What `pack` packed."""
+    bits = packed.to(tl.int32)[:, None] >> tl.arange(0, PER_BYTE)[None, :]
+    return tl.reshape(bits & 1, [T, LANES]) != 0
