@@ -39,7 +39,10 @@ SHORT_BYTES = 128  # a channel's positions in one sample, of fewer bytes is wort
 CHANNEL_PROGRAMS_PER_SM = 16
 MIN_SPLIT_ELEMENTS = 2048
 ONE_LAUNCH = True  # whether the programs of a channel may wait for each other
-HELD_BYTES = 32 * 1024  # of x, or of x and dy, that a program keeps while it waits
+HELD_BYTES = {"flat": 32 * 1024, "last": 16 * 1024, "folded": 32 * 1024}  # of what a program keeps while it waits
+THREAD_HELD_BYTES = {"flat": 128, "last": 64, "folded": 64}  # where two multiprocessors' registers are to hold it
+REGISTERS = 64 * 1024  # of a multiprocessor
+CHANNEL_WARPS = 16  # of a multiprocessor at least, whatever registers their threads need
 HELD_STEP = 4  # the sizes of such tiles are so many times apart, for few of them to be compiled
 HOLDING_PROGRAMS_PER_SM = 2  # at once
 MIN_HELD_ELEMENTS = 1024  # of a program that waits for others
@@ -57,18 +60,21 @@ INTERPRETED_CACHE = 50 * 1024 * 1024  # bytes, as of an H100
 
 @dataclass(frozen=True)
 class Config:
-    """What a launch is specialised by: the kernel's block sizes, and how many warps and stages run them."""
+    """What a launch is specialised by: the kernel's block sizes, how many warps and stages run them, and how many
+    registers a thread may have, where that is limited."""
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int = 1
+    maxnreg: int | None = None
 
     def __getitem__(self, block: str) -> int:
         return self.keywords[block]
 
     @functools.cached_property
     def keywords(self) -> dict[str, int]:
-        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,8 @@ class Space:
         return min(config["BLOCK_N"] * config.keywords.get("PIECES", 1) for config in self.configs)
 
 
-def config(num_warps: int, num_stages: int = 1, **blocks: int) -> Config:
-    return Config(tuple(blocks.items()), num_warps, num_stages)
+def config(num_warps: int, num_stages: int = 1, maxnreg: int | None = None, **blocks: int) -> Config:
+    return Config(tuple(blocks.items()), num_warps, num_stages, maxnreg)
 
 
 def next_power_of_2(n: int) -> int:
@@ -274,13 +280,13 @@ def plan_channels_apart(n_groups: int, lanes: int, n_blocks: int, multiprocessor
 
 @remembered
 def plan_channels(
-    n_groups: int, lanes: int, n_blocks: int, held: int, multiprocessors: int, cache: int, interpreted: bool
+    kind: str, n_groups: int, lanes: int, n_blocks: int, held: int, multiprocessors: int, cache: int, interpreted: bool
 ) -> Plan | None:
     """One launch, if its programs fill the GPU, and if what they can't keep will still be in cache when they read it
     again: of all that run at once. `held`: bytes of an element of what they keep.
     """
     elements = n_groups * lanes
-    tile = INTERPRETED_TILE if interpreted else HELD_BYTES // held
+    tile = INTERPRETED_TILE if interpreted else HELD_BYTES[kind] // held
     enough = max(-(-multiprocessors * HOLDING_PROGRAMS_PER_SM // n_blocks), -(-elements // tile))
     peers = max(1, min(most_peers(multiprocessors), enough, elements // MIN_HELD_ELEMENTS))
     per_split = -(-n_groups // peers)
@@ -299,6 +305,32 @@ def _block_k(width: int) -> int:
     return max(16, min(128, MERGED_ELEMENTS // width))
 
 
+def _of_channels(n_warps: int, kind: str, **blocks: int) -> Config:
+    """With a limit on registers: left to itself, NVIDIA's assembler spills a few to fit more warps. Folded, each of a
+    thread's columns has moments of its own, and eight warps may have all registers."""
+    least_warps = CHANNEL_WARPS // 2 if kind == "folded" and n_warps <= 8 else CHANNEL_WARPS
+    limit = min(255, REGISTERS // (least_warps * WARP)) if WARP == 32 else None
+    return config(n_warps, maxnreg=limit, **blocks)
+
+
+def _holding(kernel: str, kind: str, lanes: int, vector: int, held: int, held_bytes: int, merged: int) -> list[Config]:
+    """Programs that wait: with as many threads as hold a tile, two a multiprocessor, and with twice as many."""
+    in_thread = THREAD_HELD_BYTES[kind]
+    backward = kernel == "channels_backward_kernel"
+    if kind == "folded" and backward:
+        in_thread *= 2
+    if kind == "flat" and vector * held_bytes < VECTOR_BYTES * (2 if backward else 1):  # more addresses
+        in_thread //= 2
+    most = held // (4 * WARP)
+    if kind == "folded":
+        most = min(most, 8 * max(1, held // lanes))  # eight columns, each of which has moments of its own
+    configs = []
+    for each in (in_thread, in_thread // 2):
+        n_warps = warps(held, max(1, min(most, each // held_bytes)))
+        configs.append(_of_channels(n_warps, kind, T=max(1, held // lanes), BLOCK_K=merged))
+    return configs
+
+
 @remembered
 def channels(
     kernel: str,
@@ -309,27 +341,36 @@ def channels(
     width: int,
     types: str,
     held: int,
+    held_bytes: int,
     interpreted: bool,
 ) -> Space:
-    """T, the groups of a tile; `held`: the elements of one that is kept, or 0; `width`: the channels of a block."""
-    tiles: tuple[int, ...] = (2048, 4096, 8192) if kind == "last" else (4096, 2048, 8192)
-    per_threads: tuple[int, ...] = (16, 32)
-    if held:
-        tiles, per_threads = (held,), (32, 16)
-    elif interpreted:
-        tiles = (INTERPRETED_TILE // 4,)
-    elif vector == 1:  # an address for each element
-        tiles, per_threads = (2048, 4096), (8, 16)
-    elif kind == "folded":
-        tiles, per_threads = (8192, 16384), (16, 32)
+    """T, the groups of a tile; `held`: the elements of one that is kept, of so many bytes each, or 0; `width`: the
+    channels of a block."""
     merged = max(16, min(128, MERGED_ELEMENTS // width))
-    configs = [
-        config(warps(tile, per_thread), T=max(1, tile // lanes), BLOCK_K=merged)
-        for per_thread in (per_threads[:1] if interpreted else per_threads)
-        for tile in tiles
-    ]
+    if held and not interpreted:
+        configs = _holding(kernel, kind, lanes, vector, held, held_bytes, merged)
+    else:
+        tiles: tuple[int, ...] = (2048, 4096, 8192) if kind == "last" else (4096, 2048, 8192)
+        per_threads: tuple[int, ...] = (16, 32)
+        if interpreted:
+            tiles, per_threads = (held or INTERPRETED_TILE // 4,), (32,)
+        elif vector == 1:  # an address for each element
+            tiles, per_threads = (2048, 4096), (8, 16)
+        elif kind == "folded":
+            tiles = (8192, 16384)
+        configs = [
+            _of_channels(warps(tile, per_thread), kind, T=max(1, tile // lanes), BLOCK_K=merged)
+            for per_thread in per_threads
+            for tile in tiles
+        ]
     key = f"{role}, {kind}, {lanes} lanes by {vector}, {types}" + (f", {held} held" if held else "")
     return _space(kernel, key, configs)
+
+
+@remembered
+def merge_ranks(interpreted: bool) -> Space:
+    """BLOCK_K ranks of BLOCK_C channels are read at a time."""
+    return _space("merge_ranks_kernel", "", [config(4, BLOCK_K=8, BLOCK_C=1024 if interpreted else 128)])
 
 
 _chosen: dict[tuple[str, str, str], Config] = {}

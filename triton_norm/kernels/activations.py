@@ -35,14 +35,23 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def derivative(z, positive, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """f'(z), from z where it is "silu", otherwise from whether z is positive."""
+def side_of_zero(z, ACTIVATION: tl.constexpr):
+    """Whether z is positive; NaN is to "relu", as in torch."""
+    positive = z > 0.0
+    if ACTIVATION == "relu":
+        positive = positive | (z != z)
+    return positive
+
+
+@triton.jit
+def activate_backward(dy, z, positive, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """dy · f'(z), from z where f is "silu", otherwise from z's side of 0."""
     if ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + exp(-z))
-        slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
+        dz = dy * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
     else:
-        slope = tl.where(positive, 1.0, SLOPE if ACTIVATION == "leaky_relu" else 0.0)
-    return slope
+        dz = tl.where(positive, dy, dy * SLOPE if ACTIVATION == "leaky_relu" else 0.0)
+    return dz
 
 
 @triton.constexpr_function
@@ -73,14 +82,15 @@ def bytes_of(
     byte = tl.arange(0, T * LANES // PER_BYTE)
     if AXIS is None:
         per_channel = (n_groups.to(tl.int64) * V + 7) // 8
-        pointers = ptr + block.to(tl.int64) * per_channel + start * V // 8 + byte
-        mask = start * V + byte * 8 < end * V
+        first = start.to(tl.int64) * V // 8
+        pointers = ptr + block.to(tl.int64) * per_channel + first + byte
+        mask = (first + byte) * 8 < end.to(tl.int64) * V
     else:
         BYTES: tl.constexpr = LANES // PER_BYTE
-        row = start + byte // BYTES
+        row = start.to(tl.int64) + byte // BYTES
         within = byte % BYTES
-        column = block.to(tl.int64) * (block_vecs * V) + within * PER_BYTE
-        per_row = (n_column_vecs * V + PER_BYTE - 1) // PER_BYTE
+        column = block * (block_vecs * V) + within * PER_BYTE
+        per_row = tl.cdiv(n_column_vecs * V, PER_BYTE)
         pointers = ptr + row * per_row + column // PER_BYTE
         mask = (row < end) & (within * PER_BYTE < block_vecs * V) & (column < n_column_vecs * V)
     return pointers, mask

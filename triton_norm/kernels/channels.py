@@ -7,7 +7,7 @@ of them comes last merges, in fixed order, what all have found: one launch norma
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.activations import activate, bits_per_byte, bytes_of, pack
+from triton_norm.kernels.activations import activate, bits_per_byte, bytes_of, pack, side_of_zero
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import centre, merge, tile_sum, to_float
 from triton_norm.kernels.tiles import (
@@ -142,6 +142,7 @@ def channels_forward_kernel(
     AXIS: tl.constexpr,
     FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
+    INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -166,10 +167,12 @@ def channels_forward_kernel(
         program = tl.program_id(0) if STATISTICS else tl.num_programs(0) - 1 - tl.program_id(0)
         block = program % n_blocks
         split = program // n_blocks
-    columns, lane_channels, in_range = lanes_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS)
+    columns, lane_channels, in_range = lanes_of(
+        block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD
+    )
     n_channels = n_column_vecs if AXIS is None else n_column_vecs * V // columns_per_channel
     x_lanes = lanes_at(x_ptr, columns, lane_channels, x_channel_vecs, V, LANES, 1, AXIS)
-    first, end = span(split, groups_per_split, n_groups)
+    first, end = span(split, groups_per_split, n_groups, INDEX)
     last = first + (end - 1 - first) // T * T
     raw = tl.zeros([T, LANES], x_ptr.dtype.element_ty)
     if STATISTICS:
@@ -182,7 +185,7 @@ def channels_forward_kernel(
             mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
             offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
             raw = tl.load(aligned(x_lanes + offsets, V, 1), mask=mask, other=0.0)
-            seen = to_float((start - first) * lanes_per_channel, COMPUTE)
+            seen = to_float(start - first, COMPUTE) * lanes_per_channel
             count = to_float(tl.minimum(end - start, T) * lanes_per_channel, COMPUTE)
             centred, tile_mean, tile_rest = centre(raw.to(COMPUTE), mask, count, AXIS)
             tile_m2 = tile_sum(centred * centred, AXIS)
@@ -279,7 +282,7 @@ def channels_forward_kernel(
                 places, within = bytes_of(
                     bits_ptr, start, end, block, block_vecs, n_column_vecs, n_groups, V, LANES, AXIS, T
                 )
-                tl.store(places, pack((z > 0.0) & mask, bits_per_byte(LANES, AXIS)), mask=within)
+                tl.store(places, pack(side_of_zero(z, ACTIVATION) & mask, bits_per_byte(LANES, AXIS)), mask=within)
             y = activate(z, ACTIVATION, SLOPE)
             offsets = group_offsets(start, groups_per_sample, y_sample_vecs, y_group_vecs, V, 1, T)
             tl.store(aligned(y_lanes + offsets, V, 1), y.to(y_ptr.dtype.element_ty), mask=mask)

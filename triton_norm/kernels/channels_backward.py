@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.activations import bits_per_byte, bytes_of, derivative, unpack
+from triton_norm.kernels.activations import activate_backward, bits_per_byte, bytes_of, side_of_zero, unpack
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.tiles import (
@@ -110,6 +110,7 @@ def channels_backward_kernel(
     AXIS: tl.constexpr,
     FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
+    INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -136,7 +137,9 @@ def channels_backward_kernel(
         program = tl.program_id(0) if REDUCE else tl.num_programs(0) - 1 - tl.program_id(0)
         block = program % n_blocks
         split = program // n_blocks
-    columns, lane_channels, in_range = lanes_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS)
+    columns, lane_channels, in_range = lanes_of(
+        block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD
+    )
     n_channels = n_column_vecs if AXIS is None else n_column_vecs * V // columns_per_channel
     dy_lanes = lanes_at(dy_ptr, columns, lane_channels, dy_channel_vecs, V, LANES, DY_SPREAD, AXIS)
     x_lanes = lanes_at(x_ptr, columns, lane_channels, x_channel_vecs, V, LANES, 1, AXIS)
@@ -150,7 +153,7 @@ def channels_backward_kernel(
     if APPLY and not CONSTANT and not REDUCE:
         mean_dz = load_parameter(means_ptr, lane_channels, in_range, 0.0, COMPUTE)
         slope = load_parameter(means_ptr + n_channels, lane_channels, in_range, 0.0, COMPUTE)
-    first, end = span(split, groups_per_split, n_groups)
+    first, end = span(split, groups_per_split, n_groups, INDEX)
     last = first + (end - 1 - first) // T * T
     wide: tl.constexpr = 1 if AXIS is None else LANES
     sum_dz = tl.zeros([1, wide], COMPUTE)
@@ -177,7 +180,7 @@ def channels_backward_kernel(
                     )
                     packed = tl.load(places, mask=within, other=0)
                     positive = unpack(packed, T, LANES, bits_per_byte(LANES, AXIS))
-                    dz *= derivative(dz, positive, ACTIVATION, SLOPE)
+                    dz = activate_backward(dz, dz, positive, ACTIVATION, SLOPE)
                 else:
                     z = centred * scale + bias
                     if residual_ptr is not None:
@@ -188,7 +191,7 @@ def channels_backward_kernel(
                             start, groups_per_sample, residual_sample_vecs, residual_group_vecs, V, 1, T
                         )
                         z += tl.load(aligned(residual_lanes + offsets, V, 1), mask=mask, other=0.0).to(COMPUTE)
-                    dz *= derivative(z, z > 0.0, ACTIVATION, SLOPE)
+                    dz = activate_backward(dz, z, side_of_zero(z, ACTIVATION), ACTIVATION, SLOPE)
             if REDUCE and sweep == 0:
                 sum_dz += tile_sum(dz, AXIS)
                 sum_dz_centred += tile_sum(dz * centred, AXIS)

@@ -22,17 +22,26 @@ from triton_norm.kernels.moments import merge_all, tile_sum
 
 @triton.jit
 def lanes_of(
-    block, block_vecs, n_column_vecs, columns_per_channel, V: tl.constexpr, LANES: tl.constexpr, AXIS: tl.constexpr
+    block,
+    block_vecs,
+    n_column_vecs,
+    columns_per_channel,
+    V: tl.constexpr,
+    LANES: tl.constexpr,
+    AXIS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """(columns, channels, in_range) of a block's lanes, [1, 1] or [1, LANES]; flat, the columns mean nothing."""
     if AXIS is None:
-        channels = tl.zeros([1, 1], tl.int64) + block
+        channels = tl.zeros([1, 1], tl.int32) + block
         columns = channels
         in_range = channels < n_column_vecs
     else:
         within = tl.arange(0, LANES)[None, :]
-        columns = block.to(tl.int64) * (block_vecs * V) + within
-        in_range = (within < block_vecs * V) & (columns < n_column_vecs * V)
+        columns = block * (block_vecs * V) + within
+        in_range = columns < n_column_vecs * V
+        if FOLD:
+            in_range = in_range & (within < block_vecs * V)
         channels = columns // columns_per_channel
     return columns, channels, in_range
 
@@ -52,18 +61,18 @@ def channels_of(
     if FOLD:
         within = tl.arange(0, FOLD)[None, :]
         n_within = block_vecs * V // columns_per_channel
-        channels = block.to(tl.int64) * n_within + within
+        channels = block * n_within + within
         in_range = (within < n_within) & (channels < n_column_vecs * V // columns_per_channel)
     else:
-        _, channels, in_range = lanes_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS)
+        _, channels, in_range = lanes_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD)
     return channels, in_range
 
 
 @triton.jit
-def span(split, groups_per_split, n_groups):
-    """First group of a split, and the one after its last; int64."""
-    first = split.to(tl.int64) * groups_per_split
-    return first, tl.minimum(first + groups_per_split, n_groups)
+def span(split, groups_per_split, n_groups, INDEX: tl.constexpr):
+    """First group of a split, and the one after its last; INDEX is int32 where all groups and a tile more fit in it."""
+    first = split.to(INDEX) * groups_per_split
+    return first, tl.minimum(first + groups_per_split, n_groups).to(INDEX)
 
 
 @triton.jit
@@ -79,9 +88,9 @@ def lanes_at(
 ):
     """Where the lanes of a tensor's group 0 lie: [1, LANES]."""
     if SPREAD == 0:
-        lanes = ptr + channels * channel_vecs + tl.arange(0, LANES)[None, :] * 0
+        lanes = ptr + channels.to(tl.int64) * channel_vecs + tl.arange(0, LANES)[None, :] * 0
     elif AXIS is None:
-        lanes = ptr + channels * channel_vecs * V + tl.arange(0, LANES)[None, :]
+        lanes = ptr + channels.to(tl.int64) * channel_vecs * V + tl.arange(0, LANES)[None, :]
     else:
         lanes = ptr + columns
     return lanes
@@ -91,7 +100,7 @@ def lanes_at(
 def group_offsets(
     start, groups_per_sample, sample_vecs, group_vecs, V: tl.constexpr, SPREAD: tl.constexpr, T: tl.constexpr
 ):
-    """Offsets of the T groups from `start` on: [T, 1]. One 64-bit division a tile, 32-bit ones within it."""
+    """Offsets of the T groups from `start` on: [T, 1]. Within a tile divisions are of 32 bits."""
     unit: tl.constexpr = V if SPREAD else 1
     first_sample = start // groups_per_sample
     group = (start - first_sample * groups_per_sample).to(tl.int32) + tl.arange(0, T)[:, None]

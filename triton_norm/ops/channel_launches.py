@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_norm import tuning
-from triton_norm.ops.launch import INTERPRETED, Launcher, cache_bytes, multiprocessors, zeros
+from triton_norm.ops.launch import INT32_END, INTERPRETED, Launcher, cache_bytes, multiprocessors, zeros
 from triton_norm.ops.layout import Layout, Lie, as_readable, dense_like, empty_bits, kind_of, layout_of
 from triton_norm.ops.library import contiguous, name_of, triton_dtype
 from triton_norm.reference import compute_dtype
@@ -46,7 +46,7 @@ def _kernels() -> Any:
     return {"forward": channels.channels_forward_kernel, "backward": channels_backward.channels_backward_kernel}
 
 
-def _in_two_floats(value: float) -> tuple[float, float]:
+def in_two_floats(value: float) -> tuple[float, float]:
     """value as a sum of two fp32 numbers: a launch passes floats as fp32."""
     high: float = struct.unpack("f", struct.pack("f", value))[0]
     return high, value - high
@@ -73,6 +73,7 @@ def _step(
     layout: Layout,
     n_groups: int,
     plan: tuning.Plan,
+    held: int,
     swept: Sequence[torch.dtype | None],
     wide: bool,
     device: torch.device,
@@ -100,6 +101,7 @@ def _step(
             width,
             ", ".join(name_of(dtype) for dtype in swept if dtype is not None),
             plan.tile,
+            held,
             INTERPRETED,
         ),
         device,
@@ -112,6 +114,7 @@ def _step(
         AXIS=layout.axis,
         FOLD=layout.fold,
         WIDTH=layout.width,
+        INDEX=triton_dtype(torch.int32 if n_groups < INT32_END // 2 else torch.int64),
         COMPUTE=triton_dtype(torch.float64 if wide else torch.float32),
         **constants,
     )
@@ -125,7 +128,7 @@ def _layout_and_plan(
     layout = layout_of(shape, kind, *(lie for lie in lies if lie is not None))
     n_groups, sms = shape[0] * layout.groups_per_sample, multiprocessors(device)
     where = n_groups, layout.lanes, layout.n_blocks
-    plan = tuning.plan_channels(*where, held, sms, cache_bytes(device), INTERPRETED) if held else None
+    plan = tuning.plan_channels(kind, *where, held, sms, cache_bytes(device), INTERPRETED) if held else None
     return layout, n_groups, plan or tuning.plan_channels_apart(*where, sms)
 
 
@@ -149,7 +152,7 @@ def _forward_steps(
     """The launches of a call, for the latest kinds of them. `types`: of x, the residual, and then the rest."""
     held = x.itemsize if reduces and applies else 0
     layout, n_groups, plan = _layout_and_plan(shape, kind, (x, residual), held, device)
-    scalars = *_in_two_floats(options.momentum or 0.0), *layout.geometry, *layout.strides(x), *layout.strides(residual)
+    scalars = *in_two_floats(options.momentum or 0.0), *layout.geometry, *layout.strides(x), *layout.strides(residual)
     both = [(True, True)] if plan.tile else [(reduces, False), (False, applies)]
     steps = [
         _step(
@@ -158,6 +161,7 @@ def _forward_steps(
             layout,
             n_groups,
             plan,
+            held,
             types[: 2 if halves[1] else 1],
             types[0] == torch.float64,
             device,
@@ -240,11 +244,9 @@ def forward(
     return y, statistics, bits
 
 
-def local_statistics(x: Tensor) -> Tensor:
-    """Mean, what rounding it has left, and M2 of this process's share of a batch: [3, C]."""
-    statistics = _per_channel(x, 3)
+def local_statistics(x: Tensor, statistics: Tensor) -> None:
+    """Fills statistics [3, C] with the mean, what rounding it has left, and M2 of this process's share of a batch."""
     _forward(x, None, None, None, statistics, None, None, None, Options(True, 0.0, 0.0), True, False, False, local=True)
-    return statistics
 
 
 def apply(
@@ -290,6 +292,7 @@ def _backward_steps(
             layout,
             n_groups,
             plan,
+            held,
             types[:3],
             types[1] == torch.float64,
             device,

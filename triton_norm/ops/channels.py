@@ -72,7 +72,7 @@ def _batch_norm_backward(
     return launches.backward(*given, options, residual_dtype, wanted)
 
 
-def _bits_like(x: Tensor, residual: Tensor | None, saves: bool, activation: str | None) -> Tensor | None:
+def bits_like(x: Tensor, residual: Tensor | None, saves: bool, activation: str | None) -> Tensor | None:
     if not (saves and saves_bits(residual, Options(True, 0.0, 0.0, activation))):
         return None
     return empty_bits(x)
@@ -80,13 +80,13 @@ def _bits_like(x: Tensor, residual: Tensor | None, saves: bool, activation: str 
 
 def _fake_batch_norm_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     saves, activation = rest[-5], rest[-2]
-    bits = _bits_like(x, residual, saves, activation)
+    bits = bits_like(x, residual, saves, activation)
     statistics = x.new_empty(3, x.shape[1], dtype=reference.compute_dtype(x))
     return dense_like(x), statistics, nothing(x) if bits is None else bits
 
 
 def _fake_batch_norm_inference(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None]:
-    return dense_like(x), _bits_like(x, residual, rest[-4], rest[-2])
+    return dense_like(x), bits_like(x, residual, rest[-4], rest[-2])
 
 
 def _fake_batch_norm_backward(

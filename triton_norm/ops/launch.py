@@ -169,7 +169,9 @@ def search(
 
     timed = functools.partial(do_bench, warmup=tuning.SEARCH_WARMUP_MS, rep=tuning.SEARCH_MS)
     candidates = [
-        triton.Config(dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages)
+        triton.Config(
+            dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg
+        )
         for config in space.configs
     ]
     given = dict(zip(kernel.arg_names, arguments, strict=False))
@@ -182,4 +184,4 @@ def search(
     for name in zeros:
         given[name].zero_()
     best = tuner.best_config
-    return tuning.config(best.num_warps, best.num_stages, **best.kwargs)
+    return tuning.config(best.num_warps, best.num_stages, best.maxnreg, **best.kwargs)

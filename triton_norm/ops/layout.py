@@ -13,6 +13,10 @@ MOST_POSITIONS = 2**30
 """Of a sample: the kernels number them, and what a tile reaches past them, in 32 bits."""
 
 
+MOST_COLUMNS = 2**30
+"""Of a folded sample: the kernels number them in 32 bits."""
+
+
 class Lie(NamedTuple):
     """A tensor's memory as [samples, channels, positions]; axes of length 1 have stride 0, a single sample that
     without gaps. `misaligned` is the base's address modulo 16."""
@@ -109,7 +113,8 @@ def kind_of(x: Tensor) -> str:
     strides = _strides(x)
     copied = strides is None or strides[2] != 1
     gapless = copied or n_channels == 1 or (strides is not None and strides[1] == n_positions)
-    return "folded" if gapless and tuning.folds(n_samples, n_positions, x.itemsize) else "flat"
+    numbered = n_channels * n_positions < MOST_COLUMNS
+    return "folded" if gapless and numbered and tuning.folds(n_samples, n_positions, x.itemsize) else "flat"
 
 
 def _reads(x: Tensor, kind: str, broadcast: bool) -> bool:
