@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from triton_norm import checks, dispatch, reference, tuning
-from triton_norm.dispatch import Explanation, explanation, goes_to_triton, unserved, use_triton
+from triton_norm.dispatch import Explanation, explanation, goes_to_triton, unserved
 from triton_norm.ops import channel_launches, channels, layout, row_launches, rows
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -286,22 +286,67 @@ def batch_norm(
     A call that raises has moved nothing. Statistics are computed and saved in float32, in float64 for float64 input.
     Source: Ioffe and Szegedy, "Batch Normalization" (2015).
     """
-    checks.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    checks.activated(input, residual, activation, negative_slope)
     tensors = running_mean, running_var, weight, bias
-    if use_triton(input, *tensors, residual):
+    fused = residual, activation, negative_slope
+    options, reason = _checked_batch_norm(input, *tensors, training, momentum, eps, num_batches_tracked, *fused)
+    if goes_to_triton(reason):
         counter = num_batches_tracked if training else None
         if counter is not None and counter.device != input.device:
-            momentum, counter = _count_elsewhere(counter, momentum), None
-        share = None if momentum is None else float(momentum)
-        options = channel_launches.Options(bool(training), share, float(eps), activation, float(negative_slope))
+            share, counter = _count_elsewhere(counter, momentum), None
+            options = options._replace(momentum=share, prepared=None)
         return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
     if training and num_batches_tracked is not None:
         momentum = _count_elsewhere(num_batches_tracked, momentum)
     elif momentum is None:
         momentum = 0.0
-    fused = residual, activation, negative_slope
     return _torch_batch_norm(input, *tensors, training, momentum, eps, *fused)
+
+
+_served_batch_norm: dict[Any, tuple[channel_launches.Options, str | None]] = {}
+tuning.when_forgotten(_served_batch_norm.clear)
+
+
+def _checked_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+) -> tuple[channel_launches.Options, str | None]:
+    """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments. A call
+    like an earlier one is not checked again."""
+    tensors = x, running_mean, running_var, weight, bias, num_batches_tracked, residual
+    numbers = momentum, eps, negative_slope
+    key = None
+    if not torch.compiler.is_compiling() and all(number is None or type(number) is float for number in numbers):
+        try:
+            kinds = [None if tensor is None else _kind(tensor) for tensor in tensors]
+            key = (dispatch.INTERPRETED, *kinds, bool(training), *numbers, activation)
+            found = _served_batch_norm.get(key)
+            if found is not None:
+                return found
+        except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones
+            key = None
+    checks.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    checks.activated(x, residual, activation, negative_slope)
+    share = None if momentum is None else float(momentum)
+    options = channel_launches.Options(bool(training), share, float(eps), activation, float(negative_slope))
+    reason = unserved(x, running_mean, running_var, weight, bias, residual)
+    if key is None:
+        return options, reason
+    if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        options = options._replace(prepared={})
+    if len(_served_batch_norm) >= MOST_SERVED:
+        _served_batch_norm.clear()
+    found = _served_batch_norm[key] = options, reason
+    return found
 
 
 def _count_elsewhere(num_batches_tracked: Tensor, momentum: float | None) -> float:

@@ -12,7 +12,6 @@ from triton_norm import tuning
 from triton_norm.ops.launch import INT32_END, INTERPRETED, Launcher, cache_bytes, multiprocessors, zeros
 from triton_norm.ops.layout import Layout, Lie, as_readable, dense_like, empty_bits, kind_of, layout_of
 from triton_norm.ops.library import contiguous, name_of, triton_dtype
-from triton_norm.reference import compute_dtype
 
 BY_SIGN = ("relu", "leaky_relu")
 """Activations whose derivative follows from the side of 0 that they are taken on."""
@@ -20,13 +19,16 @@ BY_SIGN = ("relu", "leaky_relu")
 
 class Options(NamedTuple):
     """What a call asks for besides its tensors. `batch`: statistics are the batch's, not the running ones; `momentum`
-    None averages over batches; `slope` is leaky_relu's."""
+    None averages over batches; `slope` is leaky_relu's. `prepared` is what was made ready for calls whose tensors are
+    of the kinds of this one's, None for a call that is not known to be of real tensors.
+    """
 
     batch: bool
     momentum: float | None
     eps: float
     activation: str | None = None
     slope: float = 0.0
+    prepared: dict[Any, "Prepared"] | None = None
 
 
 class Step(NamedTuple):
@@ -37,6 +39,14 @@ class Step(NamedTuple):
     n_splits: int
     reduces: bool
     applies: bool
+
+
+class Prepared(NamedTuple):
+    """The launches of a call, and what follows from how its tensors lie; `strides`: of an output, without gaps."""
+
+    steps: tuple[Step, ...]
+    n_blocks: int
+    strides: tuple[int, ...]
 
 
 @functools.cache
@@ -56,15 +66,24 @@ def _types(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
 def _per_channel(x: Tensor, kinds: int) -> Tensor:
-    return torch.empty(kinds, x.shape[1], dtype=compute_dtype(x), device=x.device)
+    return x.new_empty((kinds, x.shape[1]), dtype=_compute_dtype(x))
 
 
 def _partials(x: Tensor, step: Step, kinds: int) -> Tensor | None:
     """What each split of each channel leaves, so many kinds of it."""
     if not step.reduces or step.n_splits == 1:
         return None
-    return torch.empty(kinds, step.n_splits, x.shape[1], dtype=compute_dtype(x), device=x.device)
+    return x.new_empty((kinds, step.n_splits, x.shape[1]), dtype=_compute_dtype(x))
+
+
+def _where(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """What of a tensor's memory bears on how it is read."""
+    return None if tensor is None else (tensor.stride(), tensor.data_ptr() % tuning.VECTOR_BYTES)
 
 
 def _step(
@@ -137,7 +156,8 @@ Types = tuple[torch.dtype | None, ...]
 
 
 @tuning.remembered
-def _forward_steps(
+def _prepare_forward(
+    strides: tuple[int, ...],
     shape: tuple[int, ...],
     kind: str,
     x: Lie,
@@ -148,7 +168,7 @@ def _forward_steps(
     reduces: bool,
     applies: bool,
     local: bool,
-) -> tuple[Layout, tuple[Step, ...]]:
+) -> Prepared:
     """The launches of a call, for the latest kinds of them. `types`: of x, the residual, and then the rest."""
     held = x.itemsize if reduces and applies else 0
     layout, n_groups, plan = _layout_and_plan(shape, kind, (x, residual), held, device)
@@ -177,7 +197,7 @@ def _forward_steps(
         for halves in both
         if any(halves)
     ]
-    return layout, tuple(steps)
+    return Prepared(tuple(steps), layout.n_blocks, strides)
 
 
 def saves_bits(residual: Tensor | None, options: Options) -> bool:
@@ -201,21 +221,30 @@ def _forward(
     local: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """y if it `applies`, and bits if it `saves` them; fills `statistics`, moving the running ones, if it `reduces`."""
-    kind = kind_of(x)
-    y = dense_like(x) if applies else None
-    read, lie = as_readable(x, x, kind)
-    residual, residual_lie = (None, None) if residual is None or not applies else as_readable(residual, x, kind)
     weight, bias = contiguous(weight), contiguous(bias)
     moved_mean, moved_var = contiguous(running_mean), contiguous(running_var)
-    others = weight, bias, statistics, moved_mean, moved_var, num_batches_tracked
-    types = _types(read, residual, *others)
-    what = tuple(x.shape), kind, lie, residual_lie, (*types, torch.uint8 if saves else None), x.device, options
-    layout, steps = _forward_steps(*what, reduces, applies, local)
+    residual = residual if applies else None
+    memory = options.prepared
+    key = _where(x), _where(residual), reduces, applies, saves
+    prepared = None if memory is None else memory.get(key)
+    read = x
+    if prepared is None:
+        kind = kind_of(x)
+        read, lie = as_readable(x, x, kind)
+        added, residual_lie = (None, None) if residual is None else as_readable(residual, x, kind)
+        given = weight, bias, statistics, moved_mean, moved_var, num_batches_tracked
+        types = *_types(read, added, *given), torch.uint8 if saves else None
+        what = tuple(x.shape), kind, lie, residual_lie, types, x.device, options._replace(prepared=None)
+        prepared = _prepare_forward(dense_like(x).stride(), *what, reduces, applies, local)
+        if memory is not None and read is x and added is residual:
+            memory[key] = prepared
+        residual = added
+    y = x.new_empty_strided(x.shape, prepared.strides) if applies else None
     bits = empty_bits(x) if saves else None
-    for step in steps:
+    for step in prepared.steps:
         partials = _partials(x, step, kinds=3)
         counter = num_batches_tracked if step.reduces else None
-        sync = zeros(2 + layout.n_blocks, x.device) if partials is not None or counter is not None else None
+        sync = zeros(2 + prepared.n_blocks, x.device) if partials is not None or counter is not None else None
         running = (moved_mean, moved_var) if step.reduces or statistics is None else (None, None)
         swept = (residual, y, bits, weight, bias) if step.applies else (None,) * 5
         step.launcher(step.integers, read, *swept, statistics, *running, counter, partials, sync)
@@ -266,7 +295,7 @@ def apply(
 
 
 @tuning.remembered
-def _backward_steps(
+def _prepare_backward(
     shape: tuple[int, ...],
     kind: str,
     x: Lie,
@@ -279,7 +308,7 @@ def _backward_steps(
     applies: bool,
     constant: bool,
     local: bool,
-) -> tuple[Layout, tuple[Step, ...]]:
+) -> Prepared:
     """The launches of a call, for the latest kinds of them. `types`: of dy, x, the residual, and then the rest."""
     held = x.itemsize + dy.itemsize if reduces and applies and not constant else 0
     layout, n_groups, plan = _layout_and_plan(shape, kind, (x, dy, residual), held, device)
@@ -309,7 +338,7 @@ def _backward_steps(
         for halves in both
         if any(halves)
     ]
-    return layout, tuple(steps)
+    return Prepared(tuple(steps), layout.n_blocks, ())
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -327,7 +356,7 @@ def gradients(
     def like(parameter: Tensor | None, asked: bool) -> Tensor | None:
         if parameter is None or not asked:
             return None
-        return torch.empty(parameter.shape, dtype=parameter.dtype, device=x.device)
+        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
     dx = dense_like(x) if wanted[0] else None
     dresidual = None if residual_dtype is None else dense_like(x, residual_dtype)
@@ -424,19 +453,26 @@ def _backward(
     """Fills the gradients that are there; means are between the two halves of the work."""
     if not (reduces or applies):
         return
-    kind = kind_of(x)
-    x, x_lie = as_readable(x, x, kind)
-    dy, dy_lie = as_readable(dy, x, kind, broadcast=True)
-    recomputes = residual is not None and options.activation is not None and bits is None
-    residual, residual_lie = as_readable(residual, x, kind) if recomputes and residual is not None else (None, None)
     weight, bias = contiguous(weight), contiguous(bias)
     running = contiguous(running_mean), contiguous(running_var)
+    residual = None if options.activation is None or bits is not None else residual
     types = _types(dy, x, residual, bits, dx, dresidual, weight, bias, statistics, *running, dweight, dbias, means)
-    what = tuple(x.shape), kind, x_lie, dy_lie, residual_lie, types, x.device, options
-    layout, steps = _backward_steps(*what, reduces, applies, constant, local)
-    for step in steps:
+    memory = options.prepared
+    key = _where(dy), _where(x), _where(residual), types, reduces, applies, constant
+    prepared = None if memory is None else memory.get(key)
+    if prepared is None:
+        kind = kind_of(x)
+        read, x_lie = as_readable(x, x, kind)
+        read_dy, dy_lie = as_readable(dy, x, kind, broadcast=True)
+        added, residual_lie = (None, None) if residual is None else as_readable(residual, x, kind)
+        what = tuple(x.shape), kind, x_lie, dy_lie, residual_lie, types, x.device, options._replace(prepared=None)
+        prepared = _prepare_backward(*what, reduces, applies, constant, local)
+        if memory is not None and read is x and read_dy is dy and added is residual:
+            memory[key] = prepared
+        x, dy, residual = read, read_dy, added
+    for step in prepared.steps:
         partials = _partials(x, step, kinds=2)
-        sync = None if partials is None else zeros(2 + layout.n_blocks, x.device)
+        sync = None if partials is None else zeros(2 + prepared.n_blocks, x.device)
         stored = (dx, dresidual) if step.applies else (None, None)
         summed = (dweight, dbias) if step.reduces else (None, None)
         inputs = dy, x, residual, bits, *stored, weight, bias, statistics, *running

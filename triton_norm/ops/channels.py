@@ -10,7 +10,7 @@ from triton_norm import reference
 from triton_norm.ops import channel_launches as launches
 from triton_norm.ops.channel_launches import Gradients, Options, saves_bits
 from triton_norm.ops.layout import dense_like, empty_bits, side_of_zero
-from triton_norm.ops.library import nothing, operator, pure_operator
+from triton_norm.ops.library import is_intercepted, nothing, operator, pure_operator
 
 
 def _batch_norm_forward(
@@ -128,6 +128,32 @@ backward_op = pure_operator(
 )
 
 
+def _normalize(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    options: Options,
+    saves: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, and what a backward needs, if it `saves` that: the batch's statistics, and bits."""
+    given = x, residual, weight, bias, running_mean, running_var
+    if options.prepared is not None:
+        if options.batch:
+            moved = [tensor for tensor in (running_mean, running_var, num_batches_tracked) if tensor is not None]
+            torch.autograd.graph.increment_version(moved)
+        return launches.forward(*given, num_batches_tracked, options, saves)
+    asked = options.eps, options.activation, options.slope
+    if not options.batch:
+        y, bits = inference_op(*given, saves, *asked)
+        return y, None, bits
+    y, statistics, bits = forward_op(*given, num_batches_tracked, saves, options.momentum, *asked)
+    return y, statistics, bits if bits.numel() else None
+
+
 class BatchNormFunction(torch.autograd.Function):
     """First order through the kernels; a backward that is itself differentiated goes through `reference`."""
 
@@ -143,15 +169,10 @@ class BatchNormFunction(torch.autograd.Function):
         num_batches_tracked: Tensor | None,
         options: Options,
     ) -> Tensor:
-        asked = options.eps, options.activation, options.slope
-        statistics = None
+        running = running_mean, running_var, num_batches_tracked
+        y, statistics, bits = _normalize(x, residual, weight, bias, *running, options, True)
         if options.batch:
-            running = running_mean, running_var, num_batches_tracked
-            y, statistics, bits = forward_op(x, residual, weight, bias, *running, True, options.momentum, *asked)
-            bits = bits if bits.numel() else None
             running_mean = running_var = None
-        else:
-            y, bits = inference_op(x, residual, weight, bias, running_mean, running_var, True, *asked)
         ctx.residual_dtype = None if residual is None else residual.dtype
         recomputes = options.activation is not None and bits is None
         kept_bias = bias if recomputes or ctx.needs_input_grad[3] else None
@@ -159,7 +180,7 @@ class BatchNormFunction(torch.autograd.Function):
             x, residual if recomputes else None, bits, weight, kept_bias, statistics, running_mean, running_var
         )
         ctx.options = options
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -171,12 +192,19 @@ class BatchNormFunction(torch.autograd.Function):
         options: Options = ctx.options
         activated = options.activation is not None
         stored = ctx.residual_dtype if residual_wanted and activated else None
-        dx, dresidual, dweight, dbias = backward_op(
-            dy, *ctx.saved_tensors, stored, wanted, options.eps, options.activation, options.slope
-        )
+        if options.prepared is None or is_intercepted():
+            asked = stored, wanted, options.eps, options.activation, options.slope
+            dx, dresidual, dweight, dbias = backward_op(dy, *ctx.saved_tensors, *asked)
+        else:
+            given: Sequence[Any] = (dy, *ctx.saved_tensors, options, stored, wanted)
+            dx, dresidual, dweight, dbias = launches.backward(*given)
         if residual_wanted and not activated:
             dresidual = dy.to(ctx.residual_dtype)
         return dx, dresidual, dweight, dbias, *unasked
+
+
+# torch.autograd.Function.apply without its look for torch.func's transforms, which `dispatch` has done.
+_apply: Any = super(torch.autograd.Function, BatchNormFunction).apply
 
 
 def _differentiable_gradients(
@@ -222,11 +250,16 @@ def batch_norm(
     options: Options,
 ) -> Tensor:
     """Through the kernels; normalizing with the batch's statistics moves the running ones, if any."""
-    tensors = (x, residual, weight, bias)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return BatchNormFunction.apply(*tensors, running_mean, running_var, num_batches_tracked, options)  # type: ignore
-    asked = options.eps, options.activation, options.slope
-    if options.batch:
-        running = running_mean, running_var, num_batches_tracked
-        return forward_op(*tensors, *running, False, options.momentum, *asked)[0]  # type: ignore[no-any-return]
-    return inference_op(*tensors, running_mean, running_var, False, *asked)[0]  # type: ignore[no-any-return]
+    if options.prepared is not None and is_intercepted():
+        options = options._replace(prepared=None)
+    given = x, residual, weight, bias, running_mean, running_var, num_batches_tracked, options
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        if options.prepared is None:
+            return BatchNormFunction.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(*given)  # type: ignore[no-any-return]
+    return _normalize(*given, False)[0]

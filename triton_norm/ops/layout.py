@@ -137,7 +137,9 @@ def copies(x: Tensor, kind: str) -> bool:
 
 def dense_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor without gaps in x's layout."""
-    if not channels_last(x) or x.is_contiguous():
+    if x.is_contiguous():
+        return torch.empty_like(x, dtype=dtype)
+    if not channels_last(x):
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     samples, channels, *positions = x.shape
     return torch.empty((samples, *positions, channels), dtype=dtype or x.dtype, device=x.device).movedim(-1, 1)

@@ -1,0 +1,69 @@
+"""triton_norm.fold_batch_norm against the two layers one after the other."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import triton_norm
+from triton_norm import fold_batch_norm
+
+LAYERS = {
+    "Conv1d": (lambda **o: nn.Conv1d(4, 6, 3, **o), nn.BatchNorm1d, (2, 4, 9)),
+    "Conv2d, grouped": (lambda **o: nn.Conv2d(4, 6, 3, padding=1, groups=2, **o), nn.BatchNorm2d, (2, 4, 5, 5)),
+    "Conv3d": (lambda **o: nn.Conv3d(2, 6, 2, **o), triton_norm.BatchNorm3d, (2, 2, 4, 4, 4)),
+    "ConvTranspose1d": (lambda **o: nn.ConvTranspose1d(4, 6, 3, **o), triton_norm.BatchNorm1d, (2, 4, 5)),
+    "ConvTranspose2d, grouped": (
+        lambda **o: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, **o),
+        triton_norm.BatchNorm2d,
+        (2, 4, 5, 5),
+    ),
+    "Linear": (lambda **o: nn.Linear(5, 6, **o), triton_norm.BatchNorm1d, (7, 5)),
+}
+
+
+def moved(batch_norm: nn.Module) -> nn.Module:
+    """With statistics and parameters of no special values."""
+    for tensor in (*batch_norm.parameters(), *(b for b in batch_norm.buffers() if b.is_floating_point())):
+        tensor.data = torch.rand_like(tensor) + 0.5
+    return batch_norm.double().eval()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_layer_does_what_two_did(name, bias, affine):
+    make, norm, shape = LAYERS[name]
+    layer, batch_norm = make(bias=bias).double().eval(), moved(norm(6, affine=affine))
+    before = copy.deepcopy((layer.state_dict(), batch_norm.state_dict()))
+    folded = fold_batch_norm(layer, batch_norm)
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), batch_norm(layer(x)), rtol=1e-12, atol=1e-12)
+    assert type(folded) is type(layer)
+    torch.testing.assert_close((layer.state_dict(), batch_norm.state_dict()), before, rtol=0, atol=0)
+
+
+def test_the_layers_types_stay():
+    layer = nn.Conv2d(3, 6, 1).bfloat16().eval()
+    folded = fold_batch_norm(layer, triton_norm.BatchNorm2d(6).eval())
+    assert (folded.weight.dtype, folded.bias.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+CONV, NORM = nn.Conv2d(3, 6, 1).eval(), triton_norm.BatchNorm2d(6).eval()
+
+
+@pytest.mark.parametrize(
+    ("layer", "batch_norm", "error", "words"),
+    [
+        (nn.ReLU(), NORM, TypeError, "'layer' must be a convolution or Linear, not ReLU"),
+        (CONV, nn.LayerNorm(6), TypeError, "'batch_norm' must be BatchNorm, not LayerNorm"),
+        (nn.Conv2d(3, 6, 1), NORM, RuntimeError, "layer is in training mode"),
+        (CONV, nn.BatchNorm2d(6), RuntimeError, "batch_norm is in training mode"),
+        (CONV, nn.BatchNorm2d(6, track_running_stats=False).eval(), RuntimeError, "no running statistics"),
+        (CONV, nn.BatchNorm2d(5).eval(), RuntimeError, r"6 output channels \(weight of shape \[6, 3, 1, 1\]\).*5 fea"),
+    ],
+)
+def test_what_can_not_be_folded(layer, batch_norm, error, words):
+    with pytest.raises(error, match=words):
+        fold_batch_norm(layer, batch_norm)

@@ -1,0 +1,88 @@
+"""A BatchNorm in evaluation is a fixed scale and shift per channel, which the layer before it can do itself."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils import fusion
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
+    r"""A copy of `layer` that computes batch_norm(layer(x)) in evaluation, and leaves no BatchNorm to launch:
+
+    weight' = weight · s and bias' = (bias − running_mean) · s + bias_bn per output channel,
+    s = weight_bn / sqrt(running_var + eps).
+
+    Args:
+        layer: Conv1d to 3d, ConvTranspose1d to 3d or Linear, in evaluation mode.
+        batch_norm: torch's or this library's BatchNorm1d to 3d or SyncBatchNorm, in evaluation mode, with running
+            statistics, and as many features as the layer has output channels. After a Linear it must see its features
+            as channels, that is, inputs of two dimensions.
+
+    Returns:
+        a module of the layer's class and parameters' types, with a bias. Both arguments stay as they are.
+
+    Raises:
+        TypeError: another kind of layer. RuntimeError: one in training mode, or of another number of channels, or a
+        BatchNorm that keeps no running statistics.
+
+    By torch.nn.utils.fusion, but for transposed convolutions of several groups, which that can't fold.
+    """
+    if not isinstance(batch_norm, nn.modules.batchnorm._BatchNorm):
+        raise TypeError(f"fold_batch_norm(): argument 'batch_norm' must be BatchNorm, not {type(batch_norm).__name__}")
+    if not isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)):
+        raise TypeError(
+            f"fold_batch_norm(): argument 'layer' must be a convolution or Linear, not {type(layer).__name__}"
+        )
+    for name, module in (("layer", layer), ("batch_norm", batch_norm)):
+        if module.training:
+            raise RuntimeError(f"fold_batch_norm(): {name} is in training mode; call {name}.eval() first")
+    if batch_norm.running_mean is None or batch_norm.running_var is None:
+        raise RuntimeError("fold_batch_norm(): batch_norm keeps no running statistics, and uses each batch's own")
+    n_channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if n_channels != batch_norm.num_features:
+        raise RuntimeError(
+            f"fold_batch_norm(): layer has {n_channels} output channels (weight of shape {list(layer.weight.shape)}), "
+            f"but batch_norm has {batch_norm.num_features} features"
+        )
+    if isinstance(layer, nn.Linear):
+        return fusion.fuse_linear_bn_eval(layer, _with_parameters(batch_norm))
+    if isinstance(layer, _TRANSPOSED) and layer.groups > 1:
+        return _fold_grouped_transposed(layer, batch_norm)
+    return fusion.fuse_conv_bn_eval(layer, batch_norm, transpose=isinstance(layer, _TRANSPOSED))
+
+
+def _with_parameters(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
+    """With a weight of ones and a bias of zeros where it has none, which torch's function for Linear needs."""
+    if batch_norm.weight is not None and batch_norm.bias is not None:
+        return batch_norm
+    assert batch_norm.running_mean is not None
+    filled = copy.deepcopy(batch_norm)
+    if filled.weight is None:
+        filled.weight = nn.Parameter(torch.ones_like(batch_norm.running_mean))
+    if filled.bias is None:
+        filled.bias = nn.Parameter(torch.zeros_like(batch_norm.running_mean))
+    return filled
+
+
+def _fold_grouped_transposed(
+    layer: nn.modules.conv._ConvTransposeNd, batch_norm: nn.modules.batchnorm._BatchNorm
+) -> nn.Module:
+    """The weight is of shape [in_channels, out_channels / groups, *kernel]."""
+    folded = copy.deepcopy(layer)
+    with torch.no_grad():
+        assert batch_norm.running_mean is not None and batch_norm.running_var is not None
+        scale = torch.rsqrt(batch_norm.running_var + batch_norm.eps)
+        if batch_norm.weight is not None:
+            scale = scale * batch_norm.weight
+        shift = -batch_norm.running_mean if layer.bias is None else layer.bias - batch_norm.running_mean
+        bias = shift * scale if batch_norm.bias is None else shift * scale + batch_norm.bias
+        by_group = layer.weight.unflatten(0, (layer.groups, -1))
+        by_output = scale.view(layer.groups, 1, -1, *(1 for _ in layer.kernel_size))
+        weight = (by_group * by_output).flatten(0, 1).to(layer.weight.dtype)
+        folded.weight = nn.Parameter(weight, layer.weight.requires_grad)
+        folded.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
+    return folded
