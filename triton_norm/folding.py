@@ -56,15 +56,11 @@ def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
 
 
 def _with_parameters(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
-    """With a weight of ones and a bias of zeros where it has none, which torch's function for Linear needs."""
-    if batch_norm.weight is not None and batch_norm.bias is not None:
-        return batch_norm
-    assert batch_norm.running_mean is not None
+    """A copy, with a weight of ones and a bias of zeros where it has none, which torch's function for Linear needs."""
     filled = copy.deepcopy(batch_norm)
-    if filled.weight is None:
-        filled.weight = nn.Parameter(torch.ones_like(batch_norm.running_mean))
-    if filled.bias is None:
-        filled.bias = nn.Parameter(torch.zeros_like(batch_norm.running_mean))
+    for name, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
+        if getattr(filled, name) is None:
+            setattr(filled, name, nn.Parameter(fill(batch_norm.running_mean)))
     return filled
 
 
