@@ -60,7 +60,7 @@ def _with_parameters(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.
     filled = copy.deepcopy(batch_norm)
     for name, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
         if getattr(filled, name) is None:
-            setattr(filled, name, nn.Parameter(fill(batch_norm.running_mean)))
+            setattr(filled, name, nn.Parameter(fill(filled.get_buffer("running_mean"))))
     return filled
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from triton_norm import checks, dispatch, reference, tuning
 from triton_norm.dispatch import Explanation, explanation, goes_to_triton, unserved
-from triton_norm.ops import channel_launches, channels, layout, row_launches, rows
+from triton_norm.ops import channel_plans, channels, layout, row_launches, rows
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -302,7 +302,7 @@ def batch_norm(
     return _torch_batch_norm(input, *tensors, training, momentum, eps, *fused)
 
 
-_served_batch_norm: dict[Any, tuple[channel_launches.Options, str | None]] = {}
+_served_batch_norm: dict[Any, tuple[channel_plans.Options, str | None]] = {}
 tuning.when_forgotten(_served_batch_norm.clear)
 
 
@@ -319,7 +319,7 @@ def _checked_batch_norm(
     residual: Tensor | None,
     activation: str | None,
     negative_slope: float,
-) -> tuple[channel_launches.Options, str | None]:
+) -> tuple[channel_plans.Options, str | None]:
     """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments. A call
     like an earlier one is not checked again."""
     tensors = x, running_mean, running_var, weight, bias, num_batches_tracked, residual
@@ -337,7 +337,7 @@ def _checked_batch_norm(
     checks.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     checks.activated(x, residual, activation, negative_slope)
     share = None if momentum is None else float(momentum)
-    options = channel_launches.Options(bool(training), share, float(eps), activation, float(negative_slope))
+    options = channel_plans.Options(bool(training), share, float(eps), activation, float(negative_slope))
     reason = unserved(x, running_mean, running_var, weight, bias, residual)
     if key is None:
         return options, reason

@@ -1,68 +1,19 @@
-"""BatchNorm: the launches of a call, and its outputs."""
+"""BatchNorm: a call's outputs, and their contents."""
 
-import functools
-import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_norm import tuning
-from triton_norm.ops.launch import INT32_END, INTERPRETED, Launcher, cache_bytes, multiprocessors, zeros
-from triton_norm.ops.layout import Layout, Lie, as_readable, dense_like, empty_bits, kind_of, layout_of
-from triton_norm.ops.library import contiguous, name_of, triton_dtype
-
-BY_SIGN = ("relu", "leaky_relu")
-"""Activations whose derivative follows from the side of 0 that they are taken on."""
+from triton_norm.ops.channel_plans import Options, Step, Types, prepare_backward, prepare_forward, saves_bits
+from triton_norm.ops.launch import zeros
+from triton_norm.ops.layout import as_readable, dense_like, empty_bits, kind_of
+from triton_norm.ops.library import contiguous
 
 
-class Options(NamedTuple):
-    """What a call asks for besides its tensors. `batch`: statistics are the batch's, not the running ones; `momentum`
-    None averages over batches; `slope` is leaky_relu's. `prepared` is what was made ready for calls whose tensors are
-    of the kinds of this one's, None for a call that is not known to be of real tensors.
-    """
-
-    batch: bool
-    momentum: float | None
-    eps: float
-    activation: str | None = None
-    slope: float = 0.0
-    prepared: dict[Any, "Prepared"] | None = None
-
-
-class Step(NamedTuple):
-    """One launch."""
-
-    launcher: Launcher
-    integers: tuple[int, int]  # groups of a channel, and of those the ones that a program has
-    n_splits: int
-    reduces: bool
-    applies: bool
-
-
-class Prepared(NamedTuple):
-    """The launches of a call, and what follows from how its tensors lie; `strides`: of an output, without gaps."""
-
-    steps: tuple[Step, ...]
-    n_blocks: int
-    strides: tuple[int, ...]
-
-
-@functools.cache
-def _kernels() -> Any:
-    from triton_norm.kernels import channels, channels_backward
-
-    return {"forward": channels.channels_forward_kernel, "backward": channels_backward.channels_backward_kernel}
-
-
-def in_two_floats(value: float) -> tuple[float, float]:
-    """value as a sum of two fp32 numbers: a launch passes floats as fp32."""
-    high: float = struct.unpack("f", struct.pack("f", value))[0]
-    return high, value - high
-
-
-def _types(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+def _types(*tensors: Tensor | None) -> Types:
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
@@ -84,125 +35,6 @@ def _partials(x: Tensor, step: Step, kinds: int) -> Tensor | None:
 def _where(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """What of a tensor's memory bears on how it is read."""
     return None if tensor is None else (tensor.stride(), tensor.data_ptr() % tuning.VECTOR_BYTES)
-
-
-def _step(
-    kernel: str,
-    kind: str,
-    layout: Layout,
-    n_groups: int,
-    plan: tuning.Plan,
-    held: int,
-    swept: Sequence[torch.dtype | None],
-    wide: bool,
-    device: torch.device,
-    halves: tuple[bool, bool],
-    scalars: Sequence[float],
-    **constants: Any,
-) -> Step:
-    """A launch of `kernel`, "forward" or "backward", for the `halves` of its work: whether it reduces, and applies.
-    `swept`: the types of what it goes through; `wide`: in fp64."""
-    n_blocks, (reduces, applies) = layout.n_blocks, halves
-
-    def n_programs(config: Any, n_groups: int, groups_per_split: int) -> int:
-        return n_blocks * -(-n_groups // groups_per_split)
-
-    n_splits = -(-n_groups // plan.groups_per_split)
-    width = layout.fold or (1 if layout.axis is None else layout.lanes)
-    launcher = Launcher(
-        _kernels()[kernel],
-        tuning.channels(
-            f"channels_{kernel}_kernel",
-            "waits" if plan.tile else "reduces" if reduces else "applies",
-            kind,
-            layout.lanes,
-            layout.vector,
-            width,
-            ", ".join(name_of(dtype) for dtype in swept if dtype is not None),
-            plan.tile,
-            held,
-            INTERPRETED,
-        ),
-        device,
-        n_programs,
-        scalars,
-        APPLY=applies,
-        SHARED=reduces and n_splits > 1,
-        V=layout.vector,
-        LANES=layout.lanes,
-        AXIS=layout.axis,
-        FOLD=layout.fold,
-        WIDTH=layout.width,
-        INDEX=triton_dtype(torch.int32 if n_groups < INT32_END // 2 else torch.int64),
-        COMPUTE=triton_dtype(torch.float64 if wide else torch.float32),
-        **constants,
-    )
-    return Step(launcher, (n_groups, plan.groups_per_split), n_splits, reduces, applies)
-
-
-def _layout_and_plan(
-    shape: Sequence[int], kind: str, lies: Sequence[Lie | None], held: int, device: torch.device
-) -> tuple[Layout, int, tuning.Plan]:
-    """`held`: bytes of an element of what one launch would keep and read again, 0 where nothing waits."""
-    layout = layout_of(shape, kind, *(lie for lie in lies if lie is not None))
-    n_groups, sms = shape[0] * layout.groups_per_sample, multiprocessors(device)
-    where = n_groups, layout.lanes, layout.n_blocks
-    plan = tuning.plan_channels(kind, *where, held, sms, cache_bytes(device), INTERPRETED) if held else None
-    return layout, n_groups, plan or tuning.plan_channels_apart(*where, sms)
-
-
-Types = tuple[torch.dtype | None, ...]
-"""Of all tensors that a kernel may be given, None for those that it isn't."""
-
-
-@tuning.remembered
-def _prepare_forward(
-    strides: tuple[int, ...],
-    shape: tuple[int, ...],
-    kind: str,
-    x: Lie,
-    residual: Lie | None,
-    types: Types,
-    device: torch.device,
-    options: Options,
-    reduces: bool,
-    applies: bool,
-    local: bool,
-) -> Prepared:
-    """The launches of a call, for the latest kinds of them. `types`: of x, the residual, and then the rest."""
-    held = x.itemsize if reduces and applies else 0
-    layout, n_groups, plan = _layout_and_plan(shape, kind, (x, residual), held, device)
-    scalars = *in_two_floats(options.momentum or 0.0), *layout.geometry, *layout.strides(x), *layout.strides(residual)
-    both = [(True, True)] if plan.tile else [(reduces, False), (False, applies)]
-    steps = [
-        _step(
-            "forward",
-            kind,
-            layout,
-            n_groups,
-            plan,
-            held,
-            types[: 2 if halves[1] else 1],
-            types[0] == torch.float64,
-            device,
-            halves,
-            scalars,
-            EPS=options.eps,
-            CUMULATIVE=options.momentum is None,
-            LOCAL=local,
-            STATISTICS=halves[0],
-            ACTIVATION=options.activation,
-            SLOPE=options.slope,
-        )
-        for halves in both
-        if any(halves)
-    ]
-    return Prepared(tuple(steps), layout.n_blocks, strides)
-
-
-def saves_bits(residual: Tensor | None, options: Options) -> bool:
-    """Whether a backward needs to be told on which side of 0 the activation was taken: it can't be computed again."""
-    return residual is not None and options.activation in BY_SIGN
 
 
 def _forward(
@@ -235,7 +67,7 @@ def _forward(
         given = weight, bias, statistics, moved_mean, moved_var, num_batches_tracked
         types = *_types(read, added, *given), torch.uint8 if saves else None
         what = tuple(x.shape), kind, lie, residual_lie, types, x.device, options._replace(prepared=None)
-        prepared = _prepare_forward(dense_like(x).stride(), *what, reduces, applies, local)
+        prepared = prepare_forward(dense_like(x).stride(), *what, reduces, applies, local)
         if memory is not None and read is x and added is residual:
             memory[key] = prepared
         residual = added
@@ -292,53 +124,6 @@ def apply(
     y, bits = _forward(x, residual, weight, bias, statistics, None, None, None, options, False, True, saves)
     assert y is not None
     return y, bits
-
-
-@tuning.remembered
-def _prepare_backward(
-    shape: tuple[int, ...],
-    kind: str,
-    x: Lie,
-    dy: Lie,
-    residual: Lie | None,
-    types: Types,
-    device: torch.device,
-    options: Options,
-    reduces: bool,
-    applies: bool,
-    constant: bool,
-    local: bool,
-) -> Prepared:
-    """The launches of a call, for the latest kinds of them. `types`: of dy, x, the residual, and then the rest."""
-    held = x.itemsize + dy.itemsize if reduces and applies and not constant else 0
-    layout, n_groups, plan = _layout_and_plan(shape, kind, (x, dy, residual), held, device)
-    scalars = *layout.geometry, *layout.strides(x), *layout.strides(dy), *layout.strides(residual)
-    both = [(reduces, applies)] if plan.tile or constant else [(reduces, False), (False, applies)]
-    steps = [
-        _step(
-            "backward",
-            kind,
-            layout,
-            n_groups,
-            plan,
-            held,
-            types[:3],
-            types[1] == torch.float64,
-            device,
-            halves,
-            scalars,
-            DY_SPREAD=int(layout.spread(dy)),
-            EPS=options.eps,
-            LOCAL=local,
-            CONSTANT=constant,
-            REDUCE=halves[0],
-            ACTIVATION=options.activation,
-            SLOPE=options.slope,
-        )
-        for halves in both
-        if any(halves)
-    ]
-    return Prepared(tuple(steps), layout.n_blocks, ())
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -466,7 +251,7 @@ def _backward(
         read_dy, dy_lie = as_readable(dy, x, kind, broadcast=True)
         added, residual_lie = (None, None) if residual is None else as_readable(residual, x, kind)
         what = tuple(x.shape), kind, x_lie, dy_lie, residual_lie, types, x.device, options._replace(prepared=None)
-        prepared = _prepare_backward(*what, reduces, applies, constant, local)
+        prepared = prepare_backward(*what, reduces, applies, constant, local)
         if memory is not None and read is x and read_dy is dy and added is residual:
             memory[key] = prepared
         x, dy, residual = read, read_dy, added

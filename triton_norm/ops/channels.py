@@ -8,7 +8,8 @@ from torch import Tensor
 
 from triton_norm import reference
 from triton_norm.ops import channel_launches as launches
-from triton_norm.ops.channel_launches import Gradients, Options, saves_bits
+from triton_norm.ops.channel_launches import Gradients
+from triton_norm.ops.channel_plans import Options, saves_bits
 from triton_norm.ops.layout import dense_like, empty_bits, side_of_zero
 from triton_norm.ops.library import is_intercepted, nothing, operator, pure_operator
 
