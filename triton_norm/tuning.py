@@ -25,7 +25,7 @@ TUNED = Path(__file__).parent / "tuned"
 VECTOR_BYTES = 16
 THREADS = 1024  # of a program, at most
 WARP = 64 if torch.version.hip else 32  # threads
-LANES = 64  # channels side by side in a channels-last tile: 128 bytes of a 16-bit type
+LANES = 32  # channels side by side in a channels-last tile: 64 bytes of a 16-bit type
 MOST_COLUMNS = 2**20  # of a row; Triton's largest tile, which is one backward program's where nothing shares a row
 WHOLE_ROW_BYTES = 64 * 1024  # of a row in its widest stored type: what is left of 1024 threads' registers
 FORWARD_PIECE_BYTES = 64 * 1024  # of a longer row in the type it is computed in: 16 registers for each of 1024 threads
@@ -38,6 +38,7 @@ NARROW_BYTES = 8  # an access, or
 SHORT_BYTES = 128  # a channel's positions in one sample, of fewer bytes is worth folding
 CHANNEL_PROGRAMS_PER_SM = 16
 MIN_SPLIT_ELEMENTS = 2048
+ECONOMICAL_ELEMENTS = 512  # of a channel in a split: what splits leave and read is 2 % of that, or less
 ONE_LAUNCH = True  # whether the programs of a channel may wait for each other
 HELD_BYTES = {"flat": 32 * 1024, "last": 16 * 1024, "folded": 32 * 1024}  # of what a program keeps while it waits
 THREAD_HELD_BYTES = {"flat": 128, "last": 64, "folded": 64}  # where two multiprocessors' registers are to hold it
@@ -272,21 +273,33 @@ class Plan(NamedTuple):
     groups_per_split: int
 
 
-def plan_channels_apart(n_groups: int, lanes: int, n_blocks: int, multiprocessors: int) -> Plan:
-    """Every block of channels together fills the GPU; splits are whole bytes of one bit an element."""
-    n_splits = max(1, multiprocessors * CHANNEL_PROGRAMS_PER_SM // n_blocks)
+def plan_channels_apart(n_groups: int, lanes: int, per_group: int, n_blocks: int, multiprocessors: int) -> Plan:
+    """Every block of channels together fills the GPU, many times over where the splits stay long enough; they are whole
+    bytes of one bit an element. `per_group`: the elements of a channel in a group."""
+    fills = -(-multiprocessors // n_blocks)
+    economical = n_groups * per_group // ECONOMICAL_ELEMENTS
+    n_splits = max(1, min(multiprocessors * CHANNEL_PROGRAMS_PER_SM // n_blocks, max(fills, economical)))
     return Plan(0, -(-max(-(-n_groups // n_splits), MIN_SPLIT_ELEMENTS // lanes) // 8) * 8)
 
 
 @remembered
 def plan_channels(
-    kind: str, n_groups: int, lanes: int, n_blocks: int, held: int, multiprocessors: int, cache: int, interpreted: bool
+    kind: str,
+    n_groups: int,
+    lanes: int,
+    n_blocks: int,
+    held: int,
+    adds: bool,
+    multiprocessors: int,
+    cache: int,
+    interpreted: bool,
 ) -> Plan | None:
     """One launch, if its programs fill the GPU, and if what they can't keep will still be in cache when they read it
-    again: of all that run at once. `held`: bytes of an element of what they keep.
+    again: of all that run at once. `held`: bytes of an element of what they keep. Where one `adds` a residual, fewer
+    registers are left for that.
     """
     elements = n_groups * lanes
-    tile = INTERPRETED_TILE if interpreted else HELD_BYTES[kind] // held
+    tile = INTERPRETED_TILE if interpreted else HELD_BYTES[kind] // held // (2 if adds and kind == "flat" else 1)
     enough = max(-(-multiprocessors * HOLDING_PROGRAMS_PER_SM // n_blocks), -(-elements // tile))
     peers = max(1, min(most_peers(multiprocessors), enough, elements // MIN_HELD_ELEMENTS))
     per_split = -(-n_groups // peers)

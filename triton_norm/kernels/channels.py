@@ -9,7 +9,7 @@ import triton.language as tl
 
 from triton_norm.kernels.activations import activate, bits_per_byte, bytes_of, pack, side_of_zero
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
-from triton_norm.kernels.moments import centre, merge, tile_sum, to_float
+from triton_norm.kernels.moments import centre, merge, merge_all, tile_sum, to_float
 from triton_norm.kernels.tiles import (
     aligned,
     channels_of,
@@ -30,32 +30,23 @@ def merge_splits(
 ):
     """(mean, rest, M2) [1, n] of whole channels from those of their splits, partials [3, n_splits, n_channels]; the
     last split may be shorter than split_size elements.
-
-    Means are summed as differences from the first, so that equal ones merge to themselves exactly.
     """
     kind = n_splits.to(tl.int64) * n_channels
-    base = tl.load(partials_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
-    shift = tl.zeros_like(base)
+    mean = tl.zeros(channels.shape, COMPUTE)
+    rest = tl.zeros(channels.shape, COMPUTE)
+    m2 = tl.zeros(channels.shape, COMPUTE)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
         there = (splits < n_splits) & mask
         slots = partials_ptr + splits * n_channels + channels
-        share = tl.minimum(total - splits * split_size, split_size).to(COMPUTE) / to_float(total, COMPUTE)
-        delta = tl.load(slots, mask=there, other=0.0, cache_modifier=".cg") - base
-        delta += tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg")
-        shift += tile_sum(tl.where(there, delta * share, 0.0), 0)
-    mean = base + shift
-    rest = (base - mean) + shift
-    m2 = tl.zeros_like(base)
-    for start in range(0, n_splits, BLOCK_K):
-        splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
-        there = (splits < n_splits) & mask
-        slots = partials_ptr + splits * n_channels + channels
-        count = tl.minimum(total - splits * split_size, split_size).to(COMPUTE)
-        delta = tl.load(slots, mask=there, other=0.0, cache_modifier=".cg") - mean
-        delta += tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg") - rest
+        means = tl.load(slots, mask=there, other=0.0, cache_modifier=".cg")
+        rests = tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg")
         m2s = tl.load(slots + 2 * kind, mask=there, other=0.0, cache_modifier=".cg")
-        m2 += tile_sum(tl.where(there, m2s + delta * (delta * count), 0.0), 0)
+        counts = tl.maximum(tl.minimum(total - splits * split_size, split_size), 0).to(COMPUTE)
+        seen = to_float(start * split_size, COMPUTE)
+        count = to_float(tl.minimum(total - start * split_size, BLOCK_K * split_size), COMPUTE)
+        some_mean, some_rest, some_m2 = merge_all(counts, means, rests, m2s, count, 0)
+        mean, rest, m2 = merge(seen, mean, rest, m2, count, some_mean, some_rest, some_m2)
     return mean, rest, m2
 
 
@@ -87,11 +78,11 @@ def finalise_statistics(
     LOCAL: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Stores the statistics of channels [1, n] with `total` elements each, and moves the running ones."""
+    """Stores the statistics of channels [1, n] with `total` elements each, and moves the running ones; returns rstd."""
+    rstd = tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS)
     tl.store(statistics_ptr + channels, mean, mask=mask)
     tl.store(statistics_ptr + n_channels + channels, rest, mask=mask)
-    last = m2 if LOCAL else tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS)
-    tl.store(statistics_ptr + 2 * n_channels + channels, last, mask=mask)
+    tl.store(statistics_ptr + 2 * n_channels + channels, m2 if LOCAL else rstd, mask=mask)
     if running_mean_ptr is not None:
         if CUMULATIVE:
             factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr) + 1, COMPUTE)
@@ -99,6 +90,7 @@ def finalise_statistics(
             factor = to_float(momentum, COMPUTE) + to_float(momentum_rest, COMPUTE)
         move_running(running_mean_ptr, channels, mask, mean, factor, COMPUTE)
         move_running(running_var_ptr, channels, mask, m2 / to_float(total - 1, COMPUTE), factor, COMPUTE)
+    return rstd
 
 
 @triton.jit(do_not_specialize=["n_groups", "groups_per_split", "momentum", "momentum_rest"])
@@ -235,7 +227,7 @@ def channels_forward_kernel(
                 if arrive(sync_ptr, block) == 2 * n_splits:
                     close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
         else:
-            finalise_statistics(
+            rstd = finalise_statistics(
                 mean,
                 rest,
                 m2,
@@ -258,9 +250,10 @@ def channels_forward_kernel(
             if num_batches_tracked_ptr is not None:
                 close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
     if APPLY:
-        mean, rest, rstd = load_statistics(
-            statistics_ptr, running_mean_ptr, running_var_ptr, lane_channels, in_range, n_channels, EPS, COMPUTE
-        )
+        if SHARED or FOLD or not STATISTICS:
+            mean, rest, rstd = load_statistics(
+                statistics_ptr, running_mean_ptr, running_var_ptr, lane_channels, in_range, n_channels, EPS, COMPUTE
+            )
         scale = rstd * load_parameter(weight_ptr, lane_channels, in_range, 1.0, COMPUTE)
         bias = load_parameter(bias_ptr, lane_channels, in_range, 0.0, COMPUTE)
         y_sample_vecs, y_group_vecs, y_channel_vecs = dense_strides(n_column_vecs, groups_per_sample, AXIS)

@@ -212,9 +212,11 @@ def channels_backward_kernel(
                 sum_dz = fold_sum(sum_dz, columns_per_channel, LANES, FOLD, WIDTH)
                 sum_dz_centred = fold_sum(sum_dz_centred, columns_per_channel, LANES, FOLD, WIDTH)
             channels, there = channels_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD)
-            _, _, channel_rstd = load_statistics(
-                statistics_ptr, running_mean_ptr, running_var_ptr, channels, there, n_channels, EPS, COMPUTE
-            )
+            channel_rstd = rstd
+            if FOLD:
+                _, _, channel_rstd = load_statistics(
+                    statistics_ptr, running_mean_ptr, running_var_ptr, channels, there, n_channels, EPS, COMPUTE
+                )
             total = n_groups.to(tl.int64) * (V if AXIS is None else columns_per_channel)
             if SHARED:
                 kind = n_splits.to(tl.int64) * n_channels
