@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         part = verb(name, does, text)
         part.add_argument("--lines", action="store_true", help="one JSON record a line")
         part.add_argument("--points", type=int, default=None, help="only the first so many points")
-        part.add_argument("--full", action="store_true", help="every length of rows for every op")
+        part.add_argument("--full", action="store_true", help="every shape for every op")
         if does is compile_resources:
             part.add_argument("--target", action="append", help="only for this GPU, such as sm_90; may be repeated")
     numerics = verb("numerics", compare_numerics, "errors against fp64 on hard data, triton_norm's beside torch's")
@@ -145,8 +145,11 @@ def list_points(options: argparse.Namespace) -> int:
 
 def count_traffic(options: argparse.Namespace) -> int:
     os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
     from perf import traffic
 
+    torch.set_num_threads(1)  # as many as the interpreter has
     failed = False
     for record in traffic.records(workloads.traffic_points(options.full)[: options.points]):
         failed |= record["status"] != "ok"

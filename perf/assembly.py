@@ -6,8 +6,10 @@ import re
 import struct
 import subprocess
 import tempfile
+from bisect import bisect
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,10 @@ def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
         file.flush()
         architecture = f"SM{capability}{'a' if capability >= 90 else ''}"
         found = [(int(at, 16), name) for at, name in _SASS.findall(_run("nvdisasm", "-b", architecture, file.name))]
-    code: list[list[str]] = []
-    start = 0
-    for text in texts:
-        code.append([name for at, name in found if start <= at < start + len(text)])
-        start += len(text)
+    code: list[list[str]] = [[] for _ in texts]
+    ends = list(accumulate(map(len, texts)))
+    for at, name in found:
+        code[bisect(ends, at)].append(name)
     return code
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from perf.findings import Record, lying, shape_text
 from perf.workloads import FLOORS, ITEMSIZE, TITLE
 
-INK, FAINT, GRID = "#222222", "#6B6B6B", "#E3E3E3"
+INK, FAINT, GREY, GRID = "#222222", "#6B6B6B", "#CDCDCD", "#E3E3E3"
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
 )  # fmt: skip
@@ -23,7 +23,7 @@ STYLE = {"triton_norm": (BLUE, "o"), "torch": (VERMILION, "s"), "torch.compile":
 SPARE_STYLES = [(ORANGE, "D"), (PURPLE, "v"), (SKY, "P"), (INK, "X")]
 DPI = 150
 MANY_POINTS = 18
-HEAD, FOOT = 0.72, 0.34  # inches
+HEAD, LEGEND_LINE, FOOT = 0.72, 0.2, 0.34  # inches
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,24 @@ AXES = {
 LAYOUT = {"contiguous": "channels first", "channels_last": "channels last"}
 
 
-def _canvas(width: float, height: float, title: str, foot: str) -> Figure:
+def _canvas(width: float, height: float, title: str, foot: str, head: float = HEAD) -> Figure:
     """A figure with a band for its title and legend above the panels, and one for a line about the machine below."""
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", rect=(0, FOOT / height, 0.995, 1 - (HEAD + FOOT) / height))
+    figure.set_layout_engine("constrained", rect=(0, FOOT / height, 0.995, 1 - (head + FOOT) / height))
     margin = 0.12 / width
     figure.text(margin, 1 - 0.1 / height, title, fontsize=13, color=INK, fontweight="bold", va="top")
     figure.text(margin, 0.1 / height, foot, fontsize=8, color=FAINT, va="bottom")
     return figure
 
 
-def _legend(figure: Figure) -> None:
+def _legend(figure: Figure, lines: int = 1) -> None:
     handles: dict[str, Artist] = {}
     for ax in figure.axes:
         handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     place = (0.0, 1 - 0.36 / figure.get_figheight())
     figure.legend(
-        list(handles.values()), list(handles), loc="upper left", bbox_to_anchor=place, ncols=len(handles),
+        list(handles.values()), list(handles), loc="upper left", bbox_to_anchor=place, ncols=-(-len(handles) // lines),
         frameon=False, fontsize=9.5, columnspacing=1.4, handlelength=1.6,
     )  # fmt: skip
 
@@ -214,9 +214,11 @@ def _series(
 PARTS = {
     "x, residual, dy loaded": ("loaded", ("bulk",), BLUE),
     "y, total, dx stored": ("stored", ("bulk",), SKY),
+    "bits": ("both", ("bits",), VERMILION),
     "weights and their gradients": ("both", ("parameters",), YELLOW),
     "statistics": ("both", ("statistics",), ORANGE),
     "partial sums": ("both", ("partials",), PURPLE),
+    "loaded again by one program, from cache": ("again", ("bulk", "bits"), GREY),
 }
 
 
@@ -225,10 +227,10 @@ def traffic(records: Sequence[Record], machine: str, path: Path) -> Path:
     counted = [record for record in records if record["status"] == "ok"]
     ops = [op for op in TITLE if any(record["op"] == op for record in counted)]
     heights = [max(_rows_of(counted, op, mode) for mode in ("forward", "backward")) for op in ops]
-    counted_on = "rows as on 132 multiprocessors, channels on about one's share"
-    foot = f"counted under Triton's interpreter, {counted_on}, nothing timed   ·   {machine}"
+    foot = f"counted under Triton's interpreter, as on 132 multiprocessors, nothing timed   ·   {machine}"
     title = "Bytes that the kernels ask for, over the fewest that must move"
-    figure = _canvas(12.4, 0.25 * sum(heights) + 0.62 * len(ops) + HEAD + FOOT, title, foot)
+    head = HEAD + LEGEND_LINE
+    figure = _canvas(12.4, 0.25 * sum(heights) + 0.62 * len(ops) + head + FOOT, title, foot, head)
     panels = figure.subplots(len(ops), 2, squeeze=False, height_ratios=[h + 0.6 for h in heights])
     for column, mode in enumerate(("forward", "backward")):
         widest = max([r["total_bytes"] / r["floor_bytes"] for r in counted if r["mode"] == mode] + [1.0])
@@ -236,7 +238,7 @@ def traffic(records: Sequence[Record], machine: str, path: Path) -> Path:
             _traffic_panel(ax, op, mode, [r for r in counted if (r["op"], r["mode"]) == (op, mode)])
             ax.set_xlim(0, 1.1 * widest)
         panels[-1, column].set_xlabel("bytes ÷ floor", fontsize=9, color=INK)
-    _legend(figure)
+    _legend(figure, lines=2)
     return _save(figure, path)
 
 
@@ -244,9 +246,13 @@ def _rows_of(records: Sequence[Record], op: str, mode: str) -> int:
     return sum((record["op"], record["mode"]) == (op, mode) for record in records)
 
 
-def part_bytes(record: Record, direction: str, groups: Sequence[str], kind: str = "bytes") -> int:
+def part_bytes(record: Record, direction: str, groups: Sequence[str]) -> int:
+    again: int = sum(record["again"].get(group, 0) for group in groups)
+    if direction == "again":
+        return again
     directions = ("loaded", "stored") if direction == "both" else (direction,)
-    return sum(record[kind][group][way] for group in groups for way in directions)
+    moved: int = sum(record["bytes"][group][way] for group in groups for way in directions)
+    return moved - again if "loaded" in directions else moved
 
 
 def _traffic_panel(ax: Axes, op: str, mode: str, records: Sequence[Record]) -> None:
@@ -260,6 +266,10 @@ def _traffic_panel(ax: Axes, op: str, mode: str, records: Sequence[Record]) -> N
         left = [a + b for a, b in zip(left, widths, strict=True)]
     footprint = [record["footprint_bytes"] / record["floor_bytes"] for record in records]
     ax.plot(footprint, places, "D", color="white", markeredgecolor=INK, markersize=4.5, label="each address once")
+    two = [(r["apart_floor_bytes"] / r["floor_bytes"], place) for r, place in zip(records, places, strict=True)]
+    two = [(ratio, place) for ratio, place in two if ratio > 1 and len(records[place]["launches"]) > 1]
+    if two:
+        ax.plot(*zip(*two, strict=True), "|", color=INK, markersize=11, label="floor of two launches")
     ax.axvline(1.0, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label="floor")
     for place, total in zip(places, left, strict=True):
         ax.annotate(

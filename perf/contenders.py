@@ -19,7 +19,7 @@ Function = Callable[..., Any]
 class Functions:
     """What a contender computes with; None where it has no such op.
 
-    Those with a residual take it after x, and return y and total = x + residual.
+    Those with a residual take it after x, and those of rows return y and total = x + residual.
     """
 
     layer_norm: Function | None = None
@@ -27,6 +27,7 @@ class Functions:
     rms_norm: Function | None = None
     layer_norm_residual: Function | None = None
     rms_norm_residual: Function | None = None
+    batch_norm_add_relu: Function | None = None
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,18 @@ def _rms_norm_of_sum(x: Any, residual: Any, *arguments: Any) -> Any:
     return functional.rms_norm(total, *arguments), total
 
 
+def _batch_norm_add_relu(x: Any, residual: Any, *arguments: Any) -> Any:
+    return functional.relu(functional.batch_norm(x, *arguments) + residual)
+
+
 def torch_functions() -> Functions:
     return Functions(
-        functional.layer_norm, functional.batch_norm, functional.rms_norm, _layer_norm_of_sum, _rms_norm_of_sum
+        functional.layer_norm,
+        functional.batch_norm,
+        functional.rms_norm,
+        _layer_norm_of_sum,
+        _rms_norm_of_sum,
+        _batch_norm_add_relu,
     )
 
 
@@ -87,7 +97,12 @@ def triton_norm_functions() -> Functions:
     def rms_norm_residual(x: Any, residual: Any, *arguments: Any) -> Any:
         return tn.rms_norm(x, *arguments, residual=residual)
 
-    return Functions(tn.layer_norm, tn.batch_norm, tn.rms_norm, layer_norm_residual, rms_norm_residual)
+    def batch_norm_add_relu(x: Any, residual: Any, *arguments: Any) -> Any:
+        return tn.batch_norm(x, *arguments, residual=residual, activation="relu")
+
+    return Functions(
+        tn.layer_norm, tn.batch_norm, tn.rms_norm, layer_norm_residual, rms_norm_residual, batch_norm_add_relu
+    )
 
 
 def _liger() -> Functions:

@@ -3,13 +3,13 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
-from perf.contenders import Contender, Functions
+from perf.contenders import Contender, Functions, torch_functions
 from perf.workloads import Point
 
 Record = dict[str, Any]
@@ -21,6 +21,7 @@ TOLERANCE = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-17, "fp64": 2.0**-
 WORST_ELEMENT = 16
 EPS = 1e-5
 MOMENTUM = 0.1
+NEAR_ZERO = 1 / 16
 WARMUPS = 3
 HOST_CALLS = 9
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 11, 101
@@ -88,11 +89,22 @@ def make_inputs(point: Point, device: str, seed: int = 0, blank: bool = False) -
     inputs = Inputs(x, weight, bias, dy, running, running.clone())
     if point.has_residual:
         inputs.residual = draw(workload.shape, point.dtype, -0.25, 1.0)
-        inputs.dtotal = draw(workload.shape, point.dtype, 0.0, 1.0)
+        if point.has_total:
+            inputs.dtotal = draw(workload.shape, point.dtype, 0.0, 1.0)
+        elif not blank:
+            _keep_from_zero(inputs, inputs.residual)
     inputs.reset()
     for leaf in inputs.leaves(point):
-        leaf.requires_grad_(point.mode == "backward")
+        leaf.requires_grad_(point.differentiates)
     return inputs
+
+
+def _keep_from_zero(inputs: Inputs, residual: torch.Tensor) -> None:
+    """Moves it where ReLU's argument is so near 0 that rounding decides on the side: there the derivative jumps."""
+    parameters = inputs.weight.double(), inputs.bias.double()
+    z = functional.batch_norm(inputs.x.double(), None, None, *parameters, True, 0.0, EPS).add_(residual)
+    away = torch.full_like(z, 2 * NEAR_ZERO).copysign_(z)
+    residual.add_(away.masked_fill_(z.abs() >= NEAR_ZERO, 0.0))
 
 
 def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
@@ -100,10 +112,10 @@ def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
     i, function = inputs, getattr(functions, point.op.removesuffix("_eval"))
     if function is None:
         return None
+    tensors = (i.x, i.residual) if point.has_residual else (i.x,)
     if point.workload.family == "channels":
         statistics, training = (i.running_mean, i.running_var), point.training
-        return lambda: function(i.x, *statistics, i.weight, i.bias, training, MOMENTUM, EPS)
-    tensors = (i.x, i.residual) if point.has_residual else (i.x,)
+        return lambda: function(*tensors, *statistics, i.weight, i.bias, training, MOMENTUM, EPS)
     parameters = (i.weight, i.bias) if point.has_bias else (i.weight,)
     shape = (point.workload.features,)
     return lambda: function(*tensors, shape, *parameters, EPS)
@@ -123,7 +135,7 @@ def candidate(name: str, point: Point, forward: Forward, inputs: Inputs) -> Cand
     if point.mode == "forward":
         return Candidate(name, lambda: None, lambda _: forward())
     leaves = inputs.leaves(point)
-    gradients = (inputs.dy, inputs.dtotal) if point.has_residual else inputs.dy
+    gradients = (inputs.dy, inputs.dtotal) if point.has_total else inputs.dy
     return Candidate(name, forward, lambda y: torch.autograd.grad(y, leaves, gradients))
 
 
@@ -137,9 +149,9 @@ def named(point: Point, result: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
     """Everything that a call must have computed."""
     if point.mode == "backward":
         return dict(zip(point.gradients, result, strict=True))
-    if point.has_residual:
+    if point.has_total:
         return dict(zip(("y", "total"), result, strict=True))
-    if point.op == "batch_norm":
+    if "running_mean" in point.floor.writes:
         return {"y": result, "running_mean": inputs.running_mean, "running_var": inputs.running_var}
     return {"y": result}
 
@@ -160,7 +172,7 @@ def exact_functions(total_dtype: torch.dtype) -> Functions:
         total = _rounded(x + residual, total_dtype)
         return functional.rms_norm(total, *arguments), total
 
-    return Functions(functional.layer_norm, functional.batch_norm, functional.rms_norm, layer_norm, rms_norm)
+    return replace(torch_functions(), layer_norm_residual=layer_norm, rms_norm_residual=rms_norm)
 
 
 def expected(point: Point, inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -175,7 +187,8 @@ def expected(point: Point, inputs: Inputs) -> dict[str, torch.Tensor]:
 def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
     """For each output ||found - wanted|| / ||wanted||, and the worst element's error over the largest wanted value."""
     measured = {}
-    for name, reference in wanted.items():
+    for name, exact in wanted.items():
+        reference = exact.detach()
         difference = found[name].detach().double() - reference
         norm = max(float(reference.norm()), 1e-300)
         largest = max(float(reference.abs().max()), 1e-300)

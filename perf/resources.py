@@ -6,9 +6,10 @@ function through which they launch is replaced by one that compiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -19,18 +20,24 @@ from perf import assembly, ptx
 from perf.measure import bind, candidate, in_a_line, make_inputs
 from perf.stand_in import OPS, as_on_gpu
 from perf.workloads import Point
+from triton_norm.tuning import Config
 
 Record = dict[str, Any]
+NARROWER = ("SHARED", "LANES", "WIDTH")  # constants of launches, other values of which leave no more to do
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU, and what one of its multiprocessors (NVIDIA: SM, AMD: CU) can hold."""
+    """A GPU, and what one of its multiprocessors (NVIDIA: SM, AMD: CU) can hold.
+
+    `cache`: bytes of L2, as the driver tells them: of an MI300X those of one XCD, which its programs share.
+    """
 
     name: str
     example: str
     gpu: GPUTarget
     multiprocessors: int
+    cache: int
     warps: int
     registers: int
     register_unit: int
@@ -43,10 +50,10 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "A100", GPUTarget("cuda", 80, 32), 108, 64, 65536, 256, 164 << 10, 1 << 10, 32),
-        Target("sm_90", "H100, H200", GPUTarget("cuda", 90, 32), 132, 64, 65536, 256, 228 << 10, 1 << 10, 32),
-        Target("sm_100", "B200", GPUTarget("cuda", 100, 32), 148, 64, 65536, 256, 228 << 10, 1 << 10, 32),
-        Target("gfx942", "MI300X", GPUTarget("hip", "gfx942", 64), 304, 32, 131072, 512, 64 << 10, 0, 32),
+        Target("sm_80", "A100", GPUTarget("cuda", 80, 32), 108, 40 << 20, 64, 65536, 256, 164 << 10, 1 << 10, 32),
+        Target("sm_90", "H100, H200", GPUTarget("cuda", 90, 32), 132, 50 << 20, 64, 65536, 256, 228 << 10, 1 << 10, 32),
+        Target("sm_100", "B200", GPUTarget("cuda", 100, 32), 148, 126 << 20, 64, 65536, 256, 228 << 10, 1 << 10, 32),
+        Target("gfx942", "MI300X", GPUTarget("hip", "gfx942", 64), 304, 4 << 20, 32, 131072, 512, 64 << 10, 0, 32),
     )
 }
 
@@ -106,27 +113,49 @@ class CompileOnlyDriver:
         return torch.device("cpu")
 
 
-@contextmanager
-def compiling_for(target: Target) -> Iterator[list[Callable[[], tuple[str, Any]]]]:
-    """Every launch made inside is listed as a call that compiles it for the target; none is run."""
-    launches: list[Callable[[], tuple[str, Any]]] = []
+@dataclass(frozen=True)
+class Launch:
+    """What a GPU would have been asked to run."""
 
-    def list_only(kernel: Any, count: int, arguments: Sequence[Any], constants: Record, config: Any) -> None:
-        named = {"grid": (count,), **constants, **config.keywords}
-        launches.append(lambda: (kernel.__name__, kernel.warmup(*arguments, **named)))
+    kernel: Any
+    programs: int
+    arguments: Sequence[Any]
+    constants: Record
+    config: Config
+
+    def compile(self) -> Any:
+        return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.constants, **self.config.keywords)
+
+    def describe(self) -> Record:
+        return {"kernel": self.kernel.__name__, "config": self.config.keywords, "programs": self.programs}
+
+    @property
+    def elements(self) -> int:
+        """Of a program's tile."""
+        return prod(dict(self.config.blocks).values()) * int(self.constants.get("LANES", 1))
+
+
+@contextmanager
+def compiling_for(target: Target) -> Iterator[list[Launch]]:
+    """Every launch made inside is listed, to be compiled for the target before the end; none is run."""
+    launches: list[Launch] = []
+
+    def list_only(kernel: Any, count: int, arguments: Sequence[Any], constants: Record, config: Config) -> None:
+        launches.append(Launch(kernel, count, arguments, constants, config))
 
     driver = triton.runtime.driver
     before = driver._active
     driver.set_active(CompileOnlyDriver(target))
     try:
-        with as_on_gpu(target.multiprocessors, target.gpu.warp_size, list_only):
+        with as_on_gpu(target.multiprocessors, target.gpu.warp_size, list_only, target.cache):
             yield launches
     finally:
         driver._active = before
 
 
-def compile_point(point: Point, target: Target) -> list[tuple[str, Any]]:
-    """The kernels of one op's pass in one direction, by name, in the order of their launches."""
+@contextmanager
+def launches_of(point: Point, target: Target) -> Iterator[list[Launch]]:
+    """Of one op's pass in one direction, in order, to be compiled before the end."""
     inputs = make_inputs(point, "cpu", blank=True)
     forward = bind(point, OPS, inputs)
     assert forward is not None
@@ -135,7 +164,29 @@ def compile_point(point: Point, target: Target) -> list[tuple[str, Any]]:
         state = call.prepare()
         launches.clear()
         call.run(state)
-        return [compile_one() for compile_one in launches]
+        yield launches
+
+
+def compile_point(point: Point, target: Target) -> list[tuple[Launch, Any]]:
+    """The launches of one op's pass in one direction, in order, and their kernels."""
+    with launches_of(point, target) as launches:
+        return [(launch, launch.compile()) for launch in launches]
+
+
+def representatives(points: Sequence[Point], target: Target) -> list[Point]:
+    """One point for each way of launching: of those whose launches differ in sizes alone, the largest tiles'."""
+    found: dict[Any, tuple[int, Point]] = {}
+    for point in points:
+        with launches_of(point, target) as launches:
+            ways = [
+                (launch.kernel.__name__, *((k, v) for k, v in launch.constants.items() if k not in NARROWER))
+                for launch in launches
+            ]
+            size = sum(launch.elements for launch in launches)
+        way = point.op, point.mode, point.dtype, str(ways)
+        if way not in found or found[way][0] < size:
+            found[way] = size, point
+    return [point for _, point in found.values()]
 
 
 def _some(points: Sequence[Point], target: Target, known: dict[str, Record]) -> Iterator[Record]:
@@ -144,8 +195,8 @@ def _some(points: Sequence[Point], target: Target, known: dict[str, Record]) -> 
     for point in points:
         described = {**point.describe(), "target": target.name}
         try:
-            for name, kernel in compile_point(point, target):
-                about.append(({**described, "kernel": name, "status": "ok", "message": ""}, kernel))
+            for launch, kernel in compile_point(point, target):
+                about.append(({**described, **launch.describe(), "status": "ok", "message": ""}, kernel))
         except Exception as error:
             yield {**described, "kernel": "", "status": "error", "message": in_a_line(error)}
     new = {kernel.hash: kernel for _, kernel in about if kernel.hash not in known}

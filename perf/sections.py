@@ -80,11 +80,13 @@ def _traffic_cards(records: Sequence[Record]) -> list[tuple[str, str]]:
     for (op, mode), floor in FLOORS.items():
         mine = [record for record in ok(records) if (record["op"], record["mode"]) == (op, mode)]
         if mine:
-            large = sorted(record["bulk_bytes"] / record["bulk_floor_bytes"] for record in mine)
-            everything = max(record["total_bytes"] / record["floor_bytes"] for record in mine)
+            large = sorted((r["bulk_bytes"] - r["again"]["bulk"]) / r["bulk_floor_bytes"] for r in mine)
+            everything = max((r["total_bytes"] - r["again_bytes"]) / r["floor_bytes"] for r in mine)
+            again = max(r["again_bytes"] / r["floor_bytes"] for r in mine)
             span = f"{large[0]:.2f}×" if large[-1] - large[0] < 0.005 else f"{large[0]:.2f} to {large[-1]:.2f}×"
             names = ", ".join(name for name in (*floor.reads, *floor.writes) if name in BULK)
             text = f"{TITLE[op]} {mode}: bytes of {names} over {floor.short}; with all else at most {everything:.2f}×"
+            text += f"; up to {again:.2f}× again from cache" if again else ""
             items.append((span, text))
     return items
 
@@ -157,12 +159,13 @@ def _traffic_section(findings: Findings, out: Path) -> str:
         return ""
     picture = charts.traffic(findings.traffic, machine(findings.environment), out / "traffic.png")
     caption = (
-        "Bytes that the kernels load and store in one call, over the floor. The diamond counts each address once a "
-        "direction: what reaches memory if whatever is read again is still in cache."
+        "Bytes that the kernels load and store in one call, over the floor. What one program loads again in the same "
+        "launch is told apart: programs wait for each other only where that is still in cache. The diamond counts each "
+        "address once a direction: what reaches memory if whatever is read again is still in cache."
     )
     head = [
-        "op", "mode", "dtype", "shape", "layout", "launches", "floor MiB", "x, residual, dy", "y, total, dx", "weights",
-        "statistics", "partials", "all", "÷ floor", "each once ÷ floor"
+        "op", "mode", "dtype", "shape", "layout", "launches", "floor MiB", "x, residual, dy", "y, total, dx", "bits",
+        "weights", "statistics", "partials", "again", "all", "÷ floor", "without again", "each once ÷ floor"
     ]  # fmt: skip
     rows: list[list[Entry]] = []
     for r in findings.traffic:
@@ -172,8 +175,9 @@ def _traffic_section(findings: Findings, out: Path) -> str:
             continue
         parts = [charts.part_bytes(r, direction, groups) for direction, groups, _ in charts.PARTS.values()]
         row += [str(len(r["launches"])), _mebi(r["floor_bytes"]), *map(_mebi, parts), _mebi(r["total_bytes"])]
-        ratio = r["total_bytes"] / r["floor_bytes"]
-        rows.append([*row, Cell(f"{ratio:.3f}", ratio > 1.25), f"{r['footprint_bytes'] / r['floor_bytes']:.3f}"])
+        ratios = [size / r["floor_bytes"] for size in (r["total_bytes"], r["total_bytes"] - r["again_bytes"])]
+        row += [f"{ratios[0]:.3f}", Cell(f"{ratios[1]:.3f}", ratios[1] > 1.25)]
+        rows.append([*row, f"{r['footprint_bytes'] / r['floor_bytes']:.3f}"])
     return page.figure(picture, caption) + page.details("Every count, in MiB", page.table(head, rows, text_columns=5))
 
 
@@ -267,9 +271,11 @@ METHOD = (
     "fresh forward pass that is not.",
     "No contender is timed on a point before all that it computes agrees with torch's own function in fp64. One that "
     "does not, or that fails, is recorded with its message.",
-    "Traffic is counted address by address while Triton's interpreter runs the kernels on few rows and small batches, "
-    "with the launches of a GPU; masked lanes count nothing. Of rows two counts give what each more adds, and so the "
-    "bytes of all of them. Time under the interpreter means nothing and is not recorded.",
+    "Traffic is counted address by address while Triton's interpreter runs the kernels on a part of the input, with "
+    "the launches that a GPU of 132 multiprocessors has for all of it; masked lanes count nothing. Counts of one turn "
+    "of rows and of two, of one block of channels and of two, and of two and three programs that share a block, give "
+    "what each more adds, and so the bytes of all of them. Time under the interpreter means nothing and is not "
+    "recorded.",
     "Machine code is what Triton compiles for a GPU that is not there, from the very arguments of a launch; occupancy "
     "follows from registers, shared memory and threads.",
 )

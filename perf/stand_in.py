@@ -22,8 +22,14 @@ def _ops_modules() -> list[ModuleType]:
 
 
 @contextmanager
-def as_on_gpu(multiprocessors: int, warp: int = 32, start: Callable[..., Any] | None = None) -> Iterator[None]:
-    """CPU tensors are served, with the launches chosen for a GPU of so many multiprocessors and threads a warp.
+def as_on_gpu(
+    multiprocessors: int,
+    warp: int = 32,
+    start: Callable[..., Any] | None = None,
+    cache: int = tuning.INTERPRETED_CACHE,
+) -> Iterator[None]:
+    """CPU tensors are served, with the launches chosen for a GPU of so many multiprocessors, threads a warp and bytes
+    of cache.
 
     `start` replaces `triton_norm.ops.launch.start`, through which every launch goes.
     """
@@ -36,8 +42,13 @@ def as_on_gpu(multiprocessors: int, warp: int = 32, start: Callable[..., Any] | 
         replaced.enter_context(triton_norm.backend("triton"))
         replace(tuning, "WARP", warp)
         replace(dispatch, "INTERPRETED", True)
+        stand_ins: tuple[tuple[str, Any], ...] = (
+            ("INTERPRETED", False),
+            ("multiprocessors", lambda _: multiprocessors),
+            ("cache_bytes", lambda _: cache),
+        )
         for module in _ops_modules():
-            for name, stand_in in (("INTERPRETED", False), ("multiprocessors", lambda _: multiprocessors)):
+            for name, stand_in in stand_ins:
                 if hasattr(module, name):
                     replace(module, name, stand_in)
         if start is not None:

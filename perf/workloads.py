@@ -6,7 +6,8 @@ from math import prod
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 MODES = ("forward", "backward")
-BULK = ("x", "residual", "y", "total", "dy", "dtotal", "dx")
+BULK = ("x", "residual", "y", "total", "dy", "dtotal", "dx", "dresidual")
+BITS = ("bits",)  # one an element: the side of 0 that an activation was taken on
 PARAMETERS = ("weight", "bias", "dweight", "dbias")
 STATISTICS = ("mean", "rstd", "running_mean", "running_var")
 
@@ -17,6 +18,7 @@ FAMILY = {
     "rms_norm_residual": "rows",
     "batch_norm": "channels",
     "batch_norm_eval": "channels",
+    "batch_norm_add_relu": "channels",
 }
 TITLE = {
     "layer_norm": "LayerNorm",
@@ -25,6 +27,7 @@ TITLE = {
     "rms_norm_residual": "RMSNorm + residual",
     "batch_norm": "BatchNorm, training",
     "batch_norm_eval": "BatchNorm, evaluation",
+    "batch_norm_add_relu": "BatchNorm + add + ReLU",
 }
 
 
@@ -41,7 +44,8 @@ class Floor:
 
     @property
     def short(self) -> str:
-        return f"{sum(t in BULK for t in self.reads)}R{sum(t in BULK for t in self.writes)}W"
+        bulk = f"{sum(t in BULK for t in self.reads)}R{sum(t in BULK for t in self.writes)}W"
+        return f"{bulk} + 1 bit" if set(BITS) & {*self.reads, *self.writes} else bulk
 
 
 _GRADIENTS = ("dx", "dweight", "dbias")
@@ -60,7 +64,23 @@ FLOORS = {
     ("batch_norm", "backward"): Floor(("x", "dy", "weight", "mean", "rstd"), _GRADIENTS),
     ("batch_norm_eval", "forward"): Floor(("x", "weight", "bias", *_RUNNING), ("y",)),
     ("batch_norm_eval", "backward"): Floor(("x", "dy", "weight", *_RUNNING), _GRADIENTS),
+    # What the backward needs is saved here, and not in the other forwards.
+    ("batch_norm_add_relu", "forward"): Floor(
+        ("x", "residual", "weight", "bias", *_RUNNING), ("y", "bits", "mean", "rstd", *_RUNNING)
+    ),
+    # The residual's gradient is the activation's, and dx is not.
+    ("batch_norm_add_relu", "backward"): Floor(
+        ("x", "dy", "bits", "weight", "mean", "rstd"), ("dx", "dresidual", "dweight", "dbias")
+    ),
 }
+
+REDUCED = {
+    ("batch_norm", "forward"): ("x",),
+    ("batch_norm", "backward"): ("x", "dy"),
+    ("batch_norm_add_relu", "forward"): ("x",),
+    ("batch_norm_add_relu", "backward"): ("x", "dy", "bits"),
+}
+"""What has to be read from end to end before the first element can be written."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +130,17 @@ class Point:
 
     @property
     def has_residual(self) -> bool:
-        return self.op.endswith("_residual")
+        return "residual" in FLOORS[self.op, "forward"].reads
+
+    @property
+    def has_total(self) -> bool:
+        """Whether the sum with the residual is an output, too."""
+        return "total" in FLOORS[self.op, "forward"].writes
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether what its backward needs is saved: of a forward, where the floor has it."""
+        return self.mode == "backward" or "bits" in self.floor.writes
 
     @property
     def has_bias(self) -> bool:
@@ -118,7 +148,7 @@ class Point:
 
     @property
     def gradients(self) -> tuple[str, ...]:
-        """What its backward computes, in the order of the leaves; dresidual is dx."""
+        """What its backward computes, in the order of the leaves; where there is a total, dresidual is dx."""
         weights = ("dweight", "dbias") if self.has_bias else ("dweight",)
         return ("dx", "dresidual", *weights) if self.has_residual else ("dx", *weights)
 
@@ -132,6 +162,8 @@ class Point:
             return self.workload.elements * ITEMSIZE[self.dtype]
         if name in PARAMETERS:
             return self.workload.features * ITEMSIZE[self.parameter_dtype]
+        if name in BITS:
+            return -(-self.workload.elements // 8)
         return self.workload.groups * (8 if self.dtype == "fp64" else 4)
 
     @property
@@ -141,6 +173,11 @@ class Point:
     @property
     def floor_bytes(self) -> int:
         return sum(map(self.tensor_bytes, self.floor.reads + self.floor.writes))
+
+    @property
+    def apart_floor_bytes(self) -> int:
+        """The floor of two launches, one that reduces and one that applies."""
+        return self.floor_bytes + sum(map(self.tensor_bytes, REDUCED.get((self.op, self.mode), ())))
 
     @property
     def bulk_floor_bytes(self) -> int:
@@ -158,6 +195,7 @@ class Point:
             "group": workload.group,
             "source": workload.source,
             "floor_bytes": self.floor_bytes,
+            "apart_floor_bytes": self.apart_floor_bytes,
             "bulk_floor_bytes": self.bulk_floor_bytes,
         }
 
@@ -209,7 +247,9 @@ MOBILENET_V2 = [
     (64, 14), (384, 14), (96, 14), (576, 14), (576, 7), (160, 7), (960, 7), (320, 7), (1280, 7),
 ]  # fmt: skip
 UNET_3D = [(32, 128), (64, 64), (128, 32), (256, 16), (320, 8), (320, 4)]
+MLP = [(16384, 1024), (8192, 4096), (4096, 1000), (65536, 64)]
 QUICK_RESNET50 = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
+QUICK_ADD_CHANNELS = (256, 2048)
 
 BATCH_CHANNELS, BATCH_SIDE = 256, 28
 BATCHES = [1 << k for k in range(11)]
@@ -245,6 +285,9 @@ def _channels(layout: str) -> Iterator[Workload]:
     for channels, side in UNET_3D:
         shape = (2, channels, side, side, side)
         yield Workload("channels", "networks", shape, "3-D U-Net", layout, quick=side == 64)
+    if layout == "contiguous":
+        for matrix in MLP:
+            yield Workload("channels", "networks", matrix, "MLP", quick=matrix == MLP[0])
 
 
 WORKLOADS = [*_rows(), *_channels("contiguous"), *_channels("channels_last")]
@@ -253,6 +296,8 @@ WORKLOADS = [*_rows(), *_channels("contiguous"), *_channels("channels_last")]
 def _is_quick(op: str, workload: Workload) -> bool:
     if op.endswith("_residual"):
         return workload.landmark and workload.features in QUICK_RESIDUAL_COLUMNS
+    if op == "batch_norm_add_relu":  # what a bottleneck block of ResNet-50 ends with
+        return workload.quick and workload.source == "ResNet-50" and workload.features in QUICK_ADD_CHANNELS
     return workload.quick or workload.landmark
 
 
@@ -295,6 +340,26 @@ def bars(
     ]
 
 
+CHANNEL_OPS = tuple(op for op, family in FAMILY.items() if family == "channels")
+CHANNEL_BARS = tuple(
+    workload
+    for workload in WORKLOADS
+    if workload.family == "channels" and workload.source in ("ResNet-50", "3-D U-Net", "MLP")
+)
+
+
+def channel_bars(
+    ops: Sequence[str] = CHANNEL_OPS,
+    modes: Sequence[str] = MODES,
+    dtypes: Sequence[str] = ("bf16", "fp32"),
+    workloads: Sequence[Workload] = CHANNEL_BARS,
+) -> list[Point]:
+    """Every BatchNorm of the networks that the bars for bytes, launches and machine code are stated for."""
+    return [
+        Point(op, mode, dtype, workload) for op in ops for dtype in dtypes for workload in workloads for mode in modes
+    ]
+
+
 def _rows_to_inspect(full: bool) -> list[Point]:
     if full:
         return bars()
@@ -303,31 +368,35 @@ def _rows_to_inspect(full: bool) -> list[Point]:
     return several + bars(ROW_OPS[1:], dtypes=("bf16",), columns=(4096,))
 
 
-def _channels_to_inspect(*shapes: tuple[tuple[int, ...], str]) -> list[Point]:
-    return [
-        Point(op, mode, "bf16", Workload("channels", "representative", shape, "", layout))
-        for op in ("batch_norm", "batch_norm_eval")
-        for shape, layout in shapes
-        for mode in MODES
-    ]
+def _channels_to_inspect(full: bool, *shapes: tuple[tuple[int, ...], str]) -> list[Point]:
+    if full:
+        return channel_bars()
+    chosen = [workload for workload in CHANNEL_BARS if (workload.shape, workload.layout) in shapes]
+    return channel_bars(dtypes=("bf16",), workloads=chosen)
 
 
 def traffic_points(full: bool = False) -> list[Point]:
-    """Of channels, about one multiprocessor's share of a real input: every share moves the same bytes. There are few
-    channels where each has programs of its own. `full`: every row length, for every op."""
+    """`full`: everything that bars for bytes are stated for."""
     return _rows_to_inspect(full) + _channels_to_inspect(
-        ((4, 16, 56, 56), "contiguous"),
-        ((16, 16, 14, 14), "contiguous"),
-        ((64, 16, 7, 7), "contiguous"),
-        ((2, 64, 56, 56), "channels_last"),
-        ((32, 64, 7, 7), "channels_last"),
+        full,
+        ((32, 64, 112, 112), "contiguous"),
+        ((256, 64, 112, 112), "contiguous"),
+        ((32, 1024, 14, 14), "contiguous"),
+        ((32, 2048, 7, 7), "contiguous"),
+        ((16384, 1024), "contiguous"),
+        ((32, 64, 112, 112), "channels_last"),
+        ((32, 1024, 14, 14), "channels_last"),
+        ((256, 2048, 7, 7), "channels_last"),
     )
 
 
 def resource_points(full: bool = False) -> list[Point]:
-    """Shapes whose launches differ. They are compiled, never run. `full`: every row length, for every op."""
+    """Shapes whose launches differ. They are compiled, never run. `full`: everything that bars for machine code are
+    stated for."""
     return _rows_to_inspect(full) + _channels_to_inspect(
+        full,
         ((32, 256, 56, 56), "contiguous"),
+        ((32, 1024, 14, 14), "contiguous"),
         ((32, 2048, 7, 7), "contiguous"),
         ((32, 256, 56, 56), "channels_last"),
     )

@@ -65,10 +65,28 @@ def records_of(*arguments):
         ("batch_norm", "backward", "bf16", (2, 3, 4, 4), 3 * 96 * 2 + 3 * 3 * 4 + 2 * 3 * 4),
         ("batch_norm_eval", "forward", "fp32", (2, 3, 4, 4), 2 * 96 * 4 + 2 * 3 * 4 + 2 * 3 * 4),
         ("batch_norm_eval", "backward", "fp32", (2, 3, 4, 4), 3 * 96 * 4 + 3 * 3 * 4 + 2 * 3 * 4),
+        # x, residual, y, one bit an element, and what the backward needs of the statistics; then dresidual apart.
+        ("batch_norm_add_relu", "forward", "bf16", (2, 3, 4, 4), 3 * 96 * 2 + 96 // 8 + 2 * 12 + 4 * 12 + 2 * 12),
+        ("batch_norm_add_relu", "backward", "bf16", (2, 3, 4, 4), 4 * 96 * 2 + 96 // 8 + 3 * 12 + 2 * 12),
     ],
 )
 def test_floor(op, mode, dtype, shape, by_hand):
     assert Point(op, mode, dtype, Workload(workloads.FAMILY[op], "", shape, "")).floor_bytes == by_hand
+
+
+@pytest.mark.parametrize(
+    ("op", "forward", "backward"),
+    [
+        ("batch_norm", 96 * 2, 2 * 96 * 2),
+        ("batch_norm_add_relu", 96 * 2, 2 * 96 * 2 + 96 // 8),
+        ("batch_norm_eval", 0, 0),
+        ("layer_norm", 0, 0),
+    ],
+)
+def test_two_launches_read_what_is_reduced_twice(op, forward, backward):
+    for mode, again in zip(workloads.MODES, (forward, backward), strict=True):
+        point = Point(op, mode, "bf16", Workload(workloads.FAMILY[op], "", (2, 3, 4, 4), ""))
+        assert point.apart_floor_bytes == point.floor_bytes + again
 
 
 def test_workloads_are_distinct_and_the_sweep_is_of_one_size():
@@ -82,10 +100,11 @@ def test_workloads_are_distinct_and_the_sweep_is_of_one_size():
 def test_the_ops_with_a_residual_make_a_quick_run_little_longer():
     before, after = (workloads.points(ops=ops) for ops in (("layer_norm", *CHANNEL_OPS), tuple(workloads.FAMILY)))
     assert len(after) < 1.5 * len(before)
-    assert sum(point.is_landmark for point in after) < 1.7 * sum(point.is_landmark for point in before)
+    assert sum(point.is_landmark for point in after) < 1.8 * sum(point.is_landmark for point in before)
     assert {point.op for point in after} == set(workloads.FAMILY)
     assert workloads.FLOORS["layer_norm_residual", "forward"].short == "2R2W"
     assert workloads.FLOORS["layer_norm_residual", "backward"].short == "3R1W"
+    assert workloads.FLOORS["batch_norm_add_relu", "backward"].short == "2R2W + 1 bit"
 
 
 class FakeTimer:
@@ -142,12 +161,36 @@ def test_every_contender_has_a_record_and_only_right_ones_are_timed(mode):
     assert by_name["torch"]["repetitions"] == measure.MINIMUM_ROUNDS
 
 
-@pytest.mark.parametrize("op", ["batch_norm", "batch_norm_eval"])
+@pytest.mark.parametrize("op", ["batch_norm", "batch_norm_eval", "batch_norm_add_relu"])
 @pytest.mark.parametrize("mode", ["forward", "backward"])
-def test_the_gate_knows_batch_norm_and_its_running_statistics(op, mode):
-    (record,) = measure.measure_point(Point(op, mode, "fp32", IMAGES), [TORCH], FakeTimer(), seconds=0)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_gate_knows_batch_norm_and_its_running_statistics(op, mode, dtype):
+    (record,) = measure.measure_point(Point(op, mode, dtype, IMAGES), [TORCH], FakeTimer(), seconds=0)
     assert record["status"] == "ok"
-    assert ("running_var" in record["errors"]) == (op == "batch_norm" and mode == "forward")
+    assert ("running_var" in record["errors"]) == (op != "batch_norm_eval" and mode == "forward")
+    assert ("dresidual" in record["errors"]) == (op == "batch_norm_add_relu" and mode == "backward")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_relus_argument_is_nowhere_near_its_kink(dtype):
+    """There rounding alone would decide on a gradient."""
+    point = Point("batch_norm_add_relu", "backward", dtype, Workload("channels", "", (16, 8, 16, 16), ""))
+    i = measure.make_inputs(point, "cpu").double()
+    z = functional.batch_norm(i.x, None, None, i.weight, i.bias, True, 0.0, measure.EPS) + i.residual
+    assert z.detach().abs().min() > measure.NEAR_ZERO / 2
+    assert 0.3 < (z > 0).double().mean() < 0.7
+
+
+def test_a_gradient_that_leaves_the_activation_out_fails_the_gate():
+    def function(x, residual, *arguments):
+        total = functional.batch_norm(x, *arguments) + residual
+        return total + (total.relu() - total).detach()
+
+    wrong = Contender("wrong", lambda: Functions(batch_norm_add_relu=function))
+    for mode, status in (("forward", "ok"), ("backward", "wrong")):
+        point = Point("batch_norm_add_relu", mode, "fp32", IMAGES)
+        (record,) = measure.measure_point(point, [wrong], FakeTimer(), seconds=0)
+        assert record["status"] == status
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm_residual", "rms_norm_residual"])

@@ -4,18 +4,12 @@ Without all that a residual adds to RMSNorm and to backward passes, to save time
 `python -m perf traffic --full` go through every op.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from bars import moved, records, wanting
 from perf import findings
-from perf.workloads import BAR_COLUMNS, BULK
+from perf.workloads import BAR_COLUMNS
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.unguarded
 DTYPES = ("bf16", "fp32")
 
@@ -48,42 +42,9 @@ for columns, rows, multiprocessors in (1024, 3 * 12 * 4, 12), (96, 992, 3):
 """
 
 
-def records(code, *arguments, **environment):
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = f"import json, sys\n{code}\nfor record in found:\n    print(json.dumps(record))"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def named(record):
     where = f"{record['op']} {record['mode']} {record['dtype']} {record['shape'][-1]} columns"
     return f"{where}, {record['kernel']}" if "kernel" in record else where
-
-
-def wanting(record):
-    """What is wrong with a kernel's machine code.
-
-    16 bytes an access for x, y and their like, which every one of these lengths allows: PTX says through which argument
-    an access goes, and has the widths that the machine code has. Statistics, weights and sums may be narrower.
-    """
-    if record["status"] != "ok":
-        return [record["message"]]
-    found = []
-    if record["spill_stores"] or record["spill_loads"]:
-        found.append(f"{record['spill_stores']} registers are stored and {record['spill_loads']} loaded back")
-    if not 0 < record["resident_warps"] <= record["possible_warps"]:
-        found.append(f"{record['resident_warps']} warps are resident")
-    for kind in ("load", "store"):
-        widths = {name: set(access.get(kind, {})) for name, access in record["accesses"].items()}
-        if set().union(*widths.values()) != set(record[f"{kind}s"]):
-            found.append(f"{kind}s of {widths} bits in PTX, of {record[f'{kind}s']} in machine code")
-        narrow = {name: sorted(widths[name] - {"128"}) for name in widths if name in BULK}
-        found += [f"{kind}s of {name} of {bits} bits" for name, bits in narrow.items() if bits]
-    return found
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -94,10 +55,9 @@ def test_machine_code_of_every_row_length(target, tmp_path):
     assert {record["kernel"] for record in compiled} == {
         "rows_forward_kernel", "rows_backward_kernel", "rows_backward_finalise_kernel"
     }  # fmt: skip
-    moved = {(name, kind) for record in compiled for name, access in record["accesses"].items() for kind in access}
-    assert {(name, "load") for name in ("x", "residual", "dy")} < moved
-    assert {(name, "store") for name in ("y", "total", "dx")} < moved
-    found = [f"{named(record)}: {', '.join(wanting(record))}" for record in compiled if wanting(record)]
+    assert {(name, "load") for name in ("x", "residual", "dy")} < moved(compiled)
+    assert {(name, "store") for name in ("y", "total", "dx")} < moved(compiled)
+    found = [f"{named(record)}: {', '.join(wanting(record, 128))}" for record in compiled if wanting(record, 128)]
     assert not found, "\n".join(found)
 
 

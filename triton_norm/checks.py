@@ -151,8 +151,10 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
+    whole: bool = True,
 ) -> None:
-    """Raises where torch's batch_norm does, and for a counter that can't count."""
+    """Raises where torch's batch_norm does, and for a counter that can't count. Unless x is the `whole` batch, it may
+    be of one value per channel."""
     _is_tensor("batch_norm", "input", x, optional=False)
     tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, tensor in (*tensors.items(), ("num_batches_tracked", num_batches_tracked)):
@@ -167,7 +169,7 @@ def batch_norm(
         raise ValueError("batch_norm(): running_mean and running_var must either both be None or neither be None")
     if not training and running_mean is None:
         raise RuntimeError("batch_norm(): running_mean and running_var must be defined in evaluation mode")
-    _check_values_per_channel(x, training, eps)
+    _check_values_per_channel(x, training, eps, whole)
     _is_floating("batch_norm", x)
     n_channels = x.shape[1] if x.dim() > 1 else 0
     for name, tensor in tensors.items():
@@ -215,10 +217,10 @@ def _check_momentum(momentum: float | None, num_batches_tracked: Tensor | None) 
         )
 
 
-def _check_values_per_channel(x: Tensor, training: bool, eps: float) -> None:
+def _check_values_per_channel(x: Tensor, training: bool, eps: float, whole: bool) -> None:
     if not training:
         return
-    if x.shape[0] * math.prod(x.shape[2:]) == 1:
+    if whole and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")

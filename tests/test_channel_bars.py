@@ -1,0 +1,193 @@
+"""The bars for channels that need no GPU: machine code without spills and with wide accesses, no needless bytes and
+launches.
+
+To save time there is, of machine code, one shape for each way of launching, that with the largest tiles, and most GPUs
+have only the kernels that do the most; of bytes a few shapes of each kind. `python -m perf resources --full` and
+`python -m perf traffic --full` go through every shape of ResNet-50, a 3-D U-Net and an MLP.
+"""
+
+import json
+from math import gcd, prod
+
+import pytest
+
+from bars import moved, records, wanting
+from perf import findings, workloads
+from perf.workloads import CHANNEL_OPS, ITEMSIZE
+from triton_norm import tuning
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.unguarded
+
+MULTIPROCESSORS = 132
+BAR = 1.02
+KERNELS = {"channels_forward_kernel", "channels_backward_kernel"}
+
+RESOURCES = """
+from perf import resources, workloads
+
+target, *ops = sys.argv[1:]
+points = resources.representatives(workloads.channel_bars(ops), resources.TARGETS[target])
+found = resources.records(points, [target], at_once=len(points))
+"""
+
+TRAFFIC = """
+from perf import traffic, workloads
+from perf.workloads import CHANNEL_BARS
+
+points = []
+for ops, dtype, shapes in json.loads(sys.argv[1]):
+    chosen = [workload for workload in CHANNEL_BARS if list(workload.shape) in shapes]
+    points += workloads.channel_bars(ops, dtypes=(dtype,), workloads=chosen)
+found = traffic.records(points)
+"""
+
+EXTENDED = """
+from perf import traffic
+from perf.workloads import Point, Workload
+from triton_norm import tuning
+
+traffic.MULTIPROCESSORS = 14
+direct, sizes, found = traffic.counted, [], []
+
+
+def noted(point, *rest):
+    sizes.append(point.workload.elements)
+    return direct(point, *rest)
+
+
+for shape, layout, tuning.ONE_LAUNCH in json.loads(sys.argv[1]):
+    workload = Workload("channels", "", tuple(shape), "", layout)
+    for mode in ("forward", "backward"):
+        point = Point("batch_norm_add_relu", mode, "bf16", workload)
+        traffic.counted = noted
+        extended = traffic.count(point)
+        traffic.counted = direct
+        found.append([extended, direct(point, 14)[0].record(), max(sizes) / workload.elements])
+        sizes.clear()
+"""
+
+
+def named(record):
+    where = f"{record['op']} {record['mode']} {record['dtype']} {findings.lying(record)}"
+    return f"{record['target']} {where}, {record['kernel']}" if "kernel" in record else where
+
+
+def widest(record):
+    """Bits: 128 where the elements that lie side by side allow it; few and odd positions of all channels do."""
+    n_samples, n_channels, *positions = record["shape"]
+    n_positions = prod(positions)
+    if n_positions == 1 or record["layout"] == "channels_last":
+        side_by_side = n_channels
+    else:
+        side_by_side = n_channels * n_positions if n_positions % 2 and n_samples >= 8 else n_positions
+    return 8 * gcd(16, side_by_side * ITEMSIZE[record["dtype"]])
+
+
+def test_shapes_with_narrower_accesses():
+    """8 bytes for 14 × 14 positions in 16-bit types, 16 for all else, 7 × 7 too."""
+    points = workloads.channel_bars(("batch_norm",), ("forward",))
+    narrow = {(p.workload.shape[2:], p.workload.layout, p.dtype) for p in points if widest(p.describe()) < 128}
+    assert narrow == {((14, 14), "contiguous", "bf16")}
+    assert {widest(p.describe()) for p in points} == {64, 128}
+
+
+@pytest.mark.parametrize(
+    ("target", "ops"),
+    [
+        ("sm_80", ("batch_norm_add_relu",)),
+        ("sm_90", CHANNEL_OPS),
+        ("sm_100", ("batch_norm_add_relu",)),
+        ("gfx942", ("batch_norm_add_relu",)),
+    ],
+)
+def test_machine_code_of_every_way_of_launching(target, ops, tmp_path):
+    compiled = records(RESOURCES, target, *ops, TRITON_CACHE_DIR=str(tmp_path))
+    assert {record["kernel"] for record in compiled} == KERNELS
+    assert {(record["op"], record["dtype"], record["mode"], record["layout"]) for record in compiled} >= {
+        (op, dtype, mode, layout)
+        for op in ops for dtype in ("bf16", "fp32") for mode in workloads.MODES for layout in workloads.LAYOUTS
+    }  # fmt: skip
+    if target != "gfx942":
+        assert {(name, "load") for name in ("x", "residual", "dy", "bits")} < moved(compiled)
+        assert {(name, "store") for name in ("y", "dx", "dresidual", "bits")} < moved(compiled)
+    wrong = {named(record): wanting(record, widest(record)) for record in compiled}
+    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)
+
+
+def in_flight(record):
+    """Bytes that the programs that run at once will read again."""
+    (launch,) = record["launches"]
+    at_once = tuning.HOLDING_PROGRAMS_PER_SM * MULTIPROCESSORS
+    return record["again_bytes"] * min(1, at_once / launch["programs"])
+
+
+def excess(record):
+    """What is wrong with the bytes that a call moves.
+
+    With partial sums, statistics, bits and what programs wait with; each weight once, as the other programs find it in
+    cache, and so is what a program reads a second time in one launch: of that, for all programs that run at once, there
+    may be no more than a share of an H100's L2.
+    """
+    if record["status"] != "ok":
+        return [record["message"]]
+    found = []
+    over = findings.over_its_form(record)
+    if not 1 <= over <= BAR:
+        found.append(f"{over:.4f} of the floor of {len(record['launches'])} launches")
+    if record["again_bytes"] and in_flight(record) * tuning.CACHED_SHARE > tuning.INTERPRETED_CACHE:
+        found.append(f"{in_flight(record)} bytes are read again at once")
+    return found
+
+
+COUNTED = [
+    (("batch_norm", "batch_norm_add_relu"), "bf16", [(32, 512, 28, 28), (256, 1024, 14, 14), (32, 2048, 7, 7)]),
+    (("batch_norm",), "fp32", [(256, 64, 56, 56), (256, 2048, 7, 7), (2, 128, 32, 32, 32), (4096, 1000)]),
+    (("batch_norm_eval",), "bf16", [(32, 1024, 14, 14), (256, 2048, 7, 7), (65536, 64)]),
+]
+
+
+def test_bytes():
+    counted = records(TRAFFIC, json.dumps(COUNTED), TRITON_INTERPRET="1")
+    assert {tuple(record["shape"]) for record in counted} == {shape for *_, shapes in COUNTED for shape in shapes}
+    wrong = {named(record): excess(record) for record in counted}
+    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)
+
+
+def test_launches_of_a_training_step_and_of_evaluation(monkeypatch):
+    """Forward one or two, backward one or two: one where the programs of a channel wait for each other."""
+    from perf import resources
+
+    plans = []
+    plan = tuning.plan_channels
+    monkeypatch.setattr(tuning, "plan_channels", lambda *arguments: plans.append(plan(*arguments)) or plans[-1])
+    counts = {}
+    for point in workloads.channel_bars():
+        plans.clear()
+        with resources.launches_of(point, resources.TARGETS["sm_90"]) as launches:
+            counts.setdefault((point.op, point.mode), set()).add(len(launches))
+            assert len(launches) == (1 if not plans or plans[-1] else 2), point
+    evaluation = {("batch_norm_eval", mode): {1} for mode in workloads.MODES}
+    assert counts == {(op, mode): {1, 2} for op in CHANNEL_OPS for mode in workloads.MODES} | evaluation
+
+
+ONE, TWO = True, False
+SHAPES = [  # five channels, three slabs of channels and a part of one, as many blocks of whole channels
+    ((16, 5, 64, 80), "contiguous", ONE),
+    ((4, 216, 15, 11), "channels_last", ONE),
+    ((64, 136, 7, 7), "contiguous", ONE),
+    ((16, 5, 16, 40), "contiguous", TWO),
+    ((4, 216, 5, 7), "channels_last", TWO),
+    ((32, 136, 7, 7), "contiguous", TWO),
+]
+
+
+def test_counts_of_few_blocks_and_splits_extend_to_those_of_all():
+    """On 14 multiprocessors. Blocks are shared by three to five programs; in one launch x and dy are read again."""
+    counts = records(EXTENDED, json.dumps(SHAPES), TRITON_INTERPRET="1")
+    launches = [1 if one else 2 for _, _, one in SHAPES for _ in workloads.MODES]
+    assert [len(direct["launches"]) for _, direct, _ in counts] == launches
+    for extended, direct, part in counts:
+        assert part < 1
+        assert bool(direct["again_bytes"]) == (len(direct["launches"]) == 1)
+        assert {name: extended[name] for name in direct} == direct

@@ -1,0 +1,192 @@
+"""BatchNorm of a batch that the processes of a group share: one exchange forward, one backward, over torch.distributed.
+
+The collectives are torch's functional ones: they are the same in eager and in compiled code, and wait for nothing on
+the host.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from triton_norm import checks, reference, shares
+from triton_norm.dispatch import use_triton
+from triton_norm.ops import synchronized
+from triton_norm.ops.channel_plans import Options
+from triton_norm.ops.layout import side_of_zero
+from triton_norm.shares import Pieces
+
+
+class Group(NamedTuple):
+    """A process group that this process is a member of."""
+
+    name: str
+    size: int
+
+
+def shared_by(process_group: Any) -> Group | None:
+    """The group, by default all processes, if this process shares a batch with others there."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group: Any = process_group or dist.group.WORLD
+    size = dist.get_world_size(group)
+    return Group(group.group_name, size) if size > 1 else None
+
+
+def gather(packed: Tensor, group: Group) -> Tensor:
+    """[n_ranks, n] of vectors [n]."""
+    collectives = torch.ops._c10d_functional
+    gathered: Tensor = collectives.wait_tensor(collectives.all_gather_into_tensor(packed, group.size, group.name))
+    return gathered.view(group.size, -1)
+
+
+def total(sums: Tensor, group: Group) -> Tensor:
+    """Summed over all processes."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_reduce(sums, "sum", group.name))  # type: ignore[no-any-return]
+
+
+class _Total(torch.autograd.Function):
+    """`total`, differentiable to any order: the gradient of a sum over all processes is such a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return total(sums.contiguous(), group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Total.apply(gradient, ctx.group), None  # type: ignore[no-untyped-call]
+
+
+def _pieces(x: Tensor, by_kernels: bool) -> Pieces:
+    """Of x's own share; there is nothing to launch for an empty one."""
+    return synchronized.PIECES if by_kernels and x.numel() else shares.PIECES
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """From the batch's statistics on, whose dependence on x the backward knows of. First order through the kernels; a
+    backward that is itself differentiated goes through `shares.batch_norm`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        merged: Tensor,
+        options: Options,
+        group: Group,
+        by_kernels: bool,
+    ) -> Tensor:
+        apply = _pieces(x, by_kernels).apply
+        y, bits = apply(x, residual, weight, bias, merged, True, options.activation, options.slope)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        recomputes = options.activation is not None and bits is None
+        ctx.save_for_backward(x, residual if recomputes else None, bits, weight, bias, merged)
+        ctx.asked = options, group, by_kernels
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x_wanted, residual_wanted, *parameters_wanted = ctx.needs_input_grad[:4]
+        unasked = (None,) * 4
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(ctx, dy, x_wanted, residual_wanted, parameters_wanted), *unasked
+        x, residual, bits, weight, bias, merged = ctx.saved_tensors
+        options, group, by_kernels = ctx.asked
+        pieces, activated = _pieces(x, by_kernels), (options.activation, options.slope)
+        given = dy, x, residual, bits, weight, bias, merged
+        dweight, dbias, sums = pieces.sums(*given, (x_wanted, *parameters_wanted), *activated)
+        sums = total(sums, group)  # all processes take part, whichever gradients each asks for
+        dx = dresidual = None
+        stored = ctx.residual_dtype if residual_wanted and options.activation is not None else None
+        if x_wanted or stored is not None:
+            dx, dresidual = pieces.gradient(*given, sums, stored, *activated)
+        if residual_wanted and stored is None:
+            dresidual = dy.to(ctx.residual_dtype)
+        return dx, dresidual, dweight, dbias, *unasked
+
+
+def _differentiable_gradients(
+    ctx: Any, dy: Tensor, x_wanted: bool, residual_wanted: bool, parameters_wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    x, residual, bits, weight, bias, merged = ctx.saved_tensors
+    options, group, _ = ctx.asked
+    activation = options.activation
+    if bits is not None:
+        dy = torch.where(side_of_zero(bits, x), dy, dy * options.slope if activation == "leaky_relu" else 0.0)
+        activation = None
+
+    def over_all(sums: Tensor) -> Tensor:
+        return _Total.apply(sums, group)  # type: ignore[no-any-return, no-untyped-call]
+
+    def function(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        asked = options.eps, activation, options.slope
+        return shares.batch_norm(x, residual, weight, bias, merged, over_all, *asked)
+
+    apart = residual_wanted and residual is None
+    wanted = x_wanted, residual_wanted and not apart, *parameters_wanted
+    found = reference.gradients(function, (x, residual, weight, bias), dy, wanted)
+    if apart:
+        found[1] = dy.to(ctx.residual_dtype)
+    return found
+
+
+def _merged(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    options: Options,
+    group: Group,
+    by_kernels: bool,
+) -> Tensor:
+    """The statistics of the whole batch; moves the running ones."""
+    with torch.no_grad():
+        gathered = gather(_pieces(x, by_kernels).moments(x), group)
+        merge = synchronized.PIECES.merge if by_kernels else shares.PIECES.merge
+        counter = None if num_batches_tracked is None else num_batches_tracked.to(x.device)
+        merged = merge(gathered, running_mean, running_var, counter, options.momentum, options.eps)
+        if num_batches_tracked is not None and counter is not None and counter is not num_batches_tracked:
+            num_batches_tracked.copy_(counter)
+    return merged
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    group: Group,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """`triton_norm.batch_norm` in training, with the statistics of the batch that `group` shares; `input` may be empty.
+
+    dx is the gradient of the sum of all processes' losses; dweight and dbias are of this process's share alone, for
+    whoever sums or averages gradients over processes. All processes of the group have to call it, and go backward
+    through it, together and in the same order, their inputs of one type, or of types that are all computed in fp32.
+    """
+    running = running_mean, running_var
+    checks.batch_norm(input, *running, weight, bias, True, momentum, eps, num_batches_tracked, whole=False)
+    checks.activated(input, residual, activation, negative_slope)
+    like = input if input.numel() else input.new_empty(1)  # an empty share goes where the others go
+    by_kernels = use_triton(like, *running, weight, bias, residual)
+    share = None if momentum is None else float(momentum)
+    options = Options(True, share, float(eps), activation, float(negative_slope))
+    merged = _merged(input, *running, num_batches_tracked, options, group, by_kernels)
+    tensors = input, residual, weight, bias
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return SyncBatchNormFunction.apply(*tensors, merged, options, group, by_kernels)  # type: ignore
+    apply = _pieces(input, by_kernels).apply
+    return apply(*tensors, merged, False, options.activation, options.slope)[0]

@@ -1,0 +1,96 @@
+"""The statistics of a batch that processes share, from those of their shares."""
+
+import triton
+import triton.language as tl
+
+from triton_norm.kernels.channels import move_running
+from triton_norm.kernels.exchange import close
+from triton_norm.kernels.moments import tile_sum, to_float
+
+
+@triton.jit
+def shares_of(gathered_ptr, start, channels, mask, n_channels, n_ranks, BLOCK_K: tl.constexpr):
+    """(pointers [BLOCK_K, n], there, counts [BLOCK_K, 1]) of the ranks from `start` on; who has an empty share is not
+    there."""
+    ranks = start + tl.arange(0, BLOCK_K)[:, None]
+    packed = gathered_ptr + ranks.to(tl.int64) * (3 * n_channels + 1)
+    counts = tl.load(packed + 3 * n_channels, mask=ranks < n_ranks, other=0.0)
+    return packed + channels, (counts > 0.0) & mask, counts
+
+
+@triton.jit
+def first_and_total(gathered_ptr, n_channels, n_ranks, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
+    """The first rank that has a share, and the number of a channel's elements in all of them; [1, 1]."""
+    first = tl.zeros([1, 1], tl.int32) + (n_ranks - 1)
+    total = tl.zeros([1, 1], COMPUTE)
+    for start in range(0, n_ranks, BLOCK_K):
+        ranks = start + tl.arange(0, BLOCK_K)[:, None]
+        slots = gathered_ptr + ranks.to(tl.int64) * (3 * n_channels + 1) + 3 * n_channels
+        counts = tl.load(slots, mask=ranks < n_ranks, other=0.0)
+        first = tl.minimum(first, tl.min(tl.where(counts > 0.0, ranks, n_ranks), 0, keep_dims=True))
+        total += tile_sum(counts, 0)
+    return first, total
+
+
+@triton.jit(do_not_specialize=["n_channels", "n_ranks", "momentum", "momentum_rest"])
+def merge_ranks_kernel(
+    gathered_ptr,
+    merged_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    num_batches_tracked_ptr,
+    sync_ptr,
+    n_channels,
+    n_ranks,
+    momentum,
+    momentum_rest,
+    EPS: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """merged [3 · n_channels + 1]: mean, what rounding it has left, rstd, and the number of a channel's elements, from
+    gathered [n_ranks, 3 · n_channels + 1], with M2 in rstd's place. Moves the running statistics, and counts.
+
+    Means are summed as differences from the first, so that equal ones merge to themselves exactly. A batch of one value
+    a channel has no unbiased variance: the running one stays; of an empty batch both do. Grid: blocks of channels, of
+    which the last to come counts; sync: 2 + n_blocks, None where there is no counter.
+    """
+    block = tl.program_id(0)
+    channels = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = channels < n_channels
+    first, total = first_and_total(gathered_ptr, n_channels, n_ranks, BLOCK_K, COMPUTE)
+    divisor = tl.maximum(total, 1.0)
+    base = tl.load(gathered_ptr + first.to(tl.int64) * (3 * n_channels + 1) + channels, mask=mask, other=0.0)
+    shift = tl.zeros_like(base)
+    for start in range(0, n_ranks, BLOCK_K):
+        slots, there, counts = shares_of(gathered_ptr, start, channels, mask, n_channels, n_ranks, BLOCK_K)
+        delta = tl.load(slots, mask=there, other=0.0) - base
+        delta += tl.load(slots + n_channels, mask=there, other=0.0)
+        shift += tile_sum(tl.where(there, delta * (counts / divisor), 0.0), 0)
+    mean = base + shift
+    rest = (base - mean) + shift
+    m2 = tl.zeros_like(base)
+    for start in range(0, n_ranks, BLOCK_K):
+        slots, there, counts = shares_of(gathered_ptr, start, channels, mask, n_channels, n_ranks, BLOCK_K)
+        delta = tl.load(slots, mask=there, other=0.0) - mean
+        delta += tl.load(slots + n_channels, mask=there, other=0.0) - rest
+        m2s = tl.load(slots + 2 * n_channels, mask=there, other=0.0)
+        m2 += tile_sum(tl.where(there, m2s + delta * (delta * counts), 0.0), 0)
+    tl.store(merged_ptr + channels, mean, mask=mask)
+    tl.store(merged_ptr + n_channels + channels, rest, mask=mask)
+    tl.store(merged_ptr + 2 * n_channels + channels, tl.rsqrt(m2 / divisor + EPS), mask=mask)
+    place = tl.zeros([1, 1], tl.int32) + block
+    tl.store(merged_ptr + 3 * n_channels + place, total, mask=place == 0)
+    if running_mean_ptr is not None:
+        if CUMULATIVE:
+            factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr) + 1, COMPUTE)
+        else:
+            factor = to_float(momentum, COMPUTE) + to_float(momentum_rest, COMPUTE)
+        unbiased = m2 / tl.maximum(total - 1.0, 1.0)
+        move_running(running_mean_ptr, channels, mask & (total > 0.0), mean, factor, COMPUTE)
+        move_running(running_var_ptr, channels, mask & (total > 1.0), unbiased, factor, COMPUTE)
+    if num_batches_tracked_ptr is not None:
+        tl.debug_barrier()
+        close(sync_ptr, block, tl.num_programs(0), num_batches_tracked_ptr)

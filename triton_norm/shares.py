@@ -1,0 +1,210 @@
+"""BatchNorm of a batch that processes share, piece by piece between their exchanges, in plain torch.
+
+Statistics travel packed in one vector [3C + 1]: mean, what rounding it has left, M2 (once merged: rstd), and the number
+of a channel's elements. All is computed in fp32, in fp64 for fp64 input, and rounded once at the end.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import reference
+
+
+class Pieces(NamedTuple):
+    """Of one implementation; the functions below say what each takes and does."""
+
+    moments: Callable[[Tensor], Tensor]
+    merge: Callable[..., Tensor]
+    apply: Callable[..., tuple[Tensor, Tensor | None]]
+    sums: Callable[..., tuple[Tensor | None, Tensor | None, Tensor]]
+    gradient: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def _axes(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.dim()))
+
+
+def _by_channel(x: Tensor) -> tuple[int, ...]:
+    """The shape of one value a channel that broadcasts against x."""
+    return (1, -1, *(1 for _ in x.shape[2:]))
+
+
+def moments(x: Tensor) -> Tensor:
+    """This process's share of a batch, packed; zeros where it is empty."""
+    n_channels, compute = x.shape[1], reference.compute_dtype(x)
+    if x.numel() == 0:
+        return x.new_zeros(3 * n_channels + 1, dtype=compute)
+    axes = _axes(x)
+    wide = x.to(compute)
+    mean = wide.mean(axes, keepdim=True)
+    centred = wide - mean
+    rest = centred.mean(axes, keepdim=True)
+    m2 = (centred - rest).square().sum(axes)
+    return torch.cat((mean.flatten(), rest.flatten(), m2, mean.new_full((1,), x.numel() // n_channels)))
+
+
+def merge(
+    gathered: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """The batch's statistics, packed, from gathered [n_ranks, 3C + 1]. Moves the running ones, and counts.
+
+    Means are summed as differences from the first, so that equal ones merge to themselves exactly. A batch of one value
+    a channel has no unbiased variance: the running one stays; of an empty batch both do.
+    """
+    counts = gathered[:, -1:]
+    there = counts > 0
+    means, rests, m2s = gathered[:, :-1].unflatten(1, (3, -1)).unbind(1)
+    total = counts.sum()
+    divisor = total.clamp_min(1)
+    base = means.index_select(0, there.to(torch.int32).argmax(0))
+    shift = (torch.where(there, (means - base) + rests, 0.0) * (counts / divisor)).sum(0, keepdim=True)
+    mean = base + shift
+    rest = (base - mean) + shift
+    delta = torch.where(there, (means - mean) + (rests - rest), 0.0)
+    m2 = (torch.where(there, m2s, 0.0) + delta * (delta * counts)).sum(0)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is not None and running_var is not None:
+        if momentum is None:
+            assert num_batches_tracked is not None
+            share = 1.0 / num_batches_tracked.to(gathered.dtype)
+        else:
+            share = gathered.new_full((), momentum)
+        unbiased = m2 / (total - 1).clamp_min(1)
+        for running, batch, least in ((running_mean, mean, 1), (running_var, unbiased, 2)):
+            wide = running.to(gathered.dtype)
+            moved = (1.0 - share) * wide + share * batch.view(running.shape)
+            running.copy_(torch.where(total >= least, moved, wide))
+    return torch.cat((mean.flatten(), rest.flatten(), torch.rsqrt(m2 / divisor + eps), total.view(1)))
+
+
+def _statistics(x: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
+    """(x − mean, rstd)"""
+    mean, rest, rstd = merged[:-1].view(3, *_by_channel(x)).unbind()
+    return (x.to(merged.dtype) - mean) - rest, rstd
+
+
+def _activated(x_hat: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """z, what the activation is taken of."""
+    z, shape = x_hat, _by_channel(x_hat)
+    if weight is not None:
+        z = z * weight.to(z.dtype).reshape(shape)
+    if bias is not None:
+        z = z + bias.to(z.dtype).reshape(shape)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    return z
+
+
+def apply(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    merged: Tensor,
+    saves: bool,
+    activation: str | None,
+    slope: float,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and if it `saves`, and has to, one bit an element for the backward, which plain torch never has."""
+    centred, rstd = _statistics(x, merged)
+    y = reference.activate(_activated(centred * rstd, residual, weight, bias), activation, slope)
+    # Under torch.compile, torch 2.11 loses the gradient of an autograd.Function that ends in a conversion to what it is.
+    return y if y.dtype == x.dtype else y.to(x.dtype), None
+
+
+def _gradient_of_z(
+    dy: Tensor,
+    x_hat: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    slope: float,
+) -> Tensor:
+    if activation is None:
+        return dy.to(x_hat.dtype)
+    z = _activated(x_hat, residual, weight, bias)
+    if activation == "silu":
+        sigmoid = torch.sigmoid(z)
+        return sigmoid * (1.0 + z * (1.0 - sigmoid)) * dy
+    return torch.where(z > 0, 1.0, slope if activation == "leaky_relu" else 0.0).to(z.dtype) * dy
+
+
+def sums(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    merged: Tensor,
+    wanted: Sequence[bool],
+    activation: str | None,
+    slope: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """dweight and dbias of this process's share, as `wanted` of x, weight and bias; and Σ dz and Σ dz · x_hat · rstd,
+    [2C], which `gradient` needs the sum of over all processes."""
+    centred, rstd = _statistics(x, merged)
+    dz = _gradient_of_z(dy, centred * rstd, residual, weight, bias, activation, slope)
+    dbias = dz.sum(_axes(x))
+    dweight = (dz * centred).sum(_axes(x)) * rstd.flatten()
+    asked = (
+        found.to(parameter.dtype).view(parameter.shape) if parameter is not None and wants else None
+        for found, parameter, wants in ((dweight, weight, wanted[1]), (dbias, bias, wanted[2]))
+    )
+    return *asked, torch.cat((dbias, dweight * rstd.flatten()))  # type: ignore[return-value]
+
+
+def gradient(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    merged: Tensor,
+    sums: Tensor,
+    residual_dtype: torch.dtype | None,
+    activation: str | None,
+    slope: float,
+) -> tuple[Tensor, Tensor | None]:
+    """dx, and dresidual where its type is given, from the sums of all processes."""
+    centred, rstd = _statistics(x, merged)
+    dz = _gradient_of_z(dy, centred * rstd, residual, weight, bias, activation, slope)
+    mean_dz, mean_slope = (sums / merged[-1]).view(2, *_by_channel(x)).unbind()
+    scale = rstd if weight is None else rstd * weight.to(rstd.dtype).reshape(_by_channel(x))
+    dx = (-centred * mean_slope + (dz - mean_dz)) * scale  # in x's layout: it is the first operand
+    return dx.to(x.dtype), None if residual_dtype is None else dz.to(residual_dtype)
+
+
+PIECES = Pieces(moments, merge, apply, sums, gradient)
+
+
+def batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    merged: Tensor,
+    over_all: Callable[[Tensor], Tensor],
+    eps: float,
+    activation: str | None,
+    slope: float,
+) -> Tensor:
+    """y, differentiable to any order: `over_all`, a sum over all processes, is. Statistics are computed again, from x
+    less the constant that `merged` says its mean is."""
+    axes, shape = _axes(x), _by_channel(x)
+    centred, _ = _statistics(x, merged)
+    centred = centred - (over_all(centred.sum(axes)) / merged[-1]).view(shape)
+    var = over_all(centred.square().sum(axes)) / merged[-1]
+    z = _activated(centred * torch.rsqrt(var + eps).view(shape), residual, weight, bias)
+    return reference.activate(z, activation, slope).to(x.dtype)
