@@ -117,7 +117,7 @@ def apply(
     """y, and if it `saves`, and has to, one bit an element for the backward, which plain torch never has."""
     centred, rstd = _statistics(x, merged)
     y = reference.activate(_activated(centred * rstd, residual, weight, bias), activation, slope)
-    # Under torch.compile, torch 2.11 loses the gradient of an autograd.Function that ends in a conversion to what it is.
+    # Under torch.compile torch 2.11 loses the gradient of a Function that ends in a conversion to what it is already.
     return y if y.dtype == x.dtype else y.to(x.dtype), None
 
 
