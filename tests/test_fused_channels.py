@@ -66,6 +66,20 @@ def test_a_residual_of_another_type(activation, kind, dtype, residual, device):
     assert (found.y.dtype, found.dx.dtype, found.dresidual.dtype) == (dtype, dtype, residual)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_parameters_in_fp32_beside_halves(activation, kind, backend, device):
+    """As mixed precision has them."""
+    call = drawn(SPLIT[kind][0], kind, device, HALF, residual=HALF, activation=activation)
+    call = away_from_the_kink(
+        call.of(weight=torch.randn_like(call.weight, dtype=torch.float32), bias=call.bias.float())
+    )
+    with triton_norm.backend(backend):
+        found = call.against_oracle()
+    assert (found.y.dtype, found.dweight.dtype, found.dbias.dtype) == (HALF, torch.float32, torch.float32)
+
+
 @pytest.mark.parametrize("one_launch", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(

@@ -46,6 +46,9 @@ def cache_bytes(device: torch.device) -> int:
     return tuning.INTERPRETED_CACHE
 
 
+for _remembers in (multiprocessors, cache_bytes):
+    tuning.when_forgotten(_remembers.cache_clear)
+
 _zeros: dict[tuple[int, int], Tensor] = {}
 
 
