@@ -106,6 +106,14 @@ def over_its_form(record: Record) -> float:
     return uncached(record) * float(record["floor_bytes"] / record[floor])
 
 
+def exchanged(record: Record) -> float:
+    """What of that is partial sums, what programs wait with, and statistics beyond each once: in cache all of it."""
+    floor = "floor_bytes" if len(record["launches"]) == 1 else "apart_floor_bytes"
+    partials = sum(record["bytes"]["partials"].values()) - record["again"].get("partials", 0)
+    statistics = sum(record["bytes"]["statistics"].values()) - sum(record["footprint"]["statistics"].values())
+    return float((partials + statistics - record["again"].get("statistics", 0)) / record[floor])
+
+
 def _code_shortfalls(records: Sequence[Record]) -> list[str]:
     """One line for each kernel, shape and complaint, with the targets that it is true of."""
     found: dict[str, list[str]] = {}

@@ -12,7 +12,7 @@ H100 = {"multiprocessors": 132, "cache": 50 * 2**20}
 
 
 def planned(**arguments) -> tuning.Plan | None:
-    return tuning.plan_channels(**{"adds": False, "interpreted": False} | arguments)
+    return tuning.plan_channels(**{"adds": False, "beside": 0, "interpreted": False} | arguments)
 
 
 def check_plan(plan, n_groups, lanes, n_blocks, held, multiprocessors, cache):

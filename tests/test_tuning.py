@@ -34,7 +34,17 @@ def spaces():
             for interpreted in (False, True):
                 for held in (0, 4096, 16384):
                     yield tuning.channels(
-                        "channels_forward_kernel", "waits", kind, lanes, vector, width, "float32", held, 4, interpreted
+                        "channels_forward_kernel",
+                        "waits",
+                        kind,
+                        lanes,
+                        vector,
+                        width,
+                        "float32",
+                        held,
+                        4,
+                        False,
+                        interpreted,
                     )
 
 
@@ -111,7 +121,7 @@ def test_every_config_for_channels_is_right(index, kind, held, monkeypatch, devi
     if kind == "last":
         x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
     lanes, vector, width = {"flat": (4, 4, 1), "last": (8, 4, 8), "folded": (512, 4, 8)}[kind]
-    where = "channels_forward_kernel", "waits", kind, lanes, vector, width, "float32", held, 4, False
+    where = "channels_forward_kernel", "waits", kind, lanes, vector, width, "float32", held, 4, False, False
     configs = tuning.channels(*where).configs
     forced = tuning.Space("channels", "", (configs[index % len(configs)],))
     tuning.forget()

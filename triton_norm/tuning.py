@@ -289,14 +289,15 @@ def plan_channels(
     lanes: int,
     n_blocks: int,
     held: int,
+    beside: float,
     adds: bool,
     multiprocessors: int,
     cache: int,
     interpreted: bool,
 ) -> Plan | None:
     """One launch, if its programs fill the GPU, and if what they can't keep will still be in cache when they read it
-    again: of all that run at once. `held`: bytes of an element of what they keep. Where one `adds` a residual, fewer
-    registers are left for that.
+    again: of all that run at once. `held`: bytes of an element of what they keep; `beside`: of what they read twice.
+    Where one `adds` a residual, fewer registers are left for that.
     """
     elements = n_groups * lanes
     tile = INTERPRETED_TILE if interpreted else HELD_BYTES[kind] // held // (2 if adds and kind == "flat" else 1)
@@ -308,7 +309,7 @@ def plan_channels(
     step = max(8, tile // lanes) if per_split * lanes > tile else 8
     per_split = -(-per_split // step) * step
     n_programs = n_blocks * -(-n_groups // per_split)
-    again = max(0, per_split * lanes - tile) * held
+    again = max(0, per_split * lanes - tile) * held + per_split * lanes * beside
     fits = again * min(n_programs, HOLDING_PROGRAMS_PER_SM * multiprocessors) * CACHED_SHARE <= cache
     fills = n_programs * FULL_SHARE >= multiprocessors or elements * n_blocks * held <= SMALL_BYTES
     return Plan(tile, per_split) if ONE_LAUNCH and fits and fills else None
@@ -326,13 +327,17 @@ def _of_channels(n_warps: int, kind: str, **blocks: int) -> Config:
     return config(n_warps, maxnreg=limit, **blocks)
 
 
-def _holding(kernel: str, kind: str, lanes: int, vector: int, held: int, held_bytes: int, merged: int) -> list[Config]:
+def _holding(
+    kernel: str, kind: str, lanes: int, vector: int, held: int, held_bytes: int, adds: bool, merged: int
+) -> list[Config]:
     """Programs that wait: with as many threads as hold a tile, two a multiprocessor, and with twice as many."""
     in_thread = THREAD_HELD_BYTES[kind]
     backward = kernel == "channels_backward_kernel"
     if kind == "folded" and backward:
         in_thread *= 2
     if kind == "flat" and vector * held_bytes < VECTOR_BYTES * (2 if backward else 1):  # more addresses
+        in_thread //= 2
+    if kind == "flat" and adds:
         in_thread //= 2
     most = held // (4 * WARP)
     if kind == "folded":
@@ -355,13 +360,14 @@ def channels(
     types: str,
     held: int,
     held_bytes: int,
+    adds: bool,
     interpreted: bool,
 ) -> Space:
-    """T, the groups of a tile; `held`: the elements of one that is kept, of so many bytes each, or 0; `width`: the
-    channels of a block."""
+    """T, the groups of a tile; `held`: the elements of one that is kept, of so many bytes each, or 0; `adds`: a
+    residual, before an activation; `width`: the channels of a block."""
     merged = max(16, min(128, MERGED_ELEMENTS // width))
     if held and not interpreted:
-        configs = _holding(kernel, kind, lanes, vector, held, held_bytes, merged)
+        configs = _holding(kernel, kind, lanes, vector, held, held_bytes, adds, merged)
     else:
         tiles: tuple[int, ...] = (2048, 4096, 8192) if kind == "last" else (4096, 2048, 8192)
         per_threads: tuple[int, ...] = (16, 32)

@@ -102,6 +102,7 @@ def _step(
             ", ".join(name_of(dtype) for dtype in swept if dtype is not None),
             plan.tile,
             held,
+            kernel == "forward" and len(swept) > 1 and swept[1] is not None,
             INTERPRETED,
         ),
         device,
@@ -122,17 +123,23 @@ def _step(
 
 
 def _layout_and_plan(
-    shape: Sequence[int], kind: str, lies: Sequence[Lie | None], held: int, adds: bool, device: torch.device
+    shape: Sequence[int],
+    kind: str,
+    lies: Sequence[Lie | None],
+    held: int,
+    beside: float,
+    adds: bool,
+    device: torch.device,
 ) -> tuple[Layout, int, tuning.Plan]:
-    """`held`: bytes of an element of what one launch would keep and read again, 0 where nothing waits; `adds`: a
-    residual."""
+    """`held`: bytes of an element of what one launch would keep and read again, 0 where nothing waits; `beside`:
+    of what it would read twice and not keep; `adds`: a residual."""
     layout = layout_of(shape, kind, *(lie for lie in lies if lie is not None))
     n_groups, sms = shape[0] * layout.groups_per_sample, multiprocessors(device)
     lanes, n_blocks = layout.lanes, layout.n_blocks
     plan = None
     if held:
         cache = cache_bytes(device)
-        plan = tuning.plan_channels(kind, n_groups, lanes, n_blocks, held, adds, sms, cache, INTERPRETED)
+        plan = tuning.plan_channels(kind, n_groups, lanes, n_blocks, held, beside, adds, sms, cache, INTERPRETED)
     return (
         layout,
         n_groups,
@@ -160,7 +167,7 @@ def prepare_forward(
 ) -> Prepared:
     """The launches of a call, for the latest kinds of them. `types`: of x, the residual, and then the rest."""
     held = x.itemsize if reduces and applies else 0
-    layout, n_groups, plan = _layout_and_plan(shape, kind, (x, residual), held, residual is not None, device)
+    layout, n_groups, plan = _layout_and_plan(shape, kind, (x, residual), held, 0, residual is not None, device)
     scalars = *in_two_floats(options.momentum or 0.0), *layout.geometry, *layout.strides(x), *layout.strides(residual)
     both = [(True, True)] if plan.tile else [(reduces, False), (False, applies)]
     steps = [
@@ -206,7 +213,8 @@ def prepare_backward(
 ) -> Prepared:
     """The launches of a call, for the latest kinds of them. `types`: of dy, x, the residual, and then the rest."""
     held = x.itemsize + dy.itemsize if reduces and applies and not constant else 0
-    layout, n_groups, plan = _layout_and_plan(shape, kind, (x, dy, residual), held, False, device)
+    beside = (0 if residual is None else residual.itemsize) + (0 if types[3] is None else 1 / 8)  # bits
+    layout, n_groups, plan = _layout_and_plan(shape, kind, (x, dy, residual), held, beside, False, device)
     scalars = *layout.geometry, *layout.strides(x), *layout.strides(dy), *layout.strides(residual)
     both = [(reduces, applies)] if plan.tile or constant else [(reduces, False), (False, applies)]
     steps = [
