@@ -182,6 +182,7 @@ def few_values(world: World) -> None:
         module(world.share(x, shares)), world.share(F.batch_norm(x, None, None, training=True), shares)
     )
     check_running(world, module, [x])
+    assert triton_norm.explain(module, world.share(x, shares)).function == "sync_batch_norm"
     for alone in (1, 0):
         module = triton_norm.SyncBatchNorm(4, device=world.device)
         mine = x[:alone] if world.rank == world.size - 1 else x[:0]

@@ -412,14 +412,16 @@ def _explain_rows(function: str, input: Tensor, *arguments: Any, **named_argumen
     return explanation(function, tuple(copied), input, weight, bias, residual, columns=columns)
 
 
-def explain_batch_norm(*arguments: Any, **named_arguments: Any) -> Explanation:
-    """Of the arguments of batch_norm, which are checked as there."""
+def explain_batch_norm(*arguments: Any, whole: bool = True, **named_arguments: Any) -> Explanation:
+    """Of the arguments of batch_norm, which are checked as there; unless the input is the `whole` batch, it may be of
+    one value per channel."""
     given = inspect.signature(batch_norm).bind(*arguments, **named_arguments)
     given.apply_defaults()
     named = given.arguments
     x, residual = named["input"], named["residual"]
     fused = {name: named.pop(name) for name in ("residual", "activation", "negative_slope")}
-    checks.batch_norm(*named.values())
+    checked: list[Any] = [*named.values(), whole]
+    checks.batch_norm(*checked)
     checks.activated(x, **fused)
     kind = layout.kind_of(x) if x.numel() else ""
     copied = [

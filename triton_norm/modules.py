@@ -1,5 +1,6 @@
 """torch.nn's normalization layers with another forward: parameters, buffers and state_dicts are torch's own."""
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
@@ -124,6 +125,11 @@ class SyncBatchNorm(_BatchNorm):
             return functional.batch_norm(**arguments)
         del arguments["training"]
         return distributed.sync_batch_norm(**arguments, group=group)
+
+    def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
+        whole = not self.training or distributed.shared_by(self.process_group) is None
+        found = functional.explain_batch_norm(**self._arguments(input, fused), whole=whole)
+        return found if whole else dataclasses.replace(found, function="sync_batch_norm")
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

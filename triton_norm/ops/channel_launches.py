@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from triton_norm import tuning
-from triton_norm.ops.channel_plans import Options, Step, Types, prepare_backward, prepare_forward, saves_bits
+from triton_norm.ops.channel_plans import Options, Prepared, Step, Types, prepare_backward, prepare_forward, saves_bits
 from triton_norm.ops.launch import zeros
 from triton_norm.ops.layout import as_readable, dense_like, empty_bits, kind_of
 from triton_norm.ops.library import contiguous
@@ -15,6 +15,13 @@ from triton_norm.ops.library import contiguous
 
 def _types(*tensors: Tensor | None) -> Types:
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+def _keep(memory: dict[Any, Prepared], key: Any, prepared: Prepared) -> None:
+    """For the next calls like this one; calls of ever new strides don't fill the memory."""
+    if len(memory) >= tuning.MOST_REMEMBERED:
+        memory.clear()
+    memory[key] = prepared
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -69,7 +76,7 @@ def _forward(
         what = tuple(x.shape), kind, lie, residual_lie, types, x.device, options._replace(prepared=None)
         prepared = prepare_forward(dense_like(x).stride(), *what, reduces, applies, local)
         if memory is not None and read is x and added is residual:
-            memory[key] = prepared
+            _keep(memory, key, prepared)
         residual = added
     y = x.new_empty_strided(x.shape, prepared.strides) if applies else None
     bits = empty_bits(x) if saves else None
@@ -253,7 +260,7 @@ def _backward(
         what = tuple(x.shape), kind, x_lie, dy_lie, residual_lie, types, x.device, options._replace(prepared=None)
         prepared = prepare_backward(*what, reduces, applies, constant, local)
         if memory is not None and read is x and read_dy is dy and added is residual:
-            memory[key] = prepared
+            _keep(memory, key, prepared)
         x, dy, residual = read, read_dy, added
     for step in prepared.steps:
         partials = _partials(x, step, kinds=2)
