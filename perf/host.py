@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -39,6 +40,7 @@ STUB = Path(__file__).with_name("stub_cuda.c")
 GPU = GPUTarget("cuda", 90, 32)
 MULTIPROCESSORS = 132
 SHAPE = (8, 1024)
+IMAGES = (8, 64, 16, 16)
 BATCHES, CALLS = 300, 20  # a batch is shorter than a time slice, so that some run undisturbed on a busy machine
 WARMUPS = 5  # calls before each batch: the caches hold what the others left
 METADATA_AND_HOOKS = slice(6, 9)  # of a launcher's arguments
@@ -106,18 +108,26 @@ def served_as_on_gpu() -> Iterator[None]:
 
 def cases() -> Iterator[tuple[str, Call]]:
     """The public functions by what is asked of them."""
-    for name, parameters in (("layer_norm", 2), ("rms_norm", 1)):
-        function = getattr(triton_norm, name, None)
-        if function is not None:
-            yield from _cases_of(name, function, parameters)
-
-
-def _cases_of(name: str, function: Callable[..., torch.Tensor], parameters: int) -> Iterator[tuple[str, Call]]:
     x, dy = torch.randn(2, *SHAPE).bfloat16()
-    weights = torch.randn(parameters, SHAPE[1]).bfloat16()
+    for name, parameters in (("layer_norm", 2), ("rms_norm", 1)):
+        function: Any = getattr(triton_norm, name)
+        weights = torch.randn(parameters, SHAPE[1]).bfloat16()
+        yield from _cases_of(name, lambda x, *weights, f=function: f(x, SHAPE[1:], *weights), x, weights, dy)
+    x, dy = torch.randn(2, *IMAGES).bfloat16()
+    mean, var, counter = torch.zeros(IMAGES[1]), torch.ones(IMAGES[1]), torch.tensor(0)
+
+    def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return triton_norm.batch_norm(x, mean, var, weight, bias, True, num_batches_tracked=counter)
+
+    yield from _cases_of("batch_norm", batch_norm, x, torch.randn(2, IMAGES[1]), dy)
+
+
+def _cases_of(
+    name: str, function: Callable[..., Tensor], x: Tensor, weights: Tensor, dy: Tensor
+) -> Iterator[tuple[str, Call]]:
     leaves = [tensor.clone().requires_grad_() for tensor in (x, *weights)]
-    forward = functools.partial(function, x, SHAPE[1:], *weights)
-    recorded = functools.partial(function, leaves[0], SHAPE[1:], *leaves[1:])
+    forward = functools.partial(function, x, *weights)
+    recorded = functools.partial(function, *leaves)
     yield f"{name} forward", forward
     yield f"{name} forward with gradients", recorded
     yield f"{name} forward and backward", lambda: torch.autograd.grad(recorded(), leaves, dy)

@@ -126,6 +126,8 @@ class Point:
     def is_landmark(self) -> bool:
         """Worth the seconds that torch.compile takes, in a quick sweep too."""
         compared_widely = self.op in ("layer_norm", "batch_norm") or self.dtype == "bf16"
+        if self.op == "batch_norm_add_relu" and self.workload.layout == "contiguous":
+            return False  # the end of a ResNet's block, which is trained channels-last where speed matters
         return self.workload.landmark and self.training and compared_widely
 
     @property

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sync_scenarios
 import triton_norm
@@ -211,6 +212,20 @@ def test_errors_are_torchs(shape, message):
     for module in (triton_norm.SyncBatchNorm(4), nn.SyncBatchNorm(4)):
         with pytest.raises(ValueError, match=message):
             module(torch.randn(shape))
+
+
+@pytest.mark.parametrize("pieces", [shares.PIECES, synchronized.PIECES], ids=["torch", "kernels"])
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+def test_relu_stops_whatever_gradient_comes_to_it(poison, pieces, device):
+    x, dy = torch.tensor([[-3.0], [1.0], [2.0]], device=device), torch.tensor([[poison], [1.0], [0.5]], device=device)
+    merged = pieces.merge(pieces.moments(x)[None], None, None, None, 0.1, 1e-5)
+    given = dy, x, None, None, None, None, merged
+    _, _, sums = pieces.sums(*given, (True, False, False), "relu", 0.0)
+    dx, _ = pieces.gradient(*given, sums, None, "relu", 0.0)
+    leaf = x.double().requires_grad_()
+    (exact,) = torch.autograd.grad(F.batch_norm(leaf, None, None, training=True).relu(), leaf, dy.double())
+    assert exact.isfinite().all()
+    torch.testing.assert_close(dx.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_the_number_of_features_is_checked():

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from triton_norm import distributed, functional
+from triton_norm import distributed, explaining, functional
 from triton_norm.dispatch import Explanation
 
 
@@ -17,7 +17,7 @@ class LayerNorm(nn.LayerNorm):
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.bias, self.eps)
-        return functional.explain(functional.layer_norm, input, *arguments, **fused)
+        return explaining.explain(functional.layer_norm, input, *arguments, **fused)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -28,7 +28,7 @@ class RMSNorm(nn.RMSNorm):
 
     def explain_call(self, x: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.eps)
-        return functional.explain(functional.rms_norm, x, *arguments, **fused)
+        return explaining.explain(functional.rms_norm, x, *arguments, **fused)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -56,7 +56,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return functional.batch_norm(**self._arguments(input, fused))
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
-        return functional.explain_batch_norm(**self._arguments(input, fused))
+        return explaining.explain_batch_norm(**self._arguments(input, fused))
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -128,7 +128,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
         whole = not self.training or distributed.shared_by(self.process_group) is None
-        found = functional.explain_batch_norm(**self._arguments(input, fused), whole=whole)
+        found = explaining.explain_batch_norm(**self._arguments(input, fused), whole=whole)
         return found if whole else dataclasses.replace(found, function="sync_batch_norm")
 
     @classmethod

@@ -136,7 +136,10 @@ def _gradient_of_z(
     if activation == "silu":
         sigmoid = torch.sigmoid(z)
         return sigmoid * (1.0 + z * (1.0 - sigmoid)) * dy
-    return torch.where(z > 0, 1.0, slope if activation == "leaky_relu" else 0.0).to(z.dtype) * dy
+    wide = dy.to(z.dtype)
+    if activation == "leaky_relu":
+        return torch.where(z > 0, wide, wide * slope)
+    return torch.where(z <= 0, 0.0, wide)  # as torch's relu: NaN passes it through, and it stops any dy
 
 
 def sums(

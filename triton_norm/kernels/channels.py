@@ -194,39 +194,15 @@ def channels_forward_kernel(
             tl.store(slots, mean, mask=there)
             tl.store(slots + kind, rest, mask=there)
             tl.store(slots + 2 * kind, m2, mask=there)
-            if arrive(sync_ptr, block) == n_splits - 1:
+            comes_last = arrive(sync_ptr, block) == n_splits - 1
+            if comes_last:
                 split_size = groups_per_split.to(tl.int64) * per_group
                 mean, rest, m2 = merge_splits(
                     partials_ptr, channels, there, n_channels, n_splits, split_size, total, BLOCK_K, COMPUTE
                 )
-                finalise_statistics(
-                    mean,
-                    rest,
-                    m2,
-                    statistics_ptr,
-                    running_mean_ptr,
-                    running_var_ptr,
-                    num_batches_tracked_ptr,
-                    channels,
-                    there,
-                    n_channels,
-                    total,
-                    momentum,
-                    momentum_rest,
-                    EPS,
-                    CUMULATIVE,
-                    LOCAL,
-                    COMPUTE,
-                )
-                if APPLY:
-                    arrive(sync_ptr, block)
-                else:
-                    close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
-            if APPLY:
-                wait(sync_ptr, block, n_splits + 1)
-                if arrive(sync_ptr, block) == 2 * n_splits:
-                    close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
         else:
+            comes_last: tl.constexpr = True
+        if comes_last:
             rstd = finalise_statistics(
                 mean,
                 rest,
@@ -247,7 +223,13 @@ def channels_forward_kernel(
                 COMPUTE,
             )
             tl.debug_barrier()
-            if num_batches_tracked_ptr is not None:
+            if SHARED and APPLY:
+                arrive(sync_ptr, block)
+            elif SHARED or num_batches_tracked_ptr is not None:
+                close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
+        if SHARED and APPLY:
+            wait(sync_ptr, block, n_splits + 1)
+            if arrive(sync_ptr, block) == 2 * n_splits:
                 close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
     if APPLY:
         if SHARED or FOLD or not STATISTICS:

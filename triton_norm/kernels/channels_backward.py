@@ -24,8 +24,8 @@ from triton_norm.kernels.tiles import (
 def merge_sums(partials_ptr, channels, mask, n_channels, n_splits, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
     """Both sums [1, n] of whole channels from those of their splits, partials [2, n_splits, n_channels]."""
     kind = n_splits.to(tl.int64) * n_channels
-    sum_dz = tl.zeros_like(tl.load(partials_ptr + channels, mask=mask, other=0.0))
-    sum_dz_centred = sum_dz
+    sum_dz = tl.zeros(channels.shape, COMPUTE)
+    sum_dz_centred = tl.zeros(channels.shape, COMPUTE)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
         there = (splits < n_splits) & mask
@@ -223,33 +223,14 @@ def channels_backward_kernel(
                 slots = partials_ptr + split.to(tl.int64) * n_channels + channels
                 tl.store(slots, sum_dz, mask=there)
                 tl.store(slots + kind, sum_dz_centred, mask=there)
-                if arrive(sync_ptr, block) == n_splits - 1:
+                comes_last = arrive(sync_ptr, block) == n_splits - 1
+                if comes_last:
                     sum_dz, sum_dz_centred = merge_sums(
                         partials_ptr, channels, there, n_channels, n_splits, BLOCK_K, COMPUTE
                     )
-                    finalise_sums(
-                        sum_dz,
-                        sum_dz_centred,
-                        channel_rstd,
-                        dweight_ptr,
-                        dbias_ptr,
-                        means_ptr,
-                        channels,
-                        there,
-                        n_channels,
-                        total,
-                        LOCAL,
-                        COMPUTE,
-                    )
-                    if TOGETHER:
-                        arrive(sync_ptr, block)
-                    else:
-                        close(sync_ptr, block, n_blocks, None)
-                if TOGETHER:
-                    wait(sync_ptr, block, n_splits + 1)
-                    if arrive(sync_ptr, block) == 2 * n_splits:
-                        close(sync_ptr, block, n_blocks, None)
             else:
+                comes_last: tl.constexpr = True
+            if comes_last:
                 finalise_sums(
                     sum_dz,
                     sum_dz_centred,
@@ -265,6 +246,14 @@ def channels_backward_kernel(
                     COMPUTE,
                 )
                 tl.debug_barrier()
+                if SHARED and TOGETHER:
+                    arrive(sync_ptr, block)
+                elif SHARED:
+                    close(sync_ptr, block, n_blocks, None)
+            if SHARED and TOGETHER:
+                wait(sync_ptr, block, n_splits + 1)
+                if arrive(sync_ptr, block) == 2 * n_splits:
+                    close(sync_ptr, block, n_blocks, None)
             if TOGETHER:
                 mean_dz = tl.load(means_ptr + lane_channels, mask=in_range, other=0.0, cache_modifier=".cg")
                 slope = tl.load(means_ptr + n_channels + lane_channels, mask=in_range, other=0.0, cache_modifier=".cg")
