@@ -31,21 +31,20 @@ WHOLE_ROW_BYTES = 64 * 1024  # of a row in its widest stored type: what is left 
 FORWARD_PIECE_BYTES = 64 * 1024  # of a longer row in the type it is computed in: 16 registers for each of 1024 threads
 BACKWARD_SPAN_BYTES = 32 * 1024  # x, dy and the sums of dweight and dbias are held at once
 MOST_BLOCK_M = 2  # rows that peers exchange sums of at a time
-PEERS_SHARE = 3  # a row's peers are no more than one multiprocessor in so many: as many launches at once can wait
+PEERS_SHARE = 3  # programs of a row or channel are one multiprocessor in so many: as many launches at once can wait
 MOST_FOLDED = 2048  # columns of a block of whole channels
 LEAST_FOLDED_SAMPLES = 8  # below, most rows of a folded tile would be empty
-NARROW_BYTES = 8  # an access, or
-SHORT_BYTES = 128  # a channel's positions in one sample, of fewer bytes is worth folding
+NARROW_BYTES, SHORT_BYTES = 8, 128  # folded are fewer bytes an access, or of a channel's positions in a sample
 CHANNEL_PROGRAMS_PER_SM = 16
 MIN_SPLIT_ELEMENTS = 2048
 ECONOMICAL_ELEMENTS = 512  # of a channel in a split: what splits leave and read is 2 % of that, or less
 ONE_LAUNCH = True  # whether the programs of a channel may wait for each other
 HELD_BYTES = {"flat": 32 * 1024, "last": 16 * 1024, "folded": 32 * 1024}  # of what a program keeps while it waits
-THREAD_HELD_BYTES = {"flat": 128, "last": 64, "folded": 64}  # where two multiprocessors' registers are to hold it
+THREAD_HELD_BYTES = {"flat": 128, "last": 64, "folded": 64}  # of that, a thread's
 REGISTERS = 64 * 1024  # of a multiprocessor
 CHANNEL_WARPS = 16  # of a multiprocessor at least, whatever registers their threads need
-HELD_STEP = 4  # the sizes of such tiles are so many times apart, for few of them to be compiled
-HOLDING_PROGRAMS_PER_SM = 2  # at once
+HELD_STEP = 4  # tiles that are kept differ in size by so many times, for few of them to be compiled
+HOLDING_PROGRAMS_PER_SM = 2  # that keep a tile, at once
 MIN_HELD_ELEMENTS = 1024  # of a program that waits for others
 CACHED_SHARE = 2  # what all programs that run at once read again may take one byte of cache in so many
 FULL_SHARE = 2  # one launch needs a program for one multiprocessor in so many, or no more than
@@ -315,10 +314,6 @@ def plan_channels(
     return Plan(tile, per_split) if ONE_LAUNCH and fits and fills else None
 
 
-def _block_k(width: int) -> int:
-    return max(16, min(128, MERGED_ELEMENTS // width))
-
-
 def _of_channels(n_warps: int, kind: str, **blocks: int) -> Config:
     """With a limit on registers: left to itself, NVIDIA's assembler spills a few to fit more warps. Folded, each of a
     thread's columns has moments of its own, and eight warps may have all registers."""
@@ -330,7 +325,7 @@ def _of_channels(n_warps: int, kind: str, **blocks: int) -> Config:
 def _holding(
     kernel: str, kind: str, lanes: int, vector: int, held: int, held_bytes: int, adds: bool, merged: int
 ) -> list[Config]:
-    """Programs that wait: with as many threads as hold a tile, two a multiprocessor, and with twice as many."""
+    """For programs that wait: as few threads as can keep a tile of theirs, and twice as many."""
     in_thread = THREAD_HELD_BYTES[kind]
     backward = kernel == "channels_backward_kernel"
     if kind == "folded" and backward:
