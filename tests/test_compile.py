@@ -103,16 +103,36 @@ def operators(device: str) -> dict[str, tuple]:
     return {
         "rows_forward, inference": (
             ops.rows_forward,
-            (x, None, weight, None, False, 6, 1e-5, 0.0, True, torch.bfloat16, None),
+            (x, None, weight, None, False, 6, 1e-5, 0.0, True, torch.bfloat16, None, None),
         ),
-        "rows_forward, training": (ops.rows_forward, (x, None, weight, weight, True, 6, 1e-5, 0.0, True, None, None)),
+        "rows_forward, training": (
+            ops.rows_forward,
+            (x, None, weight, weight, True, 6, 1e-5, 0.0, True, None, None, torch.half),
+        ),
         "rows_forward, residual": (
             ops.rows_forward,
-            (x.half(), x, weight, None, True, 6, 1e-5, 1.0, False, None, torch.float64),
+            (x.half(), x, weight, None, True, 6, 1e-5, 1.0, False, None, torch.float64, None),
         ),
         "rows_backward": (
             ops.rows_backward,
-            (x, None, x + 1, weight, None, row_statistics, x.dtype, None, row_wanted, 6, 1e-5, 0.0, True, None, None),
+            (
+                x,
+                None,
+                x + 1,
+                weight,
+                None,
+                row_statistics,
+                x.dtype,
+                None,
+                row_wanted,
+                6,
+                1e-5,
+                0.0,
+                True,
+                None,
+                None,
+                None,
+            ),
         ),
         "rows_backward, residual": (
             ops.rows_backward,
@@ -132,6 +152,7 @@ def operators(device: str) -> dict[str, tuple]:
                 False,
                 None,
                 None,
+                torch.half,
             ),
         ),
         "batch_norm_forward": (

@@ -1,4 +1,4 @@
-"""The arguments that torch's functions don't have: residual, residual_dtype, weight_offset, out_dtype."""
+"""The arguments that torch's functions don't have: residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype."""
 
 import pytest
 import torch
@@ -160,6 +160,62 @@ def test_weight_offset_is_added_in_fp32(norm, device):
     torch.testing.assert_close(y / plain, torch.full_like(y, 1 + weight[0].item()), rtol=1e-6, atol=0)
 
 
+def by_steps(norm, x, weight, bias, x_hat_dtype, out_dtype):
+    """What x_hat_dtype asks for, in torch: the norm without a weight, rounded, and then the weight."""
+    x_hat = norm.theirs((x.shape[-1],))(x.float()).to(x_hat_dtype).float()
+    y = x_hat * weight.float()
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+@pytest.mark.parametrize("columns", [40, 33, 300])
+@pytest.mark.parametrize(
+    ("dtype", "x_hat_dtype", "weight_dtype", "out_dtype"),
+    [
+        (HALF, HALF, HALF, HALF),
+        (HALF, HALF, torch.float32, torch.float32),
+        (torch.float16, torch.float16, torch.float32, torch.float16),
+        (torch.float32, HALF, HALF, HALF),
+    ],
+)
+def test_x_hat_is_rounded_before_the_weight(
+    norm, dtype, x_hat_dtype, weight_dtype, out_dtype, columns, numbers, device
+):
+    """Bits are those of the steps, but where fp32 roundoff moves x_hat over the middle between two neighbours."""
+    numbers(INTERPRETED_TILE=128, INTERPRETED_SMS=3, WHOLE_ROW_BYTES=512)
+    x, weight, bias, dy = norm.drawn((12, columns), 1, torch.float32, device)
+    x, weight, dy = x.to(dtype), weight.to(weight_dtype), dy.to(out_dtype)
+    bias = None if bias is None else bias.to(weight_dtype)
+    function = norm.ours((columns,), x_hat_dtype=x_hat_dtype, out_dtype=out_dtype)
+    actual = run(function, x, weight, bias, dy)
+    expected = by_steps(norm, x, weight, bias, x_hat_dtype, out_dtype)
+    single = norm.ours((columns,), out_dtype=out_dtype)(x, weight, bias)
+    fp32 = torch.finfo(torch.float32).eps
+    close = torch.isclose(actual.y.double(), expected.double(), rtol=4 * fp32, atol=4 * fp32)
+    assert (~close).double().mean() < 0.01
+    torch.testing.assert_close(actual.y, expected, rtol=4 * torch.finfo(x_hat_dtype).eps, atol=4 * fp32)
+    assert (single != actual.y).double().mean() > 0.1
+    x_hat = norm.theirs((columns,))(x.float()).to(x_hat_dtype).double()
+    dweight = (dy.double() * x_hat).sum(0)
+    tolerance = 2 * torch.finfo(weight_dtype).eps
+    scale = (dy.double() * x_hat).abs().sum(0).max().item()
+    torch.testing.assert_close(actual.dweight.double(), dweight, rtol=tolerance, atol=tolerance * scale / 4)
+    plain = run(norm.ours((columns,), out_dtype=out_dtype), x, weight, bias, dy)
+    assert torch.equal(actual.dx, plain.dx)
+
+
+@pytest.mark.parametrize("x_hat_dtype", [torch.float32, torch.float64])
+def test_x_hat_is_not_rounded_to_more_than_it_has(norm, x_hat_dtype, device):
+    x, weight, bias, _ = norm.drawn((6, 40), 1, torch.float32, device)
+    assert torch.equal(norm.ours((40,), x_hat_dtype=x_hat_dtype)(x, weight, bias), norm.ours((40,))(x, weight, bias))
+
+
+def test_x_hat_of_fp64_is_rounded(norm, device):
+    x, weight, bias, _ = norm.drawn((6, 40), 1, torch.float64, device)
+    y = norm.ours((40,), x_hat_dtype=torch.float32)(x, weight, bias)
+    expected = norm.theirs((40,))(x).float().double() * weight
+    torch.testing.assert_close(y, expected if bias is None else expected + bias, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.float64])
 def test_out_dtype(norm, out_dtype, device):
     x, weight, bias, dy = norm.drawn((6, 40), 1, HALF, device)
@@ -195,7 +251,8 @@ def test_torchs_path_computes_the_same(norm, dtype, residual_dtype, total_dtype,
     for backend in ("triton", "torch"):
         leaves = [tensor.detach().requires_grad_() for tensor in (x, residual, weight)]
         with triton_norm.backend(backend):
-            function = norm.ours((40,), residual=leaves[1], residual_dtype=total_dtype, weight_offset=1.0)
+            options = {"weight_offset": 1.0, "x_hat_dtype": torch.float16}
+            function = norm.ours((40,), residual=leaves[1], residual_dtype=total_dtype, **options)
             y, total = function(leaves[0], leaves[2], bias)
         grads = torch.autograd.grad((y, total), leaves, (dy, dtotal.to(total.dtype)))
         found[backend] = (y, total, *grads)
@@ -257,6 +314,8 @@ WRONG = [
     ({"residual_dtype": HALF}, ValueError, "residual_dtype=torch.bfloat16 was given without a residual"),
     ({"residual": X, "residual_dtype": "half"}, TypeError, "'residual_dtype' must be torch.dtype, not str"),
     ({"residual": X, "residual_dtype": torch.int32}, NotImplementedError, "residual_dtype.*torch.int32"),
+    ({"x_hat_dtype": torch.int8}, NotImplementedError, "x_hat_dtype.*torch.int8"),
+    ({"x_hat_dtype": 16}, TypeError, "'x_hat_dtype' must be torch.dtype, not int"),
     ({"out_dtype": torch.complex64}, NotImplementedError, "out_dtype.*torch.complex64"),
     ({"out_dtype": "float"}, TypeError, "'out_dtype' must be torch.dtype, not str"),
     ({"weight_offset": "1"}, TypeError, "'weight_offset' must be float, not str"),

@@ -20,6 +20,19 @@ points = workloads.bars(("layer_norm", "rms_norm")) + workloads.bars(("layer_nor
 found = resources.records(points, sys.argv[1:], at_once=len(points))
 """
 
+ROUNDED = """
+from dataclasses import replace
+from functools import partial
+
+import torch
+from perf import resources, workloads
+
+rms_norm = partial(resources.OPS.rms_norm, x_hat_dtype=torch.bfloat16, out_dtype=torch.bfloat16)
+resources.OPS = replace(resources.OPS, rms_norm=rms_norm)
+points = workloads.bars(("rms_norm",), dtypes=("bf16",))
+found = resources.records(points, sys.argv[1:], at_once=len(points))
+"""
+
 TRAFFIC = """
 from perf import traffic, workloads
 
@@ -57,6 +70,15 @@ def test_machine_code_of_every_row_length(target, tmp_path):
     }  # fmt: skip
     assert {(name, "load") for name in ("x", "residual", "dy")} < moved(compiled)
     assert {(name, "store") for name in ("y", "total", "dx")} < moved(compiled)
+    found = [f"{named(record)}: {', '.join(wanting(record, 128))}" for record in compiled if wanting(record, 128)]
+    assert not found, "\n".join(found)
+
+
+def test_machine_code_with_x_hat_rounded(tmp_path):
+    """As Hugging Face's Llama asks for it."""
+    pytest.importorskip("triton")
+    compiled = records(ROUNDED, "sm_90", TRITON_CACHE_DIR=str(tmp_path))
+    assert {record["shape"][-1] for record in compiled} == set(BAR_COLUMNS)
     found = [f"{named(record)}: {', '.join(wanting(record, 128))}" for record in compiled if wanting(record, 128)]
     assert not found, "\n".join(found)
 

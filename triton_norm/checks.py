@@ -119,12 +119,14 @@ def fused(
     residual: Tensor | None,
     residual_dtype: torch.dtype | None,
     weight_offset: float,
+    x_hat_dtype: torch.dtype | None,
     out_dtype: torch.dtype | None,
 ) -> None:
     """Raises for what torch's functions don't take, before anything is written."""
     _is_tensor(function, "residual", residual)
     _is_number(function, "weight_offset", weight_offset)
     _is_dtype(function, "residual_dtype", residual_dtype)
+    _is_dtype(function, "x_hat_dtype", x_hat_dtype)
     _is_dtype(function, "out_dtype", out_dtype)
     _is_floating(function, x)
     if residual is None:

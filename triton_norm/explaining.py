@@ -18,8 +18,8 @@ def _explain_rows(function: str, input: Tensor, *arguments: Any, **named_argumen
     named = given.arguments
     weight, bias, residual = named["weight"], named.get("bias"), named["residual"]
     shape = checks.rows(function, input, named["normalized_shape"], weight, bias, named["eps"])
-    fused = tuple(named[name] for name in ("residual_dtype", "weight_offset", "out_dtype"))
-    if (residual, *fused) != (None, None, 0.0, None):
+    fused = tuple(named[name] for name in ("residual_dtype", "weight_offset", "x_hat_dtype", "out_dtype"))
+    if (residual, *fused) != (None, None, 0.0, None, None):
         checks.fused(function, input, weight, residual, *fused)
     columns = math.prod(shape)
     copied = [

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,16 +55,18 @@ def _check(
     residual: Tensor | None,
     residual_dtype: torch.dtype | None,
     weight_offset: float,
+    x_hat_dtype: torch.dtype | None,
     out_dtype: torch.dtype | None,
 ) -> tuple[rows.Options, str | None]:
     """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments."""
     shape = checks.rows(function, x, normalized_shape, weight, bias, eps)
-    if (residual, residual_dtype, weight_offset, out_dtype) != (None, None, 0.0, None):
-        checks.fused(function, x, weight, residual, residual_dtype, weight_offset, out_dtype)
+    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    if fused != (None, None, 0.0, None, None):
+        checks.fused(function, x, weight, *fused)
     if eps is None:
         eps = torch.finfo(reference.compute_dtype(x)).eps
     n_cols, centred = math.prod(shape), function == "layer_norm"
-    options = rows.Options(n_cols, float(eps), float(weight_offset), centred, out_dtype, residual_dtype)
+    options = rows.Options(n_cols, float(eps), float(weight_offset), centred, out_dtype, residual_dtype, x_hat_dtype)
     return options, unserved(x, weight, bias, residual, columns=n_cols)
 
 
@@ -72,7 +74,7 @@ def _checked(function: str, x: Tensor, arguments: _Arguments) -> tuple[rows.Opti
     """As `_check`; a call like an earlier one is not checked again."""
     if torch.compiler.is_compiling():
         return _check(function, x, *arguments)
-    normalized_shape, weight, bias, eps, residual, residual_dtype, weight_offset, out_dtype = arguments
+    normalized_shape, weight, bias, eps, residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype = arguments
     try:
         key = (
             function,
@@ -90,6 +92,7 @@ def _checked(function: str, x: Tensor, arguments: _Arguments) -> tuple[rows.Opti
             None if residual is None else _kind(residual),
             residual_dtype,
             weight_offset,
+            x_hat_dtype,
             out_dtype,
         )
         found = _served.get(key)
@@ -105,15 +108,17 @@ def _checked(function: str, x: Tensor, arguments: _Arguments) -> tuple[rows.Opti
     return found
 
 
-def _normalize(function: str, x: Tensor, arguments: _Arguments) -> Any:
-    """layer_norm or rms_norm."""
+def normalize(function: str, x: Tensor, arguments: _Arguments, instead: Callable[[Tensor], Any] | None = None) -> Any:
+    """layer_norm or rms_norm; `instead`, if any, computes what the kernels can't serve."""
     autocast = _autocasts(function, x)
     if autocast and arguments[-1] is None and x.dtype in _HALVES:
         arguments = (*arguments[:-1], torch.float32)  # autocast would cast the input; the kernel reads it as it is
     options, reason = _checked(function, x, arguments)
-    normalized_shape, weight, bias, eps, residual, residual_dtype, _, out_dtype = arguments
+    normalized_shape, weight, bias, eps, residual, residual_dtype, _, _, out_dtype = arguments
     if goes_to_triton(reason):
         return rows.normalize(x, residual, weight, bias, options)
+    if instead is not None:
+        return instead(x)
     shape = tuple(normalized_shape)
     if residual is None:
         return _torch_normalize(x, shape, weight, bias, eps, options, autocast)
@@ -133,7 +138,7 @@ def _torch_normalize(
 ) -> Tensor:
     """torch's own function where it computes what is asked for."""
     own_dtype = torch.float32 if autocast and x.dtype in _HALVES else x.dtype
-    plain = options.weight_offset == 0.0 and options.out_dtype in (None, own_dtype)
+    plain = options.weight_offset == 0.0 and options.x_hat_dtype is None and options.out_dtype in (None, own_dtype)
     if plain and (autocast or _uniform(x, weight, bias)):
         if options.centred:
             return F.layer_norm(x, shape, weight, bias, options.eps)
@@ -146,6 +151,7 @@ def _torch_normalize(
         options.eps,
         centred=options.centred,
         weight_offset=options.weight_offset,
+        x_hat_dtype=options.x_hat_dtype,
         out_dtype=options.out_dtype,
     )
 
@@ -160,6 +166,7 @@ def layer_norm(
     residual: Tensor | None = None,
     residual_dtype: torch.dtype | None = None,
     weight_offset: float = 0.0,
+    x_hat_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:
     r"""y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias over the trailing axes, as
@@ -177,6 +184,7 @@ def layer_norm(
         residual: of input's shape and any of those types; both outputs' gradients flow to it and to input.
         residual_dtype: the type of total; None is the residual's.
         weight_offset: added to the weight in float32: 1 for a weight that is stored as its distance from 1.
+        x_hat_dtype: a narrower type that x_hat, what the weight is applied to, is rounded to first; None: it is not.
         out_dtype: the type of y; None is input's (float32 where CUDA's autocast says so).
 
     Returns:
@@ -190,8 +198,8 @@ def layer_norm(
     Statistics are computed and saved in float32, in float64 for float64 input. A sample's result has the same bits
     whatever other samples are beside it. Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
-    fused = residual, residual_dtype, weight_offset, out_dtype
-    return _normalize("layer_norm", input, (normalized_shape, weight, bias, eps, *fused))
+    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    return normalize("layer_norm", input, (normalized_shape, weight, bias, eps, *fused))
 
 
 def rms_norm(
@@ -203,6 +211,7 @@ def rms_norm(
     residual: Tensor | None = None,
     residual_dtype: torch.dtype | None = None,
     weight_offset: float = 0.0,
+    x_hat_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:
     r"""y = x / sqrt(E[x²] + eps) · (weight + weight_offset) over the trailing axes, as torch.nn.functional.rms_norm.
@@ -219,6 +228,7 @@ def rms_norm(
         residual: of input's shape and any of those types; both outputs' gradients flow to it and to input.
         residual_dtype: the type of total; None is the residual's.
         weight_offset: added to the weight in float32: 1 for a weight that is stored as its distance from 1.
+        x_hat_dtype: a narrower type that x_hat, what the weight is applied to, is rounded to first; None: it is not.
         out_dtype: the type of y; None is input's (float32 where CUDA's autocast says so).
 
     Returns:
@@ -229,12 +239,13 @@ def rms_norm(
         TypeError: an argument is of the wrong type.
         ValueError: input of no dimensions, residual_dtype without residual, or weight_offset without weight.
 
-    y is rounded once, after the weight. Mean squares are computed and saved in float32, in float64 for float64 input. A
-    sample's result has the same bits whatever other samples are beside it.
+    y is rounded once, after the weight; with input's type for x_hat_dtype also before it, as by Hugging Face's Llama.
+    Mean squares are computed and saved in float32, in float64 for float64 input. A sample's result has the same bits
+    whatever other samples are beside it.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
-    fused = residual, residual_dtype, weight_offset, out_dtype
-    return _normalize("rms_norm", input, (normalized_shape, weight, None, eps, *fused))
+    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    return normalize("rms_norm", input, (normalized_shape, weight, None, eps, *fused))
 
 
 def batch_norm(

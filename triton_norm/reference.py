@@ -41,17 +41,22 @@ def normalize(
     *,
     centred: bool = True,
     weight_offset: float = 0.0,
+    x_hat_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias over the trailing axes, var biased: LayerNorm.
 
-    RMSNorm unless `centred`: mean is 0, and var is E[x²].
+    RMSNorm unless `centred`: mean is 0, and var is E[x²]. Before the weight, x_hat is rounded to x_hat_dtype, if any.
     """
     axes = tuple(range(-len(normalized_shape), 0))
     x_hat = x.to(compute_dtype(x))
     if centred:
         x_hat = x_hat - x_hat.mean(axes, keepdim=True)
     x_hat = x_hat * torch.rsqrt((x_hat * x_hat).mean(axes, keepdim=True) + eps)
+    if x_hat_dtype is not None:
+        x_hat = (
+            x_hat + (x_hat.to(x_hat_dtype).to(x_hat.dtype) - x_hat).detach()
+        )  # exact; a cast rounds the gradient too
     return _affine(x_hat, weight, bias, weight_offset).to(out_dtype or x.dtype)
 
 

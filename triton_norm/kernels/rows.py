@@ -93,6 +93,14 @@ def exchange_moments(
 
 
 @triton.jit
+def rounded(x_hat, ROUNDED: tl.constexpr):
+    """x_hat rounded to the type ROUNDED, in its own; as it is where that is None."""
+    if ROUNDED is not None:
+        x_hat = x_hat.to(ROUNDED).to(x_hat.dtype)
+    return x_hat
+
+
+@triton.jit
 def centred_on(x, mean, rest, CENTRED: tl.constexpr):
     """x − mean − rest in the mean's type."""
     centred = x.to(mean.dtype)
@@ -102,9 +110,9 @@ def centred_on(x, mean, rest, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET: tl.constexpr):
-    """centred · rstd · (weight + WEIGHT_OFFSET) + bias; either parameter may be None."""
-    y = centred * rstd
+def normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
+    """x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = centred · rstd; either parameter may be None."""
+    y = rounded(centred * rstd, ROUNDED)
     if weight_ptr is not None:
         y *= load_columns(weight_ptr, cols, n_cols, WEIGHT_OFFSET, rstd.dtype)
     if bias_ptr is not None:
@@ -129,6 +137,7 @@ def rows_forward_kernel(
     residual_row_vecs,
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
+    ROUNDED: tl.constexpr,
     CENTRED: tl.constexpr,
     V: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -138,7 +147,8 @@ def rows_forward_kernel(
     PEERS: tl.constexpr,
 ):
     """x [n_rows, n_cols] with rows x_row_vecs · V apart → y [n_rows, n_cols] contiguous; statistics are the rows'
-    means [n_rows], if CENTRED, and then their rstds [n_rows].
+    means [n_rows], if CENTRED, and then their rstds [n_rows]. ROUNDED is the type that x_hat = (x − mean) · rstd is
+    rounded to before the weight, or None.
 
     With a residual, likewise strided, what is normalized is total = x + residual, contiguous and rounded to its own
     type. A span of a row is PIECES pieces of BLOCK_N columns, the last of which stays in registers: the others are
@@ -192,7 +202,7 @@ def rows_forward_kernel(
     rstd = tl.rsqrt(m2 / to_float(n_cols, COMPUTE) + EPS)
     if PIECES > 1 or PEERS > 1:
         centred = centred_on(x, mean, rest, CENTRED)
-    y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET)
+    y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
     tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
     if PIECES > 1:
         swept_rows = x_rows
@@ -205,7 +215,7 @@ def rows_forward_kernel(
             mask = (rows < n_rows) & (cols < n_cols)
             x = tl.load(at(swept_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
             centred = centred_on(x, mean, rest, CENTRED)
-            y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET)
+            y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
             tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
     if statistics_ptr is not None:
         if CENTRED:

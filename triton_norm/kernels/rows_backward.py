@@ -5,7 +5,7 @@ import triton.language as tl
 
 from triton_norm.kernels.exchange import meet, take_place
 from triton_norm.kernels.moments import tile_sum, to_float
-from triton_norm.kernels.rows import at
+from triton_norm.kernels.rows import at, rounded
 
 
 @triton.jit
@@ -77,6 +77,7 @@ def rows_backward_kernel(
     DY_COLUMN_STRIDE: tl.constexpr,
     DTOTAL_COLUMN_STRIDE: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
+    ROUNDED: tl.constexpr,
     CENTRED: tl.constexpr,
     V: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -87,7 +88,8 @@ def rows_backward_kernel(
     HOLD_WEIGHT: tl.constexpr,
 ):
     """dx = (wdy − mean(wdy) − x_hat · mean(wdy · x_hat)) · rstd + dtotal with wdy = dy · (weight + WEIGHT_OFFSET), and
-    each team's share of dweight = Σ dy · x_hat and dbias = Σ dy over the rows. mean(wdy) is 0 unless CENTRED.
+    each team's share of dweight = Σ dy · x_hat and dbias = Σ dy over the rows. mean(wdy) is 0 unless CENTRED; dweight's
+    x_hat is rounded to the type ROUNDED where that is not None, as the forward's was.
 
     dy, dtotal and x [n_rows, n_cols] → dx and dresidual, of equal values, [n_rows, n_cols] contiguous, dweight_sums and
     dbias_sums [n_teams, n_cols]. A team takes every n_teams-th group of BLOCK_M rows; its n_peers = cdiv(n_cols,
@@ -130,7 +132,8 @@ def rows_backward_kernel(
                 x_hat = tl.where(mask, x_hat - tl.load(statistics_ptr + rows, mask=row_mask, other=0.0), 0.0)
             x_hat *= rstd
         if dweight_sums_ptr is not None:
-            dweight += dy * x_hat if KEPT == BLOCK_M else tile_sum(dy * x_hat, 0)
+            dyx = dy * rounded(x_hat, ROUNDED)
+            dweight += dyx if KEPT == BLOCK_M else tile_sum(dyx, 0)
         if dbias_sums_ptr is not None:
             dbias += dy if KEPT == BLOCK_M else tile_sum(dy, 0)
         if dx_ptr is not None:

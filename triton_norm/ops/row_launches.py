@@ -15,8 +15,8 @@ from triton_norm.reference import compute_dtype
 
 class Options(NamedTuple):
     """What a call asks for besides its tensors. `centred` is LayerNorm, otherwise RMSNorm; out_dtype None is x's,
-    total_dtype None the residual's. `launchers` are those made for calls whose tensors are of the kinds of this one's,
-    None for a call that is not known to be of real tensors.
+    total_dtype None the residual's; x_hat is rounded to x_hat_dtype where that is given. `launchers` are those made for
+    calls whose tensors are of the kinds of this one's, None for a call that is not known to be of real tensors.
     """
 
     n_cols: int
@@ -25,6 +25,7 @@ class Options(NamedTuple):
     centred: bool
     out_dtype: torch.dtype | None
     total_dtype: torch.dtype | None
+    x_hat_dtype: torch.dtype | None = None
     launchers: dict[Any, Launcher] | None = None
 
 
@@ -88,6 +89,12 @@ def _vector(misaligned: int, extents: int, tensors: Sequence[Tensor | None]) -> 
     return min(vector, max(1, (misaligned & -misaligned) // max(itemsizes))) if misaligned else vector
 
 
+def _rounded(options: Options, compute: torch.dtype) -> Any:
+    """What the kernels round x_hat to, if that is narrower than what they compute in."""
+    dtype = options.x_hat_dtype
+    return None if dtype is None or dtype.itemsize >= compute.itemsize else triton_dtype(dtype)
+
+
 def _names(*tensors: Tensor | None) -> str:
     return ", ".join(name_of(tensor.dtype) for tensor in tensors if tensor is not None)
 
@@ -127,6 +134,7 @@ def _forward_launcher(
         (n_cols // vector, x_stride // vector, residual_stride // vector),
         EPS=options.eps,
         WEIGHT_OFFSET=options.weight_offset,
+        ROUNDED=_rounded(options, compute),
         CENTRED=options.centred,
         V=vector,
         COMPUTE=triton_dtype(compute),
@@ -207,6 +215,7 @@ def _backward_launcher(
         DY_COLUMN_STRIDE=dy.column,
         DTOTAL_COLUMN_STRIDE=dtotal.column,
         WEIGHT_OFFSET=options.weight_offset,
+        ROUNDED=_rounded(options, compute),
         CENTRED=options.centred,
         V=vector,
         COMPUTE=triton_dtype(compute),

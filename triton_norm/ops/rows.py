@@ -12,7 +12,10 @@ from triton_norm.ops.row_launches import Gradients, Options, Outputs, backward, 
 
 __all__ = ["Options", "RowsFunction", "normalize"]
 
-_OPTIONS = "SymInt n_cols, float eps, float weight_offset, bool centred, ScalarType? out_dtype, ScalarType? total_dtype"
+_OPTIONS = (
+    "SymInt n_cols, float eps, float weight_offset, bool centred, ScalarType? out_dtype, ScalarType? total_dtype, "
+    "ScalarType? x_hat_dtype"
+)
 _FORWARD = f"Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool saves, {_OPTIONS}"
 _BACKWARD = (
     "Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, ScalarType dx_dtype, "
@@ -138,6 +141,7 @@ def _differentiable_gradients(
             options.eps,
             centred=options.centred,
             weight_offset=options.weight_offset,
+            x_hat_dtype=options.x_hat_dtype,
             out_dtype=options.out_dtype or x_dtype,
         )
         return y.reshape(x.shape)
