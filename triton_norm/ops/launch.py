@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,21 @@ for _remembers in (multiprocessors, cache_bytes):
     tuning.when_forgotten(_remembers.cache_clear)
 
 _zeros: dict[tuple[int, int], Tensor] = {}
+
+_starting: threading.RLock
+"""Held by the one thread that searches, compiles or interprets: Triton's interpreter keeps its place in globals, and a
+search times launches."""
+
+
+def _make_lock() -> None:
+    """Anew in a forked child, where the thread that held it may not exist."""
+    global _starting
+    _starting = threading.RLock()
+
+
+_make_lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_make_lock)
 
 
 def zeros(n: int, device: torch.device) -> Tensor:
@@ -132,7 +148,9 @@ class Launcher:
 
     def _start(self, integers: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
         arguments = (*tensors, *integers, *self._scalars)
-        with on(self._device):
+        with _starting, on(self._device):
+            if self._config is None:
+                self._config = tuning.chosen(self.space, self._gpu)  # which another launcher may have found by now
             if self._config is None:
                 assert self._gpu is not None
                 count_of = self._n_programs
