@@ -1,5 +1,6 @@
 """Normalization layers for PyTorch as Triton kernels, with the interface of torch.nn and torch.nn.functional."""
 
+from triton_norm.converting import Report, convert, revert
 from triton_norm.dispatch import Explanation, backend
 from triton_norm.explaining import explain
 from triton_norm.folding import fold_batch_norm
@@ -13,12 +14,15 @@ __all__ = [
     "Explanation",
     "LayerNorm",
     "RMSNorm",
+    "Report",
     "SyncBatchNorm",
     "backend",
     "batch_norm",
+    "convert",
     "explain",
     "fold_batch_norm",
     "layer_norm",
+    "revert",
     "rms_norm",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,54 @@
+"""Which of torch's norms the code of a class calls as functions, read from its bytecode and not run."""
+
+import dis
+import inspect
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+_NAMES: dict[Any, str] = {
+    F.layer_norm: "torch.nn.functional.layer_norm",
+    F.rms_norm: "torch.nn.functional.rms_norm",
+    F.batch_norm: "torch.nn.functional.batch_norm",
+    torch.layer_norm: "torch.layer_norm",
+    torch.rms_norm: "torch.rms_norm",
+    torch.batch_norm: "torch.batch_norm",
+    torch.native_layer_norm: "torch.native_layer_norm",
+    torch.native_batch_norm: "torch.native_batch_norm",
+    getattr(torch, "_transformer_encoder_layer_fwd", None): "torch's fused encoder layer, in evaluation,",
+}
+
+
+def norms_called_by(cls: type[Any]) -> tuple[str, ...]:
+    """Names of the functions, of those that its methods name by way of their globals and of modules there."""
+    found = {
+        _NAMES[value]: None
+        for base in cls.__mro__
+        if base not in (object, nn.Module)
+        for method in vars(base).values()
+        if isinstance(method, FunctionType)
+        for function in (inspect.unwrap(method),)
+        for value in _named(function.__code__, function.__globals__)
+        if isinstance(value, (FunctionType, type(torch.layer_norm))) and value in _NAMES
+    }
+    return tuple(found)
+
+
+def _named(code: CodeType, variables: dict[str, Any]) -> Iterator[Any]:
+    """The values of the global names, and of what is looked up in modules from there, such as F.layer_norm."""
+    value: Any = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            value = variables.get(instruction.argval)
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, ModuleType):
+            value = getattr(value, instruction.argval, None)
+        elif instruction.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
+            value = None
+        yield value
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _named(constant, variables)

@@ -1,0 +1,233 @@
+"""The norms of a model that exists, torch's and Hugging Face's, made this library's in place, and back."""
+
+import fnmatch
+import types
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import parametrize
+
+from triton_norm import hugging_face, modules
+from triton_norm.calls import norms_called_by
+
+Selection = str | type[nn.Module]
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: modules.LayerNorm,
+    nn.RMSNorm: modules.RMSNorm,
+    nn.BatchNorm1d: modules.BatchNorm1d,
+    nn.BatchNorm2d: modules.BatchNorm2d,
+    nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.SyncBatchNorm: modules.SyncBatchNorm,
+}
+_BATCH_NORMS = {
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d),
+}
+_NORMS = (*_OURS, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_WAS = "_triton_norm_was"
+"""The attribute of a converted module that holds the class it had."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `convert` did, by the names of the modules, "" being the model itself; print it for a table.
+
+    `converted` says of each what it was and is. `skipped` says why each other norm stays as it is, and which modules
+    call a norm as a function, which no exchange of modules reaches.
+    """
+
+    converted: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in (*self.converted, *self.skipped)), default=0)
+        lines = []
+        for title, entries in (("converted", self.converted), ("skipped", self.skipped)):
+            lines.append(f"{len(entries)} {title}")
+            lines += [f"  {name or '(the model)':{max(width, 11)}}  {text}" for name, text in entries.items()]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    include: Selection | Collection[Selection] | None = None,
+    exclude: Selection | Collection[Selection] = (),
+    sync_batch_norm: bool = False,
+    process_group: Any = None,
+) -> Report:
+    """Makes the norms inside `model` this library's, in place: each keeps everything but its class.
+
+    Parameters, buffers, state_dict, hooks, device, mode, and the names of a module that has several, stay. Converted
+    are modules of exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d and SyncBatchNorm, and of those
+    classes of Hugging Face's transformers that `triton_norm.hugging_face` lists, for which their own arithmetic,
+    rounding included, is kept. Every other norm is skipped: subclasses, whose forward may differ, parametrized modules,
+    and what is not known. To convert is cheap, and to convert again harmless. Convert before `fully_shard`, which gives
+    the modules that it is called on classes of their own; before or after DistributedDataParallel, torch.compile and a
+    device_map.
+
+    Args:
+        include: what alone to convert: names as in `model.named_modules()`, with shell-style wildcards, each for the
+            module of that name and all inside it, and classes, each for the modules of exactly that class.
+        exclude: what to leave, likewise; wins over `include`.
+        sync_batch_norm: whether to make BatchNorm1d to 3d, torch's and this library's, SyncBatchNorm.
+        process_group: for these; None is all processes. torch.nn.SyncBatchNorm keeps its own.
+
+    Returns:
+        a `Report` of what was converted, and of what was skipped and why.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a name selects nothing, or process_group without sync_batch_norm.
+
+    A call that raises has changed nothing. `revert` undoes it.
+    """
+    _check(model, sync_batch_norm, process_group)
+    named = list(model.named_modules(remove_duplicate=False))
+    included = None if include is None else _selected("include", include, named)
+    excluded = _selected("exclude", exclude, named)
+    report = Report()
+    becomes: dict[nn.Module, type[nn.Module]] = {}
+    for name, module in named:
+        target = _target(type(module), sync_batch_norm)
+        reason = _obstacle(module, target)
+        if target is not None and reason is None:
+            if module in excluded:
+                reason = "excluded"
+            elif included is not None and module not in included:
+                reason = "not included"
+        if reason is not None:
+            report.skipped[name] = reason
+        elif target is not None:
+            becomes[module] = target
+            report.converted[name] = f"{_described(type(module))} → {_described(target)}"
+    for module, target in becomes.items():
+        module.__dict__.setdefault(_WAS, type(module))
+        _become(module, target)
+        if target is modules.SyncBatchNorm and "process_group" not in module.__dict__:
+            module.process_group = process_group
+    return report
+
+
+def revert(model: nn.Module) -> tuple[str, ...]:
+    """Gives every module that `convert` converted inside `model` the class back that it had; returns their names.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: something else has changed the class of a converted module since, by `fully_shard` or a
+            parametrization; nothing is reverted then.
+    """
+    _check(model)
+    converted = [pair for pair in model.named_modules(remove_duplicate=False) if _WAS in pair[1].__dict__]
+    for name, module in converted:
+        if not _is_ours(type(module)):
+            raise RuntimeError(
+                f"revert(): {name!r} was converted, but is a {type(module).__name__} now: undo that first"
+            )
+    for module in {module: None for _, module in converted}:
+        original = module.__dict__.pop(_WAS)
+        _become(module, original)
+        if original in _BATCH_NORMS:
+            module.__dict__.pop("process_group", None)
+    return tuple(name for name, _ in converted)
+
+
+def _check(model: object, sync_batch_norm: bool = False, process_group: object = None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+    if process_group is None:
+        return
+    if not sync_batch_norm:
+        raise ValueError("convert(): process_group was given without sync_batch_norm=True")
+    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        kind = type(process_group).__name__
+        raise TypeError(f"convert(): argument 'process_group' must be a ProcessGroup of torch.distributed, not {kind}")
+
+
+def _selected(
+    argument: str, selections: Selection | Collection[Selection], named: list[tuple[str, nn.Module]]
+) -> set[nn.Module]:
+    """The modules that are selected by one of their names, by that of a module they are in, or by their class."""
+    if isinstance(selections, (str, type)):
+        selections = (selections,)
+    elif not isinstance(selections, Collection):
+        raise TypeError(f"convert(): argument '{argument}' must hold names and classes, not {selections!r}")
+    found: set[nn.Module] = set()
+    for selection in selections:
+        if isinstance(selection, type) and issubclass(selection, nn.Module):
+            found |= {module for _, module in named if type(module) is selection}
+        elif isinstance(selection, str):
+            inside = {module for name, module in named if fnmatch.fnmatchcase(name, selection)}
+            if not inside:
+                raise ValueError(f"convert(): argument '{argument}': the model has no module named {selection!r}")
+            found.update(part for module in inside for part in module.modules())
+        else:
+            raise TypeError(f"convert(): argument '{argument}' must hold names and classes, not {selection!r}")
+    return found
+
+
+def _target(cls: type[nn.Module], sync_batch_norm: bool) -> type[nn.Module] | None:
+    """What modules of exactly this class become."""
+    if sync_batch_norm and cls in _BATCH_NORMS:
+        return modules.SyncBatchNorm
+    return _OURS.get(cls) or hugging_face.counterpart(cls)
+
+
+def _obstacle(module: nn.Module, target: type[nn.Module] | None) -> str | None:
+    """Why a module is not converted; None where it can be, and where there is nothing to say of it."""
+    cls = type(module)
+    if parametrize.is_parametrized(module) and isinstance(module, _NORMS):
+        return "parametrized"
+    if target is not None:
+        if not _forward_is_its_class(module):
+            return "its forward was replaced on the module itself"
+        if not hugging_face.computes_as_listed(module):
+            return f"its version of {cls.__name__} computes something else than the one that is known"
+        return None
+    if any(_is_ours(base) for base in cls.__mro__):
+        return "is triton_norm's already"
+    for base in cls.__mro__[1:]:
+        if _target(base, sync_batch_norm=False) is not None:
+            return f"{cls.__name__} is a subclass of {_described(base)}: its forward may differ"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and isinstance(module, _NORMS):
+        return f"{cls.__name__} becomes another class in its first call"
+    if isinstance(module, _NORMS):
+        return f"triton_norm has no {cls.__name__}"
+    called = norms_called_by(cls)
+    if called:
+        return f"{cls.__name__} calls {', '.join(called)} as a function"
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    named = str(module.original_name) if scripted else cls.__name__
+    foreign = scripted or not cls.__module__.startswith("torch.")
+    if foreign and "norm" in named.lower() and not module._modules:
+        return f"{named} is not among the classes that are known"
+    return None
+
+
+def _is_ours(cls: type[nn.Module]) -> bool:
+    return cls in _OURS.values() or hugging_face.is_counterpart(cls)
+
+
+def _described(cls: type[nn.Module]) -> str:
+    package = cls.__module__.partition(".")[0]
+    return f"{'torch.nn' if package == 'torch' else package}.{cls.__name__}"
+
+
+def _kept_forward(module: nn.Module) -> Any:
+    """The forward that accelerate's hook of a module, by which it follows a device_map, runs between its own work."""
+    return module.__dict__.get("_old_forward")
+
+
+def _forward_is_its_class(module: nn.Module) -> bool:
+    own = type(module).forward
+    return "forward" not in module.__dict__ or getattr(_kept_forward(module), "__func__", None) is own
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if _kept_forward(module) is not None:
+        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)

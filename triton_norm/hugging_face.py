@@ -1,0 +1,245 @@
+"""Norms of Hugging Face's transformers that the kernels compute as they do; transformers itself is not imported."""
+
+import functools
+import itertools
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from triton_norm import explaining, functional, reference
+from triton_norm.dispatch import Explanation
+from triton_norm.modules import LayerNorm
+
+Type = Literal["input", "weight", "promoted"]
+
+
+class Arithmetic(NamedTuple):
+    """Of an RMSNorm of the last axis: which attribute is eps, whether there is a weight and what is added to it in
+    float32, and the types that x_hat, if given, and y are rounded to: the input's, the weight's, or that of a product
+    of the two."""
+
+    eps: str = "eps"
+    weighted: bool = True
+    weight_offset: float = 0.0
+    x_hat: Type | None = None
+    y: Type = "input"
+
+
+LLAMA = Arithmetic("variance_epsilon", x_hat="input", y="promoted")
+LLAMA_4 = LLAMA._replace(eps="eps")
+OLMO_2 = Arithmetic("variance_epsilon")
+MOSHI = Arithmetic()
+GEMMA = Arithmetic(weight_offset=1.0)
+T5 = Arithmetic("variance_epsilon", x_hat="weight", y="weight")
+NANO_CHAT = Arithmetic(weighted=False)
+
+_RMS_NORMS = {
+    LLAMA: """
+        aimv2.Aimv2RMSNorm apertus.ApertusRMSNorm apertus1p5.Apertus1p5TextRMSNorm arcee.ArceeRMSNorm
+        aria.AriaTextRMSNorm axk1.AXK1RMSNorm axk2.AXK2RMSNorm bailing_hybrid.BailingHybridRMSNorm bamba.BambaRMSNorm
+        bitnet.BitNetRMSNorm blt.BltRMSNorm chameleon.ChameleonRMSNorm clvp.ClvpRMSNorm cohere2_moe.Cohere2MoeRMSNorm
+        cosmos3_edge.Cosmos3EdgeTextRMSNorm csm.CsmRMSNorm cwm.CwmRMSNorm deepseek_ocr2.DeepseekOcr2TextRMSNorm
+        deepseek_ocr2.DeepseekOcr2VisionRMSNorm deepseek_v2.DeepseekV2RMSNorm deepseek_v3.DeepseekV3RMSNorm
+        deepseek_v32.DeepseekV32RMSNorm deimv2.Deimv2RMSNorm dia.DiaRMSNorm diffllama.DiffLlamaRMSNorm doge.DogeRMSNorm
+        dots1.Dots1RMSNorm dots3_note.Dots3NoteRMSNorm emu3.Emu3RMSNorm ernie4_5.Ernie4_5RMSNorm
+        ernie4_5_moe.Ernie4_5_MoeRMSNorm ernie4_5_vl_moe.Ernie4_5_VLMoeRMSNorm eurobert.EuroBertRMSNorm
+        evolla.EvollaRMSNorm exaone4.Exaone4RMSNorm exaone4_5.Exaone4_5_RMSNorm exaone_moe.ExaoneMoeRMSNorm
+        falcon_h1.FalconH1RMSNorm falcon_mamba.FalconMambaRMSNorm glm.GlmRMSNorm glm4.Glm4RMSNorm
+        glm4_moe.Glm4MoeRMSNorm glm4_moe_lite.Glm4MoeLiteRMSNorm glm4v.Glm4vRMSNorm glm4v_moe.Glm4vMoeRMSNorm
+        glm4v_moe.Glm4vMoeTextRMSNorm glm5_next.Glm5NextRMSNorm glm5_next.Glm5NextTextRMSNorm glm_image.GlmImageRMSNorm
+        glm_moe_dsa.GlmMoeDsaRMSNorm glm_ocr.GlmOcrRMSNorm gpt_neox.GPTNeoXRMSNorm granite.GraniteRMSNorm
+        granite4_vision.Granite4VisionTextRMSNorm granite_docling.GraniteDoclingTextRMSNorm
+        granite_swa.GraniteSWARMSNorm granitemoe.GraniteMoeRMSNorm granitemoe_swa.GraniteMoeSWARMSNorm
+        granitemoehybrid.GraniteMoeHybridRMSNorm granitemoeshared.GraniteMoeSharedRMSNorm
+        higgs_audio_v2.HiggsAudioV2RMSNorm hunyuan_v1_dense.HunYuanDenseV1RMSNorm hunyuan_v1_moe.HunYuanMoEV1RMSNorm
+        hunyuan_vl.HunYuanVLRMSNorm hy_v3.HYV3RMSNorm hy_v4.HYV4RMSNorm hy_v4_vl.HYV4VLRMSNorm
+        hyperclovax.HyperCLOVAXRMSNorm idefics2.Idefics2RMSNorm idefics3.Idefics3RMSNorm inkling.InklingRMSNorm
+        internvl.InternVLVisionRMSNorm jamba.JambaRMSNorm jetmoe.JetMoeRMSNorm kimi_linear.KimiLinearRMSNorm
+        kolibri1.Kolibri1RMSNorm laguna.LagunaRMSNorm lfm2.Lfm2RMSNorm lfm2_moe.Lfm2MoeRMSNorm lfm3.Lfm3RMSNorm
+        lfm3_vl.Lfm3VlVisionRMSNorm lighton_ocr.LightOnOcrRMSNorm llama.LlamaRMSNorm longcat_flash.LongcatFlashRMSNorm
+        mamba.MambaRMSNorm mamba2.Mamba2RMSNorm mellum.MellumRMSNorm mimo_v2_flash.MiMoV2FlashRMSNorm
+        minicpm3.MiniCPM3RMSNorm minimax.MiniMaxRMSNorm minimax_m2.MiniMaxM2RMSNorm ministral.MinistralRMSNorm
+        ministral3.Ministral3RMSNorm mistral.MistralRMSNorm mistral3.Mistral3RMSNorm mistral4.Mistral4RMSNorm
+        mistral_large4.MistralLarge4RMSNorm mixtral.MixtralRMSNorm mllama.MllamaTextRMSNorm molmo2.Molmo2RMSNorm
+        muse_glimmer_assistant.MuseGlimmerAssistantRMSNorm neucodec.NeuCodecRMSNorm olmoe.OlmoeRMSNorm
+        ovis2.Ovis2RMSNorm paddleocr_vl.PaddleOCRRMSNorm pe_audio.PeAudioEncoderRMSNorm
+        pe_audio_video.PeAudioVideoEncoderRMSNorm pe_video.PeVideoEncoderRMSNorm phi3.Phi3RMSNorm
+        phi4_multimodal.Phi4MultimodalRMSNorm pixtral.PixtralRMSNorm qianfan_ocr.QianfanOCRVisionRMSNorm
+        qwen2.Qwen2RMSNorm qwen2_5_omni.Qwen2_5OmniRMSNorm qwen2_5_vl.Qwen2_5_VLRMSNorm qwen2_moe.Qwen2MoeRMSNorm
+        qwen2_vl.Qwen2VLRMSNorm qwen3.Qwen3RMSNorm qwen3_moe.Qwen3MoeRMSNorm qwen3_omni_moe.Qwen3OmniMoeCode2WavRMSNorm
+        qwen3_omni_moe.Qwen3OmniMoeRMSNorm qwen3_omni_moe.Qwen3OmniMoeTextRMSNorm
+        qwen3_omni_moe.Qwen3OmniMoeThinkerTextRMSNorm qwen3_vl.Qwen3VLTextRMSNorm qwen3_vl_moe.Qwen3VLMoeTextRMSNorm
+        sapiens2.Sapiens2RMSNorm seed_oss.SeedOssRMSNorm smollm3.SmolLM3RMSNorm smolvlm.SmolVLMRMSNorm
+        solar_open.SolarOpenRMSNorm timesfm.TimesFmRMSNorm timesfm2_5.TimesFm2_5RMSNorm ultrabert.UltrabertRMSNorm
+        ultravbert.UltraVBertRMSNorm unlimited_ocr.UnlimitedOcrTextRMSNorm vibevoice.VibeVoiceRMSNorm
+        vibevoice_acoustic_tokenizer.VibeVoiceAcousticTokenizerRMSNorm vibevoice_asr.VibeVoiceAsrRMSNorm
+        voxtral_realtime.VoxtralRealtimeRMSNorm xcodec2.Xcodec2RMSNorm youtu.YoutuRMSNorm zamba.ZambaRMSNorm
+        zamba2.Zamba2RMSNorm zaya.ZayaRMSNorm
+    """,
+    LLAMA_4: """
+        llama4.Llama4TextRMSNorm
+    """,
+    OLMO_2: """
+        afmoe.AfmoeRMSNorm beam.BeamRMSNorm deepseek_v4.DeepseekV4RMSNorm flex_olmo.FlexOlmoRMSNorm flint.FlintRMSNorm
+        gpt_oss.GptOssRMSNorm helium.HeliumRMSNorm inkling2.Inkling2RMSNorm inkling2_loop.Inkling2LoopRMSNorm
+        lara_mini.LaraMiniRMSNorm nemotron_h.NemotronHRMSNorm nemotron_h_omni.NemotronH_Omni_RMSNorm olmo2.Olmo2RMSNorm
+        olmo3.Olmo3RMSNorm olmo_hybrid.OlmoHybridRMSNorm openai_privacy_filter.OpenAIPrivacyFilterRMSNorm
+    """,
+    MOSHI: """
+        diffusion_gemma.DiffusionGemmaRMSNorm embedding_gemma2.EmbeddingGemma2RMSNorm gemma3n.Gemma3nRMSNorm
+        gemma4.Gemma4RMSNorm gemma4_unified.Gemma4UnifiedRMSNorm kyutai_speech_to_text.KyutaiSpeechToTextRMSNorm
+        moshi.MoshiRMSNorm muse_glimmer.MuseGlimmerRMSNorm muse_spark.MuseSparkRMSNorm neomme.NeoMMERMSNorm
+    """,
+    GEMMA: """
+        gemma.GemmaRMSNorm gemma2.Gemma2RMSNorm gemma3.Gemma3RMSNorm minimax_m3_vl.MiniMaxM3VLRMSNorm
+        muse_glimmer.MuseGlimmerTextCenteredRMSNorm qwen3_5.Qwen3_5RMSNorm qwen3_5_moe.Qwen3_5MoeRMSNorm
+        qwen3_next.Qwen3NextRMSNorm recurrent_gemma.RecurrentGemmaRMSNorm step3p7.Step3p7RMSNorm t5gemma.T5GemmaRMSNorm
+        t5gemma2.T5Gemma2RMSNorm vaultgemma.VaultGemmaRMSNorm
+    """,
+    T5: """
+        idefics.IdeficsRMSNorm kosmos2_5.Kosmos2_5LayerNorm longt5.LongT5LayerNorm mt5.MT5LayerNorm
+        pix2struct.Pix2StructLayerNorm pop2piano.Pop2PianoLayerNorm switch_transformers.SwitchTransformersLayerNorm
+        t5.T5LayerNorm udop.UdopLayerNorm umt5.UMT5LayerNorm
+    """,
+    NANO_CHAT: """
+        esmfold2.EsmFold2RMSNorm falcon_mamba.FalconMambaWeightlessRMSNorm hrm_text.HrmTextRMSNorm
+        llama4.Llama4TextL2Norm nanochat.NanoChatRMSNorm
+    """,
+}
+"""model.Class, from transformers.models.model.modeling_model."""
+
+_LAYER_NORMS = """
+    convnext.ConvNextLayerNorm convnextv2.ConvNextV2LayerNorm deepseek_ocr2.DeepseekOcr2SamLayerNorm
+    deepseek_vl_hybrid.DeepseekVLHybridLayerNorm dinov3_convnext.DINOv3ConvNextLayerNorm edgetam.EdgeTamLayerNorm
+    edgetam_video.EdgeTamVideoLayerNorm got_ocr2.GotOcr2LayerNorm lw_detr.LwDetrLayerNorm
+    pp_formulanet.PPFormulaNetLayerNorm rf_detr.RfDetrLayerNorm sam.SamLayerNorm sam2.Sam2LayerNorm
+    sam2_video.Sam2VideoLayerNorm sam3_tracker.Sam3TrackerLayerNorm sam3_tracker_video.Sam3TrackerVideoLayerNorm
+    sam_hq.SamHQLayerNorm seggpt.SegGptLayerNorm slanext.SLANeXtLayerNorm unlimited_ocr.UnlimitedOcrSamLayerNorm
+"""
+"""Subclasses of torch.nn.LayerNorm that call its forward, with channels first if their data_format says so."""
+
+
+def _path(cls: type) -> str:
+    """model.Class of a class of transformers, nothing of another."""
+    package, _, rest = cls.__module__.partition(".models.")
+    model, _, file = rest.partition(".")
+    return f"{model}.{cls.__qualname__}" if package == "transformers" and file == f"modeling_{model}" else ""
+
+
+ARITHMETIC = {path: arithmetic for arithmetic, paths in _RMS_NORMS.items() for path in paths.split()}
+LAYER_NORMS = frozenset(_LAYER_NORMS.split())
+
+_SERVED = (torch.float32, torch.float16, torch.bfloat16)  # of float64 they too compute in float32
+
+
+def _dtype(kind: Type | None, x: Tensor, weight: Tensor) -> torch.dtype | None:
+    if kind == "input":
+        return x.dtype
+    if kind == "promoted":
+        return torch.promote_types(x.dtype, weight.dtype)
+    return weight.dtype if kind == "weight" else None
+
+
+class _Made:
+    """A class that is made when it is asked for, where copy and pickle can't find it."""
+
+    original: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _make, (self.original,), self.__dict__
+
+
+class _RMSNorm(_Made):
+    """What a listed RMSNorm has before its own class in its order of inheritance. What the kernels can't serve is left
+    to that."""
+
+    arithmetic: Arithmetic
+
+    def _arguments(self: Any, x: Tensor) -> tuple[Any, ...] | None:
+        """Of `functional.normalize`; None where the class computes something else."""
+        eps, weighted, weight_offset, x_hat, y = self.arithmetic
+        weight = getattr(self, "weight", None) if weighted else None
+        if x.dtype not in _SERVED or x.dim() == 0:
+            return None
+        if weight is None:
+            return x.shape[-1:], None, None, getattr(self, eps), None, None, 0.0, None, x.dtype
+        if weight.dtype not in _SERVED or weight.dim() != 1:
+            return None
+        types = _dtype(x_hat, x, weight), _dtype(y, x, weight)
+        return weight.shape, weight, None, getattr(self, eps), None, None, weight_offset, *types
+
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        arguments = self._arguments(inputs[0]) if len(inputs) == 1 and not named else None
+        if arguments is None:
+            return super().forward(*inputs, **named)  # type: ignore[misc]
+        return functional.normalize("rms_norm", inputs[0], arguments, super().forward)  # type: ignore[misc]
+
+    def explain_call(self: Any, x: Tensor) -> Explanation:
+        arguments = self._arguments(x)
+        if arguments is None:
+            return Explanation("rms_norm", "torch", "the model's own forward computes something else of these types")
+        shape, weight, _, eps, _, _, weight_offset, x_hat_dtype, out_dtype = arguments
+        options = {"weight_offset": weight_offset, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
+        return explaining.explain(functional.rms_norm, x, shape, weight, eps, **options)
+
+
+class _LayerNorm(_Made):
+    """What a listed LayerNorm has before its own class."""
+
+    def explain_call(self: Any, features: Tensor) -> Explanation:
+        x = features.permute(0, 2, 3, 1) if self.data_format == "channels_first" else features
+        return super().explain_call(x)  # type: ignore[misc, no-any-return]
+
+
+def counterpart(cls: Any) -> type[nn.Module] | None:
+    """What a module of a listed class, and of no subclass of it, becomes: a subclass of the same name."""
+    path = _path(cls)
+    return _counterpart(cls, path) if path in ARITHMETIC or path in LAYER_NORMS else None
+
+
+@functools.cache
+def _counterpart(cls: Any, path: str) -> type[nn.Module]:
+    of_class: dict[str, Any] = {"__module__": __name__, "__qualname__": cls.__qualname__, "original": cls}
+    if path in ARITHMETIC:
+        return type(cls.__name__, (_RMSNorm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
+    # super() in the class's own forward is this library's LayerNorm then.
+    return type(cls.__name__, (_LayerNorm, cls, LayerNorm), of_class)
+
+
+def is_counterpart(cls: Any) -> bool:
+    return issubclass(cls, _Made) and counterpart(cls.original) is cls
+
+
+def _make(original: type[nn.Module]) -> nn.Module:
+    cls = counterpart(original)
+    assert cls is not None
+    return cls.__new__(cls)
+
+
+def computes_as_listed(module: nn.Module) -> bool:
+    """Whether a module of a listed class, of whichever version of transformers, computes what the list says: the same
+    values, all but a few in the same bits, of x and weight each in half precision and in float32."""
+    if _path(type(module)) not in ARITHMETIC:
+        return True
+    width, halves, single = 64, torch.bfloat16, torch.float32
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        drawn = torch.sin(torch.arange(6.0 * width, device="cpu").square()).view(6, width)
+        weight, x = 0.5 + drawn[0], drawn[1:] * torch.tensor([1e-3, 1e-2, 1.0, 10.0, 1e4], device="cpu")[:, None]
+        types = itertools.product((halves, single), repeat=2)
+        return all(_agrees(module, x.to(x_dtype), weight.to(dtype)) for x_dtype, dtype in types)
+
+
+def _agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
+    probe: Any = _make(type(module))
+    probe.__dict__.update(module.__dict__)
+    probe.__dict__.pop("weight", None)
+    probe.__dict__["_parameters"] = {"weight": weight} if hasattr(module, "weight") else {}
+    shape, weight, _, eps, _, _, weight_offset, x_hat_dtype, out_dtype = probe._arguments(x)
+    asked = {"weight_offset": weight_offset, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
+    expected = reference.normalize(x, shape, weight, None, eps, centred=False, **asked)
+    found = type(module).forward(probe, x)
+    if found.dtype != expected.dtype:
+        return False
+    difference = (found.double() - expected.double()).abs() / expected.double().abs()
+    return bool((difference <= 2.0**-21).double().mean() > 0.95 and difference.max() < 2.0**-6)
