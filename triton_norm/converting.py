@@ -217,17 +217,21 @@ def _described(cls: type[nn.Module]) -> str:
     return f"{'torch.nn' if package == 'torch' else package}.{cls.__name__}"
 
 
-def _kept_forward(module: nn.Module) -> Any:
-    """The forward that accelerate's hook of a module, by which it follows a device_map, runs between its own work."""
-    return module.__dict__.get("_old_forward")
+def _own_forward(module: nn.Module) -> str | None:
+    """The attribute of the module itself that holds its class's forward, bound to it: accelerate's hook, by which it
+    follows a device_map, keeps it to run between its own work, and leaves it in place of that when it is removed."""
+    name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    kept = module.__dict__.get(name)
+    own = getattr(kept, "__self__", None) is module and getattr(kept, "__func__", None) is type(module).forward
+    return name if own else None
 
 
 def _forward_is_its_class(module: nn.Module) -> bool:
-    own = type(module).forward
-    return "forward" not in module.__dict__ or getattr(_kept_forward(module), "__func__", None) is own
+    return "forward" not in module.__dict__ or _own_forward(module) is not None
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    name = _own_forward(module)
     module.__class__ = cls
-    if _kept_forward(module) is not None:
-        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+    if name is not None:
+        module.__dict__[name] = types.MethodType(cls.forward, module)

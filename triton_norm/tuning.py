@@ -409,7 +409,7 @@ def choose(space: Space, gpu: str, choice: Config) -> None:
 def choices(gpu: str | None) -> dict[str, dict[str, dict[str, Any]]]:
     """What was chosen on a GPU so far, in the form of `tuned/<gpu>.json`."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for (name, kernel, key), choice in _chosen.items():
+    for (name, kernel, key), choice in list(_chosen.items()):  # another thread may choose meanwhile
         if name == gpu:
             found.setdefault(kernel, {})[key] = choice.keywords
     return found

@@ -1,6 +1,5 @@
 """The one place that launches: chooses the config, stands on the tensors' device, starts the kernel."""
 
-import contextlib
 import functools
 import os
 import threading
@@ -68,11 +67,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_make_lock)
 
 
+def elsewhere(index: int | None) -> bool:
+    """Whether this is a GPU's index and not the current one's. Triton launches on that, whatever the arguments."""
+    return index is not None and index >= 0 and index != current_device()
+
+
 def zeros(n: int, device: torch.device) -> Tensor:
     """At least n int32 zeros, for a kernel that leaves them zeros: kept for each stream, where kernels run in turn.
 
     A captured graph has its own, since it may be replayed on any stream.
     """
+    if elsewhere(device.index):
+        with torch.cuda.device(device):
+            return zeros(n, device)
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(n, dtype=torch.int32, device=device)
     stream = current_stream(device.index)
@@ -81,13 +88,6 @@ def zeros(n: int, device: torch.device) -> Tensor:
         size = tuning.next_power_of_2(max(n, tuning.LEAST_ZEROS))
         kept = _zeros[device.index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept
-
-
-def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device current where it isn't: Triton launches on the current device, whatever its arguments."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
 
 
 def start(kernel: Any, count: int, arguments: Sequence[Any], constants: Mapping[str, Any], config: Config) -> Any:
@@ -122,7 +122,11 @@ class Launcher:
 
     def __call__(self, integers: tuple[int, ...], *tensors: Tensor | None) -> None:
         """Starts the programs for these integers, the first being the greatest, on the device's current stream."""
-        if self._ready is not None and self._index == current_device() and integers[0] < INT32_END:
+        if elsewhere(self._index):
+            with torch.cuda.device(self._device):
+                self(integers, *tensors)
+            return
+        if self._ready is not None and integers[0] < INT32_END:
             run, function, metadata, hooks, keywords, behind = self._ready
             addresses: list[int | None] = []
             bits = 0
@@ -148,7 +152,7 @@ class Launcher:
 
     def _start(self, integers: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
         arguments = (*tensors, *integers, *self._scalars)
-        with _starting, on(self._device):
+        with _starting:
             if self._config is None:
                 self._config = tuning.chosen(self.space, self._gpu)  # which another launcher may have found by now
             if self._config is None:

@@ -1,0 +1,45 @@
+"""Calls from many threads that start together."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+SECONDS = 60  # more than any of these tests takes; a deadlock lasts for ever
+SWITCH = 1e-5  # seconds that a thread keeps the interpreter, of Python's 5e-3: more places for others to come between
+
+
+def outcomes(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each call returns, or raises, in a thread of its own; AssertionError where one does not end."""
+    begin, found = threading.Barrier(len(calls)), dict[int, Any]()
+
+    def run(place: int, call: Callable[[], Any]) -> None:
+        begin.wait(SECONDS)
+        try:
+            found[place] = call()
+        except BaseException as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(calls)]
+    before, deadline = sys.getswitchinterval(), time.monotonic() + SECONDS
+    sys.setswitchinterval(SWITCH)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        sys.setswitchinterval(before)
+    stuck = sum(thread.is_alive() for thread in threads)
+    assert not stuck, f"{stuck} of {len(threads)} threads still run after {SECONDS} seconds"
+    return [found[place] for place in range(len(calls))]
+
+
+def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each call returns; raises what the first of those raised that did."""
+    found = outcomes(calls)
+    for outcome in found:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return found
