@@ -10,8 +10,9 @@ SECONDS = 60  # more than any of these tests takes; a deadlock lasts for ever
 SWITCH = 1e-5  # seconds that a thread keeps the interpreter, of Python's 5e-3: more places for others to come between
 
 
-def outcomes(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What each call returns, or raises, in a thread of its own; AssertionError where one does not end."""
+def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each call returns in a thread of its own; raises what the first of those raised that did, and
+    AssertionError where one does not end."""
     begin, found = threading.Barrier(len(calls)), dict[int, Any]()
 
     def run(place: int, call: Callable[[], Any]) -> None:
@@ -33,13 +34,7 @@ def outcomes(calls: Sequence[Callable[[], Any]]) -> list[Any]:
         sys.setswitchinterval(before)
     stuck = sum(thread.is_alive() for thread in threads)
     assert not stuck, f"{stuck} of {len(threads)} threads still run after {SECONDS} seconds"
-    return [found[place] for place in range(len(calls))]
-
-
-def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What each call returns; raises what the first of those raised that did."""
-    found = outcomes(calls)
-    for outcome in found:
+    for outcome in found.values():
         if isinstance(outcome, BaseException):
             raise outcome
-    return found
+    return [found[place] for place in range(len(calls))]
