@@ -66,8 +66,8 @@ def convert(
     are modules of exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d and SyncBatchNorm, and of those
     classes of Hugging Face's transformers that `triton_norm.hugging_face` lists, for which their own arithmetic,
     rounding included, is kept. Every other norm is skipped: subclasses, whose forward may differ, parametrized modules,
-    and what is not known. To convert is cheap, and to convert again harmless. Convert before `fully_shard`, which gives
-    the modules that it is called on classes of their own; before or after DistributedDataParallel, torch.compile and a
+    and what is not known. To convert is cheap, and to convert again harmless. Convert before `fully_shard` is called on
+    norms themselves, to which it gives classes of its own; before or after DistributedDataParallel, torch.compile and a
     device_map.
 
     Args:
@@ -123,11 +123,10 @@ def revert(model: nn.Module) -> tuple[str, ...]:
     """
     _check(model)
     converted = [pair for pair in model.named_modules(remove_duplicate=False) if _WAS in pair[1].__dict__]
-    for name, module in converted:
-        if not _is_ours(type(module)):
-            raise RuntimeError(
-                f"revert(): {name!r} was converted, but is a {type(module).__name__} now: undo that first"
-            )
+    changed = [(name, type(module).__name__) for name, module in converted if not _is_ours(type(module))]
+    if changed:
+        each = "; ".join(f"{name!r} was converted, but is a {kind} now" for name, kind in changed)
+        raise RuntimeError(f"revert(): {each}: undo that first")
     for module in {module: None for _, module in converted}:
         original = module.__dict__.pop(_WAS)
         _become(module, original)

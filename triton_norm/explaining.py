@@ -19,7 +19,7 @@ def _explain_rows(function: str, input: Tensor, *arguments: Any, **named_argumen
     weight, bias, residual = named["weight"], named.get("bias"), named["residual"]
     shape = checks.rows(function, input, named["normalized_shape"], weight, bias, named["eps"])
     fused = tuple(named[name] for name in ("residual_dtype", "weight_offset", "x_hat_dtype", "out_dtype"))
-    if (residual, *fused) != (None, None, 0.0, None, None):
+    if residual is not None or fused != (None, 0.0, None, None):
         checks.fused(function, input, weight, residual, *fused)
     columns = math.prod(shape)
     copied = [
@@ -56,7 +56,8 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
 
     `target` is layer_norm, rms_norm, batch_norm or one of this library's modules. Raises what the call itself would
     raise for its arguments, and TypeError for another target. A gradient is copied where its strides are unlike its
-    input's and it is not one element expanded; that is only known in the backward.
+    input's and it is not one element expanded; that is only known in the backward. Of parameters that a hook exchanges
+    before the call, as `fully_shard`'s does, those are explained that are there outside it.
     """
     if target is functional.layer_norm or target is functional.rms_norm:
         return _explain_rows(target.__name__, *args, **kwargs)

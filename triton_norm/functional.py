@@ -60,9 +60,9 @@ def _check(
 ) -> tuple[rows.Options, str | None]:
     """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments."""
     shape = checks.rows(function, x, normalized_shape, weight, bias, eps)
-    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    if fused != (None, None, 0.0, None, None):
-        checks.fused(function, x, weight, *fused)
+    fused = residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    if residual is not None or fused != (None, 0.0, None, None):
+        checks.fused(function, x, weight, residual, *fused)
     if eps is None:
         eps = torch.finfo(reference.compute_dtype(x)).eps
     n_cols, centred = math.prod(shape), function == "layer_norm"
