@@ -141,6 +141,8 @@ def test_what_the_kernels_dont_compute_goes_to_its_own_forward(path, device):
     assert torch.equal(ours(**{name: x}), theirs(x))
     assert tn.explain(ours, x).backend == "triton"
     assert torch.equal(ours(x.double()), theirs(x.double()))
+    with tn.backend("triton"), pytest.raises(RuntimeError, match="own forward computes something else"):
+        ours(x.double())
     assert tn.explain(ours, x.double()).backend == "torch"
     with tn.backend("torch"):
         assert torch.equal(ours(x), theirs(x))

@@ -1,8 +1,9 @@
 """The norms of a model that exists, torch's and Hugging Face's, made this library's in place, and back."""
 
 import fnmatch
+import functools
 import types
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,9 +93,10 @@ def convert(
     excluded = _selected("exclude", exclude, named)
     report = Report()
     becomes: dict[nn.Module, type[nn.Module]] = {}
+    norms_called = functools.cache(norms_called_by)  # models have many modules of few classes
     for name, module in named:
         target = _target(type(module), sync_batch_norm)
-        reason = _obstacle(module, target)
+        reason = _obstacle(module, target, norms_called)
         if target is not None and reason is None:
             if module in excluded:
                 reason = "excluded"
@@ -176,7 +178,9 @@ def _target(cls: type[nn.Module], sync_batch_norm: bool) -> type[nn.Module] | No
     return _OURS.get(cls) or hugging_face.counterpart(cls)
 
 
-def _obstacle(module: nn.Module, target: type[nn.Module] | None) -> str | None:
+def _obstacle(
+    module: nn.Module, target: type[nn.Module] | None, norms_called: Callable[[Any], tuple[str, ...]]
+) -> str | None:
     """Why a module is not converted; None where it can be, and where there is nothing to say of it."""
     cls = type(module)
     if parametrize.is_parametrized(module) and isinstance(module, _NORMS):
@@ -196,7 +200,7 @@ def _obstacle(module: nn.Module, target: type[nn.Module] | None) -> str | None:
         return f"{cls.__name__} becomes another class in its first call"
     if isinstance(module, _NORMS):
         return f"triton_norm has no {cls.__name__}"
-    called = norms_called_by(cls)
+    called = norms_called(cls)
     if called:
         return f"{cls.__name__} calls {', '.join(called)} as a function"
     scripted = isinstance(module, torch.jit.ScriptModule)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_norm import explaining, functional, reference
-from triton_norm.dispatch import Explanation
+from triton_norm.dispatch import Explanation, goes_to_triton
 from triton_norm.modules import LayerNorm
 
 Type = Literal["input", "weight", "promoted"]
@@ -130,6 +130,7 @@ def _path(cls: type) -> str:
 ARITHMETIC = {path: arithmetic for arithmetic, paths in _RMS_NORMS.items() for path in paths.split()}
 LAYER_NORMS = frozenset(_LAYER_NORMS.split())
 
+_COMPUTES_ELSE = "the model's own forward computes something else of these arguments"
 _SERVED = (torch.float32, torch.float16, torch.bfloat16)  # of float64 they too compute in float32
 
 
@@ -172,13 +173,14 @@ class _RMSNorm(_Made):
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         arguments = self._arguments(inputs[0]) if len(inputs) == 1 and not named else None
         if arguments is None:
+            goes_to_triton(_COMPUTES_ELSE)
             return super().forward(*inputs, **named)  # type: ignore[misc]
         return functional.normalize("rms_norm", inputs[0], arguments, super().forward)  # type: ignore[misc]
 
     def explain_call(self: Any, x: Tensor) -> Explanation:
         arguments = self._arguments(x)
         if arguments is None:
-            return Explanation("rms_norm", "torch", "the model's own forward computes something else of these types")
+            return Explanation("rms_norm", "torch", _COMPUTES_ELSE)
         shape, weight, _, eps, _, _, weight_offset, x_hat_dtype, out_dtype = arguments
         options = {"weight_offset": weight_offset, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
         return explaining.explain(functional.rms_norm, x, shape, weight, eps, **options)
