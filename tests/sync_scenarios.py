@@ -1,16 +1,21 @@
-"""What the processes of test_sync_batch_norm.py go through, each holding its share of a batch."""
+"""Processes that each hold their share of a batch, and what those of test_sync_batch_norm.py go through."""
 
 import contextlib
 import copy
 import functools
+import multiprocessing
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -359,23 +364,46 @@ def one_that_fails(world: World) -> None:
     dist.barrier()
 
 
-def enter(rank: int, size: int, backend: str, file: str, kernels: bool, names: list[str]) -> None:
-    """One process of so many: goes through the scenarios of these names."""
+def start(
+    folder: Path,
+    size: int,
+    kernels: bool,
+    scenarios: Sequence[Callable[[World], None]],
+    backend: str = "gloo",
+    preload: Sequence[str] = (),
+) -> None:
+    """So many processes, which go through these scenarios; raises what one of them does, with its traceback.
+
+    `preload`: modules that they import anyway, for the first call to import once for all processes.
+    """
+    multiprocessing.set_forkserver_preload(["numpy", "torch", "triton", *preload])
+    arguments = size, backend, str(folder / "store"), kernels, scenarios
+    method = "forkserver" if backend == "gloo" else "spawn"
+    with mock.patch.dict(os.environ, TRITON_INTERPRET=str(int(backend == "gloo"))):
+        torch.multiprocessing.start_processes(enter, arguments, nprocs=size, start_method=method)
+
+
+def enter(
+    rank: int, size: int, backend: str, file: str, kernels: bool, scenarios: Sequence[Callable[[World], None]]
+) -> None:
+    """One process of so many: goes through the scenarios."""
     torch.set_num_threads(1)
     device = f"cuda:{rank}" if backend == "nccl" else "cpu"
+    if backend == "nccl":
+        torch.cuda.set_device(device)  # which gathering of objects goes through
     world = World(rank, size, device)
     dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=size)
     guarded: Any = contextlib.nullcontext
     if kernels and launch.INTERPRETED:
         from guards import guarded
     try:
-        for name in names:
+        for scenario in scenarios:
             torch.manual_seed(0)
             with warnings.catch_warnings(), triton_norm.backend("triton" if kernels else "torch"):
-                quiet = name.startswith("compiled")
+                quiet = scenario.__name__.startswith("compiled")
                 warnings.simplefilter("ignore" if quiet else "error")
-                with contextlib.nullcontext() if name == "compiled_by_inductor" else guarded():
-                    globals()[name](world)
+                with contextlib.nullcontext() if scenario is compiled_by_inductor else guarded():
+                    scenario(world)
     except RuntimeError as error:
         if "by peer" in str(error):  # whose error is the one to tell
             time.sleep(60)

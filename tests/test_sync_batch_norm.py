@@ -1,6 +1,6 @@
 """SyncBatchNorm in processes of its own that talk over gloo, and what of it one process can tell."""
 
-import multiprocessing
+import functools
 
 import pytest
 import torch
@@ -29,18 +29,8 @@ PATHS = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch
 
 
 @pytest.fixture
-def processes(tmp_path, monkeypatch):
-    """Starts so many, which go through these scenarios; raises what one of them does, with its traceback."""
-
-    def start(size: int, kernels: bool, scenarios: list, backend: str = "gloo") -> None:
-        monkeypatch.setenv("TRITON_INTERPRET", str(int(backend == "gloo")))
-        multiprocessing.set_forkserver_preload(["numpy", "torch", "triton"])
-        names = [scenario.__name__ for scenario in scenarios]
-        arguments = size, backend, str(tmp_path / "store"), kernels, names
-        method = "forkserver" if backend == "gloo" else "spawn"
-        torch.multiprocessing.start_processes(sync_scenarios.enter, arguments, nprocs=size, start_method=method)
-
-    return start
+def processes(tmp_path):
+    return functools.partial(sync_scenarios.start, tmp_path)
 
 
 @PATHS
