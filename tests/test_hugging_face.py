@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import triton_norm as tn
 from triton_norm import hugging_face
@@ -96,6 +97,12 @@ def test_a_subclass_is_skipped():
         pass
 
     assert tn.convert(Own(4)).skipped == {"": "Own is a subclass of transformers.LlamaRMSNorm: its forward may differ"}
+
+
+def test_a_parametrized_norm_is_skipped():
+    module = class_at("llama.LlamaRMSNorm")(4)
+    parametrizations.weight_norm(module, dim=None)
+    assert tn.convert(module).skipped == {"": "parametrized"}
 
 
 def bits_agree(actual: Tensor, expected: Tensor) -> None:

@@ -183,8 +183,6 @@ def _obstacle(
 ) -> str | None:
     """Why a module is not converted; None where it can be, and where there is nothing to say of it."""
     cls = type(module)
-    if parametrize.is_parametrized(module) and isinstance(module, _NORMS):
-        return "parametrized"
     if target is not None:
         if not _forward_is_its_class(module):
             return "its forward was replaced on the module itself"
@@ -195,6 +193,8 @@ def _obstacle(
         return "is triton_norm's already"
     for base in cls.__mro__[1:]:
         if _target(base, sync_batch_norm=False) is not None:
+            if parametrize.is_parametrized(module):
+                return "parametrized"
             return f"{cls.__name__} is a subclass of {_described(base)}: its forward may differ"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and isinstance(module, _NORMS):
         return f"{cls.__name__} becomes another class in its first call"
