@@ -139,7 +139,7 @@ def test_extent_of_views(view):
 
 @triton.jit
 def hidden_store_kernel(x_ptr, address):
-    tl.store(address.to(tl.pointer_type(tl.float32)), tl.load(x_ptr))
+    tl.store(address.to(tl.int64).to(tl.pointer_type(tl.float32)), tl.load(x_ptr))
 
 
 def test_store_to_memory_that_was_not_passed():

@@ -76,16 +76,6 @@ def test_a_compiled_model_that_is_converted_and_reverted(name: str, device: str)
 
 
 @pytest.mark.unguarded
-@pytest.mark.filterwarnings("ignore")  # of Inductor and what it imports
-def test_inductor_on_torchs_path() -> None:
-    """Evaluation alone: what Inductor's C++ for a step of training is compiled in is most of a minute."""
-    model, inputs = built("vit", TINY)
-    convert(model)
-    run = torch.compile(model, fullgraph=True)
-    with tn.backend("torch"), torch.no_grad():
-        torch.testing.assert_close(run(**inputs).logits, model(**inputs).logits)
-
-
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # of Inductor and what it imports
 @pytest.mark.parametrize("name", ["bert", "llama", "resnet"])

@@ -19,17 +19,24 @@ SCENARIOS = [
     parallel_scenarios.the_same_state,
 ]
 IMPORTED = ["torch.distributed.fsdp", "transformers.models.bert.modeling_bert"]
-PATHS = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+ON_TORCHS_PATH = [
+    parallel_scenarios.bert_in_parallel,
+    parallel_scenarios.llama_fully_sharded,
+    parallel_scenarios.resnet_in_parallel,
+]
+PATHS = pytest.mark.parametrize(
+    ("kernels", "scenarios"), [(True, SCENARIOS), (False, ON_TORCHS_PATH)], ids=["kernels", "torch"]
+)
 
 
 @PATHS
-def test_a_step_is_that_of_one_process(kernels, tmp_path):
-    sync_scenarios.start(tmp_path, 2, kernels, SCENARIOS, preload=IMPORTED)
+def test_a_step_is_that_of_one_process(kernels, scenarios, tmp_path):
+    sync_scenarios.start(tmp_path, 2, kernels, scenarios, preload=IMPORTED)
 
 
 @pytest.mark.gpu
 @PATHS
-def test_over_nccl(kernels, tmp_path):
+def test_over_nccl(kernels, scenarios, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
-    sync_scenarios.start(tmp_path, 2, kernels, SCENARIOS, backend="nccl")
+    sync_scenarios.start(tmp_path, 2, kernels, scenarios, backend="nccl")
