@@ -78,9 +78,11 @@ def test_another_arithmetic_is_noticed(path, arithmetic, monkeypatch):
 def test_a_version_that_computes_something_else_is_skipped(monkeypatch):
     llama, gemma = class_at("llama.LlamaRMSNorm"), class_at("gemma.GemmaRMSNorm")
     monkeypatch.setattr(llama, "forward", lambda self, x: torch.rms_norm(x, (x.shape[-1],), self.weight, 1e-6))
-    model = nn.Sequential(llama(4), gemma(4))
+    model = nn.Sequential(llama(4), gemma(4), gemma(4))
+    model[2].epsilon = model[2].__dict__.pop("eps")
     report = tn.convert(model)
     assert list(report.converted) == ["1"]
+    assert list(report.skipped) == ["0", "2"]
     assert report.skipped["0"] == "its version of LlamaRMSNorm computes something else than the one that is known"
 
 

@@ -229,7 +229,10 @@ def computes_as_listed(module: nn.Module) -> bool:
         drawn = torch.sin(torch.arange(6.0 * width, device="cpu").square()).view(6, width)
         weight, x = 0.5 + drawn[0], drawn[1:] * torch.tensor([1e-3, 1e-2, 1.0, 10.0, 1e4], device="cpu")[:, None]
         types = itertools.product((halves, single), repeat=2)
-        return all(_agrees(module, x.to(x_dtype), weight.to(dtype)) for x_dtype, dtype in types)
+        try:
+            return all(_agrees(module, x.to(x_dtype), weight.to(dtype)) for x_dtype, dtype in types)
+        except (AttributeError, RuntimeError, TypeError):  # it has other attributes, or takes other arguments
+            return False
 
 
 def _agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:

@@ -54,9 +54,8 @@ def normalize(
         x_hat = x_hat - x_hat.mean(axes, keepdim=True)
     x_hat = x_hat * torch.rsqrt((x_hat * x_hat).mean(axes, keepdim=True) + eps)
     if x_hat_dtype is not None:
-        x_hat = (
-            x_hat + (x_hat.to(x_hat_dtype).to(x_hat.dtype) - x_hat).detach()
-        )  # exact; a cast rounds the gradient too
+        rounding = x_hat.to(x_hat_dtype).to(x_hat.dtype) - x_hat
+        x_hat = x_hat + rounding.detach()  # exact; a cast would round the gradient too
     return _affine(x_hat, weight, bias, weight_offset).to(out_dtype or x.dtype)
 
 
