@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from perf.findings import Record, lying, shape_text
-from perf.workloads import FLOORS, ITEMSIZE, TITLE
+from perf.points import ITEMSIZE, MODE_TITLE, TITLE, floor_of
 
 INK, FAINT, GREY, GRID = "#222222", "#6B6B6B", "#CDCDCD", "#E3E3E3"
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
@@ -112,7 +112,7 @@ def throughput(records: Sequence[Record], roof: float | None, machine: str, path
     op, mode, dtype = (records[0][name] for name in ("op", "mode", "dtype"))
     panels = {key: [r for r in records if (r["group"], r["layout"]) == key] for key in _panel_keys(records)}
     places, lines = _places([len({shape_text(r) for r in chosen}) for chosen in panels.values()])
-    title = f"{TITLE[op]}, {mode}, {dtype}: bytes at the floor ({FLOORS[op, mode].short}) ÷ time"
+    title = f"{TITLE[op]}, {MODE_TITLE[mode]}, {dtype}: bytes at the floor ({floor_of(op, mode).short}) ÷ time"
     named = dict.fromkeys(record["contender"] for record in records)
     names = list(dict.fromkeys(record["contender"] for record in records if record["status"] != "unsupported"))
     foot = f"{machine}   ·   median, band from the 20th to the 80th percentile, cold L2"
@@ -277,4 +277,4 @@ def _traffic_panel(ax: Axes, op: str, mode: str, records: Sequence[Record]) -> N
         )
     ax.set_yticks(places, [f"{lying(record)} {record['dtype']}" for record in records], fontsize=8)
     ax.set_ylim(-0.6, len(records) - 0.4)
-    ax.set_title(f"{TITLE[op]}, {mode} (floor {FLOORS[op, mode].short})", fontsize=10, color=INK, loc="left")
+    ax.set_title(f"{TITLE[op]}, {mode} (floor {floor_of(op, mode).short})", fontsize=10, color=INK, loc="left")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from perf.workloads import BULK, MODES, TITLE
+from perf.points import BULK, PASSES, TITLE
 
 Record = dict[str, Any]
 OUTPUTS = ("y", "dx")
@@ -31,6 +31,13 @@ class Findings:
     interrupted: bool = False
 
 
+def in_a_line(error: BaseException) -> str:
+    """Its first and its last line: Triton's errors begin with a place and end with what is wrong."""
+    lines = str(error).strip().splitlines()
+    ends = dict.fromkeys(line.strip()[:300] for line in (lines[:1] + lines[-1:]))
+    return f"{type(error).__name__}: {' ... '.join(ends)}" if lines else type(error).__name__
+
+
 def ok(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record["status"] == "ok"]
 
@@ -47,7 +54,7 @@ def speedups(records: Sequence[Record], over: str, of: str = "triton_norm") -> l
 def split(records: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Record]]]:
     """Timed records by op, mode and dtype: one figure each."""
     for op in TITLE:
-        for mode in MODES:
+        for mode in PASSES:
             mine = [record for record in records if (record["op"], record["mode"]) == (op, mode)]
             for dtype in dict.fromkeys(record["dtype"] for record in mine):
                 yield op, mode, dtype, [record for record in mine if record["dtype"] == dtype]

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 import triton_norm
-from perf.measure import in_a_line
+from perf.findings import in_a_line
 from perf.stand_in import as_on_gpu
 from triton_norm import dispatch, functional
 from triton_norm.ops import launch

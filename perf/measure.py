@@ -1,214 +1,37 @@
 """Timing on a GPU: nothing is timed before it agrees with fp64, and everything is timed with a cold L2."""
 
+from __future__ import annotations
+
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from torch.nn import functional
+from torch._C._autograd import DeviceType
 
-from perf.contenders import Contender, Functions, torch_functions
-from perf.workloads import Point
+from perf.calls import Candidate, Inputs, bind, candidate, make_inputs
+from perf.contenders import Contender
+from perf.findings import Record, in_a_line
+from perf.gate import TOLERANCE, errors, expected, outputs, verdict
+from perf.points import Point
 
-Record = dict[str, Any]
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-# Relative to the reference's norm. Rounding the result alone costs at most half an ulp an element, 2^-9 in bf16; the
-# rest is for sums of up to a million terms in fp32.
-TOLERANCE = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-17, "fp64": 2.0**-40}
-WORST_ELEMENT = 16
-EPS = 1e-5
-MOMENTUM = 0.1
-NEAR_ZERO = 1 / 16
 WARMUPS = 3
 HOST_CALLS = 9
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 11, 101
-
-
-Forward = Callable[[], Any]
+INPUT_SETS, INPUT_BYTES = 3, 6 << 30  # of a point: calls take turns with so many sets, or as many as fit
+MOST_KERNELS, KERNEL_NAME = 40, 160  # of what a profiler told, that is kept
 
 
 class Stopped(RuntimeError):
     """The GPU no longer answers: nothing measured after this could be trusted."""
 
-
-@dataclass
-class Inputs:
-    """A point's tensors. Gradients are required only where the backward pass is timed."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    dy: torch.Tensor
-    running_mean: torch.Tensor
-    running_var: torch.Tensor
-    residual: torch.Tensor | None = None
-    dtotal: torch.Tensor | None = None
-
-    def reset(self) -> None:
-        self.running_mean.fill_(0.25)
-        self.running_var.fill_(1.5)
-
-    def leaves(self, point: Point) -> tuple[torch.Tensor, ...]:
-        """What each of the point's gradients is the gradient of."""
-        by_gradient = {"dx": self.x, "dresidual": self.residual, "dweight": self.weight, "dbias": self.bias}
-        found = (by_gradient[name] for name in point.gradients)
-        return tuple(leaf for leaf in found if leaf is not None)
-
-    def double(self) -> "Inputs":
-        return Inputs(*(_double(getattr(self, field.name)) for field in fields(self)))
-
-
-def _double(tensor: torch.Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-
-def make_inputs(point: Point, device: str, seed: int = 0, blank: bool = False) -> Inputs:
-    """Random values, or `blank`: memory that nothing has touched, where only the addresses matter."""
-    generator = torch.Generator(device).manual_seed(seed)
-    workload = point.workload
-    memory_format = torch.contiguous_format
-    if workload.layout == "channels_last":
-        memory_format = torch.channels_last if len(workload.shape) == 4 else torch.channels_last_3d
-
-    def draw(shape: tuple[int, ...], dtype: str, mean: float, std: float) -> torch.Tensor:
-        as_told = memory_format if len(shape) > 1 else torch.contiguous_format
-        if blank:
-            return torch.empty(shape, device=device, dtype=DTYPES[dtype], memory_format=as_told)
-        values = torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean)
-        return values.to(DTYPES[dtype], memory_format=as_told)
-
-    features = (workload.features,)
-    x = draw(workload.shape, point.dtype, 0.5, 2.0)
-    dy = draw(workload.shape, point.dtype, 0.0, 1.0)
-    weight = draw(features, point.parameter_dtype, 1.0, 0.25)
-    bias = draw(features, point.parameter_dtype, 0.0, 0.25)
-    running = torch.empty(features, device=device, dtype=torch.float64 if point.dtype == "fp64" else torch.float32)
-    inputs = Inputs(x, weight, bias, dy, running, running.clone())
-    if point.has_residual:
-        inputs.residual = draw(workload.shape, point.dtype, -0.25, 1.0)
-        if point.has_total:
-            inputs.dtotal = draw(workload.shape, point.dtype, 0.0, 1.0)
-        elif not blank:
-            _keep_from_zero(inputs, inputs.residual)
-    inputs.reset()
-    for leaf in inputs.leaves(point):
-        leaf.requires_grad_(point.differentiates)
-    return inputs
-
-
-def _keep_from_zero(inputs: Inputs, residual: torch.Tensor) -> None:
-    """Moves it where ReLU's argument is so near 0 that rounding decides on the side: there the derivative jumps."""
-    parameters = inputs.weight.double(), inputs.bias.double()
-    z = functional.batch_norm(inputs.x.double(), None, None, *parameters, True, 0.0, EPS).add_(residual)
-    away = torch.full_like(z, 2 * NEAR_ZERO).copysign_(z)
-    residual.add_(away.masked_fill_(z.abs() >= NEAR_ZERO, 0.0))
-
-
-def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
-    """The forward call of one op on these inputs, or None where the contender has no such op."""
-    i, function = inputs, getattr(functions, point.op.removesuffix("_eval"))
-    if function is None:
-        return None
-    tensors = (i.x, i.residual) if point.has_residual else (i.x,)
-    if point.workload.family == "channels":
-        statistics, training = (i.running_mean, i.running_var), point.training
-        return lambda: function(*tensors, *statistics, i.weight, i.bias, training, MOMENTUM, EPS)
-    parameters = (i.weight, i.bias) if point.has_bias else (i.weight,)
-    shape = (point.workload.features,)
-    return lambda: function(*tensors, shape, *parameters, EPS)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """`run(prepare())` is one call; only `run` is timed."""
-
-    name: str
-    prepare: Callable[[], Any]
-    run: Callable[[Any], Any]
-
-
-def candidate(name: str, point: Point, forward: Forward, inputs: Inputs) -> Candidate:
-    """A backward pass is timed after a fresh, untimed forward pass: no graph is kept from one call to the next."""
-    if point.mode == "forward":
-        return Candidate(name, lambda: None, lambda _: forward())
-    leaves = inputs.leaves(point)
-    gradients = (inputs.dy, inputs.dtotal) if point.has_total else inputs.dy
-    return Candidate(name, forward, lambda y: torch.autograd.grad(y, leaves, gradients))
-
-
-def outputs(point: Point, entry: Candidate, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """One call from fresh running statistics."""
-    inputs.reset()
-    return named(point, entry.run(entry.prepare()), inputs)
-
-
-def named(point: Point, result: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Everything that a call must have computed."""
-    if point.mode == "backward":
-        return dict(zip(point.gradients, result, strict=True))
-    if point.has_total:
-        return dict(zip(("y", "total"), result, strict=True))
-    if "running_mean" in point.floor.writes:
-        return {"y": result, "running_mean": inputs.running_mean, "running_var": inputs.running_var}
-    return {"y": result}
-
-
-def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """To the type's nearest values, in fp64; gradients pass as they are."""
-    return x + (x.detach().to(dtype).double() - x.detach())
-
-
-def exact_functions(total_dtype: torch.dtype) -> Functions:
-    """torch's own in fp64, where total = x + residual is what a total of that type would hold."""
-
-    def layer_norm(x: Any, residual: Any, *arguments: Any) -> Any:
-        total = _rounded(x + residual, total_dtype)
-        return functional.layer_norm(total, *arguments), total
-
-    def rms_norm(x: Any, residual: Any, *arguments: Any) -> Any:
-        total = _rounded(x + residual, total_dtype)
-        return functional.rms_norm(total, *arguments), total
-
-    return replace(torch_functions(), layer_norm_residual=layer_norm, rms_norm_residual=rms_norm)
-
-
-def expected(point: Point, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """What is right, in fp64."""
-    inputs.reset()
-    exact = inputs.double()
-    forward = bind(point, exact_functions(inputs.x.dtype), exact)
-    assert forward is not None
-    return outputs(point, candidate("fp64", point, forward, exact), exact)
-
-
-def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """For each output ||found - wanted|| / ||wanted||, and the worst element's error over the largest wanted value."""
-    measured = {}
-    for name, exact in wanted.items():
-        reference = exact.detach()
-        difference = found[name].detach().double() - reference
-        norm = max(float(reference.norm()), 1e-300)
-        largest = max(float(reference.abs().max()), 1e-300)
-        measured[name] = (float(difference.norm()) / norm, float(difference.abs().max()) / largest)
-    return measured
-
-
-def verdict(measured: dict[str, tuple[float, float]], tolerance: float) -> str:
-    """What is wrong, in words; nothing if all is well. NaN is never well."""
-    for name, (overall, worst) in measured.items():
-        if not (overall <= tolerance and worst <= WORST_ELEMENT * tolerance):
-            return f"{name} is off by {overall:.2e} overall and {worst:.2e} at worst, {tolerance:.2e} is allowed"
-    return ""
-
-
-def in_a_line(error: BaseException) -> str:
-    """Its first and its last line: Triton's errors begin with a place and end with what is wrong."""
-    lines = str(error).strip().splitlines()
-    ends = dict.fromkeys(line.strip()[:300] for line in (lines[:1] + lines[-1:]))
-    return f"{type(error).__name__}: {' ... '.join(ends)}" if lines else type(error).__name__
+    def __init__(self, records: Sequence[Record], error: BaseException) -> None:
+        super().__init__(in_a_line(error))
+        self.records = [
+            record | ({"status": "error", "message": str(self)} if record["status"] == "ok" else {})
+            for record in records
+        ]
 
 
 class Timer(Protocol):
@@ -219,6 +42,8 @@ class Timer(Protocol):
     def round(self, entries: Sequence[Candidate], backlog_us: Sequence[float]) -> list[float]: ...
 
     def host(self, entry: Candidate) -> float: ...
+
+    def kernels(self, entry: Candidate) -> list[str]: ...
 
     def synchronize(self) -> None: ...
 
@@ -232,12 +57,17 @@ class CudaTimer:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self._cycles_per_us = properties.clock_rate / 1e3
         flush_bytes = max(256 << 20, 4 * int(properties.L2_cache_size))
-        self._scratch = torch.empty(flush_bytes, dtype=torch.int8, device=self.device)
+        self._scratch = torch.zeros(flush_bytes // 4, dtype=torch.int32, device=self.device)
+        self._largest = torch.zeros((), dtype=torch.int32, device=self.device)
+
+    def _flush(self) -> None:
+        """By reading: what was written would be in the cache still to be written back, in the time of the call."""
+        torch.amax(self._scratch, 0, out=self._largest)
 
     def _enqueue(self, entry: Candidate, backlog_us: float) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         state = entry.prepare()
-        self._scratch.zero_()
+        self._flush()
         torch.cuda._sleep(int(backlog_us * self._cycles_per_us))
         start.record()
         entry.run(state)
@@ -260,6 +90,17 @@ class CudaTimer:
         self.synchronize()
         return statistics.median(spent)
 
+    def kernels(self, entry: Candidate) -> list[str]:
+        """The names of what one call runs on the GPU, in order, as torch's profiler tells them."""
+        state = entry.prepare()
+        self.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            entry.run(state)
+            self.synchronize()
+        ran = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+        ran.sort(key=lambda event: event.time_range.start)
+        return [event.name[:KERNEL_NAME] for event in ran[:MOST_KERNELS]]
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
@@ -269,18 +110,20 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     return {"median_us": statistics.median(samples), "p20_us": fifths[0], "p80_us": fifths[3]}
 
 
-def time_interleaved(entries: Sequence[Candidate], timer: Timer, seconds: float) -> list[Record]:
-    """Rounds of one call each, so that a drifting clock falls on every contender alike."""
-    for entry in entries:
-        for _ in range(WARMUPS):
-            entry.run(entry.prepare())
+def time_interleaved(entries: Sequence[Sequence[Candidate]], timer: Timer, seconds: float) -> list[Record]:
+    """For each contender, one call for each set of inputs. Rounds of one call of every contender, so that a drifting
+    clock falls on all alike; the next round takes the next set."""
+    for calls in entries:
+        for turn in range(max(WARMUPS, len(calls))):
+            call = calls[turn % len(calls)]
+            call.run(call.prepare())
     timer.synchronize()
-    host = [timer.host(entry) for entry in entries]
+    host = [timer.host(calls[0]) for calls in entries]
     backlog = [2 * us for us in host]
     rounds: list[list[float]] = []
     until = time.monotonic() + seconds
     while len(rounds) < MINIMUM_ROUNDS or (time.monotonic() < until and len(rounds) < MAXIMUM_ROUNDS):
-        rounds.append(timer.round(entries, backlog))
+        rounds.append(timer.round([calls[len(rounds) % len(calls)] for calls in entries], backlog))
     samples = zip(*rounds, strict=True)
     return [
         {**summary(sample), "host_us": host_us, "repetitions": len(rounds)}
@@ -293,53 +136,69 @@ def copy_bandwidth(timer: Timer, size: int = 1 << 30, seconds: float = 0.5) -> f
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=timer.device)
     target = torch.empty_like(source)
     entry = Candidate("copy", lambda: None, lambda _: target.copy_(source))
-    median_us: float = time_interleaved([entry], timer, seconds)[0]["median_us"]
+    median_us: float = time_interleaved([[entry]], timer, seconds)[0]["median_us"]
     return 2 * size / median_us / 1e3
 
 
+def _input_sets(point: Point, device: str) -> list[Inputs]:
+    first = make_inputs(point, device)
+    count = max(1, min(INPUT_SETS, INPUT_BYTES // first.bytes))
+    return [first, *(make_inputs(point, device, seed) for seed in range(1, count))]
+
+
 def _admit(
-    contender: Contender, point: Point, inputs: Inputs, wanted: dict[str, torch.Tensor], timer: Timer
-) -> tuple[Record, Candidate | None]:
-    """Build a contender's call and hold its results against fp64."""
+    contender: Contender, point: Point, sets: Sequence[Inputs], wanted: dict[str, torch.Tensor], timer: Timer
+) -> tuple[Record, list[Candidate]]:
+    """Build a contender's calls, one for each set of inputs, and hold the first one's results against fp64."""
     record: Record = {**point.describe(), "contender": contender.name}
     try:
-        forward = bind(point, contender.load(), inputs)
-        if forward is None:
-            return record | {"status": "unsupported", "message": "the contender has no such op"}, None
-        entry = candidate(contender.name, point, forward, inputs)
-        measured = errors(outputs(point, entry, inputs), wanted)
+        functions = contender.load()
+        forwards = [bind(point, functions, inputs) for inputs in sets]
+        calls = [candidate(contender.name, point, f, i) for f, i in zip(forwards, sets, strict=True) if f]
+        if not calls:
+            return record | {"status": "unsupported", "message": "the contender has no such op"}, []
+        measured = errors(outputs(point, calls[0], sets[0]), wanted)
         timer.synchronize()
     except Exception as error:
-        return record | {"status": "error", "message": in_a_line(error)}, None
+        return record | {"status": "error", "message": in_a_line(error)}, []
     message = verdict(measured, contender.accuracy * TOLERANCE[point.dtype])
     record |= {"errors": {name: overall for name, (overall, _) in measured.items()}}
-    return record | {"status": "wrong" if message else "ok", "message": message}, None if message else entry
+    return record | {"status": "wrong" if message else "ok", "message": message}, [] if message else calls
+
+
+def _kernels(calls: Sequence[Candidate], timer: Timer) -> list[str]:
+    """What a call runs; a profiler that fails, as where another one is at work, leaves no figure out."""
+    try:
+        return timer.kernels(calls[0])
+    except Exception as error:
+        return [f"not told: {in_a_line(error)}"]
+
+
+def _failed(point: Point, contenders: Sequence[Contender], error: Exception) -> list[tuple[Record, list[Candidate]]]:
+    about = {**point.describe(), "status": "error", "message": in_a_line(error)}
+    return [({**about, "contender": contender.name}, []) for contender in contenders]
 
 
 def measure_point(point: Point, contenders: Sequence[Contender], timer: Timer, seconds: float = 0.12) -> list[Record]:
     """One record a contender: timed, or the reason why not."""
     try:
-        inputs = make_inputs(point, timer.device)
-        wanted = expected(point, inputs)
-        admitted = [_admit(contender, point, inputs, wanted, timer) for contender in contenders]
+        sets = _input_sets(point, timer.device)
+        wanted = expected(point, sets[0])
+        admitted = [_admit(contender, point, sets, wanted, timer) for contender in contenders]
         del wanted
-        entries = [entry for _, entry in admitted if entry]
+        entries = [calls for _, calls in admitted if calls]
         timings = iter(time_interleaved(entries, timer, seconds) if entries else [])
     except Exception as error:
-        message = in_a_line(error)
-        admitted = [
-            ({**point.describe(), "contender": contender.name, "status": "error", "message": message}, None)
-            for contender in contenders
-        ]
-        timings = iter(())
+        admitted, timings = _failed(point, contenders, error), iter(())
     records = []
-    for record, entry in admitted:
-        if entry:
+    for record, calls in admitted:
+        if calls:
             record |= next(timings)
             record["gbps"] = record["floor_bytes"] / record["median_us"] / 1e3
+            record["kernels"] = _kernels(calls, timer)
         records.append(record)
     try:
         timer.synchronize()
     except Exception as error:
-        raise Stopped(in_a_line(error)) from error
+        raise Stopped(records, error) from error
     return records

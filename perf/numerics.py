@@ -15,11 +15,11 @@ from unittest import mock
 import torch
 
 import triton_norm
+from perf.calls import DTYPES, EPS
 from perf.contenders import Functions, torch_functions, triton_norm_functions
 from perf.environment import has_gpu
-from perf.findings import OUTPUTS, ulps_text
-from perf.measure import DTYPES, EPS, in_a_line
-from perf.workloads import Point, Workload
+from perf.findings import OUTPUTS, in_a_line, ulps_text
+from perf.points import Point, Workload
 from triton_norm.ops import launch
 
 Record = dict[str, Any]

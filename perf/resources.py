@@ -17,9 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from perf import assembly, ptx
-from perf.measure import bind, candidate, in_a_line, make_inputs
+from perf.calls import bind, candidate, make_inputs
+from perf.findings import in_a_line
+from perf.points import Point
 from perf.stand_in import OPS, as_on_gpu
-from perf.workloads import Point
 from triton_norm.tuning import Config
 
 Record = dict[str, Any]

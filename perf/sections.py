@@ -25,7 +25,7 @@ from perf.findings import (
     ulps_text,
 )
 from perf.page import Cell, Entry
-from perf.workloads import BULK, FLOORS, MODES, TITLE
+from perf.points import BULK, FLOORS, MODE_TITLE, MODES, TITLE, floor_of
 
 
 def html(findings: Findings, out: Path) -> str:
@@ -112,7 +112,9 @@ def _timing_section(findings: Findings, out: Path) -> str:
                 continue
             picture = out / f"throughput-{number}-{op}-{mode}-{dtype}.png"
             charts.throughput(records, run.get("copy_gbps"), foot, picture)
-            html.append(page.figure(picture, f"{TITLE[op]}, {mode}, {dtype}. {FLOORS[op, mode].text}. {foot}"))
+            html.append(
+                page.figure(picture, f"{TITLE[op]}, {MODE_TITLE[mode]}, {dtype}. {floor_of(op, mode).text}. {foot}")
+            )
         html.append(page.details(f"Every timed point, {foot}", _timing_table(run)))
         contenders = [f"{name}: {status}" for name, status in run.get("contenders", {}).items()]
         html.append(page.paragraph("Contenders: " + ", ".join(contenders), "soft") if contenders else "")

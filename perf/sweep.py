@@ -12,7 +12,7 @@ from typing import Any
 
 from perf import environment
 from perf.contenders import CONTENDERS, Contender
-from perf.workloads import Point
+from perf.points import Point
 
 Results = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,11 +25,13 @@ from unittest import mock
 import numpy as np
 import torch
 
+from perf.calls import Inputs, bind, candidate, make_inputs
+from perf.findings import in_a_line
+from perf.gate import TOLERANCE, errors, expected, named, verdict
 from perf.interleave import interleaved
 from perf.interpreter import AccessKind, Array, Observer, Program, exact_arithmetic, fast_launches, observe
-from perf.measure import TOLERANCE, Inputs, bind, candidate, errors, expected, in_a_line, make_inputs, named, verdict
+from perf.points import BITS, BULK, PARAMETERS, STATISTICS, Point
 from perf.stand_in import OPS, as_on_gpu
-from perf.workloads import BITS, BULK, PARAMETERS, STATISTICS, Point
 from triton_norm import tuning
 from triton_norm.ops.layout import Layout, as_readable, kind_of, layout_of
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from perf.workloads import BULK
+from perf.points import BULK
 
 ROOT = Path(__file__).resolve().parent.parent
 

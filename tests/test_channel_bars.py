@@ -13,7 +13,8 @@ import pytest
 
 from bars import moved, records, wanting
 from perf import findings, workloads
-from perf.workloads import CHANNEL_OPS, ITEMSIZE
+from perf.points import ITEMSIZE, MODES
+from perf.workloads import CHANNEL_OPS
 from triton_norm import tuning
 
 pytest.importorskip("triton")
@@ -45,7 +46,7 @@ found = traffic.records(points)
 
 EXTENDED = """
 from perf import traffic
-from perf.workloads import Point, Workload
+from perf.points import Point, Workload
 from triton_norm import tuning
 
 traffic.MULTIPROCESSORS = 14
@@ -111,7 +112,7 @@ def test_machine_code_of_every_way_of_launching(target, ops, tmp_path):
     assert {record["kernel"] for record in compiled} == KERNELS
     assert {(r["op"], r["dtype"], r["mode"], channels_lie_side_by_side(r)) for r in compiled} == {
         (op, dtype, mode, last)
-        for op in ops for dtype in ("bf16", "fp32") for mode in workloads.MODES for last in (True, False)
+        for op in ops for dtype in ("bf16", "fp32") for mode in MODES for last in (True, False)
     }  # fmt: skip
     if target != "gfx942":
         assert {(name, "load") for name in ("x", "residual", "dy", "bits")} < moved(compiled)
@@ -176,8 +177,8 @@ def test_launches_of_a_training_step_and_of_evaluation(monkeypatch):
         with resources.launches_of(point, resources.TARGETS["sm_90"]) as launches:
             counts.setdefault((point.op, point.mode), set()).add(len(launches))
             assert len(launches) == (1 if not plans or plans[-1] else 2), point
-    evaluation = {("batch_norm_eval", mode): {1} for mode in workloads.MODES}
-    assert counts == {(op, mode): {1, 2} for op in CHANNEL_OPS for mode in workloads.MODES} | evaluation
+    evaluation = {("batch_norm_eval", mode): {1} for mode in MODES}
+    assert counts == {(op, mode): {1, 2} for op in CHANNEL_OPS for mode in MODES} | evaluation
 
 
 ONE, TWO = True, False
@@ -194,10 +195,10 @@ SHAPES = [  # four channels, three slabs of channels and a part of one, as many 
 def test_counts_of_few_blocks_and_splits_extend_to_those_of_all():
     """On 14 multiprocessors. Blocks are shared by three programs or more; in one launch x and dy are read again."""
     counts = records(EXTENDED, json.dumps(SHAPES), TRITON_INTERPRET="1")
-    launches = [1 if one else 2 for _, _, one in SHAPES for _ in workloads.MODES]
+    launches = [1 if one else 2 for _, _, one in SHAPES for _ in MODES]
     assert [len(direct["launches"]) for _, direct, _ in counts] == launches
     again = [bool(direct["again"]["bulk"]) for _, direct, _ in counts]
-    assert again == [one for _, _, one in SHAPES for _ in workloads.MODES]
+    assert again == [one for _, _, one in SHAPES for _ in MODES]
     for extended, direct, part in counts:
         assert part < 1
         assert {name: extended[name] for name in direct} == direct

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from perf import findings, measure, sweep, workloads
+from perf import calls, findings, gate, measure, sweep, workloads
 from perf.contenders import CONTENDERS as CONTENDERS_OF_A_RUN
 from perf.contenders import Contender, Functions, torch_functions
-from perf.workloads import Point, Workload
+from perf.points import BOTH, FAMILY, FLOORS, MODES, PASSES, Point, Workload, floor_of
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.unguarded
@@ -71,7 +71,7 @@ def records_of(*arguments):
     ],
 )
 def test_floor(op, mode, dtype, shape, by_hand):
-    assert Point(op, mode, dtype, Workload(workloads.FAMILY[op], "", shape, "")).floor_bytes == by_hand
+    assert Point(op, mode, dtype, Workload(FAMILY[op], "", shape, "")).floor_bytes == by_hand
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,29 @@ def test_floor(op, mode, dtype, shape, by_hand):
     ],
 )
 def test_two_launches_read_what_is_reduced_twice(op, forward, backward):
-    for mode, again in zip(workloads.MODES, (forward, backward), strict=True):
-        point = Point(op, mode, "bf16", Workload(workloads.FAMILY[op], "", (2, 3, 4, 4), ""))
+    for mode, again in zip(MODES, (forward, backward), strict=True):
+        point = Point(op, mode, "bf16", Workload(FAMILY[op], "", (2, 3, 4, 4), ""))
         assert point.apart_floor_bytes == point.floor_bytes + again
+
+
+@pytest.mark.parametrize("op", FAMILY)
+def test_both_passes_move_what_each_moves_and_the_statistics_between_them(op):
+    workload = Workload(FAMILY[op], "", (2, 3, 4, 4) if FAMILY[op] == "channels" else (10, 30), "")
+    forward, backward, both = (Point(op, mode, "bf16", workload) for mode in PASSES)
+    left = {"layer_norm": 2, "rms_norm": 1, "layer_norm_residual": 2, "rms_norm_residual": 1, "batch_norm": 2}.get(
+        op, 0
+    )
+    assert both.floor_bytes == forward.floor_bytes + backward.floor_bytes + left * 4 * workload.groups
+    assert both.apart_floor_bytes - both.floor_bytes == sum(
+        point.apart_floor_bytes - point.floor_bytes for point in (forward, backward)
+    )
+    assert both.flops == forward.flops + backward.flops
+    assert both.differentiates
+
+
+def test_floors_of_both_passes_are_named():
+    assert floor_of("layer_norm", BOTH).short == "3R2W"
+    assert floor_of("batch_norm_add_relu", BOTH).short == "4R3W + 1 bit"
 
 
 def test_workloads_are_distinct_and_the_sweep_is_of_one_size():
@@ -98,13 +118,13 @@ def test_workloads_are_distinct_and_the_sweep_is_of_one_size():
 
 
 def test_the_ops_with_a_residual_make_a_quick_run_little_longer():
-    before, after = (workloads.points(ops=ops) for ops in (("layer_norm", *CHANNEL_OPS), tuple(workloads.FAMILY)))
+    before, after = (workloads.points(ops=ops) for ops in (("layer_norm", *CHANNEL_OPS), tuple(FAMILY)))
     assert len(after) < 1.5 * len(before)
     assert sum(point.is_landmark for point in after) < 1.7 * sum(point.is_landmark for point in before)
-    assert {point.op for point in after} == set(workloads.FAMILY)
-    assert workloads.FLOORS["layer_norm_residual", "forward"].short == "2R2W"
-    assert workloads.FLOORS["layer_norm_residual", "backward"].short == "3R1W"
-    assert workloads.FLOORS["batch_norm_add_relu", "backward"].short == "2R2W + 1 bit"
+    assert {point.op for point in after} == set(FAMILY)
+    assert FLOORS["layer_norm_residual", "forward"].short == "2R2W"
+    assert FLOORS["layer_norm_residual", "backward"].short == "3R1W"
+    assert FLOORS["batch_norm_add_relu", "backward"].short == "2R2W + 1 bit"
 
 
 class FakeTimer:
@@ -121,6 +141,9 @@ class FakeTimer:
 
     def host(self, entry):
         return 3.0
+
+    def kernels(self, entry):
+        return [f"kernel of {entry.name}"]
 
     def synchronize(self):
         pass
@@ -144,7 +167,7 @@ CONTENDERS = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("mode", PASSES)
 def test_every_contender_has_a_record_and_only_right_ones_are_timed(mode):
     point = Point("layer_norm", mode, "fp32", ROWS)
     records = measure.measure_point(point, CONTENDERS, FakeTimer(), seconds=0)
@@ -156,8 +179,11 @@ def test_every_contender_has_a_record_and_only_right_ones_are_timed(mode):
     assert "median_us" not in by_name["wrong"]
     assert by_name["lax"]["median_us"] == pytest.approx(20, abs=0.1)
     assert by_name["torch"]["gbps"] == pytest.approx(point.floor_bytes / by_name["torch"]["median_us"] / 1e3)
-    assert set(by_name["torch"]["errors"]) == ({"y"} if mode == "forward" else {"dx", "dweight", "dbias"})
-    assert 0 < by_name["torch"]["errors"]["y" if mode == "forward" else "dx"] < 2**-17
+    outputs = {"forward": {"y"}, "backward": {"dx", "dweight", "dbias"}}
+    assert set(by_name["torch"]["errors"]) == outputs.get(mode, outputs["forward"] | outputs["backward"])
+    assert by_name["torch"]["kernels"] == ["kernel of torch"]
+    assert "kernels" not in by_name["wrong"]
+    assert 0 < by_name["torch"]["errors"]["dx" if mode == "backward" else "y"] < 2**-17
     assert by_name["torch"]["repetitions"] == measure.MINIMUM_ROUNDS
 
 
@@ -175,9 +201,9 @@ def test_the_gate_knows_batch_norm_and_its_running_statistics(op, mode, dtype):
 def test_relus_argument_is_nowhere_near_its_kink(dtype):
     """There rounding alone would decide on a gradient."""
     point = Point("batch_norm_add_relu", "backward", dtype, Workload("channels", "", (16, 8, 16, 16), ""))
-    i = measure.make_inputs(point, "cpu").double()
-    z = functional.batch_norm(i.x, None, None, i.weight, i.bias, True, 0.0, measure.EPS) + i.residual
-    assert z.detach().abs().min() > measure.NEAR_ZERO / 2
+    i = calls.make_inputs(point, "cpu").double()
+    z = functional.batch_norm(i.x, None, None, i.weight, i.bias, True, 0.0, calls.EPS) + i.residual
+    assert z.detach().abs().min() > calls.NEAR_ZERO / 2
     assert 0.3 < (z > 0).double().mean() < 0.7
 
 
@@ -237,7 +263,7 @@ def test_liger_is_called_with_its_own_arguments_where_it_is_importable(monkeypat
     monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", module)
-    points = [Point(op, mode, "fp32", ROWS) for op in workloads.ROW_OPS for mode in workloads.MODES]
+    points = [Point(op, mode, "fp32", ROWS) for op in workloads.ROW_OPS for mode in MODES]
     records = [measure.measure_point(point, [liger], FakeTimer(), seconds=0)[0] for point in points]
     statuses = {(record["op"], record["status"]) for record in records}
     assert statuses == {
@@ -248,7 +274,7 @@ def test_liger_is_called_with_its_own_arguments_where_it_is_importable(monkeypat
 def test_nan_never_passes_the_gate():
     wanted = {"y": torch.ones(4, dtype=torch.float64)}
     found = {"y": torch.tensor([1.0, 1.0, math.nan, 1.0])}
-    assert measure.verdict(measure.errors(found, wanted), 1.0)
+    assert gate.verdict(gate.errors(found, wanted), 1.0)
 
 
 def test_summary_is_the_median_and_the_outer_fifths():
@@ -279,8 +305,8 @@ def test_only_the_call_lies_between_the_events(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: told.append(f"wait {cycles}"))
     timer = CpuTimer()
-    monkeypatch.setattr(torch.Tensor, "zero_", lambda tensor: told.append("flush"))
-    entry = measure.Candidate("test", lambda: told.append("prepare"), lambda _: told.append("call"))
+    monkeypatch.setattr(torch, "amax", lambda *_, out: told.append("flush"))
+    entry = calls.Candidate("test", lambda: told.append("prepare"), lambda _: told.append("call"))
     assert timer.round([entry, entry], [50, 100]) == [250, 250]
     assert told == [
         *("prepare", "flush", "wait 100000", "event", "call", "event"),
@@ -288,6 +314,60 @@ def test_only_the_call_lies_between_the_events(monkeypatch):
         "synchronize",
     ]
     assert timer.host(entry) >= 0
+
+
+def test_calls_take_turns_with_sets_of_inputs(monkeypatch):
+    told = []
+    entries = [[calls_of(name, told, number) for number in range(3)] for name in "ab"]
+    monkeypatch.setattr(measure, "MAXIMUM_ROUNDS", 6)
+    monkeypatch.setattr(measure, "MINIMUM_ROUNDS", 6)
+
+    class Rounds(FakeTimer):
+        def round(self, entries, backlog_us):
+            for entry in entries:
+                entry.run(entry.prepare())
+            return super().round(entries, backlog_us)
+
+    measure.time_interleaved(entries, Rounds(), 0)
+    warm = len(told) - 12
+    assert told[:warm] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert told[warm:] == ["a0", "b0", "a1", "b1", "a2", "b2"] * 2
+
+
+def calls_of(name, told, number):
+    return calls.Candidate(name, lambda: None, lambda _: told.append(f"{name}{number}"))
+
+
+def test_each_set_of_inputs_is_another():
+    first, second, third = measure._input_sets(Point("layer_norm", "forward", "fp32", ROWS), "cpu")
+    assert not torch.equal(first.x, second.x)
+    assert not torch.equal(second.x, third.x)
+    large = Workload("rows", "", (1 << 16, 1 << 16), "")
+    assert measure.INPUT_BYTES // (large.elements * 4) == 0
+
+
+def test_a_profiler_that_fails_leaves_the_figure(monkeypatch):
+    def refuse(self, entry):
+        raise RuntimeError("another profiler")
+
+    monkeypatch.setattr(FakeTimer, "kernels", refuse)
+    (record,) = measure.measure_point(Point("layer_norm", "forward", "fp32", ROWS), [TORCH], FakeTimer(), seconds=0)
+    assert record["status"] == "ok"
+    assert record["kernels"] == ["not told: RuntimeError: another profiler"]
+
+
+def test_a_gpu_that_stops_answering_leaves_no_figure(monkeypatch):
+    answers = iter([None, None])  # what the gate and the warm-up ask for
+
+    def synchronize(self):
+        if next(answers, self) is self:
+            raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(FakeTimer, "synchronize", synchronize)
+    with pytest.raises(measure.Stopped, match="an illegal memory access") as stopped:
+        measure.measure_point(Point("layer_norm", "forward", "fp32", ROWS), [TORCH], FakeTimer(), seconds=0)
+    (record,) = stopped.value.records
+    assert (record["status"], record["contender"]) == ("error", "torch")
 
 
 def test_copy_bandwidth_counts_bytes_read_and_written():

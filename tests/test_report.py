@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from perf import charts, findings, report, workloads
+from perf.points import FAMILY, MODES
 
 pytestmark = pytest.mark.unguarded
 
@@ -69,10 +70,7 @@ def test_report_of_a_results_file_has_every_figure_and_nothing_outside(tmp_path)
     page = Page(text)
     pictures = sorted(path.name for path in out.glob("*.png"))
     expected = [
-        f"throughput-0-{op}-{mode}-{dtype}.png"
-        for op in workloads.FAMILY
-        for mode in workloads.MODES
-        for dtype in ("bf16", "fp32")
+        f"throughput-0-{op}-{mode}-{dtype}.png" for op in FAMILY for mode in MODES for dtype in ("bf16", "fp32")
     ]
     assert pictures == sorted([*expected, "anatomy.png"])
     assert page.counts["img"] == len(pictures)

@@ -45,7 +45,7 @@ found = traffic.records(points)
 
 EXTENDED = """
 from perf import traffic
-from perf.workloads import Point, Workload
+from perf.points import Point, Workload
 
 found = []
 for columns, rows, multiprocessors in (1024, 3 * 12 * 4, 12), (96, 992, 3):

@@ -1,0 +1,86 @@
+"""Whether what a call computes agrees with fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from perf.calls import Candidate, Inputs, bind, candidate
+from perf.contenders import Functions, torch_functions
+from perf.points import BOTH, MODES, Point
+
+# Relative to the reference's norm. Rounding the result alone costs at most half an ulp an element, 2^-9 in bf16; the
+# rest is for sums of up to a million terms in fp32.
+TOLERANCE = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-17, "fp64": 2.0**-40}
+WORST_ELEMENT = 16
+
+
+def outputs(point: Point, entry: Candidate, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """One call from fresh running statistics."""
+    inputs.reset()
+    return named(point, entry.run(entry.prepare()), inputs)
+
+
+def named(point: Point, result: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Everything that a call must have computed."""
+    if point.mode == BOTH:
+        forward, gradients = (replace(point, mode=mode) for mode in MODES)
+        return named(forward, result[0], inputs) | named(gradients, result[1], inputs)
+    if point.mode == "backward":
+        return dict(zip(point.gradients, result, strict=True))
+    if point.has_total:
+        return dict(zip(("y", "total"), result, strict=True))
+    if "running_mean" in point.floor.writes:
+        return {"y": result, "running_mean": inputs.running_mean, "running_var": inputs.running_var}
+    return {"y": result}
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """To the type's nearest values, in fp64; gradients pass as they are."""
+    return x + (x.detach().to(dtype).double() - x.detach())
+
+
+def exact_functions(total_dtype: torch.dtype) -> Functions:
+    """torch's own in fp64, where total = x + residual is what a total of that type would hold."""
+
+    def layer_norm(x: Any, residual: Any, *arguments: Any) -> Any:
+        total = _rounded(x + residual, total_dtype)
+        return functional.layer_norm(total, *arguments), total
+
+    def rms_norm(x: Any, residual: Any, *arguments: Any) -> Any:
+        total = _rounded(x + residual, total_dtype)
+        return functional.rms_norm(total, *arguments), total
+
+    return replace(torch_functions(), layer_norm_residual=layer_norm, rms_norm_residual=rms_norm)
+
+
+def expected(point: Point, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """What is right, in fp64."""
+    inputs.reset()
+    exact = inputs.double()
+    forward = bind(point, exact_functions(inputs.x.dtype), exact)
+    assert forward is not None
+    return outputs(point, candidate("fp64", point, forward, exact), exact)
+
+
+def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """For each output ||found - wanted|| / ||wanted||, and the worst element's error over the largest wanted value."""
+    measured = {}
+    for name, exact in wanted.items():
+        reference = exact.detach()
+        difference = found[name].detach().double() - reference
+        norm = max(float(reference.norm()), 1e-300)
+        largest = max(float(reference.abs().max()), 1e-300)
+        measured[name] = (float(difference.norm()) / norm, float(difference.abs().max()) / largest)
+    return measured
+
+
+def verdict(measured: dict[str, tuple[float, float]], tolerance: float) -> str:
+    """What is wrong, in words; nothing if all is well. NaN is never well."""
+    for name, (overall, worst) in measured.items():
+        if not (overall <= tolerance and worst <= WORST_ELEMENT * tolerance):
+            return f"{name} is off by {overall:.2e} overall and {worst:.2e} at worst, {tolerance:.2e} is allowed"
+    return ""
