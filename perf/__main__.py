@@ -8,15 +8,19 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from perf import environment, workloads
-from perf.findings import NOT_TIMED, Findings
+from perf import environment, options, supervise, workloads
+from perf.findings import NOT_TIMED, Findings, Record
+from perf.ledger import GPU_LOST
+from perf.options import Do
+from perf.supervise import LOST
 from perf.worker import Worker
 
 STORED = Path(__file__).resolve().parent / "results"
-NO_GPU = "perf run: this machine has no GPU, and nothing else is worth timing."
+NO_GPU = "this machine has no GPU, and nothing else is worth timing."
 INTERRUPTED = 130
 
 
@@ -24,11 +28,16 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def refuse(verb: str, reason: object) -> int:
+    print(f"perf {verb}: {reason}", file=sys.stderr)
+    return 2
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    given = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return int(options.do(options))
+        return int(given.do(given))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -37,54 +46,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
-    parser.set_defaults(do=everything, full=False, tests=False)
+    shared = options.parents()
+    parser = argparse.ArgumentParser(
+        prog="python -m perf", description=__doc__, parents=[shared.folder, shared.points, shared.timing]
+    )
+    parser.set_defaults(do=everything)
     verbs = parser.add_subparsers(metavar="PART")
-    folder = argparse.ArgumentParser(add_help=False)
-    folder.add_argument("--out", type=Path, default=Path("perf-report"), help="folder to write (default: %(default)s)")
-    timing = argparse.ArgumentParser(add_help=False)
-    timing.add_argument("--seconds", type=float, default=420, help="time for measuring on a GPU (default: %(default)g)")
-    for action in (*folder._actions, *timing._actions):
-        parser._add_action(action)
 
-    def verb(name: str, does: object, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        part = verbs.add_parser(name, help=text, description=text, parents=parents)
+    def verb(name: str, does: Do, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        part = verbs.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
         part.set_defaults(do=does)
         return part
 
-    verb("list", list_points, "the points that `run` would time").add_argument("--full", action="store_true")
-    run = verb("run", run_timing, "time the kernels on this machine's GPU, and nothing else", folder, timing)
-    run.add_argument("--full", action="store_true", help="every workload, not the quick ones")
-    run.add_argument("--tests", action="store_true", help="first run the library's tests on the GPU")
-    report = verb("report", report_files, "pictures and a page from results files", folder)
+    timing = (shared.folder, shared.points, shared.timing)
+    verb("list", list_tasks, "what `run` would time, and who would be timed", *timing[1:])
+    run = verb("run", run_timing, "time the kernels on this machine's GPU, and nothing else", *timing)
+    text = "when the GPU or the process is lost, go on in a new process with what comes next"
+    run.add_argument("--keep-going", action="store_true", help=text)
+    report = verb("report", report_files, "pictures and a page from results files", shared.folder)
     report.add_argument("files", nargs="+", type=Path)
+    text = (
+        "what became slower and faster from one results file to another; medians decide, and where the spans from the "
+        "20th to the 80th percentile overlap, it is said"
+    )
+    compare = verb("compare", compare_files, text)
+    compare.add_argument("old", type=Path)
+    compare.add_argument("new", type=Path)
+    text = "exit with 1 if the old time over the new one is less than this anywhere (default: %(default)g)"
+    compare.add_argument("--fail-below", type=float, default=options.FAIL_BELOW, help=text)
+    compare.add_argument("--contenders", default="triton_norm", metavar="NAME,...", help="whose times to compare")
+    compare.add_argument("--any-gpu", action="store_true", help="compare runs on different GPUs, too")
     for name, does, text in (
         ("traffic", count_traffic, "bytes that the kernels move, counted under the interpreter, against the floor"),
         ("resources", compile_resources, "registers, spills, access widths and occupancy on GPUs that are not here"),
     ):
-        part = verb(name, does, text)
-        part.add_argument("--lines", action="store_true", help="one JSON record a line")
+        part = verb(name, does, text, shared.points, shared.lines)
         part.add_argument("--points", type=int, default=None, help="only the first so many points")
-        part.add_argument("--full", action="store_true", help="every shape for every op")
         if does is compile_resources:
             part.add_argument("--target", action="append", help="only for this GPU, such as sm_90; may be repeated")
-    numerics = verb("numerics", compare_numerics, "errors against fp64 on hard data, triton_norm's beside torch's")
-    numerics.add_argument("--lines", action="store_true", help="one JSON record a line")
-    host = verb("host", time_host, "what a call costs on the host on top of its launches, over a stub of CUDA's driver")
-    host.add_argument("--lines", action="store_true", help="one JSON record a line")
-    verb("anatomy", draw_anatomy, "the picture of which elements each norm reduces over", folder)
+    tune = verb(
+        "tune", tune_launches, "find the best launches on this machine's GPU, for the library to ship", *timing[:2]
+    )
+    tune.add_argument("--seconds", type=options.seconds, help="time for measuring (default: no limit)")
+    tune.add_argument("--fresh", action="store_true", help="forget the choices that are there, and are not made anew")
+    verb("numerics", compare_numerics, "errors against fp64 on hard data, triton_norm's beside torch's", shared.lines)
+    text = "what a call costs on the host on top of its launches, over a stub of CUDA's driver"
+    verb("host", time_host, text, shared.lines)
+    verb("anatomy", draw_anatomy, "the picture of which elements each norm reduces over", shared.folder)
+    readme = verb("readme", write_readme, "the README's pictures and figures, from the results files that are stored")
+    readme.add_argument("files", nargs="*", type=Path, help="results to store first")
     return parser
 
 
-def everything(options: argparse.Namespace) -> int:
+def everything(given: argparse.Namespace) -> int:
     from perf import report
 
     findings = Findings(environment.describe())
-    report.load(sorted(STORED.glob("*.json")), findings)
+    stored = Findings({})
+    report.load(sorted(STORED.glob("*.json")), stored)
+    findings.timed += stored.timed
+    findings.problems += stored.problems
     workers = {verb: Worker(verb, say) for verb in ("traffic", "resources", "numerics")}
     try:
         if environment.has_gpu():
-            _time_into(findings, options)
+            _time_into(findings, given)
         for worker in workers.values():
             worker.start()
         for worker in workers.values():
@@ -98,24 +123,26 @@ def everything(options: argparse.Namespace) -> int:
     findings.traffic += workers["traffic"].records
     findings.resources += workers["resources"].records
     findings.numerics += workers["numerics"].records
-    return _finish(findings, options.out)
+    return _finish(findings, given.out)
 
 
-def run_timing(options: argparse.Namespace) -> int:
+def run_timing(given: argparse.Namespace) -> int:
     if not environment.has_gpu():
-        print(NO_GPU, file=sys.stderr)
-        return 2
+        return refuse("run", NO_GPU)
+    if given.keep_going:
+        return supervise.run(given.out / options.TIMING, options.seconds_of(given), say)
     findings = Findings(environment.describe())
-    _time_into(findings, options)
-    return _finish(findings, options.out)
+    try:
+        _time_into(findings, given)
+    except ValueError as error:
+        return refuse("run", error)
+    return _finish(findings, given.out)
 
 
-def _time_into(findings: Findings, options: argparse.Namespace) -> None:
-    from perf import sweep
+def _time_into(findings: Findings, given: argparse.Namespace) -> None:
+    from perf import planning, sweep
 
-    points = workloads.points(quick=not options.full)
-    path = options.out / "timing.json"
-    results = sweep.timed_run(points, path, options.seconds, not options.full, options.tests, say)
+    results = sweep.timed_run(planning.plan_of(given), given.out / options.TIMING, say)
     findings.timed.insert(0, results)
     findings.timed_here = True
     findings.interrupted = results.get("stopped") == "interrupted"
@@ -126,80 +153,124 @@ def _finish(findings: Findings, out: Path) -> int:
 
     index = report.write(findings, out)
     say(f"{NOT_TIMED + ' ' if not findings.timed_here else ''}The report is {index}")
-    return INTERRUPTED if findings.interrupted else int(report.has_failed(findings))
+    if findings.interrupted:
+        return INTERRUPTED
+    if findings.timed_here and str(findings.timed[0].get("stopped", "")).startswith(GPU_LOST):
+        return LOST
+    return int(report.has_failed(findings))
 
 
-def report_files(options: argparse.Namespace) -> int:
+def report_files(given: argparse.Namespace) -> int:
     from perf import report
 
     findings = Findings(environment.describe())
-    report.load(options.files, findings)
-    return _finish(findings, options.out)
+    report.load(given.files, findings)
+    return _finish(findings, given.out)
 
 
-def list_points(options: argparse.Namespace) -> int:
-    for point in workloads.points(quick=not options.full):
-        say(f"{point}  {point.workload.source}  floor {point.floor_bytes / 2**20:.2f} MiB")
+def compare_files(given: argparse.Namespace) -> int:
+    from perf import compare, planning
+
+    try:
+        contenders = planning.contenders_of(given.contenders)
+    except ValueError as error:
+        return refuse("compare", error)
+    return compare.compare(given.old, given.new, given.fail_below, contenders, given.any_gpu, say)
+
+
+def list_tasks(given: argparse.Namespace) -> int:
+    from perf import planning
+
+    try:
+        plan = planning.plan_of(given)
+    except ValueError as error:
+        return refuse("list", error)
+    for contender in plan.chosen():
+        say(f"{contender.name}: {contender.status()}")
+    for task in plan.tasks():
+        say(planning.line(task))
     return 0
 
 
-def count_traffic(options: argparse.Namespace) -> int:
+def tune_launches(given: argparse.Namespace) -> int:
+    if not environment.has_gpu():
+        return refuse("tune", NO_GPU)
+    from perf import planning, tune
+    from triton_norm import tuning
+
+    seconds = float("inf") if given.seconds is None else given.seconds
+    try:
+        found = tune.run(planning.points_of(given), tuning.TUNED, given.out, seconds, say, fresh=given.fresh)
+    except OSError as error:
+        return refuse("tune", error)
+    if found.get("stopped") == "interrupted":
+        return INTERRUPTED
+    return int(bool(found.get("stopped") or found.get("problems")))
+
+
+def _tell(records: Iterable[Record], line: Any, as_json: bool) -> int:
+    failed = False
+    for record in records:
+        failed |= record["status"] != "ok"
+        say(json.dumps(record) if as_json else line(record))
+    return int(failed)
+
+
+def count_traffic(given: argparse.Namespace) -> int:
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     from perf import traffic
 
     torch.set_num_threads(1)  # as many as the interpreter has
-    failed = False
-    for record in traffic.records(workloads.traffic_points(options.full)[: options.points]):
-        failed |= record["status"] != "ok"
-        say(json.dumps(record) if options.lines else traffic.line(record))
-    return int(failed)
+    points = options.inspected_of(given, workloads.traffic_points)
+    return _tell(traffic.records(points), traffic.line, given.lines)
 
 
-def compare_numerics(options: argparse.Namespace) -> int:
+def compare_numerics(given: argparse.Namespace) -> int:
     os.environ["TRITON_INTERPRET"] = "0" if environment.has_gpu() else "1"
     from perf import numerics
 
-    failed = False
-    for record in numerics.records():
-        failed |= record["status"] != "ok"
-        say(json.dumps(record) if options.lines else numerics.line(record))
-    return int(failed)
+    return _tell(numerics.records(), numerics.line, given.lines)
 
 
-def compile_resources(options: argparse.Namespace) -> int:
+def compile_resources(given: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
-    failed = False
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        from perf import resources
+    from perf import resources
 
-        points = workloads.resource_points(options.full)[: options.points]
-        for record in resources.records(points, options.target or list(resources.TARGETS)):
-            failed |= record["status"] != "ok"
-            say(json.dumps(record) if options.lines else resources.line(record))
-    return int(failed)
+    targets = given.target or list(resources.TARGETS)
+    unknown = [target for target in targets if target not in resources.TARGETS]
+    if unknown:
+        return refuse("resources", f"{unknown[0]!r} is none of the targets {', '.join(resources.TARGETS)}")
+    points = options.inspected_of(given, workloads.resource_points)
+    return _tell(resources.records(points, targets), resources.line, given.lines)
 
 
-def time_host(options: argparse.Namespace) -> int:
+def time_host(given: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
-    failed = False
     with tempfile.TemporaryDirectory() as built:
         os.environ["TRITON_CACHE_DIR"] = built
         from perf import host
 
-        for record in host.records(Path(built)):
-            failed |= record["status"] != "ok"
-            say(json.dumps(record) if options.lines else host.line(record))
-    return int(failed)
+        return _tell(host.records(Path(built)), host.line, given.lines)
 
 
-def draw_anatomy(options: argparse.Namespace) -> int:
+def draw_anatomy(given: argparse.Namespace) -> int:
     from perf import anatomy
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    say(str(anatomy.draw(options.out / "anatomy.png")))
+    given.out.mkdir(parents=True, exist_ok=True)
+    say(str(anatomy.draw(given.out / "anatomy.png")))
+    return 0
+
+
+def write_readme(given: argparse.Namespace) -> int:
+    from perf import readme
+
+    try:
+        readme.store(given.files, STORED)
+        say(str(readme.write(STORED)))
+    except ValueError as error:
+        return refuse("readme", error)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Who is timed, by torch.nn.functional's signatures. One that cannot be imported is listed as missing."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,38 +9,27 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from perf import others
 from perf.environment import version
+from perf.findings import in_a_line
+from perf.functions import Function, Functions, torch_functions, triton_norm_functions
 
-Function = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Functions:
-    """What a contender computes with; None where it has no such op.
-
-    Those with a residual take it after x, and those of rows return y and total = x + residual.
-    """
-
-    layer_norm: Function | None = None
-    batch_norm: Function | None = None
-    rms_norm: Function | None = None
-    layer_norm_residual: Function | None = None
-    rms_norm_residual: Function | None = None
-    batch_norm_add_relu: Function | None = None
+__all__ = ["CONTENDERS", "Contender", "Function", "Functions", "torch_functions", "triton_norm_functions"]
 
 
 @dataclass(frozen=True)
 class Contender:
     """`load` runs once for every point, inside `scope`, which is entered once a run; `accuracy` widens the gate for one
-    that states a lower accuracy than torch's."""
+    that states a lower accuracy than torch's. One that `compiles` does so for each shape anew, and one that `searches`
+    tries many ways each time."""
 
     name: str
     load: Callable[[], Functions]
     modules: tuple[str, ...] = ()
-    distribution: str = "torch"
+    distributions: tuple[str, ...] = ("torch",)
     compiles: bool = False
+    searches: bool = False
     accuracy: float = 1.0
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -49,77 +39,48 @@ class Contender:
             try:
                 importlib.import_module(module)
             except Exception as error:
-                return f"{type(error).__name__}: {error}"
+                return in_a_line(error)
         return ""
 
     def status(self) -> str:
         missing = self.missing()
-        return f"missing ({missing})" if missing else f"{self.distribution} {version(self.distribution)}"
+        if missing:
+            return f"missing ({missing})"
+        return ", ".join(f"{distribution} {_version(distribution)}" for distribution in self.distributions)
 
 
-def _layer_norm_of_sum(x: Any, residual: Any, *arguments: Any) -> Any:
-    total = x + residual
-    return functional.layer_norm(total, *arguments), total
+def _version(distribution: str) -> str:
+    """Of what is imported without being installed, as in a checkout, what it says itself."""
+    found = version(distribution)
+    return getattr(sys.modules.get(distribution), "__version__", found) if found == "not installed" else found
 
 
-def _rms_norm_of_sum(x: Any, residual: Any, *arguments: Any) -> Any:
-    total = x + residual
-    return functional.rms_norm(total, *arguments), total
+_at_this_point: set[str] = set()
 
 
-def _batch_norm_add_relu(x: Any, residual: Any, *arguments: Any) -> Any:
-    return functional.relu(functional.batch_norm(x, *arguments) + residual)
+def _compiled(name: str, functions: Functions, **options: Any) -> Functions:
+    """A contender that comes again is at the next point: what was compiled for the last is forgotten then.
 
-
-def torch_functions() -> Functions:
-    return Functions(
-        functional.layer_norm,
-        functional.batch_norm,
-        functional.rms_norm,
-        _layer_norm_of_sum,
-        _rms_norm_of_sum,
-        _batch_norm_add_relu,
-    )
+    Not whenever one comes, which would have those before it at this point compile a second time.
+    """
+    if not _at_this_point or name in _at_this_point:
+        torch._dynamo.reset()
+        _at_this_point.clear()
+    _at_this_point.add(name)
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True, **options)
+    return Functions(**{op: compiled(function) for op, function in vars(functions).items()})
 
 
 def _torch_compile() -> Functions:
-    torch._dynamo.reset()
-    compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-    return Functions(**{name: compiled(function) for name, function in vars(torch_functions()).items()})
+    return _compiled("torch", torch_functions())
 
 
-def triton_norm_functions() -> Functions:
-    import triton_norm as tn
-
-    def layer_norm_residual(x: Any, residual: Any, *arguments: Any) -> Any:
-        return tn.layer_norm(x, *arguments, residual=residual)
-
-    def rms_norm_residual(x: Any, residual: Any, *arguments: Any) -> Any:
-        return tn.rms_norm(x, *arguments, residual=residual)
-
-    def batch_norm_add_relu(x: Any, residual: Any, *arguments: Any) -> Any:
-        return tn.batch_norm(x, *arguments, residual=residual, activation="relu")
-
-    return Functions(
-        tn.layer_norm, tn.batch_norm, tn.rms_norm, layer_norm_residual, rms_norm_residual, batch_norm_add_relu
-    )
+def _max_autotune() -> Functions:
+    return _compiled("torch, max-autotune", torch_functions(), mode="max-autotune-no-cudagraphs")
 
 
-def _liger() -> Functions:
-    """Its RMSNorm computing in fp32 throughout, as torch does, and leaving dy as it is."""
-    liger = importlib.import_module("liger_kernel.transformers.functional")
-    as_torch = {"offset": 0.0, "casting_mode": "gemma", "in_place": False}
-
-    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
-        return liger.liger_layer_norm(x, weight, bias, eps)
-
-    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
-        return liger.liger_rms_norm(x, weight, eps, **as_torch)
-
-    def rms_norm_residual(x: Any, residual: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
-        return liger.liger_fused_add_rms_norm(x, residual, weight, eps, **as_torch)
-
-    return Functions(layer_norm, rms_norm=rms_norm, rms_norm_residual=rms_norm_residual)
+def _triton_norm_compiled() -> Functions:
+    return _compiled("triton_norm", triton_norm_functions())
 
 
 def _kernels_only() -> AbstractContextManager[Any]:
@@ -129,9 +90,27 @@ def _kernels_only() -> AbstractContextManager[Any]:
     return triton_norm.backend("triton")
 
 
+_OURS = ("triton", "triton_norm")
+_TORCH = ("torch", "triton")
+
 CONTENDERS = [
-    Contender("triton_norm", triton_norm_functions, ("triton", "triton_norm"), "triton", scope=_kernels_only),
+    Contender("triton_norm", triton_norm_functions, _OURS, ("triton_norm", "triton"), scope=_kernels_only),
     Contender("torch", torch_functions, ("torch",)),
-    Contender("torch.compile", _torch_compile, ("torch", "triton"), compiles=True),
-    Contender("Liger-Kernel", _liger, ("triton", "liger_kernel.transformers.functional"), "liger-kernel"),
+    Contender("torch.compile", _torch_compile, _TORCH, _TORCH, compiles=True),
+    Contender("torch.compile, max-autotune", _max_autotune, _TORCH, _TORCH, compiles=True, searches=True),
+    Contender(
+        "triton_norm, compiled",
+        _triton_norm_compiled,
+        _OURS,
+        ("triton_norm", "torch", "triton"),
+        compiles=True,
+        scope=_kernels_only,
+    ),
+    Contender("Liger-Kernel", others.liger, ("triton", "liger_kernel.transformers.functional"), ("liger-kernel",)),
+    Contender("QuACK", others.quack, ("quack.rmsnorm",), ("quack-kernels",)),
+    Contender(
+        "flash-linear-attention", others.flash_linear_attention, ("triton", "fla.modules.layernorm"), ("fla-core",)
+    ),
+    Contender("apex", others.apex, ("apex.normalization.fused_layer_norm", "fused_layer_norm_cuda"), ("apex",)),
+    Contender("FlagGems", others.flag_gems, ("triton", "flag_gems"), ("flag_gems",)),
 ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import prod
 from typing import Any
 
-from perf.points import BULK, PASSES, TITLE
+from perf.points import BULK, ITEMSIZE, PASSES, TITLE
 
 Record = dict[str, Any]
 OUTPUTS = ("y", "dx")
-FAR = 16  # ulp
+STEP_RIVALS = {"triton_norm": "torch", "triton_norm, compiled": "torch.compile"}
 NOT_TIMED = "Nothing was timed on this machine: it has no GPU."
 
 
@@ -42,22 +42,48 @@ def ok(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record["status"] == "ok"]
 
 
-def speedups(records: Sequence[Record], over: str, of: str = "triton_norm") -> list[float]:
-    """How many times faster, on every point that both were timed on."""
-    times: dict[tuple[Any, ...], dict[str, float]] = {}
+def pairs(records: Sequence[Record], over: str, of: str = "triton_norm") -> list[tuple[Record, float]]:
+    """On every point that both were timed on: the record of `of`, and how many times faster than `over` it is."""
+    times: dict[tuple[Any, ...], dict[str, Record]] = {}
     for record in ok(records):
         key = tuple(record[name] for name in ("op", "mode", "dtype", "layout")) + tuple(record["shape"])
-        times.setdefault(key, {})[record["contender"]] = record["median_us"]
-    return [found[over] / found[of] for found in times.values() if over in found and of in found]
+        times.setdefault(key, {})[record["contender"]] = record
+    both = [found for found in times.values() if over in found and of in found]
+    return [(found[of], found[over]["median_us"] / found[of]["median_us"]) for found in both]
+
+
+def speedups(records: Sequence[Record], over: str, of: str = "triton_norm") -> list[float]:
+    return [ratio for _, ratio in pairs(records, over, of)]
+
+
+def step_speedups(steps: Sequence[Record]) -> list[tuple[Record, str, float]]:
+    """Steps with triton_norm, what each is held against, and how many times faster it is."""
+    times = {(r["model"], r["dtype"], r["contender"]): r["median_us"] for r in ok(steps)}
+    found = []
+    for record in ok(steps):
+        over = STEP_RIVALS.get(record["contender"])
+        other = times.get((record["model"], record["dtype"], over))
+        if over and other:
+            found.append((record, over, other / record["median_us"]))
+    return found
 
 
 def split(records: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Record]]]:
-    """Timed records by op, mode and dtype: one figure each."""
+    """Timed records by op, mode and dtype."""
     for op in TITLE:
         for mode in PASSES:
             mine = [record for record in records if (record["op"], record["mode"]) == (op, mode)]
             for dtype in dict.fromkeys(record["dtype"] for record in mine):
                 yield op, mode, dtype, [record for record in mine if record["dtype"] == dtype]
+
+
+def device_of(run: Record) -> str:
+    return str(run["environment"].get("GPU", "unknown GPU"))
+
+
+def input_bytes(record: Record) -> int:
+    """Of x alone."""
+    return prod(record["shape"]) * ITEMSIZE[record["dtype"]]
 
 
 def shape_text(record: Record) -> str:
@@ -69,31 +95,6 @@ def lying(record: Record) -> str:
     if len(record["shape"]) == 2:
         return shape_text(record)
     return f"{shape_text(record)} {'NHWC' if record['layout'] == 'channels_last' else 'NCHW'}"
-
-
-def shortfalls(findings: Findings) -> list[str]:
-    """Everything that is not as it should be, in words, worst first; the page's most useful list."""
-    found = []
-    for run in findings.timed:
-        device = run["environment"].get("GPU", "unknown GPU")
-        failed = [r for r in run["records"] if r["status"] in ("wrong", "error")]
-        found += [f"{device}: {r['contender']} on {_name(r)}: {r['status']}, {r['message']}" for r in failed]
-        for op, mode, dtype, records in split(run["records"]):
-            slower = [ratio for ratio in speedups(records, "torch") if ratio < 1]
-            if slower:
-                text = f"slower than torch eager on {len(slower)} points, at worst {min(slower):.2f}×"
-                found.append(f"{device}: {TITLE[op]} {mode} {dtype}: {text}")
-        if run.get("unreached"):
-            found.append(f"{device}: {len(run['unreached'])} points were not reached in the time given")
-        if run.get("tests", {}).get("passed") is False:
-            found.append(f"{device}: the tests did not pass: {run['tests']['summary']}")
-    found += [f"traffic of {_name(r)}: {r['status']}, {r['message']}" for r in findings.traffic if r["status"] != "ok"]
-    found += [
-        f"{_name(r)}: moves {uncached(r):.2f} times the floor's bytes, weights counted once"
-        for r in sorted(ok(findings.traffic), key=uncached, reverse=True)
-        if uncached(r) > 1.25
-    ]
-    return found + _code_shortfalls(findings.resources) + _inexact(findings.numerics)
 
 
 def streamed(record: Record) -> float:
@@ -121,27 +122,6 @@ def exchanged(record: Record) -> float:
     return float((partials + statistics - record["again"].get("statistics", 0)) / record[floor])
 
 
-def _code_shortfalls(records: Sequence[Record]) -> list[str]:
-    """One line for each kernel, shape and complaint, with the targets that it is true of."""
-    found: dict[str, list[str]] = {}
-    for r in records:
-        where = f"{r['kernel']} ({_name(r)})"
-        if r["status"] != "ok":
-            found.setdefault(f"{_name(r)} does not compile: {r['message']}", []).append(r["target"])
-            continue
-        if r["spill_stores"]:
-            found.setdefault(f"{where} spills, stores", []).append(f"{r['target']}: {r['spill_stores']}")
-        if r["resident_warps"] == 0:
-            found.setdefault(f"{where} cannot be launched", []).append(f"{r['target']}: {r['limited_by']}")
-        elif r["resident_warps"] < 0.25 * r["possible_warps"]:
-            text = f"{r['target']}: {r['resident_warps']} of {r['possible_warps']} warps, by {r['limited_by']}"
-            found.setdefault(f"{where} fills few warps", []).append(text)
-        width = access_bits(r)
-        if width < 64:
-            found.setdefault(f"{where} moves few bytes an instruction", []).append(f"{r['target']}: {width // 8}")
-    return [f"{what} ({'; '.join(targets)})" for what, targets in found.items()]
-
-
 def access_bits(record: Record) -> int:
     """Of x, y and their like the narrowest access; where arguments are not told apart, the widest of all."""
     bulk = [access for name, access in record["accesses"].items() if name in BULK]
@@ -160,37 +140,3 @@ def is_worse(ulps: dict[str, float | None]) -> bool:
     if ours is None or theirs is None:
         return ours is None and theirs is not None
     return round(ours, 2) > round(theirs, 2)
-
-
-def _inexact(records: Sequence[Record]) -> list[str]:
-    """Outputs that are further off than torch's, and those that are far off as torch's are."""
-    failed = [r for r in records if r["status"] != "ok"]
-    found = [f"exactness of {r['op']} {r['dtype']} on {r['data']}: {r['status']}, {r['message']}" for r in failed]
-    groups: dict[str, list[Record]] = {}
-    for r in ok(records):
-        for output in OUTPUTS:
-            about = {"data": r["data"], "columns": r["columns"], **r[output]}
-            groups.setdefault(f"{TITLE[r['op']]} {r['dtype']} {output}", []).append(about)
-    for name, members in groups.items():
-        worse = [member for member in members if is_worse(member)]
-        if worse:
-            worst = max(worse, key=lambda member: _off(member["triton_norm"]) - _off(member["torch"]))
-            ours, theirs = ulps_text(worst["triton_norm"]), ulps_text(worst["torch"])
-            where = f"{ours} where torch has {theirs} ({worst['data']}, {worst['columns']} columns)"
-            found.append(f"{name}: less exact than torch on {len(worse)} of {len(members)} inputs, at worst {where}")
-        far: dict[str, float] = {}
-        for member in members:
-            if _off(member["triton_norm"]) > FAR and member not in worse:
-                far[member["data"]] = max(far.get(member["data"], 0.0), _off(member["triton_norm"]))
-        if far:
-            listed = ", ".join(f"{data} (up to {ulps_text(ulps)})" for data, ulps in far.items())
-            found.append(f"{name}: no worse than torch, and far from exact all the same: {listed}")
-    return found
-
-
-def _off(ulps: float | None) -> float:
-    return inf if ulps is None else ulps
-
-
-def _name(record: Record) -> str:
-    return f"{record['op']} {record['mode']} {record['dtype']} {lying(record)}"

@@ -110,7 +110,9 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     return {"median_us": statistics.median(samples), "p20_us": fifths[0], "p80_us": fifths[3]}
 
 
-def time_interleaved(entries: Sequence[Sequence[Candidate]], timer: Timer, seconds: float) -> list[Record]:
+def time_interleaved(
+    entries: Sequence[Sequence[Candidate]], timer: Timer, seconds: float, backlog: bool = True
+) -> list[Record]:
     """For each contender, one call for each set of inputs. Rounds of one call of every contender, so that a drifting
     clock falls on all alike; the next round takes the next set."""
     for calls in entries:
@@ -119,11 +121,11 @@ def time_interleaved(entries: Sequence[Sequence[Candidate]], timer: Timer, secon
             call.run(call.prepare())
     timer.synchronize()
     host = [timer.host(calls[0]) for calls in entries]
-    backlog = [2 * us for us in host]
+    backlogs = [2 * us if backlog else 0.0 for us in host]
     rounds: list[list[float]] = []
     until = time.monotonic() + seconds
     while len(rounds) < MINIMUM_ROUNDS or (time.monotonic() < until and len(rounds) < MAXIMUM_ROUNDS):
-        rounds.append(timer.round([calls[len(rounds) % len(calls)] for calls in entries], backlog))
+        rounds.append(timer.round([calls[len(rounds) % len(calls)] for calls in entries], backlogs))
     samples = zip(*rounds, strict=True)
     return [
         {**summary(sample), "host_us": host_us, "repetitions": len(rounds)}

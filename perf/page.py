@@ -1,49 +1,29 @@
-"""HTML by hand: one page that needs nothing beside itself."""
+"""HTML by hand: one page that needs nothing beside itself, and no script to be read."""
 
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-CSS = """
-:root { color-scheme: light; --ink: #1d1f23; --soft: #5d6470; --line: #e4e6ea; --paper: #fff; --wash: #f6f7f9;
-        --accent: #0072b2; --warn: #a63c00; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--wash); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 36px 24px 72px; }
-h1 { font-size: 29px; margin: 0 0 4px; letter-spacing: -0.02em; }
-h2 { font-size: 20px; margin: 44px 0 10px; letter-spacing: -0.01em; }
-h3 { font-size: 15px; margin: 20px 0 8px; }
-p { margin: 8px 0; max-width: 76ch; }
-nav { margin: 14px 0 0; font-size: 14px; }
-nav a { margin-right: 16px; color: var(--accent); text-decoration: none; }
-nav a:hover { text-decoration: underline; }
-.soft { color: var(--soft); }
-.notice { background: #fff7e8; border: 1px solid #f0d9ae; border-radius: 8px; padding: 10px 14px;
-          margin: 16px 0; max-width: none; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 12px; margin: 16px 0; }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 13px 16px; }
-.card b { display: block; font-size: 23px; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); font-size: 13px; line-height: 1.4; display: block; }
-figure { margin: 14px 0; background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: 13px; margin-top: 8px; }
-.wide { overflow-x: auto; background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
-table { border-collapse: collapse; width: 100%; font-size: 12.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 7px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-tr:last-child td { border-bottom: 0; }
-th { background: var(--wash); font-weight: 600; color: var(--soft); position: sticky; top: 0; }
-th.text, td.text { text-align: left; }
-td.warn { color: var(--warn); font-weight: 600; }
-details { margin: 10px 0; }
-summary { cursor: pointer; padding: 6px 0; font-weight: 600; }
-ul { padding-left: 20px; max-width: 90ch; }
-code { font: 13px ui-monospace, monospace; background: var(--paper); padding: 1px 4px; border-radius: 4px; }
-@media print { body { background: #fff; } details > * { display: block; } }
-"""
+HERE = Path(__file__).resolve().parent
+FILTERED = 40  # rows from which a table has a box to filter them
+LONG = 48  # characters from which an entry is broken into lines
+FOLDERS = re.compile(r"(?<![\w.])(?<!:/)/(?:[\w.+@~-]+/)+")
+NOTHING_FROM_OUTSIDE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def text(words: str) -> str:
+    """Escaped, and without the folders of files that messages name: they tell of a machine, not of a result."""
+    return escape(FOLDERS.sub("…/", words))
+
+
+def styled(classes: str) -> str:
+    """The attribute, where there are any."""
+    return f' class="{classes}"' if classes else ""
 
 
 @dataclass(frozen=True)
@@ -57,56 +37,127 @@ class Cell:
 Entry = str | Cell
 
 
-def cards(items: Sequence[tuple[str, str]]) -> str:
-    inner = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in items)
-    return f'<div class="cards">{inner}</div>'
+@dataclass(frozen=True)
+class Card:
+    """A few figures, each with its label, that belong to one title."""
+
+    title: str
+    figures: Sequence[tuple[str, str]]
+    note: str
+    link: str = ""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Entry]], text_columns: int = 1) -> str:
-    """The first `text_columns` columns are words, the rest figures."""
+def cards(items: Sequence[Card]) -> str:
+    def card(item: Card) -> str:
+        title = f'<a href="#{slug(item.link)}">{text(item.title)}</a>' if item.link else text(item.title)
+        figures = "".join(f"<div><dt>{text(label)}</dt><dd>{text(big)}</dd></div>" for big, label in item.figures)
+        return f'<div class="card"><h3>{title}</h3><dl>{figures}</dl><p>{text(item.note)}</p></div>'
+
+    return f'<div class="cards">{"".join(map(card, items))}</div>' if items else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Entry]], words: int = 1, notes: int = 0) -> str:
+    """The first `words` and the last `notes` columns are words, the rest figures; short rows end in empty entries."""
 
     def cell(tag: str, place: int, entry: Entry) -> str:
         value = entry if isinstance(entry, Cell) else Cell(entry)
-        classes = " ".join(["text"] * (place < text_columns) + ["warn"] * value.warn)
-        return (
-            f'<{tag} class="{classes}">{escape(value.text)}</{tag}>'
-            if classes
-            else f"<{tag}>{escape(value.text)}</{tag}>"
-        )
+        is_words = place < words or place >= len(head) - notes
+        named = {"text": is_words, "warn": value.warn, "long": is_words and len(value.text) > LONG}
+        return f"<{tag}{styled(' '.join(name for name, holds in named.items() if holds))}>{text(value.text)}</{tag}>"
+
+    def line(row: Sequence[Entry]) -> str:
+        full = [*row, *[""] * (len(head) - len(row))]
+        return "<tr>" + "".join(cell("td", place, entry) for place, entry in enumerate(full)) + "</tr>"
 
     header = "".join(cell("th", place, name) for place, name in enumerate(head))
-    body = "".join("<tr>" + "".join(cell("td", i, entry) for i, entry in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = styled("filtered" if len(rows) >= FILTERED else "")
+    body = "".join(map(line, rows))
+    return f'<div class="wide"><table{kind}><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def details(title: str, inner: str, opened: bool = False) -> str:
-    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{inner}</details>"
+@dataclass(frozen=True)
+class Bar:
+    """From 0 to `low`, and paler up to `high`."""
+
+    low: float
+    high: float
+    colour: str
+    label: str
+
+
+def span_text(low: float, high: float) -> str:
+    first, last = f"{low:.2f}", f"{high:.2f}"
+    return f"{first}×" if first == last else f"{first} to {last}×"
+
+
+def bars(
+    title: str,
+    note: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Sequence[Bar]]]],
+    legend: Sequence[tuple[str, str]] = (),
+) -> str:
+    """For each row and column a few bars, all to one scale with a dashed line at 1; `legend`: names and colours."""
+    widest = max((bar.high for _, cells in rows for cell in cells for bar in cell), default=1.0)
+    unit = 100 / max(widest, 1.0)
+
+    def drawn(bar: Bar) -> str:
+        style = f"background:{bar.colour};width:"
+        pale = f'<i class="pale" style="{style}{unit * bar.high:.2f}%"></i>'
+        full = f'<i style="{style}{unit * bar.low:.2f}%"></i>'
+        mark = f'<s style="left:{unit:.2f}%"></s>'
+        return f'<div class="bar"><div>{pale}{full}{mark}</div><span>{text(bar.label)}</span></div>'
+
+    head = "".join(f"<th>{text(column)}</th>" for column in columns)
+    body = "".join(
+        f"<tr><th>{text(name)}</th>" + "".join(f"<td>{''.join(map(drawn, cell))}</td>" for cell in cells) + "</tr>"
+        for name, cells in rows
+    )
+    keys = "".join(f'<span><i style="background:{colour}"></i>{text(name)}</span>' for name, colour in legend)
+    keys = f'<div class="legend">{keys}</div>' if keys else ""
+    inner = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="bars"><h3>{text(title)}</h3>{keys}{inner}<p>{text(note)}</p></div>'
+
+
+def details(title: str, inner: str, opened: bool = False, note: str = "") -> str:
+    small = f"<small>{text(note)}</small>" if note else ""
+    return f"<details{' open' if opened else ''}><summary>{text(title)}{small}</summary>{inner}</details>"
 
 
 def figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    image = f'<img alt="{text(caption)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
 
 
-def paragraph(text: str, style: str = "") -> str:
-    return f'<p class="{style}">{escape(text)}</p>' if style else f"<p>{escape(text)}</p>"
+def heading(words: str) -> str:
+    return f"<h3>{text(words)}</h3>"
 
 
-def bullets(items: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
+def paragraph(words: str, style: str = "") -> str:
+    return f"<p{styled(style)}>{text(words)}</p>"
+
+
+def bullets(items: Sequence[str], style: str = "") -> str:
+    listed = "".join(f"<li>{text(item)}</li>" for item in items)
+    return f"<ul{styled(style)}>{listed}</ul>" if items else ""
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name.lower()).strip("-")
 
 
 def page(title: str, subtitle: str, summary: str, sections: Sequence[tuple[str, str]]) -> str:
-    names = [(f"section-{number}", name, inner) for number, (name, inner) in enumerate(sections) if inner]
-    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in names)
-    body = "".join(f'<section id="{anchor}"><h2>{escape(name)}</h2>{inner}</section>' for anchor, name, inner in names)
+    """Sections without content are left out, of the links too."""
+    named = [(slug(name), name, inner) for name, inner in sections if inner]
+    links = "".join(f'<a href="#{anchor}">{text(name)}</a>' for anchor, name, _ in named)
+    body = "".join(f'<section id="{anchor}"><h2>{text(name)}</h2>{inner}</section>' for anchor, name, inner in named)
+    style, script = ((HERE / name).read_text() for name in ("page.css", "page.js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{NOTHING_FROM_OUTSIDE}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{CSS}</style></head><body><main>'
-        f'<header><h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p><nav>{links}</nav></header>'
-        f"{summary}{body}</main></body></html>\n"
+        f'<link rel="icon" href="data:,"><title>{text(title)}</title><style>{style}</style></head><body>'
+        f'<header><h1>{text(title)}</h1><p class="soft">{text(subtitle)}</p></header><nav>{links}</nav>'
+        f'<main><section id="summary">{summary}</section>{body}</main><script>{script}</script></body></html>\n'
     )

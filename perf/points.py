@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+LAYOUTS = ("contiguous", "channels_last")
 MODES = ("forward", "backward")
 BOTH = "forward_backward"
 PASSES = (*MODES, BOTH)

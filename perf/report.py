@@ -56,6 +56,11 @@ def _write_csv(findings: Findings, path: Path) -> None:
         for run in findings.timed
         for record in run["records"]
     ]
+    rows += [
+        _flat("step", record, {"machine": machine(run["environment"])})
+        for run in findings.timed
+        for record in run.get("steps", [])
+    ]
     rows += [_flat("traffic", record, {}) for record in findings.traffic]
     rows += [_flat("resources", record, {}) for record in findings.resources]
     rows += [_flat("numerics", record, {}) for record in findings.numerics]
@@ -69,7 +74,8 @@ def _write_csv(findings: Findings, path: Path) -> None:
 def has_failed(findings: Findings) -> bool:
     """Whether anything of ours is wrong or missing; another contender's failure is only recorded."""
     here = findings.timed[:1] if findings.timed_here else []
-    ours = [record for run in here for record in run["records"] if record["contender"] == "triton_norm"]
+    timed = [record for run in here for record in run["records"] + run.get("steps", [])]
+    ours = [record for record in timed if record["contender"].startswith("triton_norm")]
     records = ours + findings.traffic + findings.resources + findings.numerics
     unsound = any(run.get("stopped") or run.get("tests", {}).get("passed") is False for run in here)
     return bool(findings.problems) or unsound or any(record["status"] in ("wrong", "error") for record in records)

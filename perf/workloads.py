@@ -1,8 +1,12 @@
-"""What is measured, declared as data: shapes of real models, and sweeps."""
+"""What is measured, declared as data: shapes of real models, sweeps, and shapes from a file."""
 
+import json
 from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
 
-from perf.points import FAMILY, MODES, Point, Workload
+from perf.points import FAMILY, LAYOUTS, MODES, Point, Workload
 
 SWEEP_ELEMENTS = 1 << 26
 COLUMNS = [128 << k for k in range(12)]
@@ -13,6 +17,7 @@ QUICK_RESIDUAL_COLUMNS = (1024, 4096, 16384)
 TOKENS_HIDDEN = 1024
 TOKENS = [1 << k for k in range(0, 21, 2)]
 QUICK_TOKENS = (1, 1024, 16384, 262144)
+MOST_ELEMENTS = 1 << 30  # of x: in fp64, with its gradient and results, they fill a GPU
 
 MODEL_TOKENS = 16384
 MODELS = {
@@ -53,7 +58,6 @@ QUICK_ADD_CHANNELS = (256, 2048)
 BATCH_CHANNELS, BATCH_SIDE = 256, 28
 BATCHES = [1 << k for k in range(11)]
 QUICK_BATCHES = (4, 32, 128, 512)
-LAYOUTS = ("contiguous", "channels_last")
 
 
 def _rows() -> Iterator[Workload]:
@@ -66,6 +70,10 @@ def _rows() -> Iterator[Workload]:
     for tokens in TOKENS:
         quick = tokens in QUICK_TOKENS
         yield Workload("rows", "tokens", (tokens, TOKENS_HIDDEN), f"{TOKENS_HIDDEN} columns", quick=quick)
+    for n, source in MODELS.items():
+        for tokens in TOKENS:
+            if n != TOKENS_HIDDEN and tokens != MODEL_TOKENS and tokens * n <= MOST_ELEMENTS:
+                yield Workload("rows", "tokens", (tokens, n), source)
 
 
 def _channels(layout: str) -> Iterator[Workload]:
@@ -100,16 +108,57 @@ def _is_quick(op: str, workload: Workload) -> bool:
     return workload.quick or workload.landmark
 
 
+def read(path: Path) -> list[Workload]:
+    """Workloads from JSON: a list of {"shape": [...]}, each with "family": "rows" (the last extent is normalized; a
+    shape of two extents has it by default) or "channels", "layout" and "source", where wanted. ValueError if it is not.
+    """
+    try:
+        described = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(described, list) or not described:
+        raise ValueError(f"{path} does not hold a list of workloads")
+    return [_described(each) for each in described]
+
+
+def _described(each: Any) -> Workload:
+    shape = each.get("shape") if isinstance(each, dict) else None
+    shape = shape if isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) else []
+    if len(shape) < 2 or not set(each) <= {"shape", "family", "layout", "source"}:
+        text = "is not a workload: it needs a shape of two extents or more, and may have a family, layout and source"
+        raise ValueError(f"{json.dumps(each)} {text}")
+    family = each.get("family", "rows" if len(shape) == 2 else "channels")
+    layout = each.get("layout", LAYOUTS[0])
+    source = str(each.get("source", "from a file"))
+    if family not in FAMILY.values() or layout not in LAYOUTS:
+        kinds = f"family is one of {', '.join(dict.fromkeys(FAMILY.values()))}, layout one of {', '.join(LAYOUTS)}"
+        raise ValueError(f"{json.dumps(each)}: {kinds}")
+    if layout != LAYOUTS[0] and (family == "rows" or len(shape) not in (4, 5)):
+        raise ValueError(f"{json.dumps(each)}: {layout} is a layout of channels with two or three spatial extents")
+    if family == "rows":
+        return Workload(family, "models", (prod(shape[:-1]), shape[-1]), source)
+    return Workload(family, "networks", tuple(shape), source, layout)
+
+
 def points(
-    dtypes: tuple[str, ...] = ("bf16", "fp32"), quick: bool = True, ops: tuple[str, ...] = tuple(FAMILY)
+    dtypes: Sequence[str] = ("bf16", "fp32"),
+    quick: bool = True,
+    ops: Sequence[str] = tuple(FAMILY),
+    modes: Sequence[str] = MODES,
+    chosen: Sequence[Workload] | None = None,
 ) -> list[Point]:
-    """Everything to time, landmarks first, so that whatever is done when time runs out is a picture of the whole."""
+    """Everything to time, landmarks first, so that whatever is done when time runs out is a picture of the whole.
+
+    Of the `chosen` workloads, if given, instead of the `quick` ones or all.
+    """
     found = [
         Point(op, mode, dtype, workload)
-        for workload in WORKLOADS
+        for workload in (WORKLOADS if chosen is None else chosen)
         for op in ops
-        if FAMILY[op] == workload.family and (not quick or _is_quick(op, workload))
-        for mode in MODES
+        if FAMILY[op] == workload.family and (chosen is not None or not quick or _is_quick(op, workload))
+        for mode in modes
         for dtype in dtypes
     ]
     return sorted(found, key=lambda point: (not point.workload.landmark, point.op == "batch_norm_eval"))
@@ -190,12 +239,13 @@ def traffic_points(full: bool = False) -> list[Point]:
 
 
 def resource_points(full: bool = False) -> list[Point]:
-    """Shapes whose launches differ. They are compiled, never run. `full`: everything that bars for machine code are
-    stated for."""
+    """Shapes whose launches differ, nearly all counted too. They are compiled, never run. `full`: everything that bars
+    for machine code are stated for."""
     return _rows_to_inspect(full) + _channels_to_inspect(
         full,
-        ((32, 256, 56, 56), "contiguous"),
+        ((32, 64, 112, 112), "contiguous"),
         ((32, 1024, 14, 14), "contiguous"),
         ((32, 2048, 7, 7), "contiguous"),
-        ((32, 256, 56, 56), "channels_last"),
+        ((32, 64, 112, 112), "channels_last"),
+        ((32, 1024, 14, 14), "channels_last"),
     )

@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def records(code, *arguments, **environment):
-    """What `code` leaves in `found`, run where TRITON_INTERPRET is not set but by `environment`."""
+    """What `code` leaves in `found`, run where TRITON_INTERPRET is not set but by `environment`.
+
+    What is compiled stays in Triton's cache, for the other tests and the report.
+    """
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     inherited["OMP_NUM_THREADS"] = "1"
     script = f"import json, sys\n{code}\nfor record in found:\n    print(json.dumps(record))"

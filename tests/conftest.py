@@ -24,6 +24,7 @@ if INTERPRETED:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "long" not in item.keywords)  # what is begun last should not take long
     if HAS_GPU and not INTERPRETED:
         return
     reason = "the interpreter is on (TRITON_INTERPRET=1)" if HAS_GPU else "no GPU"

@@ -51,6 +51,7 @@ def too_slow(records):
     return found
 
 
+@pytest.mark.long
 def test_the_library_adds_microseconds_to_its_launches():
     pytest.importorskip("triton")
     records = measured()

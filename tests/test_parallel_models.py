@@ -29,6 +29,7 @@ PATHS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.long
 @PATHS
 def test_a_step_is_that_of_one_process(kernels, scenarios, tmp_path):
     sync_scenarios.start(tmp_path, 2, kernels, scenarios, preload=IMPORTED)

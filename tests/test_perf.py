@@ -1,24 +1,25 @@
 """The perf suite where no GPU is needed: floors, records, the gate, and the parts that run as processes."""
 
-import importlib.util
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._C._autograd import DeviceType
 from torch.nn import functional
 
-from perf import calls, findings, gate, measure, sweep, workloads
-from perf.contenders import CONTENDERS as CONTENDERS_OF_A_RUN
+from perf import calls, findings, gate, measure, workloads
 from perf.contenders import Contender, Functions, torch_functions
 from perf.points import BOTH, FAMILY, FLOORS, MODES, PASSES, Point, Workload, floor_of
+from timers import FakeTimer
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.unguarded
@@ -127,28 +128,6 @@ def test_the_ops_with_a_residual_make_a_quick_run_little_longer():
     assert FLOORS["batch_norm_add_relu", "backward"].short == "2R2W + 1 bit"
 
 
-class FakeTimer:
-    """Calls take 10, 20, 30 ... µs in turn: no clock is read."""
-
-    device = "cpu"
-
-    def __init__(self):
-        self.calls = 0
-
-    def round(self, entries, backlog_us):
-        self.calls += 1
-        return [10.0 * (place + 1) + self.calls / 1000 for place, _ in enumerate(entries)]
-
-    def host(self, entry):
-        return 3.0
-
-    def kernels(self, entry):
-        return [f"kernel of {entry.name}"]
-
-    def synchronize(self):
-        pass
-
-
 def off_by_a_percent(x, *rest):
     return 1.01 * functional.layer_norm(x, *rest)
 
@@ -244,33 +223,6 @@ def test_a_wrong_total_and_a_gradient_that_leaves_it_out_fail_the_gate(mode):
     assert record["message"].startswith("total" if mode == "forward" else "dx")
 
 
-def test_liger_is_called_with_its_own_arguments_where_it_is_importable(monkeypatch):
-    """torch's functions stand in for its own, in its order of arguments; in place, they would overwrite dy."""
-    (liger,) = (contender for contender in CONTENDERS_OF_A_RUN if contender.name == "Liger-Kernel")
-    if importlib.util.find_spec("liger_kernel") is None:
-        assert liger.status().startswith("missing (ModuleNotFoundError")
-    as_torch = {"offset": 0.0, "casting_mode": "gemma", "in_place": False}
-
-    def rms_norm(x, weight, eps, **options):
-        assert options == as_torch
-        return functional.rms_norm(x, weight.shape, weight, eps)
-
-    module = SimpleNamespace(
-        liger_layer_norm=lambda x, weight, bias, eps: functional.layer_norm(x, weight.shape, weight, bias, eps),
-        liger_rms_norm=rms_norm,
-        liger_fused_add_rms_norm=lambda x, r, weight, eps, **options: (rms_norm(x + r, weight, eps, **options), x + r),
-    )
-    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", module)
-    points = [Point(op, mode, "fp32", ROWS) for op in workloads.ROW_OPS for mode in MODES]
-    records = [measure.measure_point(point, [liger], FakeTimer(), seconds=0)[0] for point in points]
-    statuses = {(record["op"], record["status"]) for record in records}
-    assert statuses == {
-        *((op, "ok") for op in ("layer_norm", "rms_norm", "rms_norm_residual")), ("layer_norm_residual", "unsupported")
-    }  # fmt: skip
-
-
 def test_nan_never_passes_the_gate():
     wanted = {"y": torch.ones(4, dtype=torch.float64)}
     found = {"y": torch.tensor([1.0, 1.0, math.nan, 1.0])}
@@ -314,6 +266,27 @@ def test_only_the_call_lies_between_the_events(monkeypatch):
         "synchronize",
     ]
     assert timer.host(entry) >= 0
+
+
+def test_kernels_are_named_in_order(monkeypatch):
+    def event(name, start, device=DeviceType.CUDA):
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start))
+
+    events = [event("second" * 100, 2), event("first", 1), event("host", 0, DeviceType.CPU)]
+    running = []
+
+    @contextmanager
+    def profile(activities):
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+        running.append("began")
+        yield SimpleNamespace(events=lambda: events)
+        running.append("ended")
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    timer = FakeTimer()
+    entry = calls.Candidate("test", lambda: running.append("prepared"), lambda _: running.append("ran"))
+    assert measure.CudaTimer.kernels(timer, entry) == ["first", ("second" * 100)[: measure.KERNEL_NAME]]
+    assert running == ["prepared", "began", "ran", "ended"]
 
 
 def test_calls_take_turns_with_sets_of_inputs(monkeypatch):
@@ -372,40 +345,6 @@ def test_a_gpu_that_stops_answering_leaves_no_figure(monkeypatch):
 
 def test_copy_bandwidth_counts_bytes_read_and_written():
     assert measure.copy_bandwidth(FakeTimer(), size=5000, seconds=0) == pytest.approx(1, rel=0.01)
-
-
-@pytest.fixture
-def gpu_of_the_test(monkeypatch):
-    monkeypatch.setattr(measure, "CudaTimer", FakeTimer)
-    monkeypatch.setattr(measure, "copy_bandwidth", lambda timer: 1000.0)
-    monkeypatch.setattr(sweep, "CONTENDERS", [TORCH, Contender("absent", Functions, ("no_such_module",))])
-
-
-def test_timed_run_keeps_what_it_measured(gpu_of_the_test, monkeypatch, tmp_path):
-    points = [Point("layer_norm", "forward", dtype, ROWS) for dtype in ("fp32", "bf16", "fp16")]
-    real = measure.measure_point
-
-    def interrupted(point, *rest):
-        if point.dtype == "fp16":
-            raise KeyboardInterrupt
-        return real(point, *rest)
-
-    monkeypatch.setattr(measure, "measure_point", interrupted)
-    path = tmp_path / "timing.json"
-    results = sweep.timed_run(points, path, 60, quick=True, tests=False, say=lambda _: None)
-    assert json.loads(path.read_text()) == results
-    assert [record["dtype"] for record in results["records"]] == ["fp32", "bf16"]
-    assert results["stopped"] == "interrupted"
-    assert results["unreached"] == ["layer_norm forward fp16 64x96"]
-    assert results["copy_gbps"] == 1000
-    assert results["contenders"]["absent"].startswith("missing (ModuleNotFoundError")
-
-
-def test_timed_run_ends_with_its_time(gpu_of_the_test, tmp_path):
-    points = [Point("layer_norm", "forward", "fp32", ROWS)]
-    results = sweep.timed_run(points, tmp_path / "timing.json", 0, quick=True, tests=False, say=lambda _: None)
-    assert results["records"] == []
-    assert len(results["unreached"]) == 1
 
 
 def test_traffic_of_layer_norm_reads_x_once_and_writes_y_once():

@@ -33,6 +33,7 @@ def processes(tmp_path):
     return functools.partial(sync_scenarios.start, tmp_path)
 
 
+@pytest.mark.long
 @PATHS
 @pytest.mark.parametrize("size", [2, 3])
 def test_equals_batch_norm_over_the_joined_batch(size, kernels, processes):

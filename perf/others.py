@@ -1,0 +1,164 @@
+"""Other libraries' norms, by torch.nn.functional's signatures."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from perf.functions import Functions
+
+
+def liger() -> Functions:
+    """Its RMSNorm computing in fp32 throughout, as torch does, and leaving dy as it is."""
+    ops = importlib.import_module("liger_kernel.transformers.functional")
+    as_torch = {"offset": 0.0, "casting_mode": "gemma", "in_place": False}
+
+    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
+        return ops.liger_layer_norm(x, weight, bias, eps)
+
+    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+        return ops.liger_rms_norm(x, weight, eps, **as_torch)
+
+    def rms_norm_residual(x: Any, residual: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+        return ops.liger_fused_add_rms_norm(x, residual, weight, eps, **as_torch)
+
+    return Functions(layer_norm, rms_norm=rms_norm, rms_norm_residual=rms_norm_residual)
+
+
+def quack() -> Functions:
+    """Its LayerNorm, which has both passes but no autograd, refuses weights that are not fp32."""
+    ops = importlib.import_module("quack.rmsnorm")
+
+    class LayerNorm(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any, bias: Any, eps: float) -> Any:
+            if not any(ctx.needs_input_grad):
+                return ops.layernorm_fwd(x, weight, bias, eps=eps)
+            y, rstd, mean = ops.layernorm_fwd(x, weight, bias, eps=eps, return_rstd=True, return_mean=True)
+            ctx.save_for_backward(x, weight, rstd, mean)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Any) -> Any:
+            x, weight, rstd, mean = ctx.saved_tensors
+            return *ops.layernorm_bwd(x, weight, dy, rstd, mean, has_bias=True), None
+
+    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
+        return LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+
+    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+        return ops.rmsnorm(x, weight, eps=eps)
+
+    def rms_norm_residual(x: Any, residual: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+        return ops.rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
+
+    return Functions(layer_norm, rms_norm=rms_norm, rms_norm_residual=rms_norm_residual)
+
+
+def flash_linear_attention() -> Functions:
+    ops = importlib.import_module("fla.modules.layernorm")
+
+    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
+        return ops.layer_norm(x, weight, bias, eps=eps)
+
+    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+        return ops.rms_norm(x, weight, None, eps=eps)
+
+    def layer_norm_residual(x: Any, r: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
+        return ops.layer_norm(x, weight, bias, residual=r, eps=eps, prenorm=True)
+
+    def rms_norm_residual(x: Any, r: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+        return ops.rms_norm(x, weight, None, residual=r, eps=eps, prenorm=True)
+
+    return Functions(
+        layer_norm, rms_norm=rms_norm, layer_norm_residual=layer_norm_residual, rms_norm_residual=rms_norm_residual
+    )
+
+
+def apex() -> Functions:
+    """Its BatchNorm, of channels-last fp16, is a part that apex is mostly built without."""
+    ops = importlib.import_module("apex.normalization.fused_layer_norm")
+
+    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
+        return ops.fused_layer_norm_affine(x, weight, bias, shape, eps)
+
+    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+        return ops.fused_rms_norm_affine(x, weight, shape, eps)
+
+    try:
+        importlib.import_module("bnp")
+    except ImportError:
+        return Functions(layer_norm, rms_norm=rms_norm)
+    return Functions(layer_norm, _Nhwc(relu=False).batch_norm, rms_norm, batch_norm_add_relu=_Nhwc(relu=True).add_relu)
+
+
+class _Nhwc:
+    """apex's BatchNorm2d_NHWC, which takes (N, H, W, C): a module for each weight, built at the first call with it."""
+
+    def __init__(self, relu: bool) -> None:
+        self._module = importlib.import_module("apex.contrib.groupbn.batch_norm").BatchNorm2d_NHWC
+        self._relu = relu
+        self._layers: dict[int, Any] = {}
+
+    def _layer(self, mean: Any, var: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float) -> Any:
+        layer = self._layers.get(id(weight))
+        if layer is None:
+            layer = self._layers[id(weight)] = self._module(weight.numel(), fuse_relu=self._relu)
+            layer._parameters |= {"weight": weight, "bias": bias}
+            layer._buffers |= {"running_mean": mean, "running_var": var}
+            layer.momentum, layer.eps = momentum, eps
+            layer.train(training)
+        return layer
+
+    def batch_norm(self, x: Any, *arguments: Any) -> Any:
+        return self._layer(*arguments)(_nhwc(x)).permute(0, 3, 1, 2)
+
+    def add_relu(self, x: Any, residual: Any, *arguments: Any) -> Any:
+        return self._layer(*arguments)(_nhwc(x), _nhwc(residual)).permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Any) -> Any:
+    """It checks the type itself, but not this: it would read 4 channels at once from whatever lies there."""
+    if x.dim() != 4 or x.shape[1] % 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError("BatchNorm2d_NHWC takes channels-last images, of a multiple of 4 channels")
+    return x.permute(0, 2, 3, 1)
+
+
+def flag_gems() -> Functions:
+    """Its functions themselves: `use_gems` would put them in place of torch's own for every contender.
+
+    No op with a residual: skip_layer_norm has neither the sum nor a backward, fused_add_rms_norm overwrites its inputs.
+    """
+    gems = importlib.import_module("flag_gems")
+    wanted = [True, True, True]
+
+    class LayerNorm(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
+            y, mean, rstd = gems.layer_norm(x, shape, weight, bias, eps)
+            ctx.save_for_backward(x, mean, rstd, weight, bias)
+            ctx.shape = shape
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Any) -> Any:
+            x, mean, rstd, weight, bias = ctx.saved_tensors
+            dx, dw, db = gems.layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, wanted)
+            return dx, None, dw, db, None
+
+    class BatchNorm(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, mean: Any, var: Any, weight: Any, bias: Any, *options: Any) -> Any:
+            y, save_mean, save_invstd = gems.batch_norm(x, weight, bias, mean, var, *options)
+            ctx.save_for_backward(x, weight, mean, var, save_mean, save_invstd)
+            ctx.training, _, ctx.eps = options
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Any) -> Any:
+            x, *others = ctx.saved_tensors
+            dx, dw, db = gems.batch_norm_backward(dy, x, *others, ctx.training, ctx.eps, wanted)
+            return dx, None, None, dw, db, None, None, None
+
+    return Functions(LayerNorm.apply, BatchNorm.apply, gems.rms_norm)

@@ -1,0 +1,139 @@
+"""The README's figures: from the results that are stored beside this file, by command, with machine and date."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from perf import charts
+from perf.environment import machine
+from perf.findings import ok, speedups
+from perf.points import MODE_TITLE, PASSES, TITLE
+
+Results = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: python -m perf readme -->", "<!-- end of figures -->"
+COUNTED = "without-a-gpu.json"
+KEPT = ("traffic", "resources", "numerics")
+NOT_TIMED = """**No GPU has timed anything yet**: the kernels have run under the interpreter and been compiled for
+several GPUs, and there is no statement about speed here. What is known without a clock is how many bytes they move, and
+what they are compiled to.
+"""
+
+
+def store(files: Sequence[Path], folder: Path) -> None:
+    """Adds results: each GPU's timed run, in place of its last, and what a report counted and compiled without one.
+
+    ValueError for a file that is none, before anything is written.
+    """
+    found: dict[str, Results] = {}
+    for file in files:
+        try:
+            content = json.loads(file.read_text())
+            kind, runs = content["kind"], content.get("timed", [])
+            if kind not in ("timing", "report"):
+                raise ValueError(f"kind {kind!r}")
+            for run in [content] if kind == "timing" else runs:
+                found[_file_of(run)] = run
+            if kind == "report" and content["traffic"] and content["resources"]:
+                about = {"kind": kind, "format": content["format"], "environment": content["environment"]}
+                found[COUNTED] = about | {name: content[name] for name in KEPT}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} holds no results: {error!r}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in found.items():
+        (folder / name).write_text(_dumped(content))
+
+
+def _file_of(run: Results) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", run["environment"]["GPU"].lower()).strip("-") + ".json"
+
+
+def _dumped(content: Results) -> str:
+    """JSON with one record a line."""
+
+    def value_of(value: Any) -> str:
+        if isinstance(value, list) and value:
+            return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        return json.dumps(value)
+
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {value_of(value)}" for name, value in content.items()) + "\n}\n"
+
+
+def load(folder: Path) -> tuple[list[Results], Results | None]:
+    """Timed runs, the latest first, and what is known without a GPU."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    timed = [content for content in found if content["kind"] == "timing" and ok(content["records"])]
+    timed.sort(key=lambda run: str(run["environment"]["date"]), reverse=True)
+    return timed, next((content for content in found if content["kind"] == "report"), None)
+
+
+def write(folder: Path, readme: Path = README) -> Path:
+    """Draws the pictures into `folder`, and puts what `block` says between the README's marks."""
+    timed, counted = load(folder)
+    text = readme.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme.name} has no place for figures, between {BEGIN} and {END}")
+    _draw(timed, counted, folder)
+    where = folder.resolve().relative_to(readme.resolve().parent).as_posix()
+    readme.write_text(f"{before}{BEGIN}\n{block(timed, counted, where)}{END}{after}")
+    return readme
+
+
+def _draw(timed: Sequence[Results], counted: Results | None, folder: Path) -> None:
+    for run in timed:
+        stem, foot = _file_of(run).removesuffix(".json"), machine(run["environment"])
+        charts.speedups(run["records"], foot, folder / f"{stem}-speedups.png")
+        if ok(run.get("steps", [])):
+            charts.steps(run["steps"], foot, folder / f"{stem}-steps.png")
+    if counted is not None:
+        foot = machine(counted["environment"])
+        charts.traffic(counted["traffic"], foot, folder / "traffic.png")
+        charts.resources(counted["resources"], foot, folder / "resources.png")
+
+
+def block(timed: Sequence[Results], counted: Results | None, where: str) -> str:
+    """What stands in the README, in Markdown; `where`: the folder of the pictures."""
+    parts = [_timed(run, where) for run in timed]
+    if not timed:
+        parts.append(NOT_TIMED)
+    if counted is not None and not timed:
+        parts.append(_counted(counted, where))
+    return "\n".join(parts)
+
+
+def _timed(run: Results, where: str) -> str:
+    stem, foot = _file_of(run).removesuffix(".json"), machine(run["environment"])
+    lines = ["| op | pass | against torch eager | points |", "|---|---|---|---|"]
+    for op in TITLE:
+        for mode in PASSES:
+            found = speedups([r for r in run["records"] if (r["op"], r["mode"]) == (op, mode)], "torch")
+            if found:
+                lines.append(f"| {TITLE[op]} | {MODE_TITLE[mode]} | {geometric_mean(found):.2f}× | {len(found)} |")
+    text = f"Geometric means of how many times faster than torch; a copy moves {run['copy_gbps']:.0f} GB/s there.\n\n"
+    text += "\n".join(lines) + f"\n\n*{foot}*\n\n"
+    text += _picture("Speed-up over torch eager, geometric means", f"{where}/{stem}-speedups.png", foot)
+    if ok(run.get("steps", [])):
+        text += "\n" + _picture("Training steps of whole models", f"{where}/{stem}-steps.png", foot)
+    return text
+
+
+def _counted(counted: Results, where: str) -> str:
+    foot = machine(counted["environment"])
+    pictures = (
+        ("Bytes that the kernels ask for, over the fewest that must move", "traffic"),
+        ("Registers, spills, access widths and resident warps of the compiled kernels", "resources"),
+    )
+    return "\n".join(_picture(text, f"{where}/{name}.png", foot) for text, name in pictures)
+
+
+def _picture(text: str, path: str, foot: str) -> str:
+    return f"![{text}]({path})\n\n*{text}. {foot}*\n"

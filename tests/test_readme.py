@@ -1,0 +1,118 @@
+"""The README's figures, from results that are stored or made up."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from perf import __main__ as cli
+from perf import readme
+from perf.points import Point, Workload
+
+pytestmark = pytest.mark.unguarded
+
+RUN = {
+    "kind": "timing",
+    "format": 2,
+    "environment": {"GPU": "NVIDIA Made-Up 1", "torch": "2", "triton": "3", "date": "2026-01-02 03:04 UTC"},
+    "copy_gbps": 1000.0,
+    "records": [],
+    "steps": [],
+}
+
+
+def timed(gpu="NVIDIA Made-Up 1", date="2026-01-02"):
+    """A run in which torch takes twice and eight times as long."""
+    records = []
+    for columns, slower in ((64, 2), (128, 8)):
+        point = Point("layer_norm", "forward", "bf16", Workload("rows", "columns", (32, columns), ""))
+        for contender, us in (("triton_norm", 1.0), ("torch", 1.0 * slower)):
+            times = {"median_us": us, "p20_us": us, "p80_us": us, "host_us": us, "gbps": 1.0, "errors": {"y": 0.0}}
+            records.append({**point.describe(), "contender": contender, "status": "ok", "message": "", **times})
+    return RUN | {"environment": RUN["environment"] | {"GPU": gpu, "date": date}, "records": records}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A README with a place for figures, and a folder for results."""
+    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    (tmp_path / "results").mkdir()
+    return tmp_path
+
+
+def test_the_readme_shows_what_is_stored():
+    """If this fails: python -m perf readme."""
+    text = readme.README.read_text()
+    shown = text.partition(f"{readme.BEGIN}\n")[2].partition(readme.END)[0]
+    timed_runs, counted = readme.load(cli.STORED)
+    assert shown == readme.block(timed_runs, counted, "perf/results")
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", shown)
+    assert pictures
+    assert all((readme.ROOT / picture).is_file() for picture in pictures)
+    for content in timed_runs or [counted]:
+        assert content["environment"]["date"] in shown
+
+
+def test_stored_results_name_no_path_of_a_machine():
+    for path in (*cli.STORED.glob("*.json"), readme.README):
+        assert not re.search(r"/(tmp|home|root|work|usr)/", path.read_text()), path.name
+
+
+def test_a_timed_run_is_stored_by_its_gpu_and_shown_with_its_date(project):
+    source = project / "timing.json"
+    source.write_text(json.dumps(timed()))
+    readme.store([source], project / "results")
+    assert json.loads((project / "results" / "nvidia-made-up-1.json").read_text()) == timed()
+    readme.write(project / "results", project / "README.md")
+    text = (project / "README.md").read_text()
+    assert text.startswith(f"before\n{readme.BEGIN}\n")
+    assert text.endswith(f"{readme.END}\nafter\n")
+    assert "old" not in text
+    assert "| LayerNorm | forward | 4.00× | 2 |" in text
+    assert text.count("NVIDIA Made-Up 1 · torch 2 · triton 3 · 2026-01-02") == 2
+    assert "No GPU has timed" not in text
+    assert (project / "results" / "nvidia-made-up-1-speedups.png").stat().st_size > 0
+
+
+def test_the_latest_run_comes_first_and_each_gpu_has_one(project):
+    for number, (gpu, date) in enumerate((("A", "2026-01-01"), ("B", "2026-01-03"), ("A", "2026-01-02"))):
+        source = project / f"{number}.json"
+        source.write_text(json.dumps(timed(gpu, date)))
+        readme.store([source], project / "results")
+    found, _ = readme.load(project / "results")
+    assert [(run["environment"]["GPU"], run["environment"]["date"]) for run in found] == [
+        ("B", "2026-01-03"),
+        ("A", "2026-01-02"),
+    ]
+
+
+def test_without_a_timed_run_the_readme_says_so(project):
+    shutil.copy(cli.STORED / readme.COUNTED, project / "results")
+    readme.write(project / "results", project / "README.md")
+    text = (project / "README.md").read_text()
+    assert readme.NOT_TIMED in text
+    assert "](results/traffic.png)" in text
+    assert "](results/resources.png)" in text
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"kind": "tuning"}', '{"kind": "timing", "records": []}'])
+def test_what_is_no_result_is_refused_and_nothing_stored(content, project, capsys):
+    source = project / "other.json"
+    source.write_text(content)
+    with pytest.raises(ValueError, match=r"other\.json holds no results"):
+        readme.store([source], project / "results")
+    assert list((project / "results").iterdir()) == []
+
+
+def test_a_readme_without_a_place_for_figures_is_left_alone(project):
+    (project / "README.md").write_text("nothing\n")
+    with pytest.raises(ValueError, match=r"README\.md has no place for figures"):
+        readme.write(project / "results", project / "README.md")
+    assert (project / "README.md").read_text() == "nothing\n"
+
+
+def test_the_marks_are_in_the_readme_once():
+    text = Path(readme.README).read_text()
+    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
