@@ -3,8 +3,10 @@
 import random
 from itertools import combinations
 
+import numpy as np
 import pytest
 from matplotlib.text import Text
+from PIL import Image
 
 from perf import charts, workloads
 from perf.charts import canvas
@@ -206,3 +208,19 @@ def test_contenders_have_styles_of_their_own():
     styles = canvas.styles_of([*NAMES, "one more", "and another"])
     assert len({style.colour for style in styles.values()}) == len({style.marker for style in styles.values()}) == 12
     assert canvas.in_order(["other", "torch", "triton_norm"]) == ["triton_norm", "torch", "other"]
+
+
+def test_the_saved_picture_is_what_was_drawn(tmp_path, monkeypatch):
+    """At the resolution of a report, with fewer colours."""
+    monkeypatch.setattr(canvas, "DPI", 150)
+    sheet = canvas.Canvas(2.0, "A title", [MACHINE])
+    ax = sheet.figure.add_subplot()
+    ax.barh([0, 1], [1, 2], color=[canvas.BLUE, canvas.ORANGE])
+    ax.plot(0.5, 0.5, "o", color=canvas.VERMILION, markersize=3)  # a colour of few dots
+    saved = Image.open(sheet.save(tmp_path / "saved.png")).convert("RGB")
+    sheet.figure.savefig(tmp_path / "drawn.png", dpi=150)
+    drawn = Image.open(tmp_path / "drawn.png").convert("RGB")
+    assert saved.size == drawn.size
+    difference = np.abs(np.asarray(saved, dtype=int) - np.asarray(drawn, dtype=int))
+    assert difference.mean() < 0.5
+    assert difference.max() < 16

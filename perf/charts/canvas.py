@@ -46,7 +46,7 @@ STYLES = {
     "FlagGems": Style("#8A8A8A", "*", 1.75),
 }
 SPARE_STYLES = (Style("#882255", "p"), Style("#332288", ">"), Style("#999933", "d"))
-DPI, COLOURS = 150, 128
+DPI, COLOURS = 150, 256
 DOT = "   ·   "
 HINTED = 1.03  # a text in pixels is a little wider than its outline
 WIDTH = 12.4  # inches, as all heights
@@ -154,10 +154,9 @@ class Canvas:
         """With so few colours that it is a third as long, which the page and the repository hold many of."""
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn = BytesIO()
-        self.figure.savefig(drawn, format="rgba", dpi=DPI)
-        width, height = self.figure.canvas.get_width_height(physical=True)
-        image = Image.frombytes("RGBA", (round(width), round(height)), drawn.getvalue())
-        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, dpi=(DPI, DPI))
+        self.figure.savefig(drawn, dpi=DPI)
+        few = Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(path, dpi=(DPI, DPI))
         return path
 
 
