@@ -21,9 +21,10 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: python -m perf readme -->", "<!-- end of figures -->"
 COUNTED = "without-a-gpu.json"
 KEPT = ("traffic", "resources", "numerics")
-NOT_TIMED = """**No GPU has timed anything yet**: the kernels have run under the interpreter and been compiled for
-several GPUs, and there is no statement about speed here. What is known without a clock is how many bytes they move, and
-what they are compiled to.
+NOT_TIMED = """\
+**No GPU has timed anything yet**: the kernels have run under the interpreter and been compiled for several GPUs, and
+there is no statement about speed here. What is known without a clock is how many bytes they move, and what they are
+compiled to.
 """
 
 
