@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import TensorWrapper
@@ -33,6 +34,7 @@ SEM = ir.MEM_SEMANTIC
 ACQUIRING = (SEM.ACQUIRE, SEM.ACQUIRE_RELEASE)
 RELEASING = (SEM.RELEASE, SEM.ACQUIRE_RELEASE)
 MISSING = object()
+EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 class Observer:
@@ -85,10 +87,28 @@ def exact_arithmetic() -> Iterator[None]:
 
 @contextmanager
 def int32_overflow_is_an_error() -> Iterator[None]:
-    """A sum, difference or product that leaves its integer type raises AssertionError, and so does tl.device_assert."""
+    """A sum, difference or product that leaves its integer type raises AssertionError, and so does tl.device_assert.
+
+    Stock, the check is made of a dozen operations of Triton's; here of NumPy's.
+    """
     builder = interpreter.interpreter_builder
-    with _replaced(builder, options=dataclasses.replace(builder.options, debug=True)):
+    with (
+        _replaced(builder, options=dataclasses.replace(builder.options, debug=True)),
+        _replaced(TritonSemantic, binary_op_sanitize_overflow_impl=_require_no_overflow),
+    ):
         yield
+
+
+def _require_no_overflow(semantic: Any, lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
+    width, name = lhs.type.scalar.int_bitwidth, operation.__name__
+    if width == 1 or width >= 64:
+        return
+    a, b = lhs.handle.data, rhs.handle.data
+    exact = EXACTLY[name](a.astype(np.int64), b.astype(np.int64))
+    limits = np.iinfo(a.dtype)
+    assert exact.size == 0 or (exact.min() >= limits.min and exact.max() <= limits.max), (
+        f"int{width} overflow detected for operation {name}"
+    )
 
 
 class _NothingToRestore:
@@ -98,7 +118,8 @@ class _NothingToRestore:
 
 @contextmanager
 def fast_launches() -> Iterator[None]:
-    """Stock, all of triton.language is patched anew at each call of a @triton.jit function; here once."""
+    """Stock, all of triton.language is patched anew at each call of a @triton.jit function; here once. And integers'
+    overflow is looked for only where it `is_an_error`, not to say nothing of it."""
     original, original_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
     scalar_np_dtype = functools.cache(interpreter._get_np_dtype)
     scopes: list[Any] = []
@@ -121,8 +142,12 @@ def fast_launches() -> Iterator[None]:
         return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else scalar_np_dtype(scalar)
 
     functions = (patch_lang, patch_lang_tensor, get_np_dtype)
+    builder = interpreter.interpreter_builder
     try:
-        with _replaced(interpreter, **{f"_{f.__name__}": f for f in functions}):
+        with (
+            _replaced(interpreter, **{f"_{f.__name__}": f for f in functions}),
+            _replaced(builder, options=dataclasses.replace(builder.options, sanitize_overflow=False)),
+        ):
             yield
     finally:
         for scope in reversed(scopes):
