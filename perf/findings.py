@@ -11,6 +11,7 @@ from perf.points import BULK, ITEMSIZE, PASSES, TITLE
 
 Record = dict[str, Any]
 OUTPUTS = ("y", "dx")
+OVERFLOWING = "as large as the type goes"  # data whose squares leave fp32
 STEP_RIVALS = {"triton_norm": "torch", "triton_norm, compiled": "torch.compile"}
 NOT_TIMED = "Nothing was timed on this machine: it has no GPU."
 
@@ -132,6 +133,11 @@ def access_bits(record: Record) -> int:
 
 def ulps_text(ulps: float | None) -> str:
     return "not finite" if ulps is None else f"{ulps:.2f} ulp" if ulps < 1000 else f"{ulps:.1e} ulp"
+
+
+def worst(errors: Sequence[float | None]) -> float | None:
+    """The largest; None, not finite, if any is."""
+    return None if None in errors else max(error for error in errors if error is not None)
 
 
 def is_worse(ulps: dict[str, float | None]) -> bool:

@@ -18,19 +18,19 @@ import triton_norm
 from perf.calls import DTYPES, EPS
 from perf.contenders import Functions, torch_functions, triton_norm_functions
 from perf.environment import has_gpu
-from perf.findings import OUTPUTS, in_a_line, ulps_text
-from perf.points import Point, Workload
+from perf.findings import OUTPUTS, OVERFLOWING, in_a_line, ulps_text
+from perf.points import FAMILY, Point, Workload
 from triton_norm.ops import launch
 
 Record = dict[str, Any]
 Draw = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]
 
-OPS = ("layer_norm", "rms_norm")
+OPS = ("layer_norm", "rms_norm", "batch_norm")
 TYPES = ("fp32", "bf16", "fp16")
 COLUMNS = (64, 1000, 4096)
 ROWS = 6
+SAMPLES = 4  # that a channel's elements are spread over
 CONSTANTS = (0.1, 1e4 / 3, -7.7, 0.0, 1e-30, 1e4)
-OVERFLOWING = "as large as the type goes"
 
 
 def _normal(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -74,12 +74,25 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float | None:
 
 
 def _call(functions: Functions, point: Point, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """y and dx of (x, dy, weight, bias)."""
-    x, dy, *parameters = tensors
+    """y and dx of (x, dy, weight, bias) in rows, which are BatchNorm's channels, each with its weight and bias."""
+    x, dy, weight, bias = tensors
+    if point.workload.family == "channels":
+        x, dy, weight, bias = _as_channels(x), _as_channels(dy), weight[:ROWS], bias[:ROWS]
     x = x.clone().requires_grad_()
-    y = getattr(functions, point.op)(x, x.shape[1:], *(parameters if point.has_bias else parameters[:1]), EPS)
+    if point.workload.family == "channels":
+        y = functions.batch_norm(x, None, None, weight, bias, True, 0.0, EPS)  # type: ignore[misc]
+    else:
+        y = getattr(functions, point.op)(x, x.shape[1:], *((weight, bias) if point.has_bias else (weight,)), EPS)
     (dx,) = torch.autograd.grad(y, x, dy)
-    return {"y": y.detach(), "dx": dx}
+    found = {"y": y.detach(), "dx": dx}
+    if point.workload.family == "channels":
+        return {name: tensor.transpose(0, 1).reshape(ROWS, -1) for name, tensor in found.items()}
+    return found
+
+
+def _as_channels(rows: torch.Tensor) -> torch.Tensor:
+    """[rows, n] as [samples, channels, positions]."""
+    return rows.view(ROWS, SAMPLES, -1).transpose(0, 1).contiguous()
 
 
 @contextmanager
@@ -119,7 +132,7 @@ def records() -> Iterator[Record]:
         for dtype in TYPES:
             for data in DATA:
                 for columns in COLUMNS:
-                    point = Point(op, "backward", dtype, Workload("rows", "numerics", (ROWS, columns), ""))
+                    point = Point(op, "backward", dtype, Workload(FAMILY[op], "numerics", (ROWS, columns), ""))
                     about = {"op": op, "dtype": dtype, "data": data, "columns": columns, "status": "ok", "message": ""}
                     try:
                         yield about | measure(point, data)

@@ -11,7 +11,7 @@ from typing import Any
 
 from perf import charts
 from perf.environment import machine
-from perf.findings import ok, speedups
+from perf.findings import OUTPUTS, OVERFLOWING, is_worse, ok, speedups, ulps_text, worst
 from perf.points import MODE_TITLE, PASSES, TITLE
 
 Results = dict[str, Any]
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: python -m perf readme -->", "<!-- end of figures -->"
 COUNTED = "without-a-gpu.json"
+WHO = ("triton_norm", "torch")
 KEPT = ("traffic", "resources", "numerics")
 NOT_TIMED = """\
 **No GPU has timed anything yet**: the kernels have run under the interpreter and been compiled for several GPUs, and
@@ -133,7 +134,28 @@ def _counted(counted: Results, where: str) -> str:
         ("Bytes that the kernels ask for, over the fewest that must move", "traffic"),
         ("Registers, spills, access widths and resident warps of the compiled kernels", "resources"),
     )
-    return "\n".join(_picture(text, f"{where}/{name}.png", foot) for text, name in pictures)
+    return "\n".join([*(_picture(text, f"{where}/{name}.png", foot) for text, name in pictures), _errors(counted)])
+
+
+def _errors(counted: Results) -> str:
+    """The largest errors by op and type, and where torch's are less."""
+    compared = [r for r in ok(counted["numerics"]) if r["data"] != OVERFLOWING]
+    columns = [(output, who) for output in OUTPUTS for who in WHO]
+    lines = [f"| op | type | {' | '.join(map(', '.join, columns))} |", "|---|---|" + len(columns) * "---|"]
+    for op, dtype in dict.fromkeys((r["op"], r["dtype"]) for r in compared):
+        mine = [r for r in compared if (r["op"], r["dtype"]) == (op, dtype)]
+        cells = [ulps_text(worst([r[output][who] for r in mine])) for output, who in columns]
+        lines.append(f"| {TITLE[op]} | {dtype} | {' | '.join(cells)} |")
+    less = [r for r in compared for output in OUTPUTS if is_worse(r[output])]
+    lengths = ", ".join(str(n) for n in dict.fromkeys(r["columns"] for r in compared))
+    data = ", ".join(dict.fromkeys(r["data"] for r in compared))
+    return (
+        f"The largest errors against fp64, in ulp of a row's or channel's largest result, over {lengths} elements of "
+        f"data that norms find hard ({data}); torch on the same device. On "
+        f"{len(less)} of {len(compared) * len(OUTPUTS)} results torch is closer, which the report lists.\n\n"
+        + "\n".join(lines)
+        + f"\n\n*{machine(counted['environment'])}*\n"
+    )
 
 
 def _picture(text: str, path: str, foot: str) -> str:

@@ -379,15 +379,17 @@ def test_errors_on_hard_data_are_no_larger_than_torchs():
     """ulp of the output's type, once torch's and again for the rounding of another order of summation."""
     records = records_of("numerics")
     assert {(r["op"], r["dtype"]) for r in records} == set(
-        product(("layer_norm", "rms_norm"), ("fp32", "bf16", "fp16"))
+        product(("layer_norm", "rms_norm", "batch_norm"), ("fp32", "bf16", "fp16"))
     )
-    overflowing = "as large as the type goes"  # in squares, for fp32 and bf16: torch's results are not finite there
     for record in records:
         for output in findings.OUTPUTS:
             ours, theirs = (record[output][name] for name in ("triton_norm", "torch"))
-            assert ours is not None, record
-            assert theirs is not None or record["data"] == overflowing, record
-            assert theirs is None or 0 <= ours <= 2 * theirs + 2, record
+            assert theirs is not None or record["data"] == findings.OVERFLOWING, record
+            if ours is None:
+                assert (theirs, record["op"], output) == (None, "batch_norm", "dx"), record
+            else:
+                few = 4 if record["op"] == "batch_norm" else 2  # whose moments are merged, program by program
+                assert theirs is None or 0 <= ours <= 2 * theirs + few, record
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run would measure")
