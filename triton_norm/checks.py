@@ -2,12 +2,14 @@
 
 import math
 import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 ACTIVATIONS = ("relu", "silu", "leaky_relu")
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -16,13 +18,36 @@ def _is_tensor(function: str, name: str, value: object, optional: bool = True) -
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
+def module(function: str, name: str, value: object) -> None:
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{function}(): argument '{name}' must be torch.nn.Module, not {type(value).__name__}")
+
+
 def _is_number(function: str, name: str, value: object) -> None:
-    """As torch: any real number, or a tensor of no dimensions."""
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+    """As torch: any real number that a float can hold, or a tensor of no dimensions that has such a value."""
+    if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         return
-    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad):
+    scalar = isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad
+    if not (scalar or isinstance(value, numbers.Real)):
+        raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
+    if torch.compiler.is_compiling():
         return
-    raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
+    try:
+        float(value)  # type: ignore[arg-type]
+    except OverflowError as error:
+        raise OverflowError(f"{function}(): argument '{name}': {error}") from None
+    except RuntimeError as error:  # of a complex type, on meta
+        raise RuntimeError(f"{function}(): argument '{name}': {error}") from None
+
+
+def _is_dense(function: str, name: str, tensor: Tensor, jagged: bool = False) -> None:
+    """Or else, where that is allowed, `jagged`: nested, and with a shape."""
+    if jagged and tensor.layout == torch.jagged:
+        return
+    if tensor.is_nested:
+        raise NotImplementedError(f"{function}(): not implemented for nested {name}")
+    if tensor.layout != torch.strided:
+        raise NotImplementedError(f"{function}(): not implemented for {name} of layout {tensor.layout}")
 
 
 def _matches_input(function: str, name: str, value: Tensor, x: Tensor) -> None:
@@ -31,8 +56,8 @@ def _matches_input(function: str, name: str, value: Tensor, x: Tensor) -> None:
             f"{function}(): expected all tensors to be on the same device, but input is on {x.device} "
             f"and {name} is on {value.device}"
         )
-    if value.dtype not in FLOATING:
-        raise RuntimeError(f"{function}(): {name} must be of a floating-point type, but got {value.dtype}")
+    if value.dtype not in FLOATING and not (x.is_complex() and value.is_complex()):
+        raise NotImplementedError(f"{function}(): {name} must be of a floating-point type, but got {value.dtype}")
 
 
 def _is_floating(function: str, x: Tensor) -> None:
@@ -52,6 +77,13 @@ def _is_dtype(function: str, name: str, value: object) -> None:
         raise NotImplementedError(f"{function}(): {name} must be a floating-point type, but got {value}")
 
 
+def _not_ints(function: str, length: object) -> str:
+    return (
+        f"{function}(): argument 'normalized_shape' must be tuple of ints, "
+        f"but found element of type {type(length).__name__}"
+    )
+
+
 def _normalized_shape(function: str, normalized_shape: object) -> tuple[int, ...]:
     if not isinstance(normalized_shape, (tuple, list)):
         raise TypeError(
@@ -60,12 +92,12 @@ def _normalized_shape(function: str, normalized_shape: object) -> tuple[int, ...
     shape = []
     for length in normalized_shape:
         if type(length) is not int and type(length) is not torch.SymInt:
-            if isinstance(length, bool) or not isinstance(length, numbers.Integral):
-                raise TypeError(
-                    f"{function}(): argument 'normalized_shape' must be tuple of ints, "
-                    f"but found element of type {type(length).__name__}"
-                )
-            length = int(length)
+            if isinstance(length, bool) or not hasattr(length, "__index__"):
+                raise TypeError(_not_ints(function, length))
+            try:
+                length = operator.index(length)
+            except TypeError:  # a tensor, but not of one integer
+                raise TypeError(_not_ints(function, length)) from None
         shape.append(length)
     if not shape:
         raise RuntimeError(f"{function}(): expected normalized_shape to have at least one dimension, but got []")
@@ -74,6 +106,7 @@ def _normalized_shape(function: str, normalized_shape: object) -> tuple[int, ...
 
 def _row_parameter(function: str, name: str, parameter: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     _is_tensor(function, name, parameter)
+    _is_dense(function, name, parameter)
     if parameter.shape != shape:
         raise RuntimeError(
             f"{function}(): expected {name} to be of the same shape as normalized_shape, "
@@ -97,7 +130,10 @@ def rows(
         _is_number(function, "eps", eps)
     if x.dim() == 0 and function == "rms_norm":
         raise ValueError("rms_norm(): expected input of at least one dimension, but got input of size []")
-    if x.shape[-len(shape) :] != shape:
+    ragged = x.is_nested and x.layout == torch.strided and function == "layer_norm"  # torch's own checks its lengths
+    if not ragged:
+        _is_dense(function, "input", x, jagged=True)
+    if not ragged and x.shape[-len(shape) :] != shape:
         expected = ", ".join(("*", *map(str, shape)))
         raise RuntimeError(
             f"{function}(): given normalized_shape={list(shape)}, expected input with shape [{expected}], "
@@ -110,6 +146,16 @@ def rows(
     if bias is not None:
         _row_parameter(function, "bias", bias, shape, x)
     return shape
+
+
+def _residual(function: str, residual: Tensor, x: Tensor) -> None:
+    _is_dense(function, "residual", residual, jagged=x.layout == torch.jagged)
+    if residual.shape != x.shape:
+        raise RuntimeError(
+            f"{function}(): expected residual to be of the same shape as input, "
+            f"but got residual of shape {list(residual.shape)} and input of size {list(x.shape)}"
+        )
+    _matches_input(function, "residual", residual, x)
 
 
 def fused(
@@ -128,17 +174,13 @@ def fused(
     _is_dtype(function, "residual_dtype", residual_dtype)
     _is_dtype(function, "x_hat_dtype", x_hat_dtype)
     _is_dtype(function, "out_dtype", out_dtype)
+    _is_dense(function, "input", x, jagged=True)
     _is_floating(function, x)
     if residual is None:
         if residual_dtype is not None:
             raise ValueError(f"{function}(): residual_dtype={residual_dtype} was given without a residual")
-    elif residual.shape != x.shape:
-        raise RuntimeError(
-            f"{function}(): expected residual to be of the same shape as input, "
-            f"but got residual of shape {list(residual.shape)} and input of size {list(x.shape)}"
-        )
     else:
-        _matches_input(function, "residual", residual, x)
+        _residual(function, residual, x)
     if weight_offset and weight is None:
         raise ValueError(f"{function}(): weight_offset={weight_offset} was given without a weight")
 
@@ -155,46 +197,54 @@ def batch_norm(
     num_batches_tracked: Tensor | None,
     whole: bool = True,
 ) -> None:
-    """Raises where torch's batch_norm does, and for a counter that can't count. Unless x is the `whole` batch, it may
-    be of one value per channel."""
+    """Raises where torch's batch_norm does, and for statistics that can't be moved one by one or by NaN, or a counter
+    that can't count. Unless x is the `whole` batch, it may be of one value per channel."""
     _is_tensor("batch_norm", "input", x, optional=False)
     tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, tensor in (*tensors.items(), ("num_batches_tracked", num_batches_tracked)):
         _is_tensor("batch_norm", name, tensor)
+    if type(training) is not bool:
+        raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
     _is_number("batch_norm", "eps", eps)
-    _check_momentum(momentum, num_batches_tracked)
+    if momentum is not None:
+        _is_number("batch_norm", "momentum", momentum)
+    if x.layout in _SPARSE or x.is_nested:  # torch's batch_norm takes MKL-DNN's layout
+        _is_dense("batch_norm", "input", x)
     if x.dim() < 2 and (x.dim() == 0 or x.numel() > 0):  # torch takes a vector of no elements for no channels
         raise RuntimeError(
             f"batch_norm(): expected input of at least 2 dimensions (N, C, *), but got input of size {list(x.shape)}"
         )
+    if not training and (running_mean is None or running_var is None):
+        raise RuntimeError("batch_norm(): running_mean and running_var must be defined in evaluation mode")
     if (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm(): running_mean and running_var must either both be None or neither be None")
-    if not training and running_mean is None:
-        raise RuntimeError("batch_norm(): running_mean and running_var must be defined in evaluation mode")
     _check_values_per_channel(x, training, eps, whole)
     _is_floating("batch_norm", x)
     n_channels = x.shape[1] if x.dim() > 1 else 0
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        _is_dense("batch_norm", name, tensor)
         if tensor.numel() != n_channels:
             raise RuntimeError(
                 f"batch_norm(): {name} should contain {n_channels} elements, one for each channel of input of size "
                 f"{list(x.shape)}, but got {name} of shape {list(tensor.shape)}"
             )
         _matches_input("batch_norm", name, tensor, x)
+        if name.startswith("running"):
+            _check_statistics(name, tensor, training)
+    if training and running_mean is not None:
+        _check_momentum(momentum, running_mean)
+    _check_counter(x, momentum, num_batches_tracked)
 
 
 def activated(x: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> None:
     """Raises for what torch's batch_norm doesn't take, before anything is written."""
     _is_tensor("batch_norm", "residual", residual)
     if residual is not None:
-        if residual.shape != x.shape:
-            raise RuntimeError(
-                "batch_norm(): expected residual to be of the same shape as input, "
-                f"but got residual of shape {list(residual.shape)} and input of size {list(x.shape)}"
-            )
-        _matches_input("batch_norm", "residual", residual, x)
+        _residual("batch_norm", residual, x)
+    if residual is not None or activation is not None:
+        _is_dense("batch_norm", "input", x)
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"batch_norm(): argument 'activation' must be str or None, not {type(activation).__name__}")
     if activation is not None and activation not in ACTIVATIONS:
@@ -203,24 +253,48 @@ def activated(x: Tensor, residual: Tensor | None, activation: str | None, negati
     _is_number("batch_norm", "negative_slope", negative_slope)
 
 
-def _check_momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> None:
-    if momentum is not None:
-        _is_number("batch_norm", "momentum", momentum)
-    elif num_batches_tracked is None:
-        raise TypeError(
-            "batch_norm(): argument 'momentum' must be float, not NoneType, unless num_batches_tracked is given"
+def _check_momentum(momentum: float | None, running_mean: Tensor) -> None:
+    """torch's makes NaN of the statistics, which only an evaluation would show."""
+    if momentum is not None and not torch.compiler.is_compiling() and math.isnan(momentum):
+        raise ValueError(
+            f"batch_norm(): momentum must not be nan, which running_mean and running_var of shape "
+            f"{list(running_mean.shape)} would become"
         )
-    if num_batches_tracked is not None and (
-        num_batches_tracked.numel() != 1 or num_batches_tracked.dtype not in (torch.int64, torch.int32)
-    ):
+
+
+def _check_counter(x: Tensor, momentum: float | None, num_batches_tracked: Tensor | None) -> None:
+    if num_batches_tracked is None:
+        if momentum is None:
+            raise TypeError(
+                "batch_norm(): argument 'momentum' must be float, not NoneType, unless num_batches_tracked is given"
+            )
+        return
+    _is_dense("batch_norm", "num_batches_tracked", num_batches_tracked)
+    if num_batches_tracked.numel() != 1 or num_batches_tracked.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(
             "batch_norm(): num_batches_tracked must be one integer, but got a tensor of shape "
             f"{list(num_batches_tracked.shape)} and {num_batches_tracked.dtype}"
+        )
+    if num_batches_tracked.is_meta and not x.is_meta:
+        raise RuntimeError(f"batch_norm(): input is on {x.device}, but num_batches_tracked is on meta: it has no value")
+
+
+def _check_statistics(name: str, running: Tensor, training: bool) -> None:
+    if running.dim() != 1:
+        raise RuntimeError(f"batch_norm(): {name} must have one dimension, but is of shape {list(running.shape)}")
+    if running.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"batch_norm(): not differentiable with respect to {name}, which requires grad")
+    if training and running.numel() > 1 and running.stride(0) == 0:  # torch's moves one element over and over
+        raise RuntimeError(
+            f"batch_norm(): the elements of {name} share memory (shape {list(running.shape)}, stride 0), "
+            "and can't be moved one by one"
         )
 
 
 def _check_values_per_channel(x: Tensor, training: bool, eps: float, whole: bool) -> None:
     if not training:
+        if eps < 0.0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
         return
     if whole and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

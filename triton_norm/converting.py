@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
-from triton_norm import hugging_face, modules
+from triton_norm import checks, hugging_face, modules
 from triton_norm.calls import norms_called_by
 
 Selection = str | type[nn.Module]
@@ -87,7 +87,7 @@ def convert(
 
     A call that raises has changed nothing. `revert` undoes it.
     """
-    _check(model, sync_batch_norm, process_group)
+    _check("convert", model, sync_batch_norm, process_group)
     named = list(model.named_modules(remove_duplicate=False))
     included = None if include is None else _selected("include", include, named)
     excluded = _selected("exclude", exclude, named)
@@ -123,7 +123,7 @@ def revert(model: nn.Module) -> tuple[str, ...]:
         RuntimeError: something else has changed the class of a converted module since, by `fully_shard` or a
             parametrization; nothing is reverted then.
     """
-    _check(model)
+    _check("revert", model)
     converted = [pair for pair in model.named_modules(remove_duplicate=False) if _WAS in pair[1].__dict__]
     changed = [(name, type(module).__name__) for name, module in converted if not _is_ours(type(module))]
     if changed:
@@ -137,9 +137,11 @@ def revert(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in converted)
 
 
-def _check(model: object, sync_batch_norm: bool = False, process_group: object = None) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+def _check(function: str, model: object, sync_batch_norm: object = False, process_group: object = None) -> None:
+    checks.module(function, "model", model)
+    if type(sync_batch_norm) is not bool:
+        kind = type(sync_batch_norm).__name__
+        raise TypeError(f"{function}(): argument 'sync_batch_norm' must be bool, not {kind}")
     if process_group is None:
         return
     if not sync_batch_norm:

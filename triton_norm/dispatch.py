@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn import Buffer, Parameter
 
 from triton_norm.checks import FLOATING
-from triton_norm.ops import launch
+from triton_norm.ops import launch, layout
 from triton_norm.tuning import MOST_COLUMNS
 
 INTERPRETED = launch.INTERPRETED
@@ -26,7 +26,7 @@ _PLAIN = {Tensor, Parameter, Buffer, FakeTensor}
 
 
 def _known(name: str, source: str) -> str:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, but got {name!r}")
     return name
 
@@ -79,10 +79,10 @@ class Explanation:
         return f"{self.function}: {self.backend}, because {self.reason}{copied}"
 
 
-def unserved(x: Tensor, *others: Tensor | None, columns: int = 1) -> str | None:
-    """Why the kernels can't serve calls on tensors like x, the input with rows of so many columns, and the others.
+def unserved(x: Tensor, *others: Tensor | None, columns: int | None = None) -> str | None:
+    """Why the kernels can't serve calls on tensors like x, the input, and the others; None where they can.
 
-    None where they can.
+    x has rows of so many columns, or, where that is None, channels.
     """
     if not HAS_TRITON:
         return "triton is not installed"
@@ -97,11 +97,13 @@ def unserved(x: Tensor, *others: Tensor | None, columns: int = 1) -> str | None:
             return "a tensor is not strided"
         if tensor.dtype not in FLOATING:
             return f"of dtype {tensor.dtype}"
-    if columns > MOST_COLUMNS:
+        if not torch.compiler.is_compiling() and tensor.is_neg():  # torch.compile can't trace the question
+            return "a tensor holds its elements negated, as the imaginary part of a conjugate does"
+    if columns is not None and columns > MOST_COLUMNS:
         return f"a row has more than {MOST_COLUMNS} columns"
     if x.numel() == 0:
         return "the input has no elements"
-    return None
+    return layout.beyond(x.shape) if columns is None else None
 
 
 def unserved_now() -> str | None:
@@ -130,7 +132,7 @@ def use_triton(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def explanation(
-    function: str, copies: tuple[str, ...], x: Tensor, *others: Tensor | None, columns: int = 1
+    function: str, copies: tuple[str, ...], x: Tensor, *others: Tensor | None, columns: int | None = None
 ) -> Explanation:
     """What `use_triton` decides, in words; raises nothing."""
     chosen = asked_for()

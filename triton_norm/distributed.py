@@ -30,9 +30,21 @@ def shared_by(process_group: Any) -> Group | None:
     """The group, by default all processes, if this process shares a batch with others there."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    group: Any = process_group or dist.group.WORLD
+    group: Any = dist.group.WORLD if process_group is None else process_group
+    if not torch.compiler.is_compiling() and group is not dist.GroupMember.NON_GROUP_MEMBER:
+        _check(group)
     size = dist.get_world_size(group)
     return Group(group.group_name, size) if size > 1 else None
+
+
+def _check(group: Any) -> None:
+    if not isinstance(group, dist.ProcessGroup):
+        kind = type(group).__name__
+        raise TypeError(f"SyncBatchNorm: 'process_group' must be a ProcessGroup of torch.distributed, not {kind}")
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        raise RuntimeError("SyncBatchNorm: 'process_group' was destroyed, or is none of torch.distributed's") from None
 
 
 def gather(packed: Tensor, group: Group) -> Tensor:

@@ -1,46 +1,50 @@
 """Where a call would go, and what would be copied for it, without making it."""
 
 import inspect
-import math
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from triton_norm import checks, functional
+from triton_norm import functional
 from triton_norm.dispatch import Explanation, explanation
 from triton_norm.ops import layout, row_launches
 
+_OF_ROWS = (
+    *("normalized_shape", "weight", "bias", "eps"),
+    *("residual", "residual_dtype", "weight_offset", "x_hat_dtype", "out_dtype"),
+)
+"""The arguments of layer_norm, but for the input, in the order in which they are passed on."""
 
-def _explain_rows(function: str, input: Tensor, *arguments: Any, **named_arguments: Any) -> Explanation:
-    """Of the arguments of layer_norm or rms_norm, which are checked as there."""
-    given = inspect.signature(getattr(functional, function)).bind(input, *arguments, **named_arguments)
+
+def _named(function: Any, arguments: tuple[Any, ...], named_arguments: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    try:
+        given = inspect.signature(function).bind(*arguments, **named_arguments)
+    except TypeError as error:
+        raise TypeError(f"{function.__name__}(): {error}") from None
     given.apply_defaults()
-    named = given.arguments
-    weight, bias, residual = named["weight"], named.get("bias"), named["residual"]
-    shape = checks.rows(function, input, named["normalized_shape"], weight, bias, named["eps"])
-    fused = tuple(named[name] for name in ("residual_dtype", "weight_offset", "x_hat_dtype", "out_dtype"))
-    if residual is not None or fused != (None, 0.0, None, None):
-        checks.fused(function, input, weight, residual, *fused)
-    columns = math.prod(shape)
+    return given.arguments
+
+
+def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Explanation:
+    """Of the arguments of layer_norm or rms_norm, which are checked as there."""
+    named = _named(getattr(functional, function), arguments, named_arguments)
+    x, weight, bias, residual = named["input"], named["weight"], named.setdefault("bias", None), named["residual"]
+    options, _ = functional._check(function, x, *(named[name] for name in _OF_ROWS))
     copied = [
         f"the {name}: its rows are not contiguous, or not evenly spaced"
-        for name, tensor in (("input", input), ("residual", residual))
-        if tensor is not None and tensor.numel() and row_launches.copies(tensor, columns)
+        for name, tensor in (("input", x), ("residual", residual))
+        if tensor is not None and tensor.numel() and row_launches.copies(tensor, options.n_cols)
     ]
-    return explanation(function, tuple(copied), input, weight, bias, residual, columns=columns)
+    return explanation(function, tuple(copied), x, weight, bias, residual, columns=options.n_cols)
 
 
 def explain_batch_norm(*arguments: Any, whole: bool = True, **named_arguments: Any) -> Explanation:
     """Of the arguments of batch_norm, which are checked as there; unless the input is the `whole` batch, it may be of
     one value per channel."""
-    given = inspect.signature(functional.batch_norm).bind(*arguments, **named_arguments)
-    given.apply_defaults()
-    named = given.arguments
+    named = _named(functional.batch_norm, arguments, named_arguments)
     x, residual = named["input"], named["residual"]
-    fused = {name: named.pop(name) for name in ("residual", "activation", "negative_slope")}
-    checked: list[Any] = [*named.values(), whole]
-    checks.batch_norm(*checked)
-    checks.activated(x, **fused)
+    functional._check_batch_norm(*named.values(), whole=whole)
     kind = layout.kind_of(x) if x.numel() else ""
     copied = [
         f"the {name}: neither its channels nor its positions lie side by side"
@@ -63,7 +67,7 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
         return _explain_rows(target.__name__, *args, **kwargs)
     if target is functional.batch_norm:
         return explain_batch_norm(*args, **kwargs)
-    explain_call = getattr(target, "explain_call", None)
+    explain_call = getattr(target, "explain_call", None) if isinstance(target, nn.Module) else None
     if explain_call is None:
         raise TypeError(f"explain(): expected a function or module of triton_norm, but got {target!r}")
     found: Explanation = explain_call(*args, **kwargs)

@@ -4,7 +4,8 @@ import copy
 
 import torch
 from torch import nn
-from torch.nn.utils import fusion
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import fusion, parametrize
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -27,7 +28,7 @@ def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: another kind of layer. RuntimeError: one in training mode, or of another number of channels, or a
-        BatchNorm that keeps no running statistics.
+        BatchNorm that keeps no running statistics, or a parametrized layer, or two devices.
 
     By torch.nn.utils.fusion, but for transposed convolutions of several groups, which that can't fold.
     """
@@ -42,12 +43,30 @@ def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
             raise RuntimeError(f"fold_batch_norm(): {name} is in training mode; call {name}.eval() first")
     if batch_norm.running_mean is None or batch_norm.running_var is None:
         raise RuntimeError("fold_batch_norm(): batch_norm keeps no running statistics, and uses each batch's own")
+    if parametrize.is_parametrized(layer):
+        raise RuntimeError("fold_batch_norm(): layer is parametrized; call remove_parametrizations first")
+    if any(is_lazy(tensor) for tensor in (*layer.parameters(), *batch_norm.parameters(), *batch_norm.buffers())):
+        raise RuntimeError("fold_batch_norm(): layer and batch_norm must have their parameters; call them once first")
     n_channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if n_channels != batch_norm.num_features:
         raise RuntimeError(
             f"fold_batch_norm(): layer has {n_channels} output channels (weight of shape {list(layer.weight.shape)}), "
             f"but batch_norm has {batch_norm.num_features} features"
         )
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        tensor = getattr(batch_norm, name)
+        if tensor is None:
+            continue
+        if tensor.numel() != n_channels:
+            raise RuntimeError(
+                f"fold_batch_norm(): batch_norm.{name} should contain {n_channels} elements, one for each output "
+                f"channel of layer, but is of shape {list(tensor.shape)}"
+            )
+        if tensor.device != layer.weight.device:
+            raise RuntimeError(
+                "fold_batch_norm(): expected layer and batch_norm to be on the same device, but layer is on "
+                f"{layer.weight.device} and batch_norm.{name} is on {tensor.device}"
+            )
     if isinstance(layer, nn.Linear):
         return fusion.fuse_linear_bn_eval(layer, _with_parameters(batch_norm))
     if isinstance(layer, _TRANSPOSED) and layer.groups > 1:

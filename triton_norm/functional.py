@@ -28,8 +28,8 @@ def _cast_by_autocast(operator: str) -> bool:
 
 
 def _autocasts(operator: str, x: Tensor) -> bool:
-    on_cuda = isinstance(x, Tensor) and x.is_cuda
-    return on_cuda and torch.is_autocast_enabled("cuda") and _cast_by_autocast(operator)
+    """Of CUDA's autocast, which is on."""
+    return isinstance(x, Tensor) and x.is_cuda and _cast_by_autocast(operator)
 
 
 _Arguments = tuple[Any, ...]
@@ -42,7 +42,7 @@ tuning.when_forgotten(_served.clear)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape
+    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.is_neg(), tensor.shape
 
 
 def _check(
@@ -61,7 +61,8 @@ def _check(
     """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments."""
     shape = checks.rows(function, x, normalized_shape, weight, bias, eps)
     fused = residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    if residual is not None or fused != (None, 0.0, None, None):
+    plain = type(weight_offset) is float and weight_offset == 0.0
+    if not plain or any(given is not None for given in (residual, residual_dtype, x_hat_dtype, out_dtype)):
         checks.fused(function, x, weight, residual, *fused)
     if eps is None:
         eps = torch.finfo(reference.compute_dtype(x)).eps
@@ -84,6 +85,7 @@ def _checked(function: str, x: Tensor, arguments: _Arguments) -> tuple[rows.Opti
             x.dtype,
             x.device,
             x.layout,
+            x.is_neg(),
             x.shape,
             None if weight is None else _kind(weight),
             None if bias is None else _kind(bias),
@@ -91,6 +93,7 @@ def _checked(function: str, x: Tensor, arguments: _Arguments) -> tuple[rows.Opti
             eps,
             None if residual is None else _kind(residual),
             residual_dtype,
+            type(weight_offset),
             weight_offset,
             x_hat_dtype,
             out_dtype,
@@ -98,27 +101,33 @@ def _checked(function: str, x: Tensor, arguments: _Arguments) -> tuple[rows.Opti
         found = _served.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones, a list for a shape
         return _check(function, x, *arguments)
-    if found is None:
-        options, reason = found = _check(function, x, *arguments)
-        if not any(isinstance(tensor, FakeTensor) for tensor in (x, weight, bias, residual)):
-            found = options._replace(launchers={}), reason
-        if len(_served) >= MOST_SERVED:
-            _served.clear()
-        _served[key] = found
+    if found is not None:
+        for length in normalized_shape:
+            if type(length) is not int:  # 4.0 equals 4, but is no length
+                return _check(function, x, *arguments)
+        return found
+    options, reason = found = _check(function, x, *arguments)
+    if isinstance(eps, Tensor) or isinstance(weight_offset, Tensor):
+        return found  # the same tensor may hold another value next time
+    if not any(isinstance(tensor, FakeTensor) for tensor in (x, weight, bias, residual)):
+        found = options._replace(launchers={}), reason
+    if len(_served) >= MOST_SERVED:
+        _served.clear()
+    _served[key] = found
     return found
 
 
 def normalize(function: str, x: Tensor, arguments: _Arguments, instead: Callable[[Tensor], Any] | None = None) -> Any:
     """layer_norm or rms_norm; `instead`, if any, computes what the kernels can't serve."""
-    autocast = _autocasts(function, x)
+    autocast = torch.is_autocast_enabled("cuda") and _autocasts(function, x)
     if autocast and arguments[-1] is None and x.dtype in _HALVES:
         arguments = (*arguments[:-1], torch.float32)  # autocast would cast the input; the kernel reads it as it is
     options, reason = _checked(function, x, arguments)
-    normalized_shape, weight, bias, eps, residual, residual_dtype, _, _, out_dtype = arguments
     if goes_to_triton(reason):
-        return rows.normalize(x, residual, weight, bias, options)
+        return rows.normalize(x, arguments[4], arguments[1], arguments[2], options)
     if instead is not None:
         return instead(x)
+    normalized_shape, weight, bias, eps, residual, residual_dtype, _, _, out_dtype = arguments
     shape = tuple(normalized_shape)
     if residual is None:
         return _torch_normalize(x, shape, weight, bias, eps, options, autocast)
@@ -139,7 +148,7 @@ def _torch_normalize(
     """torch's own function where it computes what is asked for."""
     own_dtype = torch.float32 if autocast and x.dtype in _HALVES else x.dtype
     plain = options.weight_offset == 0.0 and options.x_hat_dtype is None and options.out_dtype in (None, own_dtype)
-    if plain and (autocast or _uniform(x, weight, bias)):
+    if plain and (autocast or x.is_complex() or _uniform(x, weight, bias)):
         if options.centred:
             return F.layer_norm(x, shape, weight, bias, options.eps)
         return F.rms_norm(x, shape, weight, eps)
@@ -197,6 +206,11 @@ def layer_norm(
 
     Statistics are computed and saved in float32, in float64 for float64 input. A sample's result has the same bits
     whatever other samples are beside it. Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
+
+    The kernels keep x, or total, and 8 bytes a sample for the backward. Else a call takes memory only while it runs, of
+    M samples of N elements, on a GPU of S multiprocessors, with m = min(M, 2 S): the backward 8 m N bytes; where P
+    programs share a sample, P at most S / 3, the forward M (12 P + 4) + 8 and the backward m (32 P + 4) + 8 bytes more.
+    They share those of more than 64 KiB, in the backward 32 KiB in float32. Twice as much is 8, 12 and 32 in float64.
     """
     fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     return normalize("layer_norm", input, (normalized_shape, weight, bias, eps, *fused))
@@ -241,7 +255,7 @@ def rms_norm(
 
     y is rounded once, after the weight; with input's type for x_hat_dtype also before it, as by Hugging Face's Llama.
     Mean squares are computed and saved in float32, in float64 for float64 input. A sample's result has the same bits
-    whatever other samples are beside it.
+    whatever other samples are beside it. Memory is as of layer_norm, with 4 bytes a sample kept, and 4 m N.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
     fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
@@ -290,30 +304,70 @@ def batch_norm(
 
     Raises:
         RuntimeError: shapes or devices don't match, or the input's type isn't one of the four (NotImplementedError).
-        ValueError: one value per channel in training, or one running statistic without the other.
+        ValueError: one value per channel or only one of the running statistics, in training, or a wrong eps, or NaN to
+        move running statistics by.
         TypeError: an argument is of the wrong type.
 
-    A call that raises has moved nothing. Statistics are computed and saved in float32, in float64 for float64 input.
+    A call that raises has moved nothing, unless a launch has failed after the one that moves all. Statistics are
+    computed and saved in float32, in float64 for float64 input.
     Source: Ioffe and Szegedy, "Batch Normalization" (2015).
+
+    The kernels keep x for the backward, in training 12 bytes a channel, and what is said of `activation`. Else a call
+    takes memory only while it runs, in training where P programs share a channel: 12 C P bytes forward and 8 C (P + 1)
+    backward, and 4 for each block of channels. On a GPU of S multiprocessors P is at most S / 3 in one launch; in two,
+    16 S over the number of blocks, which are of one channel each, or of 32 where channels lie last. In float64 twice 8
+    and 12.
     """
     tensors = running_mean, running_var, weight, bias
     fused = residual, activation, negative_slope
     options, reason = _checked_batch_norm(input, *tensors, training, momentum, eps, num_batches_tracked, *fused)
     if goes_to_triton(reason):
         counter = num_batches_tracked if training else None
-        if counter is not None and counter.device != input.device:
-            share, counter = _count_elsewhere(counter, momentum), None
-            options = options._replace(momentum=share, prepared=None)
-        return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
+        if counter is None or counter.device == input.device:
+            return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
+        options = options._replace(momentum=_share(counter, options.momentum), prepared=None)
+        y = channels.batch_norm(input, residual, weight, bias, running_mean, running_var, None, options)
+        counter.add_(1)
+        return y
+    share = _share(num_batches_tracked if training else None, options.momentum)
+    y = _torch_batch_norm(input, *tensors, training, share, options.eps, residual, activation, options.slope)
     if training and num_batches_tracked is not None:
-        momentum = _count_elsewhere(num_batches_tracked, momentum)
-    elif momentum is None:
-        momentum = 0.0
-    return _torch_batch_norm(input, *tensors, training, momentum, eps, *fused)
+        num_batches_tracked.add_(1)
+    return y
 
 
 _served_batch_norm: dict[Any, tuple[channel_plans.Options, str | None]] = {}
 tuning.when_forgotten(_served_batch_norm.clear)
+
+
+def _movable(running: Tensor | None) -> bool:
+    """Whether nothing but its kind can stand against moving a running statistic."""
+    return running is None or (running.is_contiguous() and not running.requires_grad)
+
+
+def _check_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    *,
+    whole: bool = True,
+) -> tuple[channel_plans.Options, str | None]:
+    """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments. Unless x
+    is the `whole` batch, it may be of one value per channel."""
+    checks.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, whole)
+    checks.activated(x, residual, activation, negative_slope)
+    share = None if momentum is None else float(momentum)
+    options = channel_plans.Options(training, share, float(eps), activation, float(negative_slope))
+    return options, unserved(x, running_mean, running_var, weight, bias, residual)
 
 
 def _checked_batch_norm(
@@ -330,25 +384,22 @@ def _checked_batch_norm(
     activation: str | None,
     negative_slope: float,
 ) -> tuple[channel_plans.Options, str | None]:
-    """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments. A call
-    like an earlier one is not checked again."""
+    """As `_check_batch_norm`; a call like an earlier one is not checked again."""
     tensors = x, running_mean, running_var, weight, bias, num_batches_tracked, residual
     numbers = momentum, eps, negative_slope
     key = None
     if not torch.compiler.is_compiling() and all(number is None or type(number) is float for number in numbers):
         try:
             kinds = [None if tensor is None else _kind(tensor) for tensor in tensors]
-            key = (dispatch.INTERPRETED, *kinds, bool(training), *numbers, activation)
-            found = _served_batch_norm.get(key)
-            if found is not None:
-                return found
+            if type(training) is bool and _movable(running_mean) and _movable(running_var):
+                key = (dispatch.INTERPRETED, *kinds, training, *numbers, activation)
+                found = _served_batch_norm.get(key)
+                if found is not None:
+                    return found
         except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones
             key = None
-    checks.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    checks.activated(x, residual, activation, negative_slope)
-    share = None if momentum is None else float(momentum)
-    options = channel_plans.Options(bool(training), share, float(eps), activation, float(negative_slope))
-    reason = unserved(x, running_mean, running_var, weight, bias, residual)
+    fused = residual, activation, negative_slope
+    options, reason = _check_batch_norm(*tensors[:5], training, momentum, eps, num_batches_tracked, *fused)
     if key is None:
         return options, reason
     if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
@@ -359,10 +410,11 @@ def _checked_batch_norm(
     return found
 
 
-def _count_elsewhere(num_batches_tracked: Tensor, momentum: float | None) -> float:
-    """Counts with torch; returns the momentum that the count gives where it is asked for, which waits for the GPU."""
-    num_batches_tracked.add_(1)
-    return 1.0 / float(num_batches_tracked) if momentum is None else momentum
+def _share(counter: Tensor | None, momentum: float | None) -> float:
+    """The momentum, which is the counter's where it is not given; to read that waits for the GPU."""
+    if momentum is not None:
+        return momentum
+    return 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
 
 
 def _torch_batch_norm(

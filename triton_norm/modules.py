@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from triton_norm import distributed, explaining, functional
+from triton_norm import checks, distributed, explaining, functional
 from triton_norm.dispatch import Explanation
 
 
@@ -34,7 +34,7 @@ class RMSNorm(nn.RMSNorm):
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """The forward that the three layers share; which ranks they take is torch's own `_check_input_dim`."""
 
-    def _arguments(self, input: Tensor, fused: dict[str, Any]) -> dict[str, Any]:
+    def _arguments(self, input: Tensor) -> dict[str, Any]:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         moves = self.training and self.track_running_stats
         uses_running = moves or not self.training
@@ -45,18 +45,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             "running_var": self.running_var if uses_running else None,
             "weight": self.weight,
             "bias": self.bias,
-            "training": self.training or (self.running_mean is None and self.running_var is None),
+            "training": bool(self.training or (self.running_mean is None and self.running_var is None)),
             "momentum": 0.0 if self.momentum is None and counter is None else self.momentum,
             "eps": self.eps,
             "num_batches_tracked": counter,
-            **fused,
         }
 
     def forward(self, input: Tensor, **fused: Any) -> Tensor:
-        return functional.batch_norm(**self._arguments(input, fused))
+        return functional.batch_norm(**self._arguments(input), **fused)
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
-        return explaining.explain_batch_norm(**self._arguments(input, fused))
+        return explaining.explain_batch_norm(**self._arguments(input), **fused)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -91,6 +90,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Raises:
         ValueError: input of less than two dimensions, or of no channels.
+        TypeError: in training, process_group is no group.
+        RuntimeError: it is one that was destroyed.
 
     and as `triton_norm.batch_norm`, but that one value per channel on one process is no error. A batch of one value per
     channel in all moves no running variance, an empty one neither running statistic; to ask a GPU would be to wait for
@@ -119,16 +120,16 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
     def forward(self, input: Tensor, **fused: Any) -> Tensor:
-        arguments = self._arguments(input, fused)
+        arguments = self._arguments(input)
         group = distributed.shared_by(self.process_group) if self.training else None
         if group is None:
-            return functional.batch_norm(**arguments)
+            return functional.batch_norm(**arguments, **fused)
         del arguments["training"]
-        return distributed.sync_batch_norm(**arguments, group=group)
+        return distributed.sync_batch_norm(**arguments, group=group, **fused)
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
         whole = not self.training or distributed.shared_by(self.process_group) is None
-        found = explaining.explain_batch_norm(**self._arguments(input, fused), whole=whole)
+        found = explaining.explain_batch_norm(**self._arguments(input), whole=whole, **fused)
         return found if whole else dataclasses.replace(found, function="sync_batch_norm")
 
     @classmethod
@@ -136,6 +137,7 @@ class SyncBatchNorm(_BatchNorm):
         """`module` with every BatchNorm in it, torch's or this library's, SyncBatchNorm among them, become one of these
         that has its parameters and buffers; a new layer where `module` itself is one. As torch.nn.SyncBatchNorm's.
         """
+        checks.module("convert_sync_batchnorm", "module", module)
         converted = module
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             converted = cls._converted(module, process_group)

@@ -28,7 +28,7 @@ def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_of
 
 def add(x: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
     """x + residual, rounded once."""
-    compute = compute_dtype(x, residual)
+    compute = torch.float64 if dtype == torch.float64 else compute_dtype(x, residual)
     return (x.to(compute) + residual.to(compute)).to(dtype)
 
 
@@ -108,7 +108,7 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
     with torch.no_grad():
         var, mean = torch.var_mean(x.to(compute_dtype(x)), axes, correction=1)
         for running, batch in ((running_mean, mean), (running_var, var)):
-            wide = running.to(mean.dtype)
+            wide = running.to(torch.promote_types(running.dtype, mean.dtype))
             running.copy_((1.0 - momentum) * wide + momentum * batch.view(running.shape))
 
 

@@ -80,7 +80,7 @@ def merge(
             share = gathered.new_full((), momentum)
         unbiased = m2 / (total - 1).clamp_min(1)
         for running, batch, least in ((running_mean, mean, 1), (running_var, unbiased, 2)):
-            wide = running.to(gathered.dtype)
+            wide = running.to(torch.promote_types(running.dtype, gathered.dtype))
             moved = (1.0 - share) * wide + share * batch.view(running.shape)
             running.copy_(torch.where(total >= least, moved, wide))
     return torch.cat((mean.flatten(), rest.flatten(), torch.rsqrt(m2 / divisor + eps), total.view(1)))

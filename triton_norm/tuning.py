@@ -2,7 +2,8 @@
 
 A choice is found in this order: made before in this process; `tuned/<gpu>.json`, measured by the project; a search by
 `triton.autotune` among the space's configs, which keeps its result on disk. Keys never hold the number of rows or
-samples: another batch size compiles nothing, searches nothing, and rounds every row as before.
+samples: another batch size compiles nothing, searches nothing, and rounds every row as before. A file that can't be
+used, and a choice in it that is not among its space's configs, is left out with one warning.
 """
 
 import functools
@@ -52,6 +53,7 @@ SMALL_BYTES = 4 * 1024 * 1024  # of x
 MERGED_ELEMENTS = 2048  # of what splits leave, that are merged at a time
 MOST_REMEMBERED = 4096
 LEAST_ZEROS = 4096  # kept for each stream
+MOST_STREAMS = 1024  # that zeros are kept for
 SEARCH_WARMUP_MS, SEARCH_MS = 10, 40  # for each config
 INTERPRETED_TILE = 16384  # elements; the interpreter's cost is per operation, not per element
 INTERPRETED_SMS = 1
@@ -89,6 +91,10 @@ class Space:
     def span(self) -> int:
         """The fewest columns that a program may own of a row."""
         return min(config["BLOCK_N"] * config.keywords.get("PIECES", 1) for config in self.configs)
+
+    def find(self, keywords: Mapping[str, int]) -> Config | None:
+        """The config that has these keywords, in whatever order, or None: what is not among them is never launched."""
+        return next((config for config in self.configs if config.keywords == keywords), None)
 
 
 def config(num_warps: int, num_stages: int = 1, maxnreg: int | None = None, **blocks: int) -> Config:
@@ -378,6 +384,8 @@ def channels(
             for tile in tiles
         ]
     key = f"{role}, {kind}, {lanes} lanes by {vector}, {types}" + (f", {held} held" if held else "")
+    if kind == "folded":  # otherwise the lanes decide
+        key += f", {merged} merged"
     return _space(kernel, key, configs)
 
 
@@ -388,6 +396,8 @@ def merge_ranks(interpreted: bool) -> Space:
 
 
 _chosen: dict[tuple[str, str, str], Config] = {}
+_with_foreign_choices: set[str] = set()
+"""GPUs whose file has been warned of."""
 
 
 def chosen(space: Space, gpu: str | None) -> Config | None:
@@ -395,10 +405,24 @@ def chosen(space: Space, gpu: str | None) -> Config | None:
     if gpu is None or len(space.configs) == 1:
         return space.configs[0]
     key = (gpu, space.kernel, space.key)
-    found = _chosen.get(key) or measured(gpu).get(space.kernel, {}).get(space.key)
-    if found is not None:
-        _chosen[key] = found
+    found = _chosen.get(key)
+    if found is None:
+        stored = measured(gpu).get(space.kernel, {}).get(space.key)
+        found = None if stored is None else space.find(stored.keywords)
+        if found is not None:
+            _chosen[key] = found
+        elif stored is not None:
+            _warn_of_foreign_choices(gpu, space, stored)
     return found
+
+
+def _warn_of_foreign_choices(gpu: str, space: Space, choice: Config) -> None:
+    if gpu in _with_foreign_choices:
+        return
+    _with_foreign_choices.add(gpu)
+    what = f"{choice.keywords} for {space.kernel} ({space.key or 'any columns'})"
+    message = f"triton_norm: {tuned_file(gpu).name} has choices that can't be launched, such as {what}"
+    warnings.warn(f"{message}; these launches are searched for", stacklevel=3)
 
 
 def choose(space: Space, gpu: str, choice: Config) -> None:
@@ -424,13 +448,16 @@ def measured(gpu: str) -> Mapping[str, Mapping[str, Config]]:
     """The choices shipped for a GPU by kernel and key; a file that can't be used is left out with one warning."""
     file = tuned_file(gpu)
     try:
-        kernels = json.loads(file.read_text())["choices"]
+        content = json.loads(file.read_text())
+        measured_on = content.get("environment", {}).get("GPU", gpu)
+        if measured_on != gpu:
+            raise ValueError(f"measured on {measured_on}")
         return {
             kernel: {key: config(**{name: int(value) for name, value in found.items()}) for key, found in keys.items()}
-            for kernel, keys in kernels.items()
+            for kernel, keys in content["choices"].items()
         }
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         warnings.warn(f"triton_norm: {file.name} is left out, launches are searched for: {error!r}", stacklevel=2)
         return {}

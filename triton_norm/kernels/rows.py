@@ -36,7 +36,8 @@ def load_summed(
     x = tl.load(at(x_rows, cols, V), mask=mask, other=0.0, eviction_policy=EVICTION)
     if residual_rows is not None:
         residual = tl.load(at(residual_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
-        x = (x.to(COMPUTE) + residual.to(COMPUTE)).to(total_rows.dtype.element_ty)
+        WIDE: tl.constexpr = tl.float64 if residual.dtype == tl.float64 else COMPUTE
+        x = (x.to(WIDE) + residual.to(WIDE)).to(total_rows.dtype.element_ty)
         tl.store(at(total_rows, cols, V), x, mask=mask)
     return x
 

@@ -87,9 +87,9 @@ def _forward(
         running = (moved_mean, moved_var) if step.reduces or statistics is None else (None, None)
         swept = (residual, y, bits, weight, bias) if step.applies else (None,) * 5
         step.launcher(step.integers, read, *swept, statistics, *running, counter, partials, sync)
-    for running_now, moved in ((running_mean, moved_mean), (running_var, moved_var)):
-        if reduces and running_now is not None and moved is not None and moved is not running_now:
-            running_now.copy_(moved)
+        for running_now, moved in ((running_mean, moved_mean), (running_var, moved_var)):
+            if step.reduces and running_now is not None and moved is not None and moved is not running_now:
+                running_now.copy_(moved)  # before a later launch can fail
     return y, bits
 
 
@@ -245,6 +245,7 @@ def _backward(
     """Fills the gradients that are there; means are between the two halves of the work."""
     if not (reduces or applies):
         return
+    dy = dy.resolve_neg()
     weight, bias = contiguous(weight), contiguous(bias)
     running = contiguous(running_mean), contiguous(running_var)
     residual = None if options.activation is None or bits is not None else residual

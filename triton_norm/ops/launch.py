@@ -1,16 +1,23 @@
 """The one place that launches: chooses the config, stands on the tensors' device, starts the kernel."""
 
+import atexit
 import functools
 import os
+import shutil
+import tempfile
 import threading
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from triton_norm import tuning
 from triton_norm.tuning import Config, Space
+
+T = TypeVar("T")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton interprets kernels in this process; read once, as Triton itself reads it."""
@@ -86,6 +93,8 @@ def zeros(n: int, device: torch.device) -> Tensor:
     kept = _zeros.get((device.index, stream))
     if kept is None or kept.numel() < n:
         size = tuning.next_power_of_2(max(n, tuning.LEAST_ZEROS))
+        if len(_zeros) >= tuning.MOST_STREAMS:
+            _zeros.clear()  # what comes to lie in their memory is their own streams', and so comes after their kernels
         kept = _zeros[device.index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept
 
@@ -153,17 +162,8 @@ class Launcher:
     def _start(self, integers: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
         arguments = (*tensors, *integers, *self._scalars)
         with _starting:
-            if self._config is None:
-                self._config = tuning.chosen(self.space, self._gpu)  # which another launcher may have found by now
-            if self._config is None:
-                assert self._gpu is not None
-                count_of = self._n_programs
-                self._config = search(
-                    self._kernel, self.space, lambda config: count_of(config, *integers), arguments, self._constants
-                )
-                tuning.choose(self.space, self._gpu, self._config)
-            count = self._n_programs(self._config.keywords, *integers)
-            compiled = start(self._kernel, count, arguments, self._constants, self._config)
+            compiled = _with_a_cache(lambda: self._choose_and_start(integers, arguments))
+        assert self._config is not None
         aligned = all(tensor is None or tensor.data_ptr() % tuning.VECTOR_BYTES == 0 for tensor in tensors)
         if aligned and integers[0] < INT32_END and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
             named = {**self._constants, **self._config.keywords}
@@ -171,6 +171,63 @@ class Launcher:
             behind = (*self._scalars, *constants)
             function, metadata = compiled.function, compiled.packed_metadata
             self._ready = compiled.run, function, metadata, _hooks(), self._config.keywords, behind
+
+    def _choose_and_start(self, integers: tuple[int, ...], arguments: Sequence[Any]) -> Any:
+        if self._config is None:
+            self._config = tuning.chosen(self.space, self._gpu)  # which another launcher may have found by now
+        if self._config is None:
+            assert self._gpu is not None
+            count_of = self._n_programs
+            self._config = search(
+                self._kernel, self.space, lambda config: count_of(config, *integers), arguments, self._constants
+            )
+            tuning.choose(self.space, self._gpu, self._config)
+        count = self._n_programs(self._config.keywords, *integers)
+        return start(self._kernel, count, arguments, self._constants, self._config)
+
+
+_UNUSABLE = OSError, ValueError, TypeError, LookupError
+"""What Triton raises where a file of its cache can't be written, or holds something else than it wrote."""
+
+_CACHING = {"triton.compiler.compiler", "triton.runtime.cache", "triton.runtime.build"}
+"""Modules of Triton's that read and write it; all before a kernel is launched."""
+
+_told: list[BaseException] = []
+
+
+def _tell_of_cache(error: BaseException) -> None:
+    """Once in a process."""
+    if not _told:
+        _told.append(error)
+        message = "triton_norm: Triton's cache on disk can't be used, and nothing is kept for the next process"
+        warnings.warn(f"{message}: {error!r}", stacklevel=2)
+
+
+@functools.cache
+def _folder() -> str:
+    """For what Triton must write to be able to compile, until this process ends."""
+    folder = tempfile.mkdtemp(prefix="triton_norm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _with_a_cache(act: Callable[[], T]) -> T:
+    """What `act` returns; where Triton's cache stands in its way, with another one meanwhile."""
+    try:
+        return act()
+    except _UNUSABLE as error:
+        if _CACHING.isdisjoint(frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        from triton import knobs
+
+        try:
+            with knobs.cache.scope():
+                knobs.cache.dir = _folder()
+                found = act()
+        except _UNUSABLE:
+            raise error from None
+        _tell_of_cache(error)
+        return found
 
 
 @functools.cache
@@ -187,7 +244,8 @@ def search(
     """The fastest config for these arguments, by `triton.autotune`, which keeps what it finds on disk.
 
     A kernel writes its outputs from inputs that it leaves alone, and so may run any number of times, but that it begins
-    with zeros in its `sync_ptr`, if any, which are made anew, and that it moves some tensors in place: copies, here.
+    with zeros in its `sync_ptr`, if any, which are made anew, and that it moves some tensors in place: copies, here. A
+    result that can't be written, or one on disk that is none of these configs, is as if there were no disk.
     """
     import triton
     from triton.testing import do_bench
@@ -204,9 +262,35 @@ def search(
         if given.get(name) is not None:
             given[name] = given[name].clone()
     zeros = [name for name in ("sync_ptr",) if given.get(name) is not None]
-    tuner = triton.autotune(candidates, key=[], do_bench=timed, cache_results=True, reset_to_zero=zeros)(kernel)
-    tuner[lambda meta: (n_programs(meta),)](*given.values(), **constants)
-    for name in zeros:
-        given[name].zero_()
-    best = tuner.best_config
-    return tuning.config(best.num_warps, best.num_stages, best.maxnreg, **best.kwargs)
+
+    def known(chosen: Any) -> Config:
+        keywords = tuning.config(chosen.num_warps, chosen.num_stages, chosen.maxnreg, **chosen.kwargs).keywords
+        found = space.find(keywords)
+        if found is None:
+            raise ValueError(f"{keywords} is none of the configs of {space.kernel}")
+        return found
+
+    def best(kept: bool) -> Config:
+        options: dict[str, Any] = {"do_bench": timed, "cache_results": kept, "reset_to_zero": zeros}
+        tuner: Any = triton.autotune(candidates, key=[], **options)(kernel)
+        look_up = tuner.check_disk_cache
+
+        def check_disk_cache(*arguments: Any) -> Any:
+            found = look_up(*arguments)
+            for chosen in tuner.cache.values():  # what is launched next
+                known(chosen)
+            return found
+
+        tuner.check_disk_cache = check_disk_cache
+        tuner[lambda meta: (n_programs(meta),)](*given.values(), **constants)
+        return known(tuner.best_config)
+
+    try:
+        return best(kept=True)
+    except _UNUSABLE as error:
+        found = best(kept=False)
+        _tell_of_cache(error)
+        return found
+    finally:
+        for name in zeros:
+            given[name].zero_()

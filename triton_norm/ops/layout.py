@@ -12,9 +12,11 @@ from triton_norm import tuning
 MOST_POSITIONS = 2**30
 """Of a sample: the kernels number them, and what a tile reaches past them, in 32 bits."""
 
-
 MOST_COLUMNS = 2**30
 """Of a folded sample: the kernels number them in 32 bits."""
+
+MOST_CHANNELS = 2**29
+"""Of which the kernels number three statistics each in 32 bits."""
 
 
 class Lie(NamedTuple):
@@ -73,6 +75,15 @@ class Layout(NamedTuple):
         group = lie.position_stride * self.vector if self.axis is None else lie.position_stride
         channel = 0 if self.axis == 0 and spread else lie.channel_stride
         return lie.sample_stride // unit, 0 if self.fold else group // unit, channel // unit
+
+
+def beyond(shape: Sequence[int]) -> str | None:
+    """What of [samples, channels, *positions] is too much for the kernels to number."""
+    if math.prod(shape[2:]) > MOST_POSITIONS:
+        return f"a sample has more than {MOST_POSITIONS} positions"
+    if len(shape) > 1 and shape[1] > MOST_CHANNELS:
+        return f"there are more than {MOST_CHANNELS} channels"
+    return None
 
 
 def collapsed_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
@@ -166,8 +177,6 @@ def _vector(lies: Sequence[Lie], *extents: int) -> int:
 def layout_of(shape: Sequence[int], kind: str, *lies: Lie) -> Layout:
     """How tensors that lie so are read together, with the widest accesses that all of them allow."""
     n_channels, n_positions = shape[1], math.prod(shape[2:])
-    if n_positions > MOST_POSITIONS:
-        raise NotImplementedError(f"batch_norm(): more than {MOST_POSITIONS} positions in input of {list(shape)}")
     if kind == "last":
         spread = [lie for lie in lies if lie.channel_stride or n_channels == 1]
         strides = [stride for lie in spread for stride in (lie.sample_stride, lie.position_stride)]

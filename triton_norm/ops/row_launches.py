@@ -103,6 +103,14 @@ Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+def _keep(launchers: dict[Any, Launcher], key: Any, launcher: Launcher) -> Launcher:
+    """For the next calls like this one; calls of ever new strides don't fill the memory."""
+    if len(launchers) >= tuning.MOST_REMEMBERED:
+        launchers.clear()
+    launchers[key] = launcher
+    return launcher
+
+
 def _forward_launcher(
     options: Options,
     x: Tensor,
@@ -179,7 +187,7 @@ def forward(
     launcher = launchers.get(key)
     if launcher is None:
         strides = x_stride, residual_stride
-        launcher = launchers[key] = _forward_launcher(options, x, residual, y, total, strides, misaligned)
+        launcher = _keep(launchers, key, _forward_launcher(options, x, residual, y, total, strides, misaligned))
     partials = sync = None
     if n_cols > launcher.space.span:
         partials, sync = _meeting(launcher, n_cols, n_rows, (3,), compute_dtype(x, total), x.device)
@@ -271,6 +279,7 @@ def backward(
     wanted: Sequence[bool],
 ) -> Gradients:
     """What `gradients` says, with its contents; x is what was normalized."""
+    dy, dtotal = dy.resolve_neg(), None if dtotal is None else dtotal.resolve_neg()
     dx, dresidual, dweight, dbias = gradients(x, weight, bias, dx_dtype, dresidual_dtype, wanted)
     n_cols, compute, device = options.n_cols, statistics.dtype, x.device
     n_rows = x.numel() // n_cols
@@ -284,9 +293,8 @@ def backward(
     key = (*layouts, *types)
     launcher = launchers.get(key)
     if launcher is None:
-        launcher = launchers[key] = _backward_launcher(
-            options, dy_rows, dtotal_rows, x_rows, dx, dresidual, compute, device, misaligned
-        )
+        made = _backward_launcher(options, dy_rows, dtotal_rows, x_rows, dx, dresidual, compute, device, misaligned)
+        launcher = _keep(launchers, key, made)
     n_sms = multiprocessors(device)
     most_teams = tuning.rows_backward_most_teams(n_rows, n_sms)
     partials = sync = None
