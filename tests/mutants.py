@@ -1,0 +1,240 @@
+"""Kernels made wrong in one place each, by replacing a piece of their source that occurs there once."""
+
+import inspect
+import linecache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import triton
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in a function of kernels/; `check`, of test_mutants.py, then fails as `caught` says there."""
+
+    module: str
+    function: str
+    check: str
+    caught: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"{self.function}: {old} -> {new}"
+
+    @property
+    def target(self) -> Any:
+        return getattr(import_module(f"triton_norm.kernels.{self.module}"), self.function)
+
+    def source(self) -> str:
+        source = inspect.getsource(self.target.fn)
+        found = source.count(self.old)
+        assert found == 1, f"{self.module}.{self.function} has {self.old!r} {found} times: write this mutant anew"
+        return source.replace(self.old, self.new)
+
+
+@contextmanager
+def mutated(mutant: Mutant) -> Iterator[None]:
+    """The kernel's function itself is another one: whoever has imported it calls the mutant."""
+    target, source = mutant.target, mutant.source()
+    file = f"<mutant of {mutant.module}.{mutant.function}>"
+    scope = dict(target.fn.__globals__)
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # the interpreter looks there
+    try:
+        exec(compile(source, file, "exec"), scope)
+        broken = scope[mutant.function]
+        assert type(broken) is type(target) is not triton.JITFunction
+        with mock.patch.dict(vars(target), vars(broken)):
+            yield
+    finally:
+        del linecache.cache[file]
+
+
+def _read(table: str) -> list[Mutant]:
+    """Below a line "module.function", lines "check | caught | old -> new", of which a long one is continued at ->."""
+    found, where = [], ""
+    for line in table.strip().replace("\n        ->", " ->").split("\n"):
+        if not line.startswith(" "):
+            where = line
+            continue
+        check, caught, edit = line.strip().split(" | ", 2)
+        old, new = (text.strip().replace("\\n", "\n") for text in edit.split("->"))
+        found.append(Mutant(*where.split("."), check, caught, old, new))
+    return found
+
+
+ROWS = _read(r"""
+rows.rows_forward_kernel
+    short rows | bounds | row_mask = rows < n_rows -> row_mask = rows <= n_rows
+    short rows | bounds | mask = row_mask & (cols < n_cols)\n    x =
+        -> mask = row_mask & (cols <= n_cols)\n    x =
+    far rows | overflow | group.to(tl.int64) * BLOCK_M -> group * BLOCK_M
+    large eps | value | tl.rsqrt(m2 / to_float(n_cols, COMPUTE) + EPS) -> tl.rsqrt(m2 / to_float(n_cols, COMPUTE)) + EPS
+    long rows | value | to_float(start - begin, COMPUTE) -> to_float(start - begin - BLOCK_N, COMPUTE)
+    long rows | value | tl.minimum(end - start, BLOCK_N) -> BLOCK_N
+    long rows, no mean | value | m2 += piece_m2 -> m2 = piece_m2
+    long rows | unwritten | range(BLOCK_N, last - begin + 1, BLOCK_N) -> range(BLOCK_N, last - begin, BLOCK_N)
+    long sums | barrier | tl.debug_barrier() -> pass
+    short rows | unwritten | tl.store(statistics_ptr + rows, mean, mask=row_mask) -> pass
+    short rows | value | rstd, mask=row_mask)\n        else -> rstd.to(tl.bfloat16), mask=row_mask)\n        else
+    shared rows | race | tl.where(peer == 0, n_rows, 0) -> n_rows
+rows.exchange_moments
+    shared rows | value | tl.minimum(n_cols - members * SPAN, SPAN) -> SPAN
+    shared rows | bounds | there = members < n_peers -> there = members <= n_peers
+    shared rows | race | row.to(tl.int64) * n_peers * KINDS -> row.to(tl.int64) * n_peers
+    shared rows | race | meet(sync_ptr, row, n_peers) -> meet(sync_ptr, row, n_peers - 1)
+rows.moments
+    off-centre sums | value | tile_sum(centred * centred, 1) -> tile_sum(x * x, 1) - count * mean * mean
+rows.load_summed
+    short rows | unwritten | mask=mask, other=0.0, eviction_policy=EVICTION -> mask=mask, eviction_policy=EVICTION
+    long sums | different | .to(total_rows.dtype.element_ty) ->
+rows.load_columns
+    weight offset | value | columns += OFFSET -> columns += 0.0
+rows.centred_on
+    off-centre long rows | off-centre | (centred - mean) - rest -> centred - mean
+rows.rounded
+    rounded x_hat | different | x_hat.to(ROUNDED).to(x_hat.dtype) -> x_hat
+rows_backward.rows_backward_kernel
+    short rows | value | x_hat - tl.load(statistics_ptr + rows, mask=row_mask, other=0.0) -> x_hat
+    short rows | value | dweight += dyx -> dweight = dyx
+    short rows | unwritten | tile_sum(dweight, 0), mask=col_mask)
+        -> tile_sum(dweight, 0), mask=col_mask & (team < n_teams - 1))
+    short rows | race | dbias_sums_ptr + team.to(tl.int64) * n_cols + cols -> dbias_sums_ptr + cols
+    short rows | unwritten | step = n_teams.to(tl.int64) * BLOCK_M -> step = (n_teams + 1).to(tl.int64) * BLOCK_M
+    short rows | value | dx -= sum_wdy * inverse_total -> pass
+    weight offset | value | weight.to(COMPUTE) + WEIGHT_OFFSET -> weight.to(COMPUTE)
+    long sums | different | dx += load_gradient( -> load_gradient(
+    far rows | overflow | rows * x_row_vecs * V -> rows.to(tl.int32) * x_row_vecs * V
+rows_backward.load_gradient
+    far rows | overflow | rows * row_vecs * V -> rows.to(tl.int32) * row_vecs * V
+    expanded rows | bounds | cols * 0 -> cols
+rows_backward.exchange_sums
+    shared rows | race | turn % 2 -> 0
+    shared rows | race | (turn + 1) * n_peers -> turn * n_peers
+    shared rows | value | here = in_group == row -> here = in_group >= 0
+rows_backward.rows_backward_finalise_kernel
+    short rows | bounds | column_mask = cols < n_cols -> column_mask = cols <= n_cols
+    short rows | value | (rows < n_sums) & column_mask -> (rows < n_sums - 1) & column_mask
+""")
+
+BOTH = _read(r"""
+moments.divide
+    off-centre rows | off-centre | tl.fma(tl.fma(-quotient, b, a), inverse, quotient) -> quotient
+moments.centre
+    off-centre rows | off-centre | return tl.where(mask, centred - correction, 0.0), mean, -> return centred, mean,
+    off-centre long rows | off-centre | (first - mean) + correction -> first * 0.0
+moments.merge
+    long rows | value | delta * (delta * (count_a * share)) -> delta * (delta * (count_b * share))
+    off-centre flat | off-centre | rest = ((mean_a - mean) + step) + (rest_a + (rest_b - rest_a) * share)
+        -> rest = rest_a + (rest_b - rest_a) * share
+moments.merge_all
+    last | value | m2s + delta * (delta * counts) -> m2s + delta * delta
+    off-centre flat | off-centre | (means - base) + rests -> means - base
+exchange.take_place
+    flat | race | tl.atomic_add(sync_ptr, 1, -> tl.atomic_add(sync_ptr, 0,
+exchange.arrive
+    flat | barrier | tl.debug_barrier() -> pass
+    flat | race | acq_rel -> relaxed
+    last, two launches | race | acq_rel -> acquire
+    folded, two launches | race | acq_rel -> release
+exchange.wait
+    shared rows | race | acquire -> relaxed
+    flat | race | < arrivals -> < arrivals - 1
+    flat | deadlock | < arrivals -> <= arrivals
+exchange.close
+    running statistics | count | tl.load(count_ptr) + 1 -> tl.load(count_ptr)
+    running statistics | zeros | tl.store(sync_ptr + 2 + team, 0) -> pass
+    running statistics | zeros | tl.store(sync_ptr, 0) -> pass
+    running statistics, two launches | zeros | == n_teams - 1 -> == n_teams
+""")
+
+CHANNELS = _read(r"""
+tiles.span
+    flat | bounds | tl.minimum(first + groups_per_split, n_groups) -> (first + groups_per_split)
+tiles.lanes_of
+    last | bounds | in_range = columns < n_column_vecs * V -> in_range = columns <= n_column_vecs * V
+tiles.channels_of
+    folded | bounds | (channels < n_column_vecs * V // columns_per_channel)
+        -> (channels <= n_column_vecs * V // columns_per_channel)
+tiles.group_offsets
+    far samples | overflow | (first_sample + group // groups_per_sample).to(tl.int64)
+        -> first_sample + group // groups_per_sample
+tiles.lanes_at
+    far channels | overflow | channels.to(tl.int64) * channel_vecs * V -> channels * channel_vecs * V
+tiles.by_channel
+    folded | value | column < columns_per_channel, gathered -> column <= columns_per_channel, gathered
+tiles.fold_moments
+    folded | value | < columns_per_channel, count, 0.0) -> < columns_per_channel, count, count)
+tiles.load_statistics
+    evaluation | value | .to(COMPUTE) + EPS) -> .to(COMPUTE)) + EPS
+channels.merge_splits
+    last | value | tl.minimum(total - splits * split_size, split_size) -> (splits * 0 + split_size)
+channels.move_running
+    running statistics | moved | (1.0 - momentum) * running -> (1.0 - momentum) * (1.0 - momentum) * running
+channels.finalise_statistics
+    running statistics, two launches | moved | m2 / to_float(total - 1, COMPUTE) -> m2 / to_float(total, COMPUTE)
+    cumulative statistics | moved | tl.load(num_batches_tracked_ptr) + 1 -> tl.load(num_batches_tracked_ptr) + 2
+    flat | value | tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS) -> tl.rsqrt(m2 / to_float(total, COMPUTE)) + EPS
+    fp64 statistics | moved | to_float(momentum_rest, COMPUTE) -> 0.0
+channels.channels_forward_kernel
+    off-centre flat | off-centre | tile_sum(centred * centred, AXIS)
+        -> tile_sum(raw.to(COMPUTE) * raw.to(COMPUTE), AXIS) - count * tile_mean * tile_mean
+    folded, two launches | value | to_float(start - first, COMPUTE) * lanes_per_channel
+        -> to_float(start - first + T, COMPUTE) * lanes_per_channel
+    flat | value | tl.minimum(end - start, T) * lanes_per_channel -> T * lanes_per_channel
+    last | bounds | n_column_vecs * V // columns_per_channel -> n_column_vecs * V // columns_per_channel + 1
+    flat | race | partials_ptr + split.to(tl.int64) * n_channels + channels -> partials_ptr + channels
+    flat | unwritten | tl.store(slots + 2 * kind, m2 -> tl.store(slots + kind, m2
+    last, two launches | race | arrive(sync_ptr, block) == n_splits - 1 -> arrive(sync_ptr, block) == n_splits - 2
+    running statistics, two launches | barrier | tl.debug_barrier() -> pass
+    flat | race | wait(sync_ptr, block, n_splits + 1) -> wait(sync_ptr, block, n_splits)
+    last | unwritten | for swept in range(0, end - first, T) -> for swept in range(0, end - first - T, T)
+    whole tiles | unwritten | (end - 1 - first) // T * T -> (end - first) // T * T
+    folded | value | if not TOGETHER or swept > 0 -> if not TOGETHER
+    off-centre flat | off-centre | (raw.to(COMPUTE) - mean) - rest -> raw.to(COMPUTE) - mean
+channels_backward.channels_backward_kernel
+    last | value | tile_sum(dz * centred, AXIS) -> tile_sum(dz * raw_x.to(COMPUTE), AXIS)
+    flat | value | if sweep == 0 or swept > 0 -> if sweep == 0
+    folded | race | wait(sync_ptr, block, n_splits + 1) -> wait(sync_ptr, block, n_splits)
+    last, two launches | value | dx *= scale -> dx *= rstd
+    flat, relu of a sum | value | dresidual = dz.to -> dresidual = raw_dy.to
+    off-centre flat | off-centre | (raw_x.to(COMPUTE) - mean) - rest -> raw_x.to(COMPUTE) - mean
+    whole tiles | unwritten | (end - 1 - first) // T * T -> (end - first) // T * T
+channels_backward.merge_sums
+    flat | value | there = (splits < n_splits) & mask -> there = (splits < n_splits - 1) & mask
+channels_backward.finalise_sums
+    folded | value | dweight * share * rstd -> dweight * share
+activations.bytes_of
+    bits, last | bounds | (column < n_column_vecs * V) -> (column <= n_column_vecs * V)
+    flat, relu of a sum | race | block.to(tl.int64) * per_channel + first -> first
+    bits, last | bits | + column // PER_BYTE -> + (column // PER_BYTE + 1) % per_row
+activations.pack
+    flat, relu of a sum | value | tl.arange(0, PER_BYTE) -> (tl.arange(0, PER_BYTE) + 1)
+activations.unpack
+    last, leaky_relu of a sum | value | tl.arange(0, PER_BYTE) -> (PER_BYTE - 1 - tl.arange(0, PER_BYTE))
+activations.activate
+    flat, relu of a sum | value | tl.where(z < 0.0, 0.0, z) -> tl.where(z < 1.0, 0.0, z)
+activations.activate_backward
+    flat, silu | value | 1.0 + z * (1.0 - sigmoid) -> 1.0 + z * sigmoid
+    last, leaky_relu of a sum | value | dy * SLOPE -> dy
+activations.exp
+    far silu | different | tl.fma(x, LOG2_E, -t) + x * LOG2_E_REST -> x * 0.0
+ranks.first_and_total
+    shares of a batch | different | mask=ranks < n_ranks, other=0.0) -> mask=ranks < n_ranks)
+ranks.shares_of
+    shares of a batch | bounds | (counts > 0.0) & mask -> (counts > -1.0) & mask
+ranks.merge_ranks_kernel
+    shares of a batch | different | delta * (delta * counts) -> delta * delta
+    shares of a batch | moved | tl.maximum(total - 1.0, 1.0) -> divisor
+    shares of a batch | different | delta += tl.load(slots + n_channels, mask=there, other=0.0)\n -> delta += 0.0\n
+    shares of a batch | different | mask=there, other=0.0) - rest -> mask=there, other=0.0)
+    shares of a batch | race | tl.zeros([1, 1], tl.int32) + block -> tl.zeros([1, 1], tl.int32)
+    shares of a batch | barrier | tl.debug_barrier() -> pass
+""")
+
+MUTANTS = [*ROWS, *BOTH, *CHANNELS]
