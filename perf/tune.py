@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +32,17 @@ class CannotTune(OSError):
 
 
 def _replace(path: Path, content: Results, sort_keys: bool) -> None:
-    """Whole at every moment: written beside and renamed."""
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=sort_keys) + "\n")
-    partial.replace(path)
+    """Whole at every moment, whoever else writes it: written beside, under a name of its own, and renamed."""
+    partial = _beside(path)
+    try:
+        partial.write_text(json.dumps(content, indent=1, sort_keys=sort_keys) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
 
 
 class TunedFile:
@@ -96,7 +104,7 @@ class _Ledger:
 def _require_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "tune.part"
+        probe = _beside(folder / "tune")
         probe.write_text("")
         probe.unlink()
     except OSError as error:

@@ -89,10 +89,12 @@ def test_cpu_tensors(environment, said):
     assert python(EXPLAIN, **environment).stdout.startswith(said)
 
 
-def test_nonsense_in_the_environment_is_one_clear_error():
-    done = python(EXPLAIN, TRITON_NORM_BACKEND="cuda")
-    assert done.returncode != 0
-    assert "TRITON_NORM_BACKEND must be one of 'auto', 'triton', 'torch', but got 'cuda'" in done.stderr
+@pytest.mark.parametrize("nonsense", ["cuda", "", " auto", "AUTO"])
+def test_nonsense_in_the_environment_is_one_clear_error(nonsense):
+    done = python("import triton_norm", TRITON_NORM_BACKEND=nonsense)
+    assert done.returncode == 1
+    expected = f"ValueError: TRITON_NORM_BACKEND must be one of 'auto', 'triton', 'torch', but got {nonsense!r}"
+    assert done.stderr.strip().splitlines()[-1] == expected
 
 
 def test_import_without_triton():

@@ -1,0 +1,264 @@
+"""What fails halfway leaves everything as it was, or done."""
+
+import contextlib
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import spaces
+import triton_norm
+from allocations import allocations
+from channel_norms import taking_turns
+from triton_norm import distributed, tuning
+from triton_norm.ops import channel_launches, launch, synchronized
+
+pytest.importorskip("triton")
+
+interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU for real")
+pytestmark = pytest.mark.unguarded
+
+
+class Step:
+    """A training step: a call, and its backward for ones. `state` is what it moves, the next step moves it on."""
+
+    def __init__(self, call: Callable[..., Any], *leaves: Tensor, state: tuple[Tensor, ...] = ()) -> None:
+        self.call, self.leaves, self.state = call, leaves, state
+
+    def __call__(self) -> list[Tensor]:
+        found = self.call(*self.leaves)
+        outputs = found if isinstance(found, tuple) else (found,)
+        grads = torch.autograd.grad(outputs, self.leaves, [torch.ones_like(y) for y in outputs])
+        return [*(y.detach() for y in outputs), *grads]
+
+    def moved(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self.state]
+
+    def set(self, state: list[Tensor]) -> None:
+        for tensor, value in zip(self.state, state, strict=True):
+            tensor.copy_(value)
+
+
+def leaf(*shape: int, device: str) -> Tensor:
+    return torch.randn(*shape, device=device, requires_grad=True)
+
+
+def rows(device: str, columns: int = 24) -> Step:
+    function = functools.partial(triton_norm.layer_norm, normalized_shape=(columns,))
+    parameters = (leaf(columns, device=device) for _ in range(2))
+    return Step(lambda x, w, b: function(x, weight=w, bias=b), leaf(2, columns, device=device), *parameters)
+
+
+def rows_and_total(device: str) -> Step:
+    leaves = leaf(2, 24, device=device), leaf(2, 24, device=device), leaf(24, device=device)
+    return Step(lambda x, residual, w: triton_norm.rms_norm(x, (24,), w, residual=residual), *leaves)
+
+
+def batch_norm(device: str, training: bool = True, spread: bool = False, **fused: Any) -> Step:
+    """`spread`: running statistics with gaps, which the kernels move in a copy."""
+    x, parameters = leaf(3, 2, 5, 2, device=device), [leaf(2, device=device) for _ in range(2)]
+    mean, var = torch.zeros(2, 2, device=device)[:, 0], torch.ones(2, 2, device=device)[:, 0]
+    if not spread:
+        mean, var = mean.contiguous(), var.contiguous()
+    counter = torch.tensor(2, device=device)
+    residual = [leaf(3, 2, 5, 2, device=device)] if fused else []
+
+    def call(x: Tensor, w: Tensor, b: Tensor, *residual: Tensor) -> Tensor:
+        added = {"residual": residual[0], **fused} if residual else {}
+        return triton_norm.batch_norm(x, mean, var, w, b, training, None, num_batches_tracked=counter, **added)
+
+    return Step(call, x, *parameters, *residual, state=(mean, var, counter))
+
+
+def synchronized_batch_norm(device: str) -> Step:
+    step = batch_norm(device)
+    mean, var, counter = step.state
+    group = distributed.Group("", 1)
+
+    def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return distributed.sync_batch_norm(x, mean, var, w, b, None, 1e-5, group, num_batches_tracked=counter)
+
+    return Step(call, *step.leaves, state=step.state)
+
+
+STEPS: dict[str, Callable[[str], Step]] = {
+    "rows": rows,
+    "rows of several programs": functools.partial(rows, columns=40),
+    "rows and total": rows_and_total,
+    "training in two launches": batch_norm,
+    "evaluation": functools.partial(batch_norm, training=False),
+    "relu": functools.partial(batch_norm, activation="relu"),
+    "synchronized": synchronized_batch_norm,
+}
+
+
+class Zeros:
+    """Those of a stream, the same ones each time, as on a GPU."""
+
+    def __init__(self) -> None:
+        self.kept = torch.zeros(64, dtype=torch.int32)
+
+    def __call__(self, n: int, device: torch.device) -> Tensor:
+        return self.kept[:n]
+
+
+@pytest.fixture
+def zeros(monkeypatch) -> Zeros:
+    zeros = Zeros()
+    if launch.INTERPRETED:
+        monkeypatch.setattr(channel_launches, "zeros", zeros)
+        monkeypatch.setattr(synchronized, "zeros", zeros)
+    return zeros
+
+
+@pytest.fixture
+def make(numbers, monkeypatch, device, zeros):
+    """Makes a step by name; where it says so, of programs that share rows or a channel."""
+    monkeypatch.setattr(distributed, "gather", lambda packed, group: packed[None])
+    monkeypatch.setattr(distributed, "total", lambda sums, group: sums)
+
+    def made(name: str) -> Step:
+        one = name not in ("training in two launches", "training, statistics with gaps")
+        numbers(INTERPRETED_SMS=6, MIN_HELD_ELEMENTS=1, MIN_SPLIT_ELEMENTS=1, ONE_LAUNCH=one, INTERPRETED_TILE=256)
+        if name == "rows of several programs" and launch.INTERPRETED:
+            numbers(WHOLE_ROW_BYTES=64, FORWARD_PIECE_BYTES=256, BACKWARD_SPAN_BYTES=128)
+            for space in ("rows_forward", "rows_backward"):
+                monkeypatch.setattr(tuning, space, spaces.first_of(spaces.on_a_gpu(space)))
+        launch.multiprocessors.cache_clear()
+        tuning.forget()
+        return (STEPS | {"training, statistics with gaps": functools.partial(batch_norm, spread=True)})[name](device)
+
+    with triton_norm.backend("triton"), taking_turns():
+        yield made
+    launch.multiprocessors.cache_clear()
+
+
+def assert_unlocked() -> None:
+    """For any other thread too."""
+    found = []
+
+    def take() -> None:
+        with launch._starting:
+            found.append(True)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found == [True]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def fail_everywhere(step: Step, zeros: Zeros, failing: Callable[[int], Any], error: type[Exception]) -> int:
+    """A step for each place that can fail, in which that fails, and one in which nothing does; returns how many places
+    there are.
+
+    `failing(place)` is a context in which what comes at that place raises.
+    """
+    before, expected = step.moved(), step()
+    after = step.moved()
+    for place in itertools.count():
+        step.set(before)
+        with failing(place):
+            try:
+                found = step()
+            except error:
+                found = None
+        moved = step.moved()
+        assert same(moved, before) or same(moved, after), place
+        assert not zeros.kept.any(), place
+        assert_unlocked()
+        if found is not None:
+            assert same(found, expected)
+            assert same(moved, after)
+            return place
+    raise AssertionError
+
+
+def nth_raises(place: int, error: Callable[[], Exception]) -> Callable[..., None]:
+    """A function whose calls count from 0."""
+    places = itertools.count()
+
+    def call(*_: Any) -> None:
+        if next(places) == place:
+            raise error()
+
+    return call
+
+
+@interpreted
+@pytest.mark.parametrize("name", STEPS)
+def test_no_memory_for_any_tensor_of_a_step(name, make, zeros):
+    def failing(place: int) -> Any:
+        return allocations(before=nth_raises(place, lambda: torch.OutOfMemoryError("made up")))
+
+    places = fail_everywhere(make(name), zeros, failing, torch.OutOfMemoryError)
+    assert places >= 5
+
+
+SEVERAL_LAUNCHES = "rows", "training in two launches", "synchronized"
+
+
+@interpreted
+@pytest.mark.parametrize("name", [*SEVERAL_LAUNCHES, "training, statistics with gaps"])
+def test_any_launch_of_a_step_fails(name, make, zeros, monkeypatch):
+    start = launch.start
+
+    @contextlib.contextmanager
+    def failing(place: int) -> Iterator[None]:
+        raising = nth_raises(place, lambda: RuntimeError("made up"))
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "start", lambda *arguments: (raising(), start(*arguments))[1])
+            yield
+
+    assert fail_everywhere(make(name), zeros, failing, RuntimeError) >= 2
+
+
+@pytest.fixture
+def unknown_gpu(tmp_path):
+    with spaces.unknown_gpu(tmp_path):
+        yield
+
+
+@interpreted
+def test_any_timing_of_a_search_fails(make, zeros, unknown_gpu, monkeypatch):
+    """With the launch cut off, which leaves something in what began as zeros."""
+    from triton.runtime.autotuner import Autotuner
+
+    search, given = launch.search, [zeros.kept[:0]]
+
+    def noting(kernel: Any, space: tuning.Space, n_programs: Any, arguments: Any, constants: Any) -> tuning.Config:
+        sync = dict(zip(kernel.arg_names, arguments, strict=False)).get("sync_ptr")
+        given[0] = zeros.kept[:0] if sync is None else sync
+        return search(kernel, space, n_programs, arguments, constants)
+
+    @contextlib.contextmanager
+    def failing(place: int) -> Iterator[None]:
+        raising = nth_raises(place, lambda: RuntimeError("made up"))
+
+        def bench(call: Callable[[], Any], quantiles: Any) -> list[float]:
+            try:
+                raising()
+            except RuntimeError:
+                call()
+                given[0].fill_(7)
+                raise
+            return [1.0] * 3
+
+        tuning._chosen.clear()
+        tuning.forget()
+        with monkeypatch.context() as patch:
+            patch.setattr(Autotuner, "do_bench", staticmethod(bench))
+            yield
+
+    monkeypatch.setattr(launch, "search", noting)
+    monkeypatch.setattr(tuning, "channels", spaces.first_of(tuning.channels, 2))
+    monkeypatch.setattr(Autotuner, "do_bench", staticmethod(lambda call, quantiles: [1.0] * 3))
+    assert fail_everywhere(make("training in two launches"), zeros, failing, RuntimeError) >= 4
