@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 if INTERPRETED:
     # The interpreter works in one thread; under pytest-xdist torch's pools would only contend for the cores.
     torch.set_num_threads(1)
+
+# A GPU compiles for most examples. `--hypothesis-profile=long` takes 50 times as many, and others each time.
+hypothesis.settings.register_profile(
+    "short",
+    max_examples=100 if INTERPRETED else 10,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    phases=set(hypothesis.Phase) - {hypothesis.Phase.explain},
+)
+short = hypothesis.settings.get_profile("short")
+hypothesis.settings.register_profile("long", short, max_examples=50 * short.max_examples, derandomize=False)
+hypothesis.settings.load_profile("short")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
