@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--points", type=int, default=None, help="only the first so many points")
         if does is compile_resources:
             part.add_argument("--target", action="append", help="only for this GPU, such as sm_90; may be repeated")
+            part.add_argument("--every-config", action="store_true", help="all that a search would try, not the first")
     tune = verb(
         "tune", tune_launches, "find the best launches on this machine's GPU, for the library to ship", *timing[:2]
     )
@@ -243,7 +244,7 @@ def compile_resources(given: argparse.Namespace) -> int:
     if unknown:
         return refuse("resources", f"{unknown[0]!r} is none of the targets {', '.join(resources.TARGETS)}")
     points = options.inspected_of(given, workloads.resource_points)
-    return _tell(resources.records(points, targets), resources.line, given.lines)
+    return _tell(resources.records(points, targets, every_config=given.every_config), resources.line, given.lines)
 
 
 def time_host(given: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""PTX read back: through which argument of a kernel each access to global memory goes, and how wide it is."""
+"""PTX read back: through which argument of a kernel each access to global memory goes, and how wide it is; and of which
+types its atomics are."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ _PARAMETER = re.compile(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\];")
 _DERIVED = re.compile(r"^\s*(?:@!?%p\d+ )?\w[\w.:]*\s+(%rd\d+), (.*);", re.MULTILINE)
 _ACCESS = re.compile(r"\b(ld|st)(?:\.volatile)?\.global(\.[\w.:]+)\s(.*);")
 _COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global\S*\s+\[.*?\], \[ *(%rd\d+).*?\], (0x\w+)")
+_ATOMIC = re.compile(r"\b(?:atom|red)[\w.:]*\.global[\w.:]*\.([a-z]+\d+(?:x\d)?)\s")
 _ADDRESS = re.compile(r"\[ *(%rd\d+)")
 _REGISTER = re.compile(r"%rd\d+")
 _WIDTH = re.compile(r"(?:\.v(\d))?\.[busf](\d+)$")
@@ -55,3 +57,8 @@ def accesses(ptx: str, signature: Mapping[str, str]) -> Accesses:
         widths = found.setdefault(name, {}).setdefault(kind, {})
         widths[bits] = widths.get(bits, 0) + 1
     return found
+
+
+def atomics(ptx: str) -> list[str]:
+    """Types of the elements that atomics read and write in global memory, such as "s32"."""
+    return sorted(set(_ATOMIC.findall(ptx)))

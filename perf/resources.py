@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -21,7 +22,8 @@ from perf.calls import bind, candidate, make_inputs
 from perf.findings import in_a_line
 from perf.points import Point
 from perf.stand_in import OPS, as_on_gpu
-from triton_norm.tuning import Config
+from triton_norm import tuning
+from triton_norm.tuning import Config, Space
 
 Record = dict[str, Any]
 NARROWER = ("SHARED", "LANES", "WIDTH")  # constants of launches, other values of which leave no more to do
@@ -92,6 +94,7 @@ def inspect(compiled: Sequence[Any], target: Target) -> list[Record]:
         record |= {"possible_warps": target.warps, "limited_by": limit}
         text = kernel.asm.get("ptx")
         record["accesses"] = ptx.accesses(text, kernel.src.signature) if text else {}
+        record["atomics"] = ptx.atomics(text) if text else []
     return found
 
 
@@ -116,13 +119,14 @@ class CompileOnlyDriver:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a GPU would have been asked to run."""
+    """What a GPU would have been asked to run; on one not known yet, the fastest of `space`'s configs."""
 
     kernel: Any
     programs: int
     arguments: Sequence[Any]
     constants: Record
     config: Config
+    space: Space
 
     def compile(self) -> Any:
         return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.constants, **self.config.keywords)
@@ -140,15 +144,21 @@ class Launch:
 def compiling_for(target: Target) -> Iterator[list[Launch]]:
     """Every launch made inside is listed, to be compiled for the target before the end; none is run."""
     launches: list[Launch] = []
+    spaces: dict[int, Space] = {}
+
+    def choose_first(space: Space, _: object) -> Config:
+        spaces[id(space.configs[0])] = space
+        return space.configs[0]
 
     def list_only(kernel: Any, count: int, arguments: Sequence[Any], constants: Record, config: Config) -> None:
-        launches.append(Launch(kernel, count, arguments, constants, config))
+        launches.append(Launch(kernel, count, arguments, constants, config, spaces[id(config)]))
 
     driver = triton.runtime.driver
     before = driver._active
     driver.set_active(CompileOnlyDriver(target))
     try:
-        with as_on_gpu(target.multiprocessors, target.gpu.warp_size, list_only, target.cache):
+        on_gpu = as_on_gpu(target.multiprocessors, target.gpu.warp_size, list_only, target.cache)
+        with on_gpu, mock.patch.object(tuning, "chosen", choose_first):
             yield launches
     finally:
         driver._active = before
@@ -168,9 +178,11 @@ def launches_of(point: Point, target: Target) -> Iterator[list[Launch]]:
         yield launches
 
 
-def compile_point(point: Point, target: Target) -> list[tuple[Launch, Any]]:
+def compile_point(point: Point, target: Target, every_config: bool = False) -> list[tuple[Launch, Any]]:
     """The launches of one op's pass in one direction, in order, and their kernels."""
     with launches_of(point, target) as launches:
+        if every_config:
+            launches[:] = [replace(launch, config=config) for launch in launches for config in launch.space.configs]
         return [(launch, launch.compile()) for launch in launches]
 
 
@@ -190,13 +202,13 @@ def representatives(points: Sequence[Point], target: Target) -> list[Point]:
     return [point for _, point in found.values()]
 
 
-def _some(points: Sequence[Point], target: Target, known: dict[str, Record]) -> Iterator[Record]:
+def _some(points: Sequence[Point], target: Target, known: dict[str, Record], every_config: bool) -> Iterator[Record]:
     """`known`: what was found of kernels by their hashes; many shapes are served by one."""
     about: list[tuple[Record, Any]] = []
     for point in points:
         described = {**point.describe(), "target": target.name}
         try:
-            for launch, kernel in compile_point(point, target):
+            for launch, kernel in compile_point(point, target, every_config):
                 about.append(({**described, **launch.describe(), "status": "ok", "message": ""}, kernel))
         except Exception as error:
             yield {**described, "kernel": "", "status": "error", "message": in_a_line(error)}
@@ -206,11 +218,17 @@ def _some(points: Sequence[Point], target: Target, known: dict[str, Record]) -> 
         yield {**description, **known[kernel.hash]}
 
 
-def records(points: Sequence[Point], targets: Sequence[str] = tuple(TARGETS), at_once: int = 8) -> Iterator[Record]:
+def records(
+    points: Sequence[Point],
+    targets: Sequence[str] = tuple(TARGETS),
+    at_once: int = 8,
+    every_config: bool = False,
+) -> Iterator[Record]:
+    """Of the config that is tried first on a GPU not known yet, or of every one that a search would try."""
     known: dict[str, dict[str, Record]] = {name: {} for name in targets}
     for start in range(0, len(points), at_once):
         for name in targets:
-            yield from _some(points[start : start + at_once], TARGETS[name], known[name])
+            yield from _some(points[start : start + at_once], TARGETS[name], known[name], every_config)
 
 
 def line(record: Record) -> str:

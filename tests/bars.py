@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,8 @@ def wanting(record, bits):
         found.append(f"{record['spill_stores']} registers are stored and {record['spill_loads']} loaded back")
     if not 0 < record["resident_warps"] <= record["possible_warps"]:
         found.append(f"{record['resident_warps']} warps are resident")
+    if not_integers := [kind for kind in record["atomics"] if not re.fullmatch(r"[bsu]\d+", kind)]:
+        found.append(f"atomics of {not_integers}, whose order decides on the sum's bits")
     for kind in ("load", "store") if record["accesses"] else ():
         widths = {name: set(access.get(kind, {})) for name, access in record["accesses"].items()}
         if set().union(*widths.values()) != set(record[f"{kind}s"]):

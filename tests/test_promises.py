@@ -1,0 +1,91 @@
+"""What the library promises about its face and its house, read off its source and signatures."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+from torch import nn
+from torch.nn import functional as F
+
+import triton_norm
+
+ROOT = Path(triton_norm.__file__).parent
+FLOORS = (
+    ("kernels",),
+    ("tuning", "reference", "shares", "checks", "calls"),
+    ("ops",),
+    ("dispatch",),
+    ("functional", "distributed", "folding"),
+    ("explaining",),
+    ("modules", "hugging_face"),
+    ("converting",),
+    ("__init__",),
+)
+"""From the ground up: data fall from modules to kernels."""
+
+SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
+KEYWORD_ONLY, EMPTY = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
+
+
+def floor(module: str) -> int:
+    (found,) = (number for number, names in enumerate(FLOORS) if module.split(".")[0] in names)
+    return found
+
+
+def imported(source: Path) -> list[str]:
+    """Dotted names, with what is taken from them."""
+    names = []
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_nothing_imports_upward(module):
+    own = [name.removeprefix("triton_norm.") for name in imported(SOURCES[module]) if name.startswith("triton_norm.")]
+    assert [name for name in own if floor(name) > floor(module)] == []
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("kernels.")])
+def test_kernels_know_of_triton_alone(module):
+    known = "triton.", "triton_norm.kernels."
+    assert [name for name in imported(SOURCES[module]) if not f"{name}.".startswith(known)] == []
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("kernels.")])
+def test_atomics_are_on_the_counters_alone(module):
+    """No sum's bits depend on who comes first."""
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("tl.atomic_"):
+            assert ast.unparse(node.args[0]).split(" ")[0] == "sync_ptr"
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "batch_norm"])
+def test_functions_take_torchs_arguments_and_their_own_by_keyword(name):
+    theirs = list(inspect.signature(getattr(F, name)).parameters.values())
+    ours = list(inspect.signature(getattr(triton_norm, name)).parameters.values())
+    for one, other in zip(ours, theirs, strict=False):
+        assert (one.name, one.default, one.kind) == (other.name, other.default, other.kind)
+    assert len(ours) > len(theirs)
+    assert all(own.kind is KEYWORD_ONLY and own.default is not EMPTY for own in ours[len(theirs) :])
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"])
+def test_modules_take_torchs_arguments(name):
+    """SyncBatchNorm, which is none of torch's, passes on those by keyword, of which torch's releases have ever more."""
+    theirs, ours = (dict(inspect.signature(getattr(module, name)).parameters) for module in (nn, triton_norm))
+    if ours.pop("options", None) is not None:
+        theirs = {name: parameter for name, parameter in theirs.items() if parameter.kind is not KEYWORD_ONLY}
+    assert list(ours) == list(theirs)
+    for name, parameter in theirs.items():
+        assert (ours[name].default, ours[name].kind) == (parameter.default, parameter.kind)
+
+
+def test_what_is_public_is_documented():
+    for name in triton_norm.__all__:
+        assert inspect.getdoc(getattr(triton_norm, name)), name
