@@ -116,6 +116,34 @@ class _NothingToRestore:
         pass
 
 
+def _types_made_once() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Stock, what types and tensors say of their shape is made of many Python objects, anew for each operation."""
+    make_type, make_tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
+    types: dict[Any, dict[str, Any]] = {}
+    shapes: dict[Any, dict[str, Any]] = {}
+
+    def type_init(self: Any, element_ty: Any, shape: Any) -> None:
+        lengths = tuple([length if type(length) is int else int(length) for length in shape])
+        made = types.get((id(element_ty), lengths))
+        if made is None:
+            make_type(self, element_ty, shape)
+            made = types[id(element_ty), lengths] = dict(vars(self))  # which keeps element_ty, and so its id
+        vars(self).update(made)
+
+    def tensor_init(self: Any, handle: Any, type: Any) -> None:
+        lengths = type.shape if type.is_block() else ()
+        made = shapes.get(lengths)
+        if made is None:
+            make_tensor(self, handle, type)
+            own = "handle", "type", "dtype"
+            made = shapes[lengths] = {name: value for name, value in vars(self).items() if name not in own}
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        vars(self).update(made)
+
+    yield tl.core.block_type, {"__init__": type_init}
+    yield tl.core.tensor, {"__init__": tensor_init}
+
+
 @contextmanager
 def fast_launches() -> Iterator[None]:
     """Stock, all of triton.language is patched anew at each call of a @triton.jit function; here once. And integers'
@@ -124,12 +152,16 @@ def fast_launches() -> Iterator[None]:
     scalar_np_dtype = functools.cache(interpreter._get_np_dtype)
     scopes: list[Any] = []
     patched: set[int] = set()
+    looked_at: dict[int, Any] = {}
 
     def patch_lang(fn: Any) -> Any:
-        modules = {id(tl), id(tl.core)}.intersection(map(id, fn.__globals__.values()))
-        if not modules <= patched:
-            scopes.append(original(fn))
-            patched.update(modules)
+        names = fn.__globals__
+        if id(names) not in looked_at:
+            looked_at[id(names)] = names
+            modules = {id(tl), id(tl.core)}.intersection(map(id, names.values()))
+            if not modules <= patched:
+                scopes.append(original(fn))
+                patched.update(modules)
         return _NothingToRestore()
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
@@ -147,7 +179,10 @@ def fast_launches() -> Iterator[None]:
         with (
             _replaced(interpreter, **{f"_{f.__name__}": f for f in functions}),
             _replaced(builder, options=dataclasses.replace(builder.options, sanitize_overflow=False)),
+            ExitStack() as stack,
         ):
+            for owner, attributes in _types_made_once():
+                stack.enter_context(_replaced(owner, **attributes))
             yield
     finally:
         for scope in reversed(scopes):

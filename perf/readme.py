@@ -146,16 +146,30 @@ def _errors(counted: Results) -> str:
         mine = [r for r in compared if (r["op"], r["dtype"]) == (op, dtype)]
         cells = [ulps_text(worst([r[output][who] for r in mine])) for output, who in columns]
         lines.append(f"| {TITLE[op]} | {dtype} | {' | '.join(cells)} |")
-    less = [r for r in compared for output in OUTPUTS if is_worse(r[output])]
+    less = [(r, output) for r in compared for output in OUTPUTS if is_worse(r[output])]
     lengths = ", ".join(str(n) for n in dict.fromkeys(r["columns"] for r in compared))
     data = ", ".join(dict.fromkeys(r["data"] for r in compared))
     return (
         f"The largest errors against fp64, in ulp of a row's or channel's largest result, over {lengths} elements of "
         f"data that norms find hard ({data}); torch on the same device. On "
-        f"{len(less)} of {len(compared) * len(OUTPUTS)} results torch is closer, which the report lists.\n\n"
+        f"{len(less)} of {len(compared) * len(OUTPUTS)} results torch is closer, which are below the table.\n\n"
         + "\n".join(lines)
-        + f"\n\n*{machine(counted['environment'])}*\n"
+        + f"\n\n{_where_torch_is_closer(less)}*{machine(counted['environment'])}*\n"
     )
+
+
+def _where_torch_is_closer(results: Sequence[tuple[Results, str]]) -> str:
+    if not results:
+        return ""
+    lines = [
+        "<details><summary>The results on which torch is closer</summary>\n",
+        f"| op | type | data | elements | result | {' | '.join(WHO)} |",
+        "|---|---|---|---|---|" + len(WHO) * "---|",
+    ]
+    for record, output in results:
+        about = TITLE[record["op"]], record["dtype"], record["data"], str(record["columns"]), output
+        lines.append(f"| {' | '.join((*about, *(ulps_text(record[output][who]) for who in WHO)))} |")
+    return "\n".join(lines) + "\n\n</details>\n\n"
 
 
 def _picture(text: str, path: str, foot: str) -> str:
