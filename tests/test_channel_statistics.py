@@ -80,6 +80,20 @@ def test_running_statistics_of_another_type_and_stride(kind, form, device):
     assert torch.equal(mean._base[:, 2], beside)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_statistics_in_fp64_stay_so(backend, device):
+    """Moved by nothing they keep their bits, and by a little all but those of the batch's share, which is fp32's."""
+    x = torch.randn(8, 3, device=device)
+    before = torch.randn(2, 3, dtype=torch.float64).abs().to(device)
+    batch = x.double().mean(0), x.double().var(0)
+    for momentum in (0.0, 2.0**-30):
+        moved = before.clone()
+        with triton_norm.backend(backend):
+            triton_norm.batch_norm(x, *moved.unbind(), training=True, momentum=momentum)
+        exact = (1 - momentum) * before + momentum * torch.stack(batch)
+        torch.testing.assert_close(moved, exact, rtol=2.0**-50, atol=momentum * 1e-5)
+
+
 @pytest.fixture
 def searched(monkeypatch, tmp_path):
     """A GPU that nothing is known of: each launch is searched for between two configs; returns the launches timed."""

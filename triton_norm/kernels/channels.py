@@ -53,9 +53,8 @@ def merge_splits(
 @triton.jit
 def move_running(ptr, channels, mask, value, momentum, COMPUTE: tl.constexpr):
     """running = (1 − momentum) · running + momentum · value, in place, in the wider of COMPUTE and running's type."""
-    running = tl.load(ptr + channels, mask=mask, other=0.0)
-    if ptr.dtype.element_ty != tl.float64:
-        running = running.to(COMPUTE)
+    WIDE: tl.constexpr = tl.float64 if ptr.dtype.element_ty == tl.float64 else COMPUTE
+    running, momentum = tl.load(ptr + channels, mask=mask, other=0.0).to(WIDE), momentum.to(WIDE)
     moved = (1.0 - momentum) * running + momentum * value
     tl.store(ptr + channels, moved.to(ptr.dtype.element_ty), mask=mask)
 
