@@ -127,10 +127,8 @@ def stepped(call, running, device):
 
 
 ADVERSE = [
-    {"resident": 4},
     {"delayed": 0},
     {"order": backwards, "resident": 4},
-    {"order": backwards, "delayed": 2},
     {"order": shuffled, "resident": 5, "delayed": 0},
     {"order": one_of_each, "resident": 4, "delayed": 3},
 ]

@@ -11,13 +11,14 @@ from perf import findings
 from perf.workloads import BAR_COLUMNS
 
 pytestmark = pytest.mark.unguarded
-DTYPES = ("bf16", "fp32")
+SOME_COLUMNS = (64, 1000, 4096, 8192, 32768, 262144)
 
 RESOURCES = """
 from perf import resources, workloads
 
 target, *ops = sys.argv[1:]
-points = workloads.bars(ops) + workloads.bars(("layer_norm_residual",), ("forward",))
+points = workloads.bars(ops, columns=COLUMNS)
+points += workloads.bars(("layer_norm_residual",), ("forward",), columns=COLUMNS)
 found = resources.records(points, [target], at_once=len(points))
 """
 
@@ -38,9 +39,8 @@ ROUNDED_COLUMNS = (1000, 4096, 8192, 32768)
 TRAFFIC = """
 from perf import traffic, workloads
 
-columns = [n for n in workloads.BAR_COLUMNS if n <= 32768]
-points = workloads.bars(("layer_norm", "layer_norm_residual"), ("forward",), sys.argv[1:])
-points += workloads.bars(("layer_norm",), ("backward",), sys.argv[1:], columns)
+points = workloads.bars(("layer_norm", "layer_norm_residual"), ("forward",), sys.argv[1:], COLUMNS)
+points += workloads.bars(("layer_norm",), ("backward",), sys.argv[1:], [n for n in COLUMNS if n <= 32768])
 found = traffic.records(points)
 """
 
@@ -64,15 +64,19 @@ def named(record):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("target", "ops"),
-    [("sm_80", ("layer_norm",)), ("sm_90", ("layer_norm", "rms_norm")), ("sm_100", ("layer_norm",))],
+    ("target", "ops", "columns"),
+    [
+        ("sm_80", ("layer_norm",), SOME_COLUMNS),
+        ("sm_90", ("layer_norm", "rms_norm"), BAR_COLUMNS),
+        ("sm_100", ("layer_norm",), SOME_COLUMNS),
+    ],
 )
-def test_machine_code_of_every_row_length(target, ops):
-    """On Hopper of RMSNorm too, whose kernels are LayerNorm's with less to hold."""
+def test_machine_code(target, ops, columns):
+    """On Hopper of every row length, and of RMSNorm too, whose kernels are LayerNorm's with less to hold."""
     pytest.importorskip("triton")
-    compiled = records(RESOURCES, target, *ops)
+    compiled = records(f"COLUMNS = {columns}{RESOURCES}", target, *ops)
     assert {record["op"] for record in compiled} == {*ops, "layer_norm_residual"}
-    assert {record["shape"][-1] for record in compiled} == set(BAR_COLUMNS)
+    assert {record["shape"][-1] for record in compiled} == set(columns)
     assert {record["kernel"] for record in compiled} == {
         "rows_forward_kernel", "rows_backward_kernel", "rows_backward_finalise_kernel"
     }  # fmt: skip
@@ -93,13 +97,13 @@ def test_machine_code_with_x_hat_rounded():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bytes_of_every_row_length(dtype):
+@pytest.mark.parametrize(("dtype", "columns"), [("bf16", BAR_COLUMNS), ("fp32", SOME_COLUMNS)])
+def test_bytes(dtype, columns):
     """As a GPU of 132 multiprocessors launches them, with the fp32 sums of dweight and dbias, and each weight once: the
     other programs find it in cache. 1024 rows forward, 16384 backward; backward of longer rows takes a minute.
     """
-    counted = records(TRAFFIC, dtype, TRITON_INTERPRET="1")
-    assert {record["shape"][-1] for record in counted} == set(BAR_COLUMNS)
+    counted = records(f"COLUMNS = {columns}{TRAFFIC}", dtype, TRITON_INTERPRET="1")
+    assert {record["shape"][-1] for record in counted} == set(columns)
     assert [f"{named(record)}: {record['message']}" for record in counted if record["status"] != "ok"] == []
     bars = {"forward": 1.02, "backward": 1.05}
     found = [
