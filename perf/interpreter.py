@@ -117,31 +117,44 @@ class _NothingToRestore:
 
 
 def _types_made_once() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Stock, what types and tensors say of their shape is made of many Python objects, anew for each operation."""
+    """Stock, what types and tensors say of their shape is made of many Python objects, anew for each operation, and
+    compared as such. Here a type knows its lengths as a tuple of Python's."""
     make_type, make_tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
+    broadcast = TritonSemantic.broadcast_impl_value
     types: dict[Any, dict[str, Any]] = {}
     shapes: dict[Any, dict[str, Any]] = {}
+
+    def lengths_of(type: Any) -> Any:
+        return vars(type).get("_lengths")
 
     def type_init(self: Any, element_ty: Any, shape: Any) -> None:
         lengths = tuple([length if type(length) is int else int(length) for length in shape])
         made = types.get((id(element_ty), lengths))
         if made is None:
             make_type(self, element_ty, shape)
+            self._lengths = lengths
             made = types[id(element_ty), lengths] = dict(vars(self))  # which keeps element_ty, and so its id
         vars(self).update(made)
 
     def tensor_init(self: Any, handle: Any, type: Any) -> None:
-        lengths = type.shape if type.is_block() else ()
+        lengths = lengths_of(type) if type.is_block() else ()
         made = shapes.get(lengths)
         if made is None:
             make_tensor(self, handle, type)
-            own = "handle", "type", "dtype"
-            made = shapes[lengths] = {name: value for name, value in vars(self).items() if name not in own}
+            if lengths is not None:
+                own = "handle", "type", "dtype"
+                shapes[lengths] = {name: value for name, value in vars(self).items() if name not in own}
+            return
         self.handle, self.type, self.dtype = handle, type, type.scalar
         vars(self).update(made)
 
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        lengths = lengths_of(lhs.type)
+        return (lhs, rhs) if lengths and lengths == lengths_of(rhs.type) else broadcast(self, lhs, rhs)
+
     yield tl.core.block_type, {"__init__": type_init}
     yield tl.core.tensor, {"__init__": tensor_init}
+    yield TritonSemantic, {"broadcast_impl_value": broadcast_impl_value}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 import triton_norm
-from triton_norm import dispatch, functional
+from triton_norm import asking, dispatch
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_complex_input_goes_to_torch(device):
 def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch, device):
     x, weight = torch.randn(5, 24, device=device), torch.ones(24, device=device)
     triton_norm.layer_norm(x, (24,), weight)
-    monkeypatch.setattr(functional.checks, "rows", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(asking.checks, "rows", lambda *_: pytest.fail("checked again"))
     triton_norm.layer_norm(x + 1, (24,), weight + 1)
     monkeypatch.undo()
     for wrong in ((x, (24,), weight[:23]), (x[:, 1:], (24,), weight), (x, (24,), weight.long()), (x, [23], weight)):
@@ -244,10 +244,10 @@ def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch, device):
 
 
 def test_what_is_remembered_of_calls_is_bounded(monkeypatch, device):
-    monkeypatch.setattr(functional, "MOST_SERVED", 4)
+    monkeypatch.setattr(asking, "MOST_SERVED", 4)
     for n_rows in range(1, 12):
         triton_norm.layer_norm(torch.randn(n_rows, 8, device=device), (8,))
-    assert len(functional._served) <= 4
+    assert len(asking._rows) <= 4
 
 
 def test_fake_tensors_outside_their_mode_stay_fake(device):

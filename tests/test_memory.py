@@ -16,7 +16,7 @@ import triton_norm
 from allocations import allocations
 from channel_norms import ACTIVATIONS, MODES, running_statistics
 from row_norms import NORMS
-from triton_norm import distributed, functional, tuning
+from triton_norm import asking, distributed, tuning
 from triton_norm.ops import launch
 
 pytest.importorskip("triton")
@@ -48,7 +48,7 @@ def check(kept: Kept, referred: list[Tensor | None], own: list[tuple[torch.dtype
     assert sorted(sizes, key=str) == sorted(own, key=str)
 
 
-def asking(wanted: str, **tensors: Tensor | None) -> None:
+def ask_for(wanted: str, **tensors: Tensor | None) -> None:
     """Only the named ones, all where that is "all", need a gradient."""
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -66,7 +66,7 @@ def _through_the_kernels():
 @pytest.mark.parametrize("norm", NORMS, ids=repr)
 def test_rows_keep_x_and_statistics(norm, dtype, wanted, device):
     x, weight, bias, _ = norm.drawn((6, 16), 1, dtype, device)
-    asking(wanted, x=x, weight=weight, bias=bias)
+    ask_for(wanted, x=x, weight=weight, bias=bias)
     y, kept = kept_by(lambda: norm.ours((16,))(x, weight, bias))
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     check(kept, [x, weight, bias], [(statistics, 6 * (1 + norm.has_bias) * statistics.itemsize)])
@@ -78,7 +78,7 @@ def test_rows_keep_x_and_statistics(norm, dtype, wanted, device):
 def test_rows_keep_the_total_once_and_neither_of_its_parts(norm, residual_dtype, device):
     x, weight, bias, _ = norm.drawn((6, 16), 1, torch.bfloat16, device)
     residual = torch.randn(6, 16, device=device).to(residual_dtype)
-    asking("all", x=x, weight=weight, bias=bias, residual=residual)
+    ask_for("all", x=x, weight=weight, bias=bias, residual=residual)
     (_, total), kept = kept_by(lambda: norm.ours((16,), residual=residual)(x, weight, bias))
     assert total.dtype == residual_dtype
     check(kept, [total, weight, bias], [(torch.float32, 6 * (1 + norm.has_bias) * 4)])
@@ -94,7 +94,7 @@ def test_channels_keep_x_statistics_and_a_bit_an_element(training, activation, a
     x = torch.randn(4, 2, 2, 4, device=device)
     weight, bias = torch.randn(2, 2, device=device).unbind()
     weight, bias, residual = weight.clone(), bias.clone(), torch.randn_like(x) if added else None
-    asking(wanted, x=x, weight=weight, bias=bias, residual=residual)
+    ask_for(wanted, x=x, weight=weight, bias=bias, residual=residual)
     mean, var = running_statistics(2, device)
     fused = {"residual": residual, "activation": activation}
     _, kept = kept_by(lambda: triton_norm.batch_norm(x, mean, var, weight, bias, training, **fused))
@@ -301,11 +301,11 @@ NEVER_SEEN = {
 @pytest.mark.parametrize("name", NEVER_SEEN)
 def test_thousands_of_shapes_are_not_all_remembered(name, launched):
     before = {where: size for where, size, _ in tables()}
-    assert max(tuning.MOST_REMEMBERED, functional.MOST_SERVED) < SHAPES
+    assert max(tuning.MOST_REMEMBERED, asking.MOST_SERVED) < SHAPES
     for n in range(4, SHAPES + 4):
         NEVER_SEEN[name](n)
     for where, size, most in tables():
-        assert size <= (most or max(functional.MOST_SERVED, before.get(where, 0))), where
+        assert size <= (most or max(asking.MOST_SERVED, before.get(where, 0))), where
     assert launchers() <= 4 * tuning.MOST_REMEMBERED
     tuning.forget()
     assert launchers() <= 8
@@ -325,7 +325,7 @@ def test_ever_new_strides_are_not_all_remembered(name, launched, monkeypatch):
             triton_norm.layer_norm(x, (4,))
         else:
             triton_norm.batch_norm(x, None, None, training=True)
-    served = functional._served if name == "rows" else functional._served_batch_norm
+    served = asking._rows if name == "rows" else asking._batch_norms
     assert remembered_of_one_kind(served) <= 20
 
 

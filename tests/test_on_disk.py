@@ -211,6 +211,22 @@ with (
         metadata.write_text(metadata.read_text()[:50])
     (warning,) = call()
     assert "JSONDecodeError" in warning, warning
+
+    utils = triton.runtime.driver.active.utils
+    load = utils.load_binary
+
+    def load_whole(name, binary, *rest):
+        if len(binary) == 50:
+            raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
+        return load(name, binary, *rest)
+
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "loaded")
+    assert not call()
+    for binary in (folder / "loaded").rglob("*.cubin"):
+        binary.write_bytes(binary.read_bytes()[:50])
+    with mock.patch.object(utils, "load_binary", load_whole):
+        (warning,) = call()
+    assert "image is invalid" in warning, warning
 """
 
 

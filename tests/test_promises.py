@@ -16,6 +16,7 @@ FLOORS = (
     ("tuning", "reference", "shares", "checks", "calls"),
     ("ops",),
     ("dispatch",),
+    ("asking",),
     ("functional", "distributed", "folding"),
     ("explaining",),
     ("modules", "hugging_face"),

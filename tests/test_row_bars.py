@@ -67,7 +67,8 @@ def named(record):
     ("target", "ops", "columns"),
     [
         ("sm_80", ("layer_norm",), SOME_COLUMNS),
-        ("sm_90", ("layer_norm", "rms_norm"), BAR_COLUMNS),
+        ("sm_90", ("layer_norm",), BAR_COLUMNS),
+        ("sm_90", ("rms_norm",), SOME_COLUMNS),
         ("sm_100", ("layer_norm",), SOME_COLUMNS),
     ],
 )

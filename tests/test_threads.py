@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import triton_norm
 from at_once import at_once
 from test_compiled import run_over_a_stub
-from triton_norm import functional
+from triton_norm import asking
 from triton_norm.ops import launch
 
 THREADS, TIMES = 8, 2
@@ -145,8 +145,8 @@ class Forgetful(dict):
 def test_what_is_forgotten_amid_a_call_is_not_missed(name, monkeypatch, device):
     module, (x, *_) = module_and_inputs(name, device)
     expected = results(module, x)
-    monkeypatch.setattr(functional, "_served", Forgetful())
-    monkeypatch.setattr(functional, "_served_batch_norm", Forgetful())
+    monkeypatch.setattr(asking, "_rows", Forgetful())
+    monkeypatch.setattr(asking, "_batch_norms", Forgetful())
     for _ in range(2):
         assert_same(results(module, x), expected)
 

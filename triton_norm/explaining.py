@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from triton_norm import functional
+from triton_norm import asking, functional
 from triton_norm.dispatch import Explanation, explanation
 from triton_norm.ops import layout, row_launches
 
@@ -30,7 +30,7 @@ def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Exp
     """Of the arguments of layer_norm or rms_norm, which are checked as there."""
     named = _named(getattr(functional, function), arguments, named_arguments)
     x, weight, bias, residual = named["input"], named["weight"], named.setdefault("bias", None), named["residual"]
-    options, _ = functional._check(function, x, *(named[name] for name in _OF_ROWS))
+    options, _ = asking.check_rows(function, x, *(named[name] for name in _OF_ROWS))
     copied = [
         f"the {name}: its rows are not contiguous, or not evenly spaced"
         for name, tensor in (("input", x), ("residual", residual))
@@ -44,7 +44,7 @@ def explain_batch_norm(*arguments: Any, whole: bool = True, **named_arguments: A
     one value per channel."""
     named = _named(functional.batch_norm, arguments, named_arguments)
     x, residual = named["input"], named["residual"]
-    functional._check_batch_norm(*named.values(), whole=whole)
+    asking.check_batch_norm(*named.values(), whole=whole)
     kind = layout.kind_of(x) if x.numel() else ""
     copied = [
         f"the {name}: neither its channels nor its positions lie side by side"

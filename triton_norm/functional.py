@@ -1,18 +1,16 @@
 """torch.nn.functional's normalizations: check, decide between the kernels and torch, call."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from triton_norm import checks, dispatch, reference, tuning
-from triton_norm.dispatch import goes_to_triton, unserved
-from triton_norm.ops import channel_plans, channels, rows
+from triton_norm import asking, reference
+from triton_norm.dispatch import goes_to_triton
+from triton_norm.ops import channels, rows
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -32,97 +30,14 @@ def _autocasts(operator: str, x: Tensor) -> bool:
     return isinstance(x, Tensor) and x.is_cuda and _cast_by_autocast(operator)
 
 
-_Arguments = tuple[Any, ...]
-"""Of layer_norm, but for the input: normalized_shape, weight, bias, eps and the keyword ones in order."""
-
-_served: dict[Any, tuple[rows.Options, str | None]] = {}
-"""Calls found right, by the kinds of their arguments: what they ask for, and why the kernels can't serve them."""
-MOST_SERVED = 4096
-tuning.when_forgotten(_served.clear)
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.is_neg(), tensor.shape
-
-
-def _check(
-    function: str,
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    residual: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    weight_offset: float,
-    x_hat_dtype: torch.dtype | None,
-    out_dtype: torch.dtype | None,
-) -> tuple[rows.Options, str | None]:
-    """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments."""
-    shape = checks.rows(function, x, normalized_shape, weight, bias, eps)
-    fused = residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    plain = type(weight_offset) is float and weight_offset == 0.0
-    if not plain or any(given is not None for given in (residual, residual_dtype, x_hat_dtype, out_dtype)):
-        checks.fused(function, x, weight, residual, *fused)
-    if eps is None:
-        eps = torch.finfo(reference.compute_dtype(x)).eps
-    n_cols, centred = math.prod(shape), function == "layer_norm"
-    options = rows.Options(n_cols, float(eps), float(weight_offset), centred, out_dtype, residual_dtype, x_hat_dtype)
-    return options, unserved(x, weight, bias, residual, columns=n_cols)
-
-
-def _checked(function: str, x: Tensor, arguments: _Arguments) -> tuple[rows.Options, str | None]:
-    """As `_check`; a call like an earlier one is not checked again."""
-    if torch.compiler.is_compiling():
-        return _check(function, x, *arguments)
-    normalized_shape, weight, bias, eps, residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype = arguments
-    try:
-        key = (
-            function,
-            dispatch.INTERPRETED,
-            normalized_shape,
-            type(x),
-            x.dtype,
-            x.device,
-            x.layout,
-            x.is_neg(),
-            x.shape,
-            None if weight is None else _kind(weight),
-            None if bias is None else _kind(bias),
-            type(eps),
-            eps,
-            None if residual is None else _kind(residual),
-            residual_dtype,
-            type(weight_offset),
-            weight_offset,
-            x_hat_dtype,
-            out_dtype,
-        )
-        found = _served.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones, a list for a shape
-        return _check(function, x, *arguments)
-    if found is not None:
-        for length in normalized_shape:
-            if type(length) is not int:  # 4.0 equals 4, but is no length
-                return _check(function, x, *arguments)
-        return found
-    options, reason = found = _check(function, x, *arguments)
-    if isinstance(eps, Tensor) or isinstance(weight_offset, Tensor):
-        return found  # the same tensor may hold another value next time
-    if not any(isinstance(tensor, FakeTensor) for tensor in (x, weight, bias, residual)):
-        found = options._replace(launchers={}), reason
-    if len(_served) >= MOST_SERVED:
-        _served.clear()
-    _served[key] = found
-    return found
-
-
-def normalize(function: str, x: Tensor, arguments: _Arguments, instead: Callable[[Tensor], Any] | None = None) -> Any:
+def normalize(
+    function: str, x: Tensor, arguments: asking.Arguments, instead: Callable[[Tensor], Any] | None = None
+) -> Any:
     """layer_norm or rms_norm; `instead`, if any, computes what the kernels can't serve."""
     autocast = torch.is_autocast_enabled("cuda") and _autocasts(function, x)
     if autocast and arguments[-1] is None and x.dtype in _HALVES:
         arguments = (*arguments[:-1], torch.float32)  # autocast would cast the input; the kernel reads it as it is
-    options, reason = _checked(function, x, arguments)
+    options, reason = asking.of_rows(function, x, arguments)
     if goes_to_triton(reason):
         return rows.normalize(x, arguments[4], arguments[1], arguments[2], options)
     if instead is not None:
@@ -320,7 +235,8 @@ def batch_norm(
     """
     tensors = running_mean, running_var, weight, bias
     fused = residual, activation, negative_slope
-    options, reason = _checked_batch_norm(input, *tensors, training, momentum, eps, num_batches_tracked, *fused)
+    asked = *tensors, training, momentum, eps, num_batches_tracked, *fused
+    options, reason = asking.of_batch_norm(input, *asked)
     if goes_to_triton(reason):
         counter = num_batches_tracked if training else None
         if counter is None or counter.device == input.device:
@@ -334,80 +250,6 @@ def batch_norm(
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y
-
-
-_served_batch_norm: dict[Any, tuple[channel_plans.Options, str | None]] = {}
-tuning.when_forgotten(_served_batch_norm.clear)
-
-
-def _movable(running: Tensor | None) -> bool:
-    """Whether nothing but its kind can stand against moving a running statistic."""
-    return running is None or (running.is_contiguous() and not running.requires_grad)
-
-
-def _check_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    negative_slope: float,
-    *,
-    whole: bool = True,
-) -> tuple[channel_plans.Options, str | None]:
-    """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments. Unless x
-    is the `whole` batch, it may be of one value per channel."""
-    checks.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, whole)
-    checks.activated(x, residual, activation, negative_slope)
-    share = None if momentum is None else float(momentum)
-    options = channel_plans.Options(training, share, float(eps), activation, float(negative_slope))
-    return options, unserved(x, running_mean, running_var, weight, bias, residual)
-
-
-def _checked_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    negative_slope: float,
-) -> tuple[channel_plans.Options, str | None]:
-    """As `_check_batch_norm`; a call like an earlier one is not checked again."""
-    tensors = x, running_mean, running_var, weight, bias, num_batches_tracked, residual
-    numbers = momentum, eps, negative_slope
-    key = None
-    if not torch.compiler.is_compiling() and all(number is None or type(number) is float for number in numbers):
-        try:
-            kinds = [None if tensor is None else _kind(tensor) for tensor in tensors]
-            if type(training) is bool and _movable(running_mean) and _movable(running_var):
-                key = (dispatch.INTERPRETED, *kinds, training, *numbers, activation)
-                found = _served_batch_norm.get(key)
-                if found is not None:
-                    return found
-        except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones
-            key = None
-    fused = residual, activation, negative_slope
-    options, reason = _check_batch_norm(*tensors[:5], training, momentum, eps, num_batches_tracked, *fused)
-    if key is None:
-        return options, reason
-    if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
-        options = options._replace(prepared={})
-    if len(_served_batch_norm) >= MOST_SERVED:
-        _served_batch_norm.clear()
-    found = _served_batch_norm[key] = options, reason
-    return found
 
 
 def _share(counter: Tensor | None, momentum: float | None) -> float:

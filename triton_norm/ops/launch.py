@@ -162,7 +162,7 @@ class Launcher:
     def _start(self, integers: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
         arguments = (*tensors, *integers, *self._scalars)
         with _starting:
-            compiled = _with_a_cache(lambda: self._choose_and_start(integers, arguments))
+            compiled = _with_a_cache(self._kernel, lambda: self._choose_and_start(integers, arguments))
         assert self._config is not None
         aligned = all(tensor is None or tensor.data_ptr() % tuning.VECTOR_BYTES == 0 for tensor in tensors)
         if aligned and integers[0] < INT32_END and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
@@ -211,20 +211,25 @@ def _folder() -> str:
     return folder
 
 
-def _with_a_cache(act: Callable[[], T]) -> T:
-    """What `act` returns; where Triton's cache stands in its way, with another one meanwhile."""
+def _with_a_cache(kernel: Any, act: Callable[[], T]) -> T:
+    """What `act` returns, which launches the kernel; where Triton's cache stands in its way, with another meanwhile.
+
+    A RuntimeError is how a GPU refuses to load what was compiled. Triton would launch nothing in its place next time.
+    """
     try:
         return act()
-    except _UNUSABLE as error:
+    except (*_UNUSABLE, RuntimeError) as error:
         if _CACHING.isdisjoint(frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise
         from triton import knobs
 
+        kernel.device_caches.clear()
         try:
             with knobs.cache.scope():
                 knobs.cache.dir = _folder()
                 found = act()
-        except _UNUSABLE:
+        except (*_UNUSABLE, RuntimeError):
+            kernel.device_caches.clear()
             raise error from None
         _tell_of_cache(error)
         return found
