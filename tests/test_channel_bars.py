@@ -2,8 +2,8 @@
 launches.
 
 To save time there is, of machine code, one shape for each way of launching, that with the largest tiles, and most GPUs
-have only the kernels that do the most; of bytes a few shapes of each kind. `python -m perf resources --full` and
-`python -m perf traffic --full` go through every shape of ResNet-50, a 3-D U-Net and an MLP.
+have only the kernels that do the most in one type; of bytes a few shapes of each kind. `python -m perf resources
+--shapes full` and `traffic --shapes full` go through every shape of ResNet-50, a 3-D U-Net and an MLP.
 """
 
 import json
@@ -28,8 +28,8 @@ KERNELS = {"channels_forward_kernel", "channels_backward_kernel"}
 RESOURCES = """
 from perf import resources, workloads
 
-target, *ops = sys.argv[1:]
-points = resources.representatives(workloads.channel_bars(ops), resources.TARGETS[target])
+target, ops, dtypes = sys.argv[1], *map(json.loads, sys.argv[2:])
+points = resources.representatives(workloads.channel_bars(ops, dtypes=dtypes), resources.TARGETS[target])
 found = resources.records(points, [target], at_once=len(points))
 """
 
@@ -100,20 +100,20 @@ def test_shapes_with_narrower_accesses():
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("target", "ops"),
+    ("target", "ops", "dtypes"),
     [
-        ("sm_80", ("batch_norm_add_relu",)),
-        ("sm_90", CHANNEL_OPS),
-        ("sm_100", ("batch_norm_add_relu",)),
-        ("gfx942", ("batch_norm_add_relu",)),
+        ("sm_80", ("batch_norm_add_relu",), ("fp32",)),
+        ("sm_90", CHANNEL_OPS, ("bf16", "fp32")),
+        ("sm_100", ("batch_norm_add_relu",), ("bf16",)),
+        ("gfx942", ("batch_norm_add_relu",), ("bf16",)),
     ],
 )
-def test_machine_code_of_every_way_of_launching(target, ops):
-    compiled = records(RESOURCES, target, *ops)
+def test_machine_code_of_every_way_of_launching(target, ops, dtypes):
+    compiled = records(RESOURCES, target, json.dumps(ops), json.dumps(dtypes))
     assert {record["kernel"] for record in compiled} == KERNELS
     assert {(r["op"], r["dtype"], r["mode"], channels_lie_side_by_side(r)) for r in compiled} == {
         (op, dtype, mode, last)
-        for op in ops for dtype in ("bf16", "fp32") for mode in MODES for last in (True, False)
+        for op in ops for dtype in dtypes for mode in MODES for last in (True, False)
     }  # fmt: skip
     if target != "gfx942":
         assert {(name, "load") for name in ("x", "residual", "dy", "bits")} < moved(compiled)

@@ -1,7 +1,7 @@
 """The bars for rows that need no GPU: machine code without spills and with wide accesses, and no needless bytes.
 
-Without all that a residual adds to RMSNorm and to backward passes, to save time: `python -m perf resources --full` and
-`python -m perf traffic --full` go through every op.
+Without all that a residual adds to RMSNorm and to backward passes, to save time: `python -m perf resources --shapes
+full` and `traffic --shapes full` go through every op.
 """
 
 import pytest
@@ -17,8 +17,8 @@ RESOURCES = """
 from perf import resources, workloads
 
 target, *ops = sys.argv[1:]
-points = workloads.bars(ops, columns=COLUMNS)
-points += workloads.bars(("layer_norm_residual",), ("forward",), columns=COLUMNS)
+points = workloads.bars(ops, dtypes=DTYPES, columns=COLUMNS)
+points += workloads.bars(("layer_norm_residual",), ("forward",), DTYPES, COLUMNS)
 found = resources.records(points, [target], at_once=len(points))
 """
 
@@ -64,18 +64,18 @@ def named(record):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("target", "ops", "columns"),
+    ("target", "ops", "dtypes", "columns"),
     [
-        ("sm_80", ("layer_norm",), SOME_COLUMNS),
-        ("sm_90", ("layer_norm",), BAR_COLUMNS),
-        ("sm_90", ("rms_norm",), SOME_COLUMNS),
-        ("sm_100", ("layer_norm",), SOME_COLUMNS),
+        ("sm_80", ("layer_norm",), ("fp32",), SOME_COLUMNS),
+        ("sm_90", ("layer_norm",), ("bf16", "fp32"), BAR_COLUMNS),
+        ("sm_90", ("rms_norm",), ("bf16",), SOME_COLUMNS),
+        ("sm_100", ("layer_norm",), ("bf16",), SOME_COLUMNS),
     ],
 )
-def test_machine_code(target, ops, columns):
+def test_machine_code(target, ops, dtypes, columns):
     """On Hopper of every row length, and of RMSNorm too, whose kernels are LayerNorm's with less to hold."""
     pytest.importorskip("triton")
-    compiled = records(f"COLUMNS = {columns}{RESOURCES}", target, *ops)
+    compiled = records(f"DTYPES, COLUMNS = {dtypes}, {columns}{RESOURCES}", target, *ops)
     assert {record["op"] for record in compiled} == {*ops, "layer_norm_residual"}
     assert {record["shape"][-1] for record in compiled} == set(columns)
     assert {record["kernel"] for record in compiled} == {
