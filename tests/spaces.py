@@ -29,7 +29,9 @@ def first_of(space: Callable[..., tuning.Space], count: int = 1) -> Callable[...
 def unknown_gpu(folder: Path) -> Iterator[None]:
     """Launches are those of a GPU that nothing is known of, whose tuned file would be in `folder`."""
     patches = {"_chosen": {}, "_with_foreign_choices": set(), "TUNED": folder}
-    patches |= {space: on_a_gpu(space) for space in ("rows_forward", "rows_backward", "channels")}
+    patches |= {
+        space: on_a_gpu(space) for space in ("rows_forward", "rows_backward", "rows_backward_finalise", "channels")
+    }
     with contextlib.ExitStack() as stack:
         stack.callback(tuning.forget)
         stack.callback(tuning.measured.cache_clear)

@@ -1,22 +1,34 @@
-"""`perf tune` without a GPU: what it chooses from made-up times, and that the library takes up the file it writes."""
+"""`perf tune` without a GPU: what it chooses from made-up times."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-import triton_norm
-from perf import measure, tune, tuner
+import tuners
+from perf import tune, tuner
 from perf.calls import make_inputs
 from perf.points import Point, Workload
-from row_norms import LAYER_NORM
 from triton_norm import tuning
 from triton_norm.ops import launch
+from tuners import (
+    ALONE,
+    BACKWARD,
+    FORWARD,
+    IMAGES,
+    LARGE,
+    ROWS,
+    SMALL,
+    MadeUpTimes,
+    choices_in,
+    failing,
+    forward_space,
+    n_rows,
+    record_of,
+    times_of,
+    tuned,
+)
 
 triton = pytest.importorskip("triton")
 
@@ -25,93 +37,11 @@ if launch.INTERPRETED:
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU this is for real")
 
-GPU = "NVIDIA Unheard-Of 9"
-FILE = "nvidia-unheard-of-9.json"
-SMALL, LARGE = (Workload("rows", "", (n_rows, 40), "") for n_rows in (3, 9))
-FORWARD, BACKWARD = "rows_forward_kernel", "rows_backward_kernel"
-ROWS = [Point("layer_norm", "forward", "fp32", workload) for workload in (SMALL, LARGE)]
-IMAGES = Workload("channels", "", (2, 3, 4, 8), "")
-
-
-class MadeUpTimes:
-    """A clock that tells each call's time from its name: µs where part of the name is in `times`, otherwise 50."""
-
-    device = "cpu"
-
-    def __init__(self, times=()):
-        self.times = dict(times)
-        self.rounds = 0
-
-    def round(self, entries, backlog_us):
-        self.rounds += 1
-        return [self._of(entry.name) for entry in entries]
-
-    def _of(self, name):
-        return next((us for (workload, config), us in self.times.items() if workload in name and config in name), 50.0)
-
-    def host(self, entry):
-        return 3.0
-
-    def kernels(self, entry):
-        return []
-
-    def synchronize(self):
-        pass
-
 
 @pytest.fixture
-def unknown_gpu(monkeypatch, tmp_path):
-    """A GPU that nothing is known of, whose kernels have several configs; returns where its file would be."""
-    folder = tmp_path / "tuned"
-    folder.mkdir()
-    monkeypatch.setattr(launch, "gpu_name", lambda device: GPU)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "TUNED", folder)
-    monkeypatch.setattr(measure, "WARMUPS", 1)
-    for space in ("rows_forward", "rows_backward", "rows_backward_finalise", "channels"):
-        made = getattr(tuning, space)
-        monkeypatch.setattr(tuning, space, lambda *a, made=made: made(*a[:-1], False))
-    tuning.measured.cache_clear()
-    tuning.forget()
-    yield folder / FILE
-    tuning.measured.cache_clear()
-    tuning.forget()
-
-
-def tuned(points, out, timer=None, **options):
-    return tune.run(points, None, out, 600.0, lambda line: None, timer or MadeUpTimes(), **options)
-
-
-def forward_space():
-    return tuning.rows_forward(40, "float32", 4, 4, tuning.INTERPRETED_SMS, False)
-
-
-def times_of(rows):
-    """From (workload, number of a config, µs) of the forward's space."""
-    return {(workload, tuner.text(forward_space().configs[number])): us for workload, number, us in rows}
-
-
-def choices_in(file):
-    return json.loads(file.read_text())["choices"]
-
-
-def record_of(results, kernel):
-    (record,) = (record for record in results["keys"] if record["kernel"] == kernel)
-    return record
-
-
-def raising(*_):
-    raise AssertionError("launches were searched for")
-
-
-ALONE = [
-    ("3x40", 0, 10.0),
-    ("3x40", 1, 12.0),
-    ("3x40", 2, 40.0),
-    ("9x40", 0, 40.0),
-    ("9x40", 1, 12.0),
-    ("9x40", 2, 10.0),
-]
+def unknown_gpu(tmp_path):
+    with tuners.unknown_gpu(tmp_path) as file:
+        yield file
 
 
 def test_the_best_geometric_mean_over_the_workloads_is_chosen(unknown_gpu, tmp_path):
@@ -195,27 +125,6 @@ def test_peers_begin_with_zeros_each_time(op, workload, unknown_gpu, monkeypatch
     assert not any(begun)
     for record in results["keys"]:
         assert {each["status"] for each in record["configs"]} == {"ok"}
-
-
-def failing(monkeypatch, fails, then=None):
-    """Launches for which `fails(arguments by name, config)` raise or, with `then`, go on to do that."""
-    start = launch.start
-
-    def patched(kernel, count, arguments, constants, config):
-        given = dict(zip(kernel.arg_names, arguments, strict=False))
-        if not fails(given, config):
-            return start(kernel, count, arguments, constants, config)
-        if then is None:
-            raise RuntimeError("out of resource: shared memory")
-        started = start(kernel, count, arguments, constants, config)
-        then(given)
-        return started
-
-    monkeypatch.setattr(launch, "start", patched)
-
-
-def n_rows(given):
-    return given["x_ptr"].shape[0]
 
 
 def test_a_config_that_fails_on_one_workload_is_out(unknown_gpu, monkeypatch, tmp_path):
@@ -323,229 +232,3 @@ def test_running_statistics_move_as_by_one_call(unknown_gpu, monkeypatch, tmp_pa
     (moved,) = started
     torch.testing.assert_close(moved, (inputs.running_mean, inputs.running_var))
     torch.testing.assert_close(seen[0].x, inputs.x, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-def test_choices_of_other_keys_stay_unless_a_fresh_file_is_asked_for(fresh, unknown_gpu, tmp_path):
-    choice = tuning.config(4, BLOCK_M=1, BLOCK_N=64).keywords
-    space = forward_space()
-    old = {FORWARD: {"columns 8, float32": choice, space.key: choice}, "another_kernel": {"": choice}}
-    unknown_gpu.write_text(json.dumps({"environment": {"date": "earlier"}, "choices": old}))
-    tuned(ROWS[:1], tmp_path, fresh=fresh)
-    new = {FORWARD: {space.key: space.configs[0].keywords}}
-    kept = {FORWARD: old[FORWARD] | new[FORWARD], "another_kernel": {"": choice}}
-    assert choices_in(unknown_gpu) == (new if fresh else kept)
-    content = json.loads(unknown_gpu.read_text())
-    assert content.get("kept_from") == (None if fresh else [{"date": "earlier"}])
-    assert content["environment"]["torch"]
-    assert unknown_gpu.read_text() == json.dumps(content, indent=1, sort_keys=True) + "\n"
-
-
-def test_a_file_that_cannot_be_merged_is_told_before_anything_is_measured(unknown_gpu, tmp_path):
-    unknown_gpu.write_text("{")
-    timer = MadeUpTimes()
-    with pytest.raises(tune.CannotTune, match="holds no choices that could be kept"):
-        tuned(ROWS, tmp_path, timer)
-    assert timer.rounds == 0
-    assert unknown_gpu.read_text() == "{"
-    tuned(ROWS[:1], tmp_path, timer, fresh=True)
-    assert choices_in(unknown_gpu)
-
-
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(unknown_gpu, tmp_path):
-    timer = MadeUpTimes()
-    file = tmp_path / "file"
-    file.write_text("")
-    for folder, out in ((file / "tuned", tmp_path), (tmp_path, file / "out")):
-        with pytest.raises(tune.CannotTune, match=f"nothing can be written to {file}"):
-            tune.run(ROWS, folder, out, 60.0, lambda line: None, timer)
-    assert timer.rounds == 0
-
-
-def test_without_a_gpu_there_is_nothing_to_search(tmp_path):
-    with pytest.raises(tune.CannotTune, match="there is nothing to search"):
-        tune.run(ROWS, tmp_path, tmp_path, 60.0, print)
-    with pytest.raises(tune.CannotTune, match="launches on cpu are not searched for"):
-        tune.run(ROWS, tmp_path, tmp_path, 60.0, print, MadeUpTimes())
-
-
-def test_an_interrupted_run_leaves_what_is_done(unknown_gpu, monkeypatch, tmp_path):
-    """In the midst of the second workload, of which nothing counts."""
-
-    class Interrupted(MadeUpTimes):
-        def _of(self, name):
-            if "9x40" in name:
-                raise KeyboardInterrupt
-            return super()._of(name)
-
-    said = []
-    results = tune.run(ROWS, None, tmp_path, 60.0, said.append, Interrupted(times_of(ALONE)))
-    assert results["stopped"] == "interrupted"
-    assert results["unreached"] == [str(ROWS[1])]
-    assert choices_in(unknown_gpu) == {FORWARD: {forward_space().key: forward_space().configs[0].keywords}}
-    assert json.loads((tmp_path / "tune.json").read_text()) == results
-    assert sorted(path.name for path in unknown_gpu.parent.iterdir()) == [FILE]
-    assert said[-1].endswith("points not reached: 1, stopped: interrupted")
-
-
-def test_a_run_that_is_killed_leaves_whole_files(unknown_gpu, monkeypatch, tmp_path):
-    """Both are whole after every point, long before the end."""
-    monkeypatch.setattr(tune, "SAVE_EVERY", 0.0)
-    found = []
-
-    def say(line):
-        if line.startswith("[2/2]"):
-            found.append((json.loads(unknown_gpu.read_text()), json.loads((tmp_path / "tune.json").read_text())))
-
-    tune.run(ROWS, None, tmp_path, 60.0, say, MadeUpTimes())
-    ((tuned_file, results),) = found
-    assert tuned_file["choices"][FORWARD]
-    assert results["reached"] == 1
-
-
-def test_a_run_ends_with_its_time(unknown_gpu, monkeypatch, tmp_path):
-    results = tune.run(ROWS, None, tmp_path, -1.0, lambda line: None, MadeUpTimes())
-    assert results["unreached"] == [str(point) for point in ROWS]
-    assert not unknown_gpu.exists()
-    measure = tuner.Tuner.measure
-    clock = [0.0]
-
-    def slow(self, point):
-        clock[0] += 58.0
-        return measure(self, point)
-
-    monkeypatch.setattr(tuner.Tuner, "measure", slow)
-    monkeypatch.setattr(tune, "time", type("Time", (), {"monotonic": staticmethod(lambda: clock[0])}))
-    results = tune.run(ROWS, None, tmp_path, 60.0, lambda line: None, MadeUpTimes())
-    assert (results["reached"], results["confirmed"]) == (1, 1)
-    assert results["unreached"] == [str(ROWS[1])]
-
-
-def test_a_gpu_that_no_longer_answers_ends_the_run(unknown_gpu, monkeypatch, tmp_path):
-    """What is known by then is written, but for what was being launched; nothing is confirmed."""
-    dead = []
-
-    class Dying(MadeUpTimes):
-        def synchronize(self):
-            if dead:
-                raise RuntimeError("an illegal memory access")
-
-    third = forward_space().configs[2]
-    failing(monkeypatch, lambda given, config: config == third and n_rows(given) == 9, lambda given: dead.append(1))
-    other = Point("layer_norm", "forward", "fp32", Workload("rows", "", (3, 80), ""))
-    results = tuned([other, *ROWS], tmp_path, Dying())
-    assert "an illegal memory access" in results["stopped"]
-    assert (results["reached"], results["confirmed"]) == (2, 0)
-    assert list(choices_in(unknown_gpu)[FORWARD]) == ["columns 128, float32"]
-    (mine,) = (record for record in results["keys"] if record["key"] == forward_space().key)
-    assert mine["configs"][2]["status"] == "error"
-    assert mine["chosen"] is None
-
-
-def launched_with(monkeypatch):
-    configs = []
-    start = launch.start
-
-    def noted(kernel, count, arguments, constants, config):
-        configs.append(config)
-        return start(kernel, count, arguments, constants, config)
-
-    monkeypatch.setattr(launch, "start", noted)
-    return configs
-
-
-def test_the_library_uses_the_file_and_searches_nothing(unknown_gpu, monkeypatch, tmp_path):
-    """Nothing of the run itself is remembered: neither choices nor launchers, nor is a file read before it."""
-    inputs = LAYER_NORM.drawn((5, 40), 1, torch.float32, "cpu")
-    with pytest.MonkeyPatch.context() as before:
-        before.setattr(launch, "search", lambda kernel, space, *_: space.configs[-1])
-        LAYER_NORM.against_oracle(*inputs)
-    tuning._chosen.clear()
-    points = [Point("layer_norm", mode, "fp32", SMALL) for mode in ("forward", "backward")]
-    tuned(points, tmp_path, MadeUpTimes({(FORWARD, tuner.text(forward_space().configs[1])): 1.0}))
-    assert not tuning._chosen
-    monkeypatch.setattr(launch, "search", raising)
-    configs = launched_with(monkeypatch)
-    choices = choices_in(unknown_gpu)
-    for _ in range(2):
-        LAYER_NORM.against_oracle(*inputs)
-        assert configs[0].keywords == forward_space().configs[1].keywords
-        assert [config.keywords for config in configs] == [
-            next(iter(choices[kernel].values())) for kernel in (FORWARD, BACKWARD, "rows_backward_finalise_kernel")
-        ]
-        configs.clear()
-        tuning.forget()
-
-
-PROCESS = """
-import json
-import sys
-from pathlib import Path
-import torch
-import triton_norm
-from triton_norm import tuning
-from triton_norm.ops import launch
-
-launch.gpu_name = lambda device: "NVIDIA Unheard-Of 9"
-tuning.TUNED = Path(sys.argv[1])
-rows_forward = tuning.rows_forward
-tuning.rows_forward = lambda *arguments: rows_forward(*arguments[:-1], False)
-start = launch.start
-
-def search(*arguments):
-    raise AssertionError("launches were searched for")
-
-def noted(kernel, count, arguments, constants, config):
-    print(json.dumps(config.keywords))
-    return start(kernel, count, arguments, constants, config)
-
-launch.search, launch.start = search, noted
-triton_norm.layer_norm(torch.randn(7, 40), (40,))
-"""
-
-
-def test_a_fresh_process_uses_the_file_and_searches_nothing(unknown_gpu, tmp_path):
-    tuned(ROWS[:1], tmp_path, MadeUpTimes({("", tuner.text(forward_space().configs[1])): 1.0}))
-    root = Path(__file__).resolve().parent.parent
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-W", "error::UserWarning", "-c", PROCESS, str(unknown_gpu.parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == choices_in(unknown_gpu)[FORWARD][forward_space().key]
-
-
-def test_a_known_gpus_file_and_the_users_choices_play_no_part_and_stay(unknown_gpu, monkeypatch, tmp_path):
-    space = forward_space()
-    unknown_gpu.write_text(json.dumps({"choices": {FORWARD: {space.key: space.configs[2].keywords}}}))
-    tuning.choose(space, GPU, space.configs[3])
-    monkeypatch.setattr(launch, "search", raising)
-    results = tuned(ROWS[:1], tmp_path)
-    assert len(record_of(results, FORWARD)["workloads"]) == 1
-    assert choices_in(unknown_gpu) == {FORWARD: {space.key: space.configs[0].keywords}}
-    assert tuning.chosen(space, GPU) == space.configs[3]
-    assert launch.search is raising
-
-
-def test_a_point_that_fails_is_a_problem_and_the_next_is_tuned(unknown_gpu, monkeypatch, tmp_path):
-    real = tuner.expected
-
-    def expected(point, inputs):
-        if point.workload is SMALL:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(point, inputs)
-
-    monkeypatch.setattr(tuner, "expected", expected)
-    results = tuned(ROWS, tmp_path)
-    assert results["problems"] == ["layer_norm forward fp32 3x40: OutOfMemoryError: CUDA out of memory"]
-    assert choices_in(unknown_gpu)
-    assert (results["reached"], results["confirmed"]) == (2, 1)
-
-
-def test_the_library_serves_as_before_afterwards(unknown_gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        tuned(ROWS[:1], tmp_path)
-        assert torch.are_deterministic_algorithms_enabled() == deterministic
-    x = torch.randn(4, 40)
-    torch.testing.assert_close(triton_norm.layer_norm(x, (40,)), F.layer_norm(x, (40,)))
