@@ -15,6 +15,7 @@ _ADDRESS = re.compile(r"\[ *(%rd\d+)")
 _REGISTER = re.compile(r"%rd\d+")
 _WIDTH = re.compile(r"(?:\.v(\d))?\.[busf](\d+)$")
 
+UNKNOWN = "unknown"
 Accesses = dict[str, dict[str, dict[int, int]]]
 
 
@@ -46,6 +47,7 @@ def _accesses(ptx: str) -> list[tuple[str, str, int]]:
 def accesses(ptx: str, signature: Mapping[str, str]) -> Accesses:
     """By argument, "load" and "store" with the number of instructions by their width in bits; atomics are left out.
 
+    UNKNOWN are those whose addresses threads have exchanged through shared memory.
     `signature`: the types of the kernel's arguments in Triton's words, in order.
     """
     given = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
@@ -53,7 +55,7 @@ def accesses(ptx: str, signature: Mapping[str, str]) -> Accesses:
     origins = _origins(ptx)
     found: Accesses = {}
     for kind, register, bits in _accesses(ptx):
-        (name,) = (pointers[place] for place in origins[register] if place in pointers)
+        (name,) = [pointers[place] for place in origins.get(register, ()) if place in pointers] or [UNKNOWN]
         widths = found.setdefault(name, {}).setdefault(kind, {})
         widths[bits] = widths.get(bits, 0) + 1
     return found
