@@ -23,8 +23,17 @@ pytestmark = pytest.mark.unguarded
 MULTIPROCESSORS = 132
 BAR = 1.02
 EXCHANGED = 0.06
-SPILLING = {"3.6.0": {"sm_90 batch_norm forward bf16 32×64×112×112 NCHW, channels_forward_kernel"}}
-"""What a Triton makes spill in the first config, and in another one not."""
+_SPILLS = "sm_90 {} forward bf16 {}, channels_forward_kernel"
+SPILLING = {
+    "3.6.0": {_SPILLS.format("batch_norm", "32×64×112×112 NCHW")},
+    "3.8.0": {
+        _SPILLS.format("batch_norm", "32×64×112×112 NCHW"),
+        _SPILLS.format("batch_norm_add_relu", "32×64×112×112 NCHW"),
+        _SPILLS.format("batch_norm_add_relu", "32×2048×7×7 NCHW"),
+        _SPILLS.format("batch_norm_add_relu", "16384×1024"),
+    },
+}
+"""What other Tritons than the one that the choices are made with spill, in the config that is tried first."""
 KERNELS = {"channels_forward_kernel", "channels_backward_kernel"}
 
 RESOURCES = """
