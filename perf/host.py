@@ -47,7 +47,9 @@ METADATA_AND_HOOKS = slice(6, 9)  # of a launcher's arguments
 
 
 def missing() -> str:
-    """What this machine lacks to build the stub and Triton's launchers, or nothing."""
+    """What stands in the way of building the stub and Triton's launchers, and of using them, or nothing."""
+    if torch.cuda.is_available():
+        return "torch has loaded the driver of this machine's GPU, which a stub can't stand in for then"
     if _compiler() is None:
         return "there is no C compiler ($CC, cc, gcc or clang)"
     header = Path(sysconfig.get_config_var("INCLUDEPY") or "", "Python.h")

@@ -220,13 +220,28 @@ def _poison(dtype: Any) -> Any:
     return np.nan if np_dtype.kind == "f" else True if np_dtype.kind == "b" else np.iinfo(np_dtype).max
 
 
+_gives_other = [False]
+"""Whether the load that is being made was given `other=`: Triton drops one that is a single 0, being false."""
+
+
+def _load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
+    _gives_other.append(other is not None)
+    try:
+        return _unobserved_load(self, pointers, mask, other, *rest)
+    finally:
+        _gives_other.pop()
+
+
+_unobserved_load = TritonSemantic.load
+
+
 def _observed_accesses(observer: Observer, poison_masked_loads: bool) -> dict[str, Callable[..., Any]]:
     load, store = BUILDER.create_masked_load, BUILDER.create_masked_store
     rmw, cas = BUILDER.create_atomic_rmw, BUILDER.create_atomic_cas
 
     def create_masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
         observer.access("load", _unmasked(pointers, mask), _itemsize(pointers), self.grid_idx)
-        if other is None and poison_masked_loads and not mask.data.all():
+        if other is None and not _gives_other[-1] and poison_masked_loads and not mask.data.all():
             dtype = pointers.get_element_ty()
             fill = np.full(pointers.data.shape, _poison(dtype), dtype=interpreter._get_np_dtype(dtype))
             other = TensorHandle(fill, dtype)
@@ -290,5 +305,6 @@ def observe(observer: Observer, *, poison_masked_loads: bool = False) -> Iterato
         observer.launch_ends()
 
     accesses = _observed_accesses(observer, poison_masked_loads)
-    with _replaced(BUILDER, **accesses), _replaced(executor, __call__=call):
+    loads = _replaced(TritonSemantic, load=_load)
+    with _replaced(BUILDER, **accesses), loads, _replaced(executor, __call__=call):
         yield

@@ -128,7 +128,7 @@ class Call:
 
     def composed(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Of torch's functions, in the type of x."""
-        mean, var = (None, None) if self.running is None else (t.to(x.dtype) for t in self.running)
+        mean, var = (None, None) if self.running is None else (t.to(x) for t in self.running)
         z = F.batch_norm(x, mean, var, weight, bias, self.running is None)
         return self.activated(z if residual is None else z + residual)
 
@@ -145,8 +145,9 @@ class Call:
 
     def exact(self) -> Found:
         # Contiguous: torch's own BatchNorm on the CPU has a wrong dx for some strides of x and dy.
-        wide = [None if tensor is None else widen(tensor).contiguous() for tensor in self.inputs()]
-        return differentiated(self.composed, wide, self.dy.double().contiguous())
+        # On the CPU, too: on CUDA it has no backward for a bias without a weight.
+        wide = [None if tensor is None else widen(tensor).cpu().contiguous() for tensor in self.inputs()]
+        return differentiated(self.composed, wide, self.dy.double().cpu().contiguous())
 
     def against_oracle(self) -> Found:
         results = self.run()

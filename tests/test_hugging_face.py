@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from packaging import version
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -15,7 +16,7 @@ import triton_norm as tn
 from triton_norm import hugging_face
 from triton_norm.hugging_face import ARITHMETIC, GEMMA, LAYER_NORMS, LLAMA, LLAMA_4, MOSHI, NANO_CHAT, OLMO_2, T5
 
-pytest.importorskip("transformers")
+VERSION = version.Version(pytest.importorskip("transformers").__version__)
 FAMILIES = {
     "llama.LlamaRMSNorm": LLAMA,
     "llama4.Llama4TextRMSNorm": LLAMA_4,
@@ -25,6 +26,9 @@ FAMILIES = {
     "t5.T5LayerNorm": T5,
     "llama4.Llama4TextL2Norm": NANO_CHAT,
 }
+SINCE = {"deepseek_v4.DeepseekV4RMSNorm": "5.20", "nemotron_h.NemotronHRMSNorm": "5.18"}
+"""Releases before which a class computed something else."""
+
 HALF, SINGLE = torch.bfloat16, torch.float32
 TYPES = [*itertools.product((HALF, SINGLE), repeat=2), (torch.float16, torch.float16), (torch.float16, SINGLE)]
 COLUMNS = 48
@@ -60,8 +64,8 @@ def test_every_class_computes_what_the_list_says(arithmetic):
     classes = {path: class_at(path) for path, listed in ARITHMETIC.items() if listed == arithmetic}
     there = {path: cls for path, cls in classes.items() if cls is not None}
     assert there
-    wrong = [path for path, cls in there.items() if not hugging_face.computes_as_listed(made(cls))]
-    assert wrong == []
+    others = [path for path, cls in there.items() if not hugging_face.computes_as_listed(made(cls))]
+    assert others == [path for path in there if version.Version(SINCE.get(path, "0")) > VERSION]
 
 
 @pytest.mark.parametrize(("path", "arithmetic"), FAMILIES.items(), ids=FAMILIES)

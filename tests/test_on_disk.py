@@ -16,6 +16,7 @@ import torch
 import spaces
 import triton_norm
 from spaces import GPU
+from test_compiled import skip_beside_a_driver
 from triton_norm import tuning
 from triton_norm.ops import launch
 
@@ -232,6 +233,7 @@ with (
 
 def test_tritons_cache_can_not_be_used(tmp_path):
     """Full, in a folder that can't be, cut off, or with another's configs: launched all the same, with one warning."""
+    skip_beside_a_driver()
     if host.missing():
         pytest.skip(host.missing())
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -384,7 +384,10 @@ def test_errors_on_hard_data_are_no_larger_than_torchs():
     for record in records:
         for output in findings.OUTPUTS:
             ours, theirs = (record[output][name] for name in ("triton_norm", "torch"))
-            assert theirs is not None or record["data"] == findings.OVERFLOWING, record
+            if theirs is None:
+                # On a GPU torch's batch_norm of fp16 is not finite for smaller data either.
+                of_gpu = torch.cuda.is_available() and (record["op"], record["dtype"]) == ("batch_norm", "fp16")
+                assert of_gpu or record["data"] == findings.OVERFLOWING, record
             if ours is None:
                 assert (theirs, record["op"], output) == (None, "batch_norm", "dx"), record
             else:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import triton_norm
-from oracle import run, widen
+from oracle import assert_same_but_for_order, run, widen
 from row_norms import LAYER_NORM, NORMS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -93,7 +93,7 @@ def test_only_the_gradients_asked_for(asked, columns, device):
     found = torch.autograd.grad(y, [leaves[i] for i in asked], dy)
     expected = (everything.dx, everything.dweight, everything.dbias)
     for i, grad in zip(asked, found, strict=True):
-        assert torch.equal(grad, expected[i])
+        assert_same_but_for_order(grad, expected[i])
 
 
 def test_inference_gives_the_bits_of_training_and_saves_nothing(norm, device):
@@ -192,9 +192,10 @@ def test_nan_and_inf_where_torch_has_them(norm, poison, device):
     x, weight, bias, dy = norm.drawn((6, 65), 1, torch.float32, device)
     x[1, 3] = x[4, 64] = poison
     ours = run(norm.ours((65,)), x, weight, bias, dy)
-    theirs = run(norm.theirs((65,)), x, weight, bias, dy)
+    # On the CPU: on CUDA torch's rms_norm gets the mean of squares by way of a variance, which is NaN beside inf.
+    theirs = run(norm.theirs((65,)), *(None if tensor is None else tensor.cpu() for tensor in (x, weight, bias, dy)))
     for a, b in zip(ours.tensors(), theirs.tensors(), strict=True):
-        assert torch.equal(a.isfinite(), b.isfinite())
+        assert torch.equal(a.isfinite().cpu(), b.isfinite())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -114,11 +114,11 @@ def test_equal_means_merge_to_themselves(kernels, device):
     assert merged[3] == 9
 
 
-def operators() -> dict[str, tuple]:
+def operators(device: str) -> dict[str, tuple]:
     """A call of every operator, by name."""
-    x, residual, dy = torch.randn(3, 3, 4, 6)
-    weight = torch.randn(4)
-    merged = torch.rand(13)
+    x, residual, dy = torch.randn(3, 3, 4, 6, device=device)
+    weight = torch.randn(4, device=device)
+    merged = torch.rand(13, device=device)
     last = x.mT.contiguous().mT
     bits = synchronized.PIECES.apply(x, residual, weight, None, merged, True, "relu", 0.0)[1]
     return {
@@ -132,7 +132,7 @@ def operators() -> dict[str, tuple]:
 
 @pytest.mark.parametrize("name", ["moments", "merge", "apply", "sums", "gradient"])
 def test_opcheck(name, device):
-    arguments = [value.to(device) if isinstance(value, Tensor) else value for value in operators()[name]]
+    arguments = [value.to(device) if isinstance(value, Tensor) else value for value in operators(device)[name]]
     torch.library.opcheck(getattr(torch.ops.triton_norm, f"sync_batch_norm_{name}").default, arguments)
 
 

@@ -152,6 +152,9 @@ def test_what_is_forgotten_amid_a_call_is_not_missed(name, monkeypatch, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings(
+    "ignore:The AccumulateGrad node's stream does not match"
+)  # the parameters are every stream's
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_stream_for_each_thread(name, backend):

@@ -276,7 +276,10 @@ def _torch_batch_norm(
     types = {tensor.dtype for tensor in (running_mean, running_var, weight, bias) if tensor is not None}
     fused = residual is not None or activation is not None
     halves = x.dtype in _HALVES
-    if (types <= {x.dtype} and not (fused and halves)) or (halves and types == {torch.float32} and not fused):
+    if bias is not None and weight is None:
+        weight = torch.ones_like(bias)  # on CUDA torch's has no backward for a bias alone
+    taken = (types <= {x.dtype} and not (fused and halves)) or (halves and types == {torch.float32} and not fused)
+    if taken and x.dim() <= 5:  # cuDNN takes no more axes
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         if residual is not None:
             y = y + residual.to(y.dtype)
