@@ -62,7 +62,10 @@ SPLIT = {
 
 def share(numbers: Callable[..., None], tile: int, one_launch: bool = True, **others: Any) -> None:
     """Sets these numbers, and the tile of either form; whoever does clears `launch.multiprocessors` in the end."""
-    numbers(**SHARED | {"INTERPRETED_TILE": tile if one_launch else 4 * tile, "ONE_LAUNCH": one_launch} | others)
+    form = {"INTERPRETED_TILE": tile, "ONE_LAUNCH_BYTES": 2**62}
+    if not one_launch:
+        form = {"INTERPRETED_TILE": 4 * tile, "ONE_LAUNCH_BYTES": 0}
+    numbers(**SHARED | form | others)
     launch.multiprocessors.cache_clear()
 
 

@@ -38,7 +38,17 @@ hypothesis.settings.register_profile("long", short, max_examples=50 * short.max_
 hypothesis.settings.load_profile("short")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="also what takes minutes and tells little more than others"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--thorough"):
+        for item in items:
+            if "thorough" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --thorough"))
     items.sort(key=lambda item: "long" not in item.keywords)  # what is begun last should not take long
     if HAS_GPU and not INTERPRETED:
         return
@@ -85,11 +95,14 @@ def _no_search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def numbers(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Callable[..., None]]":
-    """Sets numbers of `triton_norm.tuning` by name where the kernels are interpreted; a GPU keeps its own."""
+    """Sets numbers of `triton_norm.tuning` by name where the kernels are interpreted; a GPU keeps its own. With smaller
+    tiles there are no more programs, each of which so has several."""
     from triton_norm import tuning
 
     def use(**values: int) -> None:
         if INTERPRETED:
+            if "INTERPRETED_TILE" in values:
+                values.setdefault("ROWS_BACKWARD_ELEMENTS", values["INTERPRETED_TILE"])
             for name, value in values.items():
                 monkeypatch.setattr(tuning, name, value)
             tuning.forget()

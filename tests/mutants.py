@@ -100,22 +100,32 @@ rows.centred_on
 rows.rounded
     rounded x_hat | different | x_hat.to(ROUNDED).to(x_hat.dtype) -> x_hat
 rows_backward.rows_backward_kernel
-    short rows | value | x_hat - tl.load(statistics_ptr + rows, mask=row_mask, other=0.0) -> x_hat
     short rows | value | dweight += dyx -> dweight = dyx
     short rows | unwritten | tile_sum(dweight, 0), mask=col_mask)
         -> tile_sum(dweight, 0), mask=col_mask & (team < n_teams - 1))
     short rows | race | dbias_sums_ptr + team.to(tl.int64) * n_cols + cols -> dbias_sums_ptr + cols
     short rows | unwritten | step = n_teams.to(tl.int64) * BLOCK_M -> step = (n_teams + 1).to(tl.int64) * BLOCK_M
     short rows | value | dx -= sum_wdy * inverse_total -> pass
-    weight offset | value | weight.to(COMPUTE) + WEIGHT_OFFSET -> weight.to(COMPUTE)
     long sums | different | dx += load_gradient( -> load_gradient(
+    shared rows | unwritten | end += step -> end += 0
+    shared rows | bounds | (last_rows < n_rows) & col_mask -> row_mask & col_mask
+    shared rows | value | last_x = x\n -> last_x = last_x\n
+    shared rows | value | rstd = last_rstd\n -> rstd = next_rstd\n
+    shared rows | deadlock | turn += 1 -> turn += 2
     far rows | overflow | rows * x_row_vecs * V -> rows.to(tl.int32) * x_row_vecs * V
 rows_backward.load_gradient
     far rows | overflow | rows * row_vecs * V -> rows.to(tl.int32) * row_vecs * V
     expanded rows | bounds | cols * 0 -> cols
-rows_backward.exchange_sums
-    shared rows | race | turn % 2 -> 0
-    shared rows | race | (turn + 1) * n_peers -> turn * n_peers
+rows_backward.normalized
+    short rows | value | x_hat - mean -> x_hat
+rows_backward.weighted
+    weight offset | value | weight.to(dy.dtype) + OFFSET -> weight.to(dy.dtype)
+rows_backward.slots_of
+    shared rows | race | turn % TURNS -> 0
+rows_backward.publish
+    shared rows | race | 2 * team + turn % 2 -> 2 * team
+rows_backward.collect
+    shared rows | race | (turn + 1) // 2 * n_peers -> turn // 2 * n_peers
     shared rows | value | here = in_group == row -> here = in_group >= 0
 rows_backward.rows_backward_finalise_kernel
     short rows | bounds | column_mask = cols < n_cols -> column_mask = cols <= n_cols
@@ -128,6 +138,16 @@ moments.divide
 moments.centre
     off-centre rows | off-centre | return tl.where(mask, centred - correction, 0.0), mean, -> return centred, mean,
     off-centre long rows | off-centre | (first - mean) + correction -> first * 0.0
+moments.scaled_from
+    off-centre last, two launches | off-centre | x * 0.25 - shift * 0.25 -> x * 0.25 - shift * 0.0
+moments.take_in
+    last, two launches | value | delta * (values - mean) -> delta * delta
+    last, two launches | value | tl.where(mask, values - mean, 0.0) -> values - mean
+moments.merge_places
+    last, two launches | value | 16.0 * m2 -> 4.0 * m2
+    off-centre last, two launches | off-centre | (shift - (moved - taken)) + (step - taken) -> step * 0.0
+    last, two launches | value | 4.0 * (first + correction) -> 4.0 * correction
+    last, two launches | value | m2 + delta * (delta * counts) -> m2 + delta * delta * 0.0
 moments.merge
     long rows | value | delta * (delta * (count_a * share)) -> delta * (delta * (count_b * share))
     off-centre flat | off-centre | rest = ((mean_a - mean) + step) + (rest_a + (rest_b - rest_a) * share)
@@ -184,9 +204,10 @@ channels.finalise_statistics
 channels.channels_forward_kernel
     off-centre flat | off-centre | tile_sum(centred * centred, AXIS)
         -> tile_sum(raw.to(COMPUTE) * raw.to(COMPUTE), AXIS) - count * tile_mean * tile_mean
-    folded, two launches | value | to_float(start - first, COMPUTE) * lanes_per_channel
-        -> to_float(start - first + T, COMPUTE) * lanes_per_channel
-    flat | value | tl.minimum(end - start, T) * lanes_per_channel -> T * lanes_per_channel
+    folded, two launches | value | to_float(start - first, COMPUTE) -> to_float(start - first + T, COMPUTE)
+    last, two launches | value | T / (seen + T) -> T / (seen + T + T)
+    flat | value | to_float(tl.minimum(end - start, T), COMPUTE) -> to_float(T, COMPUTE)
+    last, two launches | value | tl.maximum(end - first - tl.arange(0, T)[:, None], 0) -> end - first
     last | bounds | n_column_vecs * V // columns_per_channel -> n_column_vecs * V // columns_per_channel + 1
     flat | race | partials_ptr + split.to(tl.int64) * n_channels + channels -> partials_ptr + channels
     flat | unwritten | tl.store(slots + 2 * kind, m2 -> tl.store(slots + kind, m2
@@ -199,6 +220,7 @@ channels.channels_forward_kernel
     off-centre flat | off-centre | (raw.to(COMPUTE) - mean) - rest -> raw.to(COMPUTE) - mean
 channels_backward.channels_backward_kernel
     last | value | tile_sum(dz * centred, AXIS) -> tile_sum(dz * raw_x.to(COMPUTE), AXIS)
+    last, two launches | value | tile_sum(sum_dz_centred, AXIS) -> tile_sum(sum_dz, AXIS)
     flat | value | if sweep == 0 or swept > 0 -> if sweep == 0
     folded | race | wait(sync_ptr, block, n_splits + 1) -> wait(sync_ptr, block, n_splits)
     last, two launches | value | dx *= scale -> dx *= rstd

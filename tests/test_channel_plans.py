@@ -11,6 +11,15 @@ LANES = {"flat": (1, 4, 8), "last": (1, 8, 32), "folded": (512, 2048)}
 H100 = {"multiprocessors": 132, "cache": 50 * 2**20}
 
 
+@pytest.fixture(autouse=True)
+def however_large(monkeypatch):
+    monkeypatch.setattr(tuning, "ONE_LAUNCH_BYTES", 2**62)
+    tuning.forget()
+    yield
+    monkeypatch.undo()
+    tuning.forget()
+
+
 def planned(**arguments) -> tuning.Plan | None:
     return tuning.plan_channels(**{"adds": False, "beside": 0, "interpreted": False} | arguments)
 
@@ -48,11 +57,15 @@ def test_plans(kind, multiprocessors, monkeypatch):
                 assert plan.groups_per_split % 8 == 0
                 check_plan(plan, held=held, cache=cache, **where)
     assert n_plans > 20
-    monkeypatch.setattr(tuning, "ONE_LAUNCH", False)
+
+
+@pytest.mark.parametrize("kind", LANES)
+def test_one_launch_is_for_what_is_small(kind, monkeypatch):
+    small = functools.partial(planned, kind=kind, n_groups=1000, lanes=LANES[kind][-1], n_blocks=64, held=2, **H100)
+    monkeypatch.setattr(tuning, "ONE_LAUNCH_BYTES", 1000 * LANES[kind][-1] * 64 * 2)
     tuning.forget()
-    assert planned(kind=kind, n_groups=1000, lanes=lanes, n_blocks=64, held=2, **H100) is None
-    monkeypatch.undo()
-    tuning.forget()
+    assert small()
+    assert small(n_groups=1001) is None
 
 
 def test_no_one_launch_where_it_would_read_memory_twice_or_leave_the_gpu_idle():

@@ -123,8 +123,14 @@ def make(numbers, monkeypatch, device, zeros):
     monkeypatch.setattr(distributed, "total", lambda sums, group: sums)
 
     def made(name: str) -> Step:
-        one = name not in ("training in two launches", "training, statistics with gaps")
-        numbers(INTERPRETED_SMS=6, MIN_HELD_ELEMENTS=1, MIN_SPLIT_ELEMENTS=1, ONE_LAUNCH=one, INTERPRETED_TILE=256)
+        most = 0 if name in ("training in two launches", "training, statistics with gaps") else 2**62
+        numbers(
+            INTERPRETED_SMS=6,
+            MIN_HELD_ELEMENTS=1,
+            MIN_SPLIT_ELEMENTS=1,
+            ONE_LAUNCH_BYTES=most,
+            INTERPRETED_TILE=256,
+        )
         if name == "rows of several programs" and launch.INTERPRETED:
             numbers(WHOLE_ROW_BYTES=64, FORWARD_PIECE_BYTES=256, BACKWARD_SPAN_BYTES=128)
             for space in ("rows_forward", "rows_backward"):

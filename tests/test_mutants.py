@@ -178,11 +178,13 @@ def far_channels(numbers, monkeypatch) -> None:
     torch.testing.assert_close(y, F.batch_norm(x.contiguous(), None, None, training=True), rtol=1e-3, atol=1e-3)
 
 
-def off_centre_channels(numbers, monkeypatch) -> None:
+def off_centre_channels(numbers, monkeypatch, kind: str = "flat", one_launch: bool = True) -> None:
     """Both ways; dweight is held to dy's size, and not to x's."""
-    shape, tile = SPLIT["flat"]
-    share(numbers, tile)
+    shape, tile = SPLIT[kind]
+    share(numbers, tile, one_launch)
     x, dy, weight = 1e6 + torch.randn(shape), torch.randn(shape), torch.ones(shape[1])
+    if kind == "last":
+        x, dy = (tensor.to(memory_format=torch.channels_last) for tensor in (x, dy))
     found = run(lambda x, w, b: triton_norm.batch_norm(x, None, None, w, b, True), x, weight, None, dy)
     exact = run(lambda x, w, b: F.batch_norm(x, None, None, w, b, True), x.double(), weight.double(), None, dy.double())
     for one, other, ulps in ((found.y, exact.y, 4), (found.dweight, exact.dweight, 64)):
@@ -270,7 +272,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "flat": _of(channels, kind="flat"),
     "last": _of(channels, kind="last", shape=NARROW),
     "folded": _of(channels, kind="folded"),
-    "last, two launches": _of(channels, kind="last", shape=NARROW, one_launch=False),
+    "last, two launches": _of(channels, kind="last", one_launch=False),
     "folded, two launches": _of(channels, kind="folded", one_launch=False),
     "whole tiles": _of(channels, kind="flat", shape=(4, 2, 8, 8)),
     "evaluation": _of(channels, kind="flat", training=False),
@@ -283,6 +285,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "far samples": far_samples,
     "far channels": far_channels,
     "off-centre flat": off_centre_channels,
+    "off-centre last, two launches": _of(off_centre_channels, kind="last", one_launch=False),
     "running statistics": statistics_move,
     "running statistics, two launches": _of(statistics_move, one_launch=False),
     "fp64 statistics": _of(statistics_move, dtype=torch.float64),

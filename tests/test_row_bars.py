@@ -12,6 +12,7 @@ from perf.workloads import BAR_COLUMNS
 
 pytestmark = pytest.mark.unguarded
 SOME_COLUMNS = (64, 1000, 4096, 8192, 32768, 262144)
+SPILLS_OF_PEERS = 32
 
 RESOURCES = """
 from perf import resources, workloads
@@ -57,6 +58,11 @@ for columns, rows, multiprocessors in (1024, 3 * 12 * 4, 12), (96, 992, 3):
 """
 
 
+def shares(record):
+    """Whether programs share a row, each of which is left half the registers, for twice as many to run at once."""
+    return record["kernel"] == "rows_backward_kernel" and record["shape"][-1] > 8192
+
+
 def named(record):
     where = f"{record['op']} {record['mode']} {record['dtype']} {record['shape'][-1]} columns"
     return f"{where}, {record['kernel']}" if "kernel" in record else where
@@ -66,10 +72,11 @@ def named(record):
 @pytest.mark.parametrize(
     ("target", "ops", "dtypes", "columns"),
     [
-        ("sm_80", ("layer_norm",), ("fp32",), SOME_COLUMNS),
-        ("sm_90", ("layer_norm",), ("bf16", "fp32"), BAR_COLUMNS),
+        pytest.param("sm_80", ("layer_norm",), ("fp32",), SOME_COLUMNS, marks=pytest.mark.thorough),
+        ("sm_90", ("layer_norm",), ("bf16",), BAR_COLUMNS),
+        ("sm_90", ("layer_norm",), ("fp32",), SOME_COLUMNS),
         ("sm_90", ("rms_norm",), ("bf16",), SOME_COLUMNS),
-        ("sm_100", ("layer_norm",), ("bf16",), SOME_COLUMNS),
+        pytest.param("sm_100", ("layer_norm",), ("bf16",), SOME_COLUMNS, marks=pytest.mark.thorough),
     ],
 )
 def test_machine_code(target, ops, dtypes, columns):
@@ -83,8 +90,8 @@ def test_machine_code(target, ops, dtypes, columns):
     }  # fmt: skip
     assert {(name, "load") for name in ("x", "residual", "dy")} < moved(compiled)
     assert {(name, "store") for name in ("y", "total", "dx")} < moved(compiled)
-    found = [f"{named(record)}: {', '.join(wanting(record, 128))}" for record in compiled if wanting(record, 128)]
-    assert not found, "\n".join(found)
+    wrong = {named(record): wanting(record, 128, SPILLS_OF_PEERS * shares(record)) for record in compiled}
+    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)
 
 
 @pytest.mark.long
@@ -97,8 +104,22 @@ def test_machine_code_with_x_hat_rounded():
     assert not found, "\n".join(found)
 
 
+def bar(record):
+    """Four programs a multiprocessor share short rows, and leave four times as many sums, read again from cache."""
+    if record["mode"] == "forward":
+        return 1.02
+    return 1.1 if record["shape"][-1] <= 2048 else 1.05
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("dtype", "columns"), [("bf16", BAR_COLUMNS), ("fp32", SOME_COLUMNS)])
+@pytest.mark.parametrize(
+    ("dtype", "columns"),
+    [
+        ("bf16", SOME_COLUMNS),
+        pytest.param("bf16", BAR_COLUMNS, marks=pytest.mark.thorough),
+        pytest.param("fp32", SOME_COLUMNS, marks=pytest.mark.thorough),
+    ],
+)
 def test_bytes(dtype, columns):
     """As a GPU of 132 multiprocessors launches them, with the fp32 sums of dweight and dbias, and each weight once: the
     other programs find it in cache. 1024 rows forward, 16384 backward; backward of longer rows takes a minute.
@@ -106,11 +127,10 @@ def test_bytes(dtype, columns):
     counted = records(f"COLUMNS = {columns}{TRAFFIC}", dtype, TRITON_INTERPRET="1")
     assert {record["shape"][-1] for record in counted} == set(columns)
     assert [f"{named(record)}: {record['message']}" for record in counted if record["status"] != "ok"] == []
-    bars = {"forward": 1.02, "backward": 1.05}
     found = [
         f"{named(record)}: {findings.streamed(record):.3f} of the floor"
         for record in counted
-        if not 1 <= findings.streamed(record) <= bars[record["mode"]]
+        if not 1 <= findings.streamed(record) <= bar(record)
     ]
     assert not found, "\n".join(found)
 

@@ -71,17 +71,15 @@ OF_CHANNELS = {"channels_forward_kernel", "channels_backward_kernel"}
     [
         ("layer_norm_residual", LARGE, True, OF_ROWS),
         ("rms_norm", LARGE, True, OF_ROWS),
-        ("batch_norm", IMAGES, True, OF_CHANNELS),
         ("batch_norm", IMAGES, False, OF_CHANNELS),
         ("batch_norm_eval", IMAGES, True, OF_CHANNELS),
-        ("batch_norm_add_relu", IMAGES, True, OF_CHANNELS),
+        ("batch_norm_add_relu", IMAGES, False, OF_CHANNELS),
     ],
 )
 def test_both_directions_are_tuned_once_for_each_workload(
     op, workload, one_launch, kernels, unknown_gpu, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(tuning, "ONE_LAUNCH", one_launch)
-    monkeypatch.setattr(tuning, "INTERPRETED_TILE", 4096)  # of which there are several configs to keep it
+    monkeypatch.setattr(tuning, "ONE_LAUNCH_BYTES", 2**62 if one_launch else 0)
     tuning.forget()
     points = [Point(op, mode, "fp32", workload) for mode in ("forward", "backward")]
     results = tuned(points, tmp_path)
@@ -107,7 +105,7 @@ def test_a_backward_alone_tunes_the_forward_that_it_needs(unknown_gpu, tmp_path)
 def test_peers_begin_with_zeros_each_time(op, workload, unknown_gpu, monkeypatch, tmp_path):
     """Programs that share a row or channel wait for arrivals that are counted from zero."""
     small = dict.fromkeys(("WHOLE_ROW_BYTES", "FORWARD_PIECE_BYTES", "BACKWARD_SPAN_BYTES"), 1024)
-    for number, value in {**small, "INTERPRETED_SMS": 12, "INTERPRETED_TILE": 4096, "MIN_HELD_ELEMENTS": 16}.items():
+    for number, value in {**small, "INTERPRETED_SMS": 12, "MIN_SPLIT_ELEMENTS": 16, "ONE_LAUNCH_BYTES": 0}.items():
         monkeypatch.setattr(tuning, number, value)
     tuning.forget()
     begun = []

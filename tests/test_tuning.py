@@ -129,7 +129,7 @@ def test_every_config_for_channels_is_right(index, kind, held, monkeypatch, devi
     monkeypatch.setattr(tuning, "INTERPRETED_SMS", 6)
     monkeypatch.setattr(tuning, "INTERPRETED_TILE", 256)
     monkeypatch.setattr(tuning, "MIN_HELD_ELEMENTS", 64)
-    monkeypatch.setattr(tuning, "ONE_LAUNCH", bool(held))
+    monkeypatch.setattr(tuning, "ONE_LAUNCH_BYTES", 2**62 if held else 0)
     launch.multiprocessors.cache_clear()
     weight, bias = torch.randn(2, 8, device=device)
     with interleaved() if launch.INTERPRETED else contextlib.nullcontext():
@@ -203,7 +203,8 @@ def test_a_search_leaves_peers_their_zeros(unknown_gpu, monkeypatch, device):
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the search times for real")
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_search_moves_running_statistics_once(unknown_gpu, momentum, device):
+def test_a_search_moves_running_statistics_once(unknown_gpu, momentum, monkeypatch, device):
+    monkeypatch.setattr(tuning, "ONE_LAUNCH_BYTES", 0)  # whose one config is not searched for
     module = triton_norm.BatchNorm1d(3, momentum=momentum, device=device)
     x = torch.randn(4, 3, 8, device=device)
     module(x)

@@ -123,9 +123,10 @@ def layer_norm(
     whatever other samples are beside it. Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
 
     The kernels keep x, or total, and 8 bytes a sample for the backward. Else a call takes memory only while it runs, of
-    M samples of N elements, on a GPU of S multiprocessors, with m = min(M, 2 S): the backward 8 m N bytes; where P
-    programs share a sample, P at most S / 3, the forward M (12 P + 4) + 8 and the backward m (32 P + 4) + 8 bytes more.
-    They share those of more than 64 KiB, in the backward 32 KiB in float32. Twice as much is 8, 12 and 32 in float64.
+    M samples of N elements, on a GPU of S multiprocessors: the backward 8 m N bytes, m at most M, 8 S and 16384 S / N;
+    where P programs share a sample, P at most S / 3, the forward M (12 P + 4) + 8 and the backward m (32 P + 8) + 8
+    bytes more. They may share those of more than 64 KiB, in the backward 32 KiB in float32. Twice as much is the first
+    8, the 12 and the 32 in float64.
     """
     fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     return normalize("layer_norm", input, (normalized_shape, weight, bias, eps, *fused))

@@ -31,7 +31,7 @@ MOST_COLUMNS = 2**20  # of a row; Triton's largest tile, which is one backward p
 WHOLE_ROW_BYTES = 64 * 1024  # of a row in its widest stored type: what is left of 1024 threads' registers
 FORWARD_PIECE_BYTES = 64 * 1024  # of a longer row in the type it is computed in: 16 registers for each of 1024 threads
 BACKWARD_SPAN_BYTES = 32 * 1024  # x, dy and the sums of dweight and dbias are held at once
-MOST_BLOCK_M = 2  # rows that peers exchange sums of at a time
+ROWS_BACKWARD_ELEMENTS = 8 * 1024  # of a multiprocessor's programs at once; each has x, dy and two sums in registers
 PEERS_SHARE = 3  # programs of a row or channel are one multiprocessor in so many: as many launches at once can wait
 MOST_FOLDED = 2048  # columns of a block of whole channels
 LEAST_FOLDED_SAMPLES = 8  # below, most rows of a folded tile would be empty
@@ -39,7 +39,7 @@ NARROW_BYTES, SHORT_BYTES = 8, 128  # folded are fewer bytes an access, or of a 
 CHANNEL_PROGRAMS_PER_SM = 16
 MIN_SPLIT_ELEMENTS = 2048
 ECONOMICAL_ELEMENTS = 512  # of a channel in a split: what splits leave and read is 2 % of that, or less
-ONE_LAUNCH = True  # whether the programs of a channel may wait for each other
+ONE_LAUNCH_BYTES = 8 * 1024 * 1024  # of what programs that wait for each other would read again, at most
 HELD_BYTES = {"flat": 32 * 1024, "last": 16 * 1024, "folded": 32 * 1024}  # of what a program keeps while it waits
 THREAD_HELD_BYTES = {"flat": 128, "last": 64, "folded": 64}  # of that, a thread's
 REGISTERS = 64 * 1024  # of a multiprocessor
@@ -74,6 +74,11 @@ class Config:
         return self.keywords[block]
 
     @functools.cached_property
+    def span(self) -> int:
+        """Columns that a program owns of a row."""
+        return self["BLOCK_N"] * self.keywords.get("PIECES", 1)
+
+    @functools.cached_property
     def keywords(self) -> dict[str, int]:
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
@@ -86,11 +91,6 @@ class Space:
     kernel: str
     key: str
     configs: tuple[Config, ...]
-
-    @functools.cached_property
-    def span(self) -> int:
-        """The fewest columns that a program may own of a row."""
-        return min(config["BLOCK_N"] * config.keywords.get("PIECES", 1) for config in self.configs)
 
     def find(self, keywords: Mapping[str, int]) -> Config | None:
         """The config that has these keywords, in whatever order, or None: what is not among them is never launched."""
@@ -165,61 +165,78 @@ def rows_forward(
         block = width if whole else INTERPRETED_TILE
         configs = [config(4, BLOCK_M=max(1, INTERPRETED_TILE // block), BLOCK_N=block, **_shared(width, block, 1))]
     elif whole:
-        tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)})
+        tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)}, reverse=True)
         configs = [
             config(warps(tile, per_thread), BLOCK_M=tile // width, BLOCK_N=width, **_shared(width, width, 1))
-            for per_thread in (16, 8, 32)
+            for per_thread in ((32, 16) if width <= 8192 else (16, 32))  # else the first would spill a register
             for tile in tiles
             if tile <= THREADS * per_thread
         ]
     else:
+        piece = FORWARD_PIECE_BYTES // compute_bytes
         configs = [
-            config(warps(block, 16), BLOCK_M=1, BLOCK_N=block, **_shared(width, block, peers))
-            for peers in (most_peers(multiprocessors), 1)
-            for block in (FORWARD_PIECE_BYTES // 2 // compute_bytes, FORWARD_PIECE_BYTES // compute_bytes)
+            config(warps(block, per_thread), BLOCK_M=1, BLOCK_N=block, **_shared(width, block, peers))
+            for peers in [most_peers(multiprocessors)]
+            for block, per_thread in ((piece // 2, 32), (piece // 4, 32), (piece, 32), (piece // 2, 16))
         ]
     return _space("rows_forward_kernel", f"columns {width}, {types}", configs)
+
+
+def _of_rows_backward(elements: int, per_thread: int, **blocks: Any) -> Config:
+    """With as many registers a thread as leave a multiprocessor room for all that it is to run at once."""
+    n_warps = warps(elements, per_thread)
+    limit = min(REGISTERS // ROWS_BACKWARD_ELEMENTS * per_thread, REGISTERS // (n_warps * WARP)) if WARP == 32 else None
+    return config(n_warps, maxnreg=limit, **blocks)
 
 
 @remembered
 def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: int, interpreted: bool) -> Space:
     """STAGES > 1 fetches the next rows through shared memory while these are computed."""
     width = next_power_of_2(n_cols)
-    whole = width * compute_bytes <= BACKWARD_SPAN_BYTES
+    span = BACKWARD_SPAN_BYTES // compute_bytes
     if interpreted:
         configs = [
             config(4, BLOCK_M=max(1, INTERPRETED_TILE // width), BLOCK_N=width, PEERS=1, STAGES=1, HOLD_WEIGHT=True)
         ]
-    elif whole:
-        tiles = sorted({max(width, tile // compute_bytes) for tile in (BACKWARD_SPAN_BYTES // 2, BACKWARD_SPAN_BYTES)})
+    elif width <= span:
+        tiles = ((span // 4, 16), (span // 2, 16), (span // 8, 8), (span // 2, 8)) if width < span else ((span, 8),)
         configs = [
-            config(
-                warps(tile, 8),
+            _of_rows_backward(
+                tile,
+                per_thread,
                 BLOCK_M=tile // width,
                 BLOCK_N=width,
                 PEERS=1,
                 STAGES=stages,
-                HOLD_WEIGHT=tile < THREADS * 8,  # a thread of fewer may have more than 64 registers
+                HOLD_WEIGHT=tile < span,
             )
-            for tile in tiles
-            for stages in (2, 3, 1)
+            for tile, per_thread in tiles
+            if tile >= width
+            for stages in ((3, 1) if 256 < width < span else (1, 3))
         ]
     else:
         narrowest = width // most_peers(multiprocessors)
-        spans = sorted(
-            {max(narrowest, span // compute_bytes) for span in (BACKWARD_SPAN_BYTES // 2, BACKWARD_SPAN_BYTES)}
-        )
         configs = [
-            config(warps(span, 8), BLOCK_M=rows, BLOCK_N=span, PEERS=width // span, STAGES=1, HOLD_WEIGHT=False)
-            for rows in range(1, MOST_BLOCK_M + 1)
-            for span in spans
+            _of_rows_backward(
+                block,
+                per_thread,
+                BLOCK_M=1,
+                BLOCK_N=block,
+                PEERS=width // block,
+                STAGES=1,
+                HOLD_WEIGHT=False,
+            )
+            for share, per_thread in ((4, 16), (4, 8), (2, 16), (2, 8), (1, 8))
+            for block in [max(narrowest, span // share)]
         ]
+        if width == 2 * span:  # which spills, and is faster in 16-bit types even so
+            configs += [config(32, BLOCK_M=1, BLOCK_N=width, PEERS=1, STAGES=1, HOLD_WEIGHT=False)]
     return _space("rows_backward_kernel", f"columns {width}, {types}", configs)
 
 
 def rows_backward_teams(config: Mapping[str, Any], n_rows: int, n_cols: int, multiprocessors: int) -> int:
-    """Teams that share the rows, each of which leaves a row of sums; two programs a multiprocessor where they fit."""
-    per_sm = 2 if config["BLOCK_M"] == 1 and config["BLOCK_N"] <= THREADS * 4 else 1
+    """Teams that share the rows, each of which leaves a row of sums: as many as run at once."""
+    per_sm: int = max(1, ROWS_BACKWARD_ELEMENTS // (config["BLOCK_M"] * config["BLOCK_N"]))
     n_peers: int = -(-n_cols // config["BLOCK_N"])
     n_groups: int = -(-n_rows // config["BLOCK_M"])
     return max(1, min(n_groups, multiprocessors * per_sm // n_peers))
@@ -230,14 +247,10 @@ def rows_backward_programs(config: Mapping[str, Any], n_rows: int, n_cols: int, 
     return rows_backward_teams(config, n_rows, n_cols, multiprocessors) * n_peers
 
 
-def rows_backward_most_teams(n_rows: int, multiprocessors: int) -> int:
-    return max(1, min(n_rows, 2 * multiprocessors))
-
-
 @remembered
 def rows_backward_finalise(interpreted: bool) -> Space:
-    shapes = ((64, 512),) if interpreted else ((64, 32), (128, 16), (32, 64))
-    configs = [config(4, BLOCK_M=rows, BLOCK_N=columns) for rows, columns in shapes]
+    shapes = ((4, 64, 512),) if interpreted else ((4, 128, 16), (4, 256, 8), (8, 128, 16), (8, 256, 16))
+    configs = [config(n_warps, BLOCK_M=rows, BLOCK_N=columns) for n_warps, rows, columns in shapes]
     return _space("rows_backward_finalise_kernel", "", configs)
 
 
@@ -300,9 +313,9 @@ def plan_channels(
     cache: int,
     interpreted: bool,
 ) -> Plan | None:
-    """One launch, if its programs fill the GPU, and if what they can't keep will still be in cache when they read it
-    again: of all that run at once. `held`: bytes of an element of what they keep; `beside`: of what they read twice.
-    Where one `adds` a residual, fewer registers are left for that.
+    """One launch, if there is little to read, if its programs fill the GPU, and if what they can't keep will still be
+    in cache when they read it again: of all that run at once. `held`: bytes of an element of what they keep; `beside`:
+    of what they read twice. Where one `adds` a residual, fewer registers are left for that.
     """
     elements = n_groups * lanes
     tile = INTERPRETED_TILE if interpreted else HELD_BYTES[kind] // held // (2 if adds and kind == "flat" else 1)
@@ -316,8 +329,9 @@ def plan_channels(
     n_programs = n_blocks * -(-n_groups // per_split)
     again = max(0, per_split * lanes - tile) * held + per_split * lanes * beside
     fits = again * min(n_programs, HOLDING_PROGRAMS_PER_SM * multiprocessors) * CACHED_SHARE <= cache
-    fills = n_programs * FULL_SHARE >= multiprocessors or elements * n_blocks * held <= SMALL_BYTES
-    return Plan(tile, per_split) if ONE_LAUNCH and fits and fills else None
+    total = elements * n_blocks * held
+    fills = n_programs * FULL_SHARE >= multiprocessors or total <= SMALL_BYTES
+    return Plan(tile, per_split) if total <= ONE_LAUNCH_BYTES and fits and fills else None
 
 
 def _of_channels(n_warps: int, kind: str, **blocks: int) -> Config:
@@ -330,8 +344,8 @@ def _of_channels(n_warps: int, kind: str, **blocks: int) -> Config:
 
 def _holding(
     kernel: str, kind: str, lanes: int, vector: int, held: int, held_bytes: int, adds: bool, merged: int
-) -> list[Config]:
-    """For programs that wait: as few threads as can keep a tile of theirs, and twice as many."""
+) -> Config:
+    """For programs that wait: as few threads as can keep a tile of theirs."""
     in_thread = THREAD_HELD_BYTES[kind]
     backward = kernel == "channels_backward_kernel"
     if kind == "folded" and backward:
@@ -343,11 +357,8 @@ def _holding(
     most = held // (4 * WARP)
     if kind == "folded":
         most = min(most, 8 * max(1, held // lanes))  # eight columns, each of which has moments of its own
-    configs = []
-    for each in (in_thread, in_thread // 2):
-        n_warps = warps(held, max(1, min(most, each // held_bytes)))
-        configs.append(_of_channels(n_warps, kind, T=max(1, held // lanes), BLOCK_K=merged))
-    return configs
+    n_warps = warps(held, max(1, min(most, in_thread // held_bytes)))
+    return _of_channels(n_warps, kind, T=max(1, held // lanes), BLOCK_K=merged)
 
 
 @remembered
@@ -368,10 +379,13 @@ def channels(
     residual, before an activation; `width`: the channels of a block."""
     merged = max(16, min(128, MERGED_ELEMENTS // width))
     if held and not interpreted:
-        configs = _holding(kernel, kind, lanes, vector, held, held_bytes, adds, merged)
+        configs = [_holding(kernel, kind, lanes, vector, held, held_bytes, adds, merged)]
     else:
-        tiles: tuple[int, ...] = (2048, 4096, 8192) if kind == "last" else (4096, 2048, 8192)
-        per_threads: tuple[int, ...] = (16, 32)
+        most = THREADS // 4 if role == "reduces" else THREADS // 2  # threads
+        tiles: tuple[int, ...] = (4096, 8192, 2048) if kind == "last" else (4096, 2048, 8192)
+        per_threads: tuple[int, ...] = (32, 16) if role == "reduces" else (16, 32)
+        if kind == "last" and role == "reduces" and kernel == "channels_backward_kernel":
+            tiles, per_threads = (2048, 4096, 8192), (16, 32)
         if interpreted:
             tiles, per_threads = (held or INTERPRETED_TILE // 4,), (32,)
         elif vector == 1:  # an address for each element
@@ -382,6 +396,7 @@ def channels(
             _of_channels(warps(tile, per_thread), kind, T=max(1, tile // lanes), BLOCK_K=merged)
             for per_thread in per_threads
             for tile in tiles
+            if interpreted or tile <= most * per_thread
         ]
     key = f"{role}, {kind}, {lanes} lanes by {vector}, {types}" + (f", {held} held" if held else "")
     if kind == "folded":  # otherwise the lanes decide

@@ -9,7 +9,16 @@ import triton.language as tl
 
 from triton_norm.kernels.activations import activate, bits_per_byte, bytes_of, pack, side_of_zero
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
-from triton_norm.kernels.moments import centre, merge, merge_all, tile_sum, to_float
+from triton_norm.kernels.moments import (
+    centre,
+    merge,
+    merge_all,
+    merge_places,
+    scaled_from,
+    take_in,
+    tile_sum,
+    to_float,
+)
 from triton_norm.kernels.tiles import (
     aligned,
     channels_of,
@@ -152,6 +161,7 @@ def channels_forward_kernel(
     2 + n_blocks. 1R, 1R1W, or both in one launch 1R1W of what fits in registers, the rest from cache.
     """
     TOGETHER: tl.constexpr = STATISTICS and APPLY
+    IN_PLACES: tl.constexpr = AXIS == 0 and not FOLD and not TOGETHER  # sums down columns are dear: one at the end
     n_splits = tl.cdiv(n_groups, groups_per_split).to(tl.int32)
     n_blocks = tl.num_programs(0) // n_splits
     if TOGETHER and SHARED:
@@ -174,15 +184,27 @@ def channels_forward_kernel(
         mean = tl.zeros([1, wide], COMPUTE)
         rest = tl.zeros([1, wide], COMPUTE)
         m2 = tl.zeros([1, wide], COMPUTE)
+        if IN_PLACES:
+            shift = mean
+            mean = tl.zeros([T, LANES], COMPUTE)
+            m2 = tl.zeros([T, LANES], COMPUTE)
         for start in range(first, end, T):
             mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
             offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
             raw = tl.load(aligned(x_lanes + offsets, V, 1), mask=mask, other=0.0)
-            seen = to_float(start - first, COMPUTE) * lanes_per_channel
-            count = to_float(tl.minimum(end - start, T) * lanes_per_channel, COMPUTE)
-            centred, tile_mean, tile_rest = centre(raw.to(COMPUTE), mask, count, AXIS)
-            tile_m2 = tile_sum(centred * centred, AXIS)
-            mean, rest, m2 = merge(seen, mean, rest, m2, count, tile_mean, tile_rest, tile_m2)
+            seen = to_float(start - first, COMPUTE)
+            count = to_float(tl.minimum(end - start, T), COMPUTE) * lanes_per_channel
+            if IN_PLACES:
+                if start == first:
+                    _, shift, _ = centre(raw.to(COMPUTE), mask, count, AXIS)
+                mean, m2 = take_in(scaled_from(raw.to(COMPUTE), shift), mask, T / (seen + T), mean, m2)
+            else:
+                centred, tile_mean, tile_rest = centre(raw.to(COMPUTE), mask, count, AXIS)
+                tile_m2 = tile_sum(centred * centred, AXIS)
+                mean, rest, m2 = merge(seen * lanes_per_channel, mean, rest, m2, count, tile_mean, tile_rest, tile_m2)
+        if IN_PLACES:
+            counts = tl.cdiv(tl.maximum(end - first - tl.arange(0, T)[:, None], 0), T)
+            mean, rest, m2 = merge_places(to_float(counts, COMPUTE), mean, m2, shift)
         per_group = V if AXIS is None else columns_per_channel
         if FOLD:
             rows = to_float(end - first, COMPUTE)

@@ -155,9 +155,9 @@ def channels_backward_kernel(
         slope = load_parameter(means_ptr + n_channels, lane_channels, in_range, 0.0, COMPUTE)
     first, end = span(split, groups_per_split, n_groups, INDEX)
     last = first + (end - 1 - first) // T * T
-    wide: tl.constexpr = 1 if AXIS is None else LANES
-    sum_dz = tl.zeros([1, wide], COMPUTE)
-    sum_dz_centred = tl.zeros([1, wide], COMPUTE)
+    IN_PLACES: tl.constexpr = AXIS == 0 and not TOGETHER
+    sum_dz = tl.zeros([T if IN_PLACES else 1, 1 if AXIS is None else LANES], COMPUTE)
+    sum_dz_centred = tl.zeros_like(sum_dz)
     raw_dy = tl.zeros([T, LANES], dy_ptr.dtype.element_ty)
     raw_x = tl.zeros([T, LANES], x_ptr.dtype.element_ty)
     SWEEPS: tl.constexpr = 2 if TOGETHER else 1
@@ -193,8 +193,8 @@ def channels_backward_kernel(
                         z += tl.load(aligned(residual_lanes + offsets, V, 1), mask=mask, other=0.0).to(COMPUTE)
                     dz = activate_backward(dz, z, side_of_zero(z, ACTIVATION), ACTIVATION, SLOPE)
             if REDUCE and sweep == 0:
-                sum_dz += tile_sum(dz, AXIS)
-                sum_dz_centred += tile_sum(dz * centred, AXIS)
+                sum_dz += dz if IN_PLACES else tile_sum(dz, AXIS)
+                sum_dz_centred += dz * centred if IN_PLACES else tile_sum(dz * centred, AXIS)
             if APPLY and sweep == SWEEPS - 1:
                 sample_vecs, group_vecs, channel_vecs = dense_strides(n_column_vecs, groups_per_sample, AXIS)
                 offsets = group_offsets(start, groups_per_sample, sample_vecs, group_vecs, V, 1, T)
@@ -208,6 +208,9 @@ def channels_backward_kernel(
                     dresidual = dz.to(dresidual_ptr.dtype.element_ty)
                     tl.store(aligned(dresidual_lanes + offsets, V, 1), dresidual, mask=mask)
         if REDUCE and sweep == 0:
+            if IN_PLACES:
+                sum_dz = tile_sum(sum_dz, AXIS)
+                sum_dz_centred = tile_sum(sum_dz_centred, AXIS)
             if FOLD:
                 sum_dz = fold_sum(sum_dz, columns_per_channel, LANES, FOLD, WIDTH)
                 sum_dz_centred = fold_sum(sum_dz_centred, columns_per_channel, LANES, FOLD, WIDTH)

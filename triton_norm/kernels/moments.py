@@ -51,6 +51,21 @@ def centre(x, mask, count, AXIS: tl.constexpr):
 
 
 @triton.jit
+def scaled_from(x, shift):
+    """(x − shift) / 4: no difference of two of these overflows."""
+    return x * 0.25 - shift * 0.25
+
+
+@triton.jit
+def take_in(values, mask, inverse_count, mean, m2):
+    """(mean, M2) of each place of a tile with one more value there (Welford 1962), where the mask is set; the inverse
+    is of how many there are now."""
+    delta = tl.where(mask, values - mean, 0.0)
+    mean += delta * inverse_count
+    return mean, m2 + delta * (values - mean)
+
+
+@triton.jit
 def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
     """(mean, rest, M2) of two disjoint sets together (Chan, Golub, LeVeque 1979); counts are floats, count_b not 0."""
     share = count_b / (count_a + count_b)
@@ -79,3 +94,19 @@ def merge_all(counts, means, rests, m2s, total, AXIS: tl.constexpr):
     rest = (base - mean) + shift
     delta = tl.where(present, (means - mean) + (rests - rest), 0.0)
     return mean, rest, tl.sum(m2s + delta * (delta * counts), AXIS, keep_dims=KEEP)
+
+
+@triton.jit
+def merge_places(counts, mean, m2, shift):
+    """(mean, rest, M2) of the columns of a tile whose places hold the moments of `counts` [T, 1] values each, as
+    `scaled_from` the columns' shift leaves them. As in `centre`, the mean of what a first mean leaves is taken off."""
+    share = counts / tl.sum(counts, 0, keep_dims=True)
+    first = tl.sum(mean * share, 0, keep_dims=True)
+    delta = tl.where(counts > 0, mean - first, 0.0)
+    correction = tl.sum(delta * share, 0, keep_dims=True)
+    delta = tl.where(counts > 0, delta - correction, 0.0)
+    m2 = tl.sum(m2 + delta * (delta * counts), 0, keep_dims=True)
+    step = 4.0 * (first + correction)
+    moved = shift + step
+    taken = moved - shift
+    return moved, (shift - (moved - taken)) + (step - taken), 16.0 * m2

@@ -3,23 +3,53 @@
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.exchange import meet, take_place
+from triton_norm.kernels.exchange import arrive, take_place, wait
 from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.rows import at, rounded
 
+TURNS = tl.constexpr(4)
+"""Slots of a team's partials. Who publishes turn t has collected turn t − 2, and so all peers had published that, and
+collected turn t − 4 before."""
+
 
 @triton.jit
-def load_gradient(ptr, rows, row_vecs, cols, mask, V: tl.constexpr, COLUMN_STRIDE: tl.constexpr, COMPUTE: tl.constexpr):
+def load_gradient(ptr, rows, row_vecs, cols, mask, V: tl.constexpr, COLUMN_STRIDE: tl.constexpr):
     """A tile of a gradient whose rows lie row_vecs · V apart, or row_vecs where a row is one element expanded."""
     if COLUMN_STRIDE == 1:
         gradient = tl.load(at(ptr + rows * row_vecs * V, cols, V), mask=mask, other=0.0)
     else:
         gradient = tl.load(ptr + rows * row_vecs + cols * 0, mask=mask, other=0.0)
-    return gradient.to(COMPUTE)
+    return gradient
 
 
 @triton.jit
-def exchange_sums(
+def normalized(x, mean, rstd, mask, CENTRED: tl.constexpr):
+    """x_hat, 0 outside the mask, in the type of rstd."""
+    x_hat = x.to(rstd.dtype)
+    if CENTRED:
+        x_hat = tl.where(mask, x_hat - mean, 0.0)
+    return x_hat * rstd
+
+
+@triton.jit
+def weighted(dy, weight_ptr, weight, cols, mask, OFFSET: tl.constexpr, HOLD_WEIGHT: tl.constexpr):
+    """dy · (weight + OFFSET); the weight is loaded where it is not held."""
+    if weight_ptr is not None:
+        if not HOLD_WEIGHT:
+            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+        dy *= weight.to(dy.dtype) + OFFSET
+    return dy
+
+
+@triton.jit
+def slots_of(partials_ptr, team, turn, n_peers, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
+    """Where a team's peers leave a turn's sums: [2 or 1, BLOCK_M, n_peers]."""
+    KINDS: tl.constexpr = 2 if CENTRED else 1
+    return partials_ptr + (team.to(tl.int64) * TURNS + turn % TURNS) * (KINDS * BLOCK_M) * n_peers
+
+
+@triton.jit
+def publish(
     sum_wdy,
     sum_wdy_x_hat,
     partials_ptr,
@@ -28,23 +58,31 @@ def exchange_sums(
     peer,
     n_peers,
     turn,
-    PEERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Row sums over all spans from those over each peer's own, the same bits in each of them.
-
-    The slots of odd and even turns differ: a peer that is ahead by a turn overwrites none that is still to be read.
-    """
-    KINDS: tl.constexpr = 2 if CENTRED else 1
+    """Leaves the sums of this program's span of a turn's rows for its peers."""
     in_group = tl.arange(0, BLOCK_M)[:, None]
-    members = tl.arange(0, PEERS)
-    there = members < n_peers
-    base = partials_ptr + (team.to(tl.int64) * 2 + turn % 2) * (KINDS * BLOCK_M) * n_peers
+    base = slots_of(partials_ptr, team, turn, n_peers, BLOCK_M, CENTRED)
     tl.store(base + in_group * n_peers + peer, sum_wdy_x_hat)
     if CENTRED:
         tl.store(base + (BLOCK_M + in_group) * n_peers + peer, sum_wdy)
-    meet(sync_ptr, team, (turn + 1) * n_peers)
+    arrive(sync_ptr, 2 * team + turn % 2)
+
+
+@triton.jit
+def collect(
+    like, partials_ptr, sync_ptr, team, n_peers, turn, PEERS: tl.constexpr, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr
+):
+    """(Σ wdy, Σ wdy · x_hat) over all spans of the rows of the turn before this one, 0 if it is the first, the same
+    bits in each peer, of the form of `like`."""
+    in_group = tl.arange(0, BLOCK_M)[:, None]
+    members = tl.arange(0, PEERS)
+    there = members < tl.where(turn > 0, n_peers, 0)
+    base = slots_of(partials_ptr, team, turn + (TURNS - 1), n_peers, BLOCK_M, CENTRED)
+    wait(sync_ptr, 2 * team + (turn + 1) % 2, (turn + 1) // 2 * n_peers)
+    sum_wdy = tl.zeros_like(like)
+    sum_wdy_x_hat = tl.zeros_like(like)
     for row in tl.static_range(BLOCK_M):
         here = in_group == row
         row_sum = tl.sum(tl.load(base + row * n_peers + members, mask=there, other=0.0, volatile=True), 0)
@@ -94,76 +132,90 @@ def rows_backward_kernel(
     dy, dtotal and x [n_rows, n_cols] → dx and dresidual, of equal values, [n_rows, n_cols] contiguous, dweight_sums and
     dbias_sums [n_teams, n_cols]. A team takes every n_teams-th group of BLOCK_M rows; its n_peers = cdiv(n_cols,
     BLOCK_N) programs, at most PEERS, own a span of columns each, keep their sums in registers, and exchange the rows'
-    sums in partials [n_teams, 2, 2 or 1, BLOCK_M, n_peers]; sync is 2 + n_teams zeros. Grid: n_teams · n_peers. 2R1W.
-    dtotal, weight, dx, dresidual and the sums may be None, and partials and sync where PEERS is 1 or dx is None.
+    sums in partials [n_teams, TURNS, 2 or 1, BLOCK_M, n_peers]: those of the next rows before they wait for those of
+    the last. Odd and even turns have arrivals of their own; sync is 2 + 2 · n_teams zeros. Grid: n_teams · n_peers.
+    2R1W. dtotal, weight, dx, dresidual and the sums may be None, and partials and sync where PEERS is 1 or dx is None.
     """
     KEPT: tl.constexpr = BLOCK_M if PEERS == 1 else 1
+    EXCHANGED: tl.constexpr = PEERS > 1 and dx_ptr is not None
+    NEEDS_X: tl.constexpr = dx_ptr is not None or dweight_sums_ptr is not None
     n_cols = n_col_vecs * V
+    n_teams = tl.num_programs(0)
+    team = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     if PEERS > 1:
         n_peers = tl.cdiv(n_cols, BLOCK_N)
-        n_teams = tl.num_programs(0) // n_peers
-        if dx_ptr is not None:
+        n_teams = n_teams // n_peers
+        if EXCHANGED:
             team, peer = take_place(sync_ptr, n_peers)
         else:
-            team = tl.program_id(0) // n_peers
-            peer = tl.program_id(0) % n_peers
-        cols = peer * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
-    else:
-        n_teams = tl.num_programs(0)
-        team = tl.program_id(0)
-        cols = tl.arange(0, BLOCK_N)[None, :]
+            peer = team % n_peers
+            team = team // n_peers
+        cols += peer * BLOCK_N
     col_mask = cols < n_cols
     first = team.to(tl.int64) * BLOCK_M
     step = n_teams.to(tl.int64) * BLOCK_M
+    end = n_rows.to(tl.int64)
     inverse_total = 1.0 / to_float(n_cols, COMPUTE)
+    weight = weight_ptr
     if HOLD_WEIGHT and weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0)
     dweight = tl.zeros([KEPT, BLOCK_N], COMPUTE)
     dbias = tl.zeros([KEPT, BLOCK_N], COMPUTE)
-    for group in tl.range(first, n_rows, step, num_stages=STAGES):
+    mean = tl.zeros([BLOCK_M, 1], COMPUTE)
+    if EXCHANGED:
+        end += step
+        turn = 0
+        last_rows = tl.zeros([BLOCK_M, 1], tl.int64) + n_rows
+        last_dy = tl.zeros([BLOCK_M, BLOCK_N], dy_ptr.dtype.element_ty)
+        last_x = tl.zeros([BLOCK_M, BLOCK_N], x_ptr.dtype.element_ty)
+        last_mean = mean
+        last_rstd = mean
+    for group in tl.range(first, end, step, num_stages=STAGES):
         rows = group + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)  # [BLOCK_M, 1]
         row_mask = rows < n_rows
         mask = row_mask & col_mask
-        dy = load_gradient(dy_ptr, rows, dy_row_vecs, cols, mask, V, DY_COLUMN_STRIDE, COMPUTE)
-        if dx_ptr is not None or dweight_sums_ptr is not None:
+        raw_dy = load_gradient(dy_ptr, rows, dy_row_vecs, cols, mask, V, DY_COLUMN_STRIDE)
+        dy = raw_dy.to(COMPUTE)
+        if NEEDS_X:
             rstd = tl.load(statistics_ptr + (n_rows if CENTRED else 0) + rows, mask=row_mask, other=0.0)
-            x_hat = tl.load(at(x_ptr + rows * x_row_vecs * V, cols, V), mask=mask, other=0.0).to(COMPUTE)
+            x = tl.load(at(x_ptr + rows * x_row_vecs * V, cols, V), mask=mask, other=0.0)
             if CENTRED:
-                x_hat = tl.where(mask, x_hat - tl.load(statistics_ptr + rows, mask=row_mask, other=0.0), 0.0)
-            x_hat *= rstd
+                mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
+            x_hat = normalized(x, mean, rstd, mask, CENTRED)
         if dweight_sums_ptr is not None:
             dyx = dy * rounded(x_hat, ROUNDED)
             dweight += dyx if KEPT == BLOCK_M else tile_sum(dyx, 0)
         if dbias_sums_ptr is not None:
             dbias += dy if KEPT == BLOCK_M else tile_sum(dy, 0)
         if dx_ptr is not None:
-            wdy = dy
-            if weight_ptr is not None:
-                if not HOLD_WEIGHT:
-                    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0, eviction_policy="evict_last")
-                wdy *= weight.to(COMPUTE) + WEIGHT_OFFSET
+            wdy = weighted(dy, weight_ptr, weight, cols, col_mask, WEIGHT_OFFSET, HOLD_WEIGHT)
             sum_wdy_x_hat = tile_sum(wdy * x_hat, 1)
             sum_wdy = tile_sum(wdy, 1) if CENTRED else tl.zeros_like(sum_wdy_x_hat)
-            if PEERS > 1:
-                sum_wdy, sum_wdy_x_hat = exchange_sums(
-                    sum_wdy,
-                    sum_wdy_x_hat,
-                    partials_ptr,
-                    sync_ptr,
-                    team,
-                    peer,
-                    n_peers,
-                    ((group - first) // step).to(tl.int32),
-                    PEERS,
-                    BLOCK_M,
-                    CENTRED,
+            if EXCHANGED:
+                publish(sum_wdy, sum_wdy_x_hat, partials_ptr, sync_ptr, team, peer, n_peers, turn, BLOCK_M, CENTRED)
+                sum_wdy, sum_wdy_x_hat = collect(
+                    last_rstd, partials_ptr, sync_ptr, team, n_peers, turn, PEERS, BLOCK_M, CENTRED
                 )
+                mask = (last_rows < n_rows) & col_mask
+                x_hat = normalized(last_x, last_mean, last_rstd, mask, CENTRED)
+                wdy = weighted(last_dy.to(COMPUTE), weight_ptr, weight, cols, col_mask, WEIGHT_OFFSET, HOLD_WEIGHT)
+                next_rows = rows
+                next_rstd = rstd
+                rows = last_rows
+                rstd = last_rstd
+                last_rows = next_rows
+                last_rstd = next_rstd
+                last_mean = mean
+                last_dy = raw_dy
+                last_x = x
+                turn += 1
             dx = wdy - x_hat * (sum_wdy_x_hat * inverse_total)
             if CENTRED:
                 dx -= sum_wdy * inverse_total
             dx *= rstd
             if dtotal_ptr is not None:
-                dx += load_gradient(dtotal_ptr, rows, dtotal_row_vecs, cols, mask, V, DTOTAL_COLUMN_STRIDE, COMPUTE)
+                dx += load_gradient(dtotal_ptr, rows, dtotal_row_vecs, cols, mask, V, DTOTAL_COLUMN_STRIDE).to(COMPUTE)
             tl.store(at(dx_ptr + rows * n_cols, cols, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
             if dresidual_ptr is not None:
                 dresidual = dx.to(dresidual_ptr.dtype.element_ty)

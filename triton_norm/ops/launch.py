@@ -129,6 +129,16 @@ class Launcher:
         self._config = tuning.chosen(space, self._gpu)
         self._ready: tuple[Any, ...] | None = None
 
+    @property
+    def candidates(self) -> Sequence[Config]:
+        """What the next call may launch."""
+        return self.space.configs if self._config is None else [self._config]
+
+    @functools.cached_property
+    def span(self) -> int:
+        """The fewest columns of a row that a program may own."""
+        return min(config.span for config in self.candidates)
+
     def __call__(self, integers: tuple[int, ...], *tensors: Tensor | None) -> None:
         """Starts the programs for these integers, the first being the greatest, on the device's current stream."""
         if elsewhere(self._index):

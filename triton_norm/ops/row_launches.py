@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Options(NamedTuple):
     out_dtype: torch.dtype | None
     total_dtype: torch.dtype | None
     x_hat_dtype: torch.dtype | None = None
-    launchers: dict[Any, Launcher] | None = None
+    launchers: dict[Any, Any] | None = None
 
 
 @functools.cache
@@ -103,7 +103,20 @@ Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _keep(launchers: dict[Any, Launcher], key: Any, launcher: Launcher) -> Launcher:
+class Backward(NamedTuple):
+    """A launch, and the most of its programs' teams, and of the rows that one exchanges sums of at a time."""
+
+    launcher: Launcher
+    most_teams: int
+    most_rows: int
+
+
+T = TypeVar("T")
+
+UNLIMITED = 2**62  # rows
+
+
+def _keep(launchers: dict[Any, T], key: Any, launcher: T) -> T:
     """For the next calls like this one; calls of ever new strides don't fill the memory."""
     if len(launchers) >= tuning.MOST_REMEMBERED:
         launchers.clear()
@@ -150,11 +163,18 @@ def _forward_launcher(
 
 
 def _meeting(
-    launcher: Launcher, n_cols: int, n_teams: int, slots: tuple[int, ...], compute: torch.dtype, device: torch.device
+    launcher: Launcher,
+    n_cols: int,
+    n_teams: int,
+    slots: tuple[int, ...],
+    n_counts: int,
+    compute: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Where a row's peers leave what they tell each other, and the zeros that they begin with."""
-    partials = torch.empty(n_teams, *slots, -(-n_cols // launcher.space.span), dtype=compute, device=device)
-    return partials, torch.zeros(2 + n_teams, dtype=torch.int32, device=device)
+    """Where a row's peers leave what they tell each other, and the zeros that they begin with, of so many counts a
+    team."""
+    partials = torch.empty(n_teams, *slots, -(-n_cols // launcher.span), dtype=compute, device=device)
+    return partials, torch.zeros(2 + n_counts * n_teams, dtype=torch.int32, device=device)
 
 
 def outputs(x: Tensor, residual: Tensor | None, options: Options, saves: bool) -> Outputs:
@@ -189,15 +209,15 @@ def forward(
         strides = x_stride, residual_stride
         launcher = _keep(launchers, key, _forward_launcher(options, x, residual, y, total, strides, misaligned))
     partials = sync = None
-    if n_cols > launcher.space.span:
-        partials, sync = _meeting(launcher, n_cols, n_rows, (3,), compute_dtype(x, total), x.device)
+    if n_cols > launcher.span:
+        partials, sync = _meeting(launcher, n_cols, n_rows, (3,), 1, compute_dtype(x, total), x.device)
     launcher(
         (n_rows,), x_rows, residual_rows, y, total, contiguous(weight), contiguous(bias), statistics, partials, sync
     )
     return y, total, statistics
 
 
-def _backward_launcher(
+def _backward(
     options: Options,
     dy: Rows,
     dtotal: Rows,
@@ -207,14 +227,14 @@ def _backward_launcher(
     compute: torch.dtype,
     device: torch.device,
     misaligned: int,
-) -> Launcher:
+) -> Backward:
     n_cols, n_sms = options.n_cols, multiprocessors(device)
     read = [rows for rows in (dy, dtotal, x) if rows.tensor is not None and rows.column]
     extents = functools.reduce(int.__or__, (rows.stride for rows in read), n_cols)
     vector = _vector(misaligned, extents, [*(rows.tensor for rows in read), dx, dresidual])
     types = _names(dy.tensor, dtotal.tensor, x.tensor)
     strides = (rows.stride // (vector if rows.column else 1) for rows in (dy, dtotal, x))
-    return Launcher(
+    launcher = Launcher(
         _backward_kernels().rows_backward_kernel,
         tuning.rows_backward(n_cols, types, compute.itemsize, n_sms, INTERPRETED),
         device,
@@ -227,6 +247,12 @@ def _backward_launcher(
         CENTRED=options.centred,
         V=vector,
         COMPUTE=triton_dtype(compute),
+    )
+    candidates = [config.keywords for config in launcher.candidates]
+    return Backward(
+        launcher,
+        max(tuning.rows_backward_teams(config, UNLIMITED, n_cols, n_sms) for config in candidates),
+        max(config["BLOCK_M"] for config in candidates),
     )
 
 
@@ -287,26 +313,25 @@ def backward(
     dtotal_rows = Rows(None, 0, 1) if dtotal is None else Rows(*as_rows(dtotal, n_cols, broadcast=True))
     spread = (rows.tensor if rows.column else None for rows in (dy_rows, dtotal_rows))
     misaligned = _misaligned(*spread, x_rows.tensor, dx, dresidual)
-    launchers: dict[Any, Launcher] = {} if options.launchers is None else options.launchers
+    launchers: dict[Any, Backward] = {} if options.launchers is None else options.launchers
     layouts = (*dy_rows[1:], *dtotal_rows[1:], x_rows.stride, misaligned)
     types = dy.dtype, None if dtotal is None else dtotal.dtype, dx_dtype, dresidual_dtype, tuple(wanted)
     key = (*layouts, *types)
-    launcher = launchers.get(key)
-    if launcher is None:
-        made = _backward_launcher(options, dy_rows, dtotal_rows, x_rows, dx, dresidual, compute, device, misaligned)
-        launcher = _keep(launchers, key, made)
-    n_sms = multiprocessors(device)
-    most_teams = tuning.rows_backward_most_teams(n_rows, n_sms)
+    made = launchers.get(key)
+    if made is None:
+        made = _backward(options, dy_rows, dtotal_rows, x_rows, dx, dresidual, compute, device, misaligned)
+        _keep(launchers, key, made)
+    launcher, most_teams = made.launcher, min(made.most_teams, n_rows)
     partials = sync = None
-    if dx is not None and n_cols > launcher.space.span:
-        partials, sync = _meeting(launcher, n_cols, most_teams, (2, 2, tuning.MOST_BLOCK_M), compute, device)
+    if dx is not None and n_cols > launcher.span:
+        partials, sync = _meeting(launcher, n_cols, most_teams, (4, 2, made.most_rows), 2, compute, device)
     dweight_sums, dbias_sums = (
         None if grad is None else statistics.new_empty((most_teams, n_cols)) for grad in (dweight, dbias)
     )
     inputs = dy_rows.tensor, dtotal_rows.tensor, x_rows.tensor, contiguous(weight), statistics
     launcher((n_rows,), *inputs, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
     if dweight is not None or dbias is not None:
-        n_sums = tuning.rows_backward_teams(launcher.config.keywords, n_rows, n_cols, n_sms)
+        n_sums = tuning.rows_backward_teams(launcher.config.keywords, n_rows, n_cols, multiprocessors(device))
         dtypes = None if dweight is None else dweight.dtype, None if dbias is None else dbias.dtype
         finalise = _finalise_launcher(device, *dtypes, n_cols, compute)
         finalise((n_sums,), dweight_sums, dbias_sums, dweight, dbias)
