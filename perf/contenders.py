@@ -90,14 +90,24 @@ def _kernels_only() -> AbstractContextManager[Any]:
     return triton_norm.backend("triton")
 
 
+ACCURACY_OF_TORCH = 2.0  # its dweight and dbias of BatchNorm in bf16 are off by more than the gate allows, on an H100
+
 _OURS = ("triton", "triton_norm")
 _TORCH = ("torch", "triton")
 
 CONTENDERS = [
     Contender("triton_norm", triton_norm_functions, _OURS, ("triton_norm", "triton"), scope=_kernels_only),
-    Contender("torch", torch_functions, ("torch",)),
-    Contender("torch.compile", _torch_compile, _TORCH, _TORCH, compiles=True),
-    Contender("torch.compile, max-autotune", _max_autotune, _TORCH, _TORCH, compiles=True, searches=True),
+    Contender("torch", torch_functions, ("torch",), accuracy=ACCURACY_OF_TORCH),
+    Contender("torch.compile", _torch_compile, _TORCH, _TORCH, compiles=True, accuracy=ACCURACY_OF_TORCH),
+    Contender(
+        "torch.compile, max-autotune",
+        _max_autotune,
+        _TORCH,
+        _TORCH,
+        compiles=True,
+        searches=True,
+        accuracy=ACCURACY_OF_TORCH,
+    ),
     Contender(
         "triton_norm, compiled",
         _triton_norm_compiled,

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any
 
 from perf import charts
@@ -21,6 +21,8 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: python -m perf readme -->", "<!-- end of figures -->"
 COUNTED = "without-a-gpu.json"
 WHO = ("triton_norm", "torch")
+RIVALS = {"torch": "torch eager", "torch.compile": "torch.compile", "Liger-Kernel": "Liger-Kernel", "QuACK": "QuACK"}
+LARGE = 16 << 20  # bytes
 KEPT = ("traffic", "resources", "numerics")
 NOT_TIMED = """\
 **No GPU has timed anything yet**: the kernels have run under the interpreter and been compiled for several GPUs, and
@@ -107,25 +109,46 @@ def block(timed: Sequence[Results], counted: Results | None, where: str) -> str:
     parts = [_timed(run, where) for run in timed]
     if not timed:
         parts.append(NOT_TIMED)
-    if counted is not None and not timed:
-        parts.append(_counted(counted, where))
+    if counted is not None:
+        parts.append(_errors(counted) if timed else _counted(counted, where))
     return "\n".join(parts)
 
 
 def _timed(run: Results, where: str) -> str:
     stem, foot = _file_of(run).removesuffix(".json"), machine(run["environment"])
-    lines = ["| op | pass | against torch eager | points |", "|---|---|---|---|"]
+    timed = {r["contender"] for r in ok(run["records"])}
+    rivals = {name: title for name, title in RIVALS.items() if name in timed}
+    lines = [
+        f"| op | pass | of a copy's bandwidth | {' | '.join(rivals.values())} |",
+        "|---|---|---|" + len(rivals) * "---|",
+    ]
     for op in TITLE:
         for mode in PASSES:
-            found = speedups([r for r in run["records"] if (r["op"], r["mode"]) == (op, mode)], "torch")
-            if found:
-                lines.append(f"| {TITLE[op]} | {MODE_TITLE[mode]} | {geometric_mean(found):.2f}× | {len(found)} |")
-    text = f"Geometric means of how many times faster than torch; a copy moves {run['copy_gbps']:.0f} GB/s there.\n\n"
+            mine = [r for r in run["records"] if (r["op"], r["mode"]) == (op, mode)]
+            if any(speedups(mine, name) for name in rivals):
+                cells = [_share(mine, run["copy_gbps"]), *(_faster(speedups(mine, name)) for name in rivals)]
+                lines.append(f"| {TITLE[op]} | {MODE_TITLE[mode]} | {' | '.join(cells)} |")
+    text = (
+        f"Bytes that must move over the time that it takes, as a share of the {run['copy_gbps']:.0f} GB/s that a copy "
+        f"moves: least, most and median of the points that move {LARGE >> 20} MiB or more. Then how many times faster "
+        "than others, by geometric means, of how many points, small ones too.\n\n"
+    )
     text += "\n".join(lines) + f"\n\n*{foot}*\n\n"
     text += _picture("Speed-up over torch eager, geometric means", f"{where}/{stem}-speedups.png", foot)
     if ok(run.get("steps", [])):
         text += "\n" + _picture("Training steps of whole models", f"{where}/{stem}-steps.png", foot)
     return text
+
+
+def _share(records: Sequence[Results], copy_gbps: float) -> str:
+    found = sorted(
+        r["gbps"] / copy_gbps for r in ok(records) if r["contender"] == "triton_norm" and r["floor_bytes"] >= LARGE
+    )
+    return f"{found[0]:.0%} to {found[-1]:.0%}, {median(found):.0%}" if found else "·"
+
+
+def _faster(ratios: Sequence[float]) -> str:
+    return f"{geometric_mean(ratios):.2f}× ({len(ratios)})" if ratios else "·"
 
 
 def _counted(counted: Results, where: str) -> str:

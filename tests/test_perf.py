@@ -20,6 +20,7 @@ from perf import calls, findings, gate, measure, workloads
 from perf.contenders import Contender, Functions, torch_functions
 from perf.points import BOTH, FAMILY, FLOORS, MODES, PASSES, Point, Workload, floor_of
 from timers import FakeTimer
+from triton_norm import tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.unguarded
@@ -359,6 +360,25 @@ def test_traffic_of_layer_norm_reads_x_once_and_writes_y_once():
     for record in (forward, backward):
         assert record["status"] == "ok"
         assert sum(launch["loaded"] + launch["stored"] for launch in record["launches"]) == record["total_bytes"]
+
+
+@pytest.mark.parametrize("file", sorted(tuning.TUNED.glob("*.json")), ids=lambda file: file.stem)
+def test_shipped_choices_are_of_their_spaces_and_serve_the_quick_shapes(file):
+    """So that on that GPU no call of theirs searches, or warns. All GPUs with a file have as many multiprocessors."""
+    from perf import resources
+    from perf.stand_in import OPS
+
+    shipped = json.loads(file.read_text())
+    assert shipped["environment"]["multiprocessors"] == str(resources.TARGETS["sm_90"].multiprocessors)
+    with resources.compiling_for(resources.TARGETS["sm_90"]) as launches:
+        for point in workloads.points(("bf16",)):
+            inputs = calls.make_inputs(point, "cpu", blank=True)
+            call = calls.candidate("triton_norm", point, calls.bind(point, OPS, inputs), inputs)
+            call.run(call.prepare())
+        spaces = {(made.space.kernel, made.space.key): made.space for made in launches}
+    for (kernel, key), space in spaces.items():
+        choice = shipped["choices"].get(kernel, {}).get(key)
+        assert len(space.configs) == 1 or space.find(choice or {}), (kernel, key, choice)
 
 
 def test_resources_of_a_kernel_on_gpus_that_are_not_here():

@@ -70,7 +70,7 @@ def test_a_timed_run_is_stored_by_its_gpu_and_shown_with_its_date(project):
     assert text.startswith(f"before\n{readme.BEGIN}\n")
     assert text.endswith(f"{readme.END}\nafter\n")
     assert "old" not in text
-    assert "| LayerNorm | forward | 4.00× | 2 |" in text
+    assert "| LayerNorm | forward | · | 4.00× (2) |" in text
     assert text.count("NVIDIA Made-Up 1 · torch 2 · triton 3 · 2026-01-02") == 2
     assert "No GPU has timed" not in text
     assert (project / "results" / "nvidia-made-up-1-speedups.png").stat().st_size > 0
