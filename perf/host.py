@@ -162,9 +162,26 @@ def fastest(calls: Sequence[Call]) -> list[float]:
     return best
 
 
-def yardstick() -> Call:
-    """torch's own LayerNorm of 8 elements on the CPU: what this machine needs for one call of a torch function."""
-    return functools.partial(F.layer_norm, torch.randn(1, 8), (8,), torch.ones(8), torch.zeros(8))
+class Bare(torch.autograd.Function):
+    """Allocates and saves as much as a norm's forward does, and does nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y, statistics = torch.empty_like(x), x.new_empty(2, 8)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
+        return None, None, None
+
+
+def yardsticks() -> tuple[Call, Call]:
+    """What this machine needs for one call of a function of torch's, LayerNorm of 8 elements on the CPU, and for one of
+    an autograd.Function that computes nothing."""
+    x, weight, bias = torch.randn(1, 8), torch.ones(8), torch.zeros(8)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    return functools.partial(F.layer_norm, x, (8,), weight, bias), functools.partial(Bare.apply, *leaves)
 
 
 def measure(call: Call, launches: Callable[[], int]) -> Record:
@@ -176,9 +193,9 @@ def measure(call: Call, launches: Callable[[], int]) -> Record:
     started = launches_of(call)
     if len(started) != count:
         raise RuntimeError(f"of {count} launches {len(started)} went through Triton's launcher")
-    call_us, torch_us, *launch_us = fastest([call, yardstick(), *started])
+    call_us, torch_us, function_us, *launch_us = fastest([call, *yardsticks(), *started])
     figures = {"call_us": call_us, "launch_us": sum(launch_us), "library_us": call_us - sum(launch_us)}
-    return {"launches": count, **figures, "torch_us": torch_us}
+    return {"launches": count, **figures, "torch_us": torch_us, "function_us": function_us}
 
 
 def records(folder: Path) -> Iterator[Record]:
@@ -203,5 +220,6 @@ def line(record: Record) -> str:
         return f"{record['case']}: {record['status']}, {record['message']}"
     return (
         f"{record['case']}: {record['library_us']:.1f} µs and {record['launch_us']:.1f} for {record['launches']} bare "
-        f"launch{'es' * (record['launches'] != 1)}; F.layer_norm on the CPU takes {record['torch_us']:.1f}"
+        f"launch{'es' * (record['launches'] != 1)}; F.layer_norm on the CPU takes {record['torch_us']:.1f}, an "
+        f"autograd.Function that does nothing {record['function_us']:.1f}"
     )
