@@ -264,7 +264,9 @@ def test_any_timing_of_a_search_fails(make, zeros, unknown_gpu, monkeypatch):
             patch.setattr(Autotuner, "do_bench", staticmethod(bench))
             yield
 
-    monkeypatch.setattr(launch, "search", noting)
-    monkeypatch.setattr(tuning, "channels", spaces.first_of(tuning.channels, 2))
-    monkeypatch.setattr(Autotuner, "do_bench", staticmethod(lambda call, quantiles: [1.0] * 3))
-    assert fail_everywhere(make("training in two launches"), zeros, failing, RuntimeError) >= 4
+    step = make("training in two launches")
+    with monkeypatch.context() as patch:  # undone before the unknown GPU is
+        patch.setattr(launch, "search", noting)
+        patch.setattr(tuning, "channels", spaces.first_of(tuning.channels, 2))
+        patch.setattr(Autotuner, "do_bench", staticmethod(lambda call, quantiles: [1.0] * 3))
+        assert fail_everywhere(step, zeros, failing, RuntimeError) >= 4
