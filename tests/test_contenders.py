@@ -239,7 +239,7 @@ def test_names_are_unique_and_ours_comes_first():
     assert len(names) == len(set(names))
     assert names[:2] == ["triton_norm", "torch"]
     assert {*STAND_INS, "torch.compile", "torch.compile, max-autotune", "triton_norm, compiled"} <= {*names}
-    assert all(contender.accuracy == 1.0 for contender in CONTENDERS)
+    assert {c.name.split(",")[0] for c in CONTENDERS if c.accuracy != 1.0} == {"torch", "torch.compile"}
 
 
 @pytest.mark.parametrize("case", CASES)
