@@ -25,12 +25,12 @@ BAR = 1.02
 EXCHANGED = 0.06
 _SPILLS = "sm_90 {} forward bf16 {}, channels_forward_kernel"
 SPILLING = {
-    "3.6.0": {_SPILLS.format("batch_norm", "32×64×112×112 NCHW")},
+    "3.6.0": {_SPILLS.format("batch_norm", "32×128×28×28 NCHW")},
     "3.8.0": {
-        _SPILLS.format("batch_norm", "32×64×112×112 NCHW"),
-        _SPILLS.format("batch_norm_add_relu", "32×64×112×112 NCHW"),
+        _SPILLS.format("batch_norm", "32×128×28×28 NCHW"),
+        _SPILLS.format("batch_norm_add_relu", "32×128×28×28 NCHW"),
         _SPILLS.format("batch_norm_add_relu", "32×2048×7×7 NCHW"),
-        _SPILLS.format("batch_norm_add_relu", "16384×1024"),
+        _SPILLS.format("batch_norm_add_relu", "4096×1000"),
     },
 }
 """What other Tritons than the one that the choices are made with spill, in the config that is tried first."""
