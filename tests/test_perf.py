@@ -364,14 +364,16 @@ def test_traffic_of_layer_norm_reads_x_once_and_writes_y_once():
 
 @pytest.mark.parametrize("file", sorted(tuning.TUNED.glob("*.json")), ids=lambda file: file.stem)
 def test_shipped_choices_are_of_their_spaces_and_serve_the_quick_shapes(file):
-    """So that on that GPU no call of theirs searches, or warns. All GPUs with a file have as many multiprocessors."""
+    """In bf16, and the landmarks in fp32: on that GPU no call of theirs searches, or warns. All GPUs with a file have
+    as many multiprocessors."""
     from perf import resources
     from perf.stand_in import OPS
 
     shipped = json.loads(file.read_text())
     assert shipped["environment"]["multiprocessors"] == str(resources.TARGETS["sm_90"].multiprocessors)
     with resources.compiling_for(resources.TARGETS["sm_90"]) as launches:
-        for point in workloads.points(("bf16",)):
+        points = workloads.points(("bf16", "fp32"))
+        for point in (point for point in points if point.dtype == "bf16" or point.workload.landmark):
             inputs = calls.make_inputs(point, "cpu", blank=True)
             call = calls.candidate("triton_norm", point, calls.bind(point, OPS, inputs), inputs)
             call.run(call.prepare())

@@ -324,7 +324,8 @@ def backward(
     launcher, most_teams = made.launcher, min(made.most_teams, n_rows)
     partials = sync = None
     if dx is not None and n_cols > launcher.span:
-        partials, sync = _meeting(launcher, n_cols, most_teams, (4, 2, made.most_rows), 2, compute, device)
+        slots = _backward_kernels().TURNS.value, 2, made.most_rows
+        partials, sync = _meeting(launcher, n_cols, most_teams, slots, 2, compute, device)
     dweight_sums, dbias_sums = (
         None if grad is None else statistics.new_empty((most_teams, n_cols)) for grad in (dweight, dbias)
     )
