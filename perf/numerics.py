@@ -102,10 +102,10 @@ def _kernels_as_on_a_gpu() -> Iterator[None]:
         stack.enter_context(triton_norm.backend("triton"))
         stack.enter_context(mock.patch.object(launch, "search", lambda kernel, space, *arguments: space.configs[0]))
         if not has_gpu():
-            from perf.interpreter import exact_arithmetic, fast_launches
+            from triton_norm.testing.interpreter import correct_rounding, fast_launches
 
             stack.enter_context(fast_launches())
-            stack.enter_context(exact_arithmetic())
+            stack.enter_context(correct_rounding())
         yield
 
 

@@ -28,12 +28,20 @@ import torch
 from perf.calls import Inputs, bind, candidate, make_inputs
 from perf.findings import in_a_line
 from perf.gate import TOLERANCE, errors, expected, named, verdict
-from perf.interleave import interleaved
-from perf.interpreter import AccessKind, Array, Observer, Program, exact_arithmetic, fast_launches, observe
 from perf.points import BITS, BULK, PARAMETERS, STATISTICS, Point
 from perf.stand_in import OPS, as_on_gpu
 from triton_norm import tuning
 from triton_norm.ops.layout import Layout, as_readable, kind_of, layout_of
+from triton_norm.testing.interleave import interleaved
+from triton_norm.testing.interpreter import (
+    AccessKind,
+    Array,
+    Observer,
+    Program,
+    correct_rounding,
+    fast_launches,
+    observe,
+)
 
 Record = dict[str, Any]
 GROUPS = ("bulk", "bits", "parameters", "statistics", "partials")
@@ -280,7 +288,7 @@ def counted(point: Point, multiprocessors: int, plan: tuning.Plan | None = None)
     assert forward is not None
     counter = Counter()
     resident = RESIDENT * multiprocessors
-    with as_on_gpu(multiprocessors), _as_the_interpreter_likes(), fast_launches(), exact_arithmetic():
+    with as_on_gpu(multiprocessors), _as_the_interpreter_likes(), fast_launches(), correct_rounding():
         inputs.reset()
         whole = candidate("triton_norm", point, forward, inputs)
         with interleaved(resident), _planned(ONE_SPLIT) if plan else nullcontext():

@@ -73,7 +73,7 @@ def taking_turns() -> AbstractContextManager[None]:
     """Where programs wait for each other."""
     if not launch.INTERPRETED:
         return contextlib.nullcontext()
-    from perf.interleave import interleaved
+    from triton_norm.testing.interleave import interleaved
 
     return interleaved()
 

@@ -17,7 +17,7 @@ if not HAS_GPU:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 if TYPE_CHECKING:
-    from guards import Guard
+    from triton_norm.testing.guards import Guard
 
 if INTERPRETED:
     # The interpreter works in one thread; under pytest-xdist torch's pools would only contend for the cores.
@@ -78,7 +78,7 @@ def guard(request: pytest.FixtureRequest) -> "Iterator[Guard | None]":
     if not INTERPRETED or request.node.get_closest_marker("unguarded"):
         yield None
         return
-    from guards import guarded
+    from triton_norm.testing.guards import guarded
 
     with guarded() as guard:
         yield guard

@@ -395,7 +395,7 @@ def enter(
     dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=size)
     guarded: Any = contextlib.nullcontext
     if kernels and launch.INTERPRETED:
-        from guards import guarded
+        from triton_norm.testing.guards import guarded
     try:
         for scenario in scenarios:
             torch.manual_seed(0)

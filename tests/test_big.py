@@ -87,7 +87,7 @@ def named(kernel: Any, count: int, arguments: Sequence[Any], constants: Any, con
 @pytest.fixture
 def run_only(monkeypatch):
     """Of every launch the programs run that a function of it says; returns what was launched."""
-    from perf.interpreter import BUILDER
+    from triton_norm.testing.interpreter import BUILDER
 
     launched: list[Named] = []
     set_grid_dim, set_grid_idx = BUILDER.set_grid_dim, BUILDER.set_grid_idx

@@ -28,7 +28,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.unguarded
 
 if launch.INTERPRETED:
-    from perf.interleave import interleaved
+    from triton_norm.testing.interleave import interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = 3 if launch.INTERPRETED else 20  # interpreted, each time in another order

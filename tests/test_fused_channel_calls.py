@@ -25,7 +25,7 @@ from oracle import assert_same_but_for_order
 from triton_norm.ops import launch
 
 if launch.INTERPRETED:
-    from perf import interpreter
+    from triton_norm.testing import interpreter
 
 HALF = torch.bfloat16
 

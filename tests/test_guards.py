@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from guards import Extent, RaceError, guarded
-from perf import interpreter
+from triton_norm.testing import interpreter
+from triton_norm.testing.guards import Extent, RaceError, guarded
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="the kernels run on a GPU")
 

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from guards import RaceError
-from perf import interpreter
-from perf.interleave import PATIENCE, DeadlockError, interleaved
+from triton_norm.testing import interpreter
+from triton_norm.testing.guards import RaceError
+from triton_norm.testing.interleave import PATIENCE, DeadlockError, interleaved
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="the kernels run on a GPU")
 
@@ -299,7 +299,7 @@ def test_composes_in_any_order(position):
     programs = Programs()
     contexts = [
         interpreter.fast_launches(),
-        interpreter.exact_arithmetic(),
+        interpreter.correct_rounding(),
         interpreter.int32_overflow_is_an_error(),
         interpreter.observe(programs, poison_masked_loads=True),
     ]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
 
-from perf import interpreter
+from triton_norm.testing import interpreter
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="the kernels run on a GPU")
 
@@ -215,7 +215,7 @@ def test_everything_is_restored():
     before = [dict(vars(owner)) for owner in owners]
     with (
         interpreter.fast_launches(),
-        interpreter.exact_arithmetic(),
+        interpreter.correct_rounding(),
         interpreter.int32_overflow_is_an_error(),
         interpreter.observe(Diary(), poison_masked_loads=True),
     ):

@@ -19,7 +19,7 @@ import triton_norm as tn
 from models import CASES, FULL, TINY, WITH_BATCH_NORM, Size, assert_same_bits, built, convert, expected, norms_of, step
 
 if TYPE_CHECKING:
-    from guards import Guard
+    from triton_norm.testing.guards import Guard
 
 HALVES = ("llama", "gemma", "t5")
 by_name = pytest.mark.parametrize("name", CASES)

@@ -22,10 +22,10 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the guards are the interpreter's")
 
 if launch.INTERPRETED:
-    from guards import Extent, RaceError
     from mutants import MUTANTS, mutated
-    from perf import interleave, interpreter
-    from perf.interleave import DeadlockError, interleaved
+    from triton_norm.testing import interleave, interpreter
+    from triton_norm.testing.guards import Extent, RaceError
+    from triton_norm.testing.interleave import DeadlockError, interleaved
 else:
     MUTANTS = []
 

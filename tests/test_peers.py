@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU starts its
 if launch.INTERPRETED:
     import triton.language as tl
 
-    from perf.interleave import DeadlockError, interleaved
     from triton_norm.kernels import rows as forward_kernels
+    from triton_norm.testing.interleave import DeadlockError, interleaved
 
     @triton.jit
     def place_by_program_id(sync_ptr, n_members):

@@ -22,6 +22,7 @@ FLOORS = (
     ("modules", "hugging_face"),
     ("converting",),
     ("__init__",),
+    ("testing",),
 )
 """From the ground up: data fall from modules to kernels."""
 

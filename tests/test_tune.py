@@ -33,7 +33,7 @@ from tuners import (
 triton = pytest.importorskip("triton")
 
 if launch.INTERPRETED:
-    from perf.interleave import interleaved
+    from triton_norm.testing.interleave import interleaved
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU this is for real")
 

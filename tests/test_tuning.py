@@ -17,7 +17,7 @@ from triton_norm.ops import launch
 triton = pytest.importorskip("triton")
 
 if launch.INTERPRETED:
-    from perf.interleave import interleaved
+    from triton_norm.testing.interleave import interleaved
 
 SMS = 132
 ELEMENTS = [1, 3, 8, 64, 1000, 4096, 32768, 65536, 2**20]

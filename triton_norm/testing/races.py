@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from perf.interpreter import AccessKind, Array, Program
+from triton_norm.testing.interpreter import AccessKind, Array, Program
 
 KINDS: tuple[AccessKind, ...] = ("load", "store", "atomic")
 LOAD, STORE, ATOMIC = range(3)
@@ -12,7 +12,7 @@ SPARSE = 1 << 20
 
 
 class Clocks:
-    """Which stretches of other programs each program has seen the end of, by way of atomics (vector clocks).
+    """Keeps the order that atomics put programs in: how much of each other program a program has seen (vector clocks).
 
     A program's run is cut into segments at its atomics. Releasing publishes, at the atomic's address, the end of the
     program's current epoch and all it has itself seen; acquiring takes over what was published there.
@@ -45,7 +45,7 @@ class Clocks:
             self._current[program] = self._new_segment(index, epoch, seen)
 
     def ordered(self, a: int, b: int) -> bool:
-        """Whether one of two segments of different programs ended before the other began."""
+        """Returns whether one of two segments of different programs ended before the other began."""
         return self._has_seen(a, b) or self._has_seen(b, a)
 
     def _has_seen(self, later: int, earlier: int) -> bool:
@@ -71,7 +71,7 @@ class Race:
 
 @dataclass
 class MemoryLog:
-    """All accesses of a launch to one stretch of memory."""
+    """Records all accesses of a launch to one stretch of memory."""
 
     clocks: Clocks
     _kinds: list[int] = field(default_factory=list)
@@ -109,7 +109,7 @@ class MemoryLog:
         return places if units == 1 else np.ravel(places[:, None] + np.arange(units))
 
     def _unordered(self, accesses: tuple[Array, Array, Array], unit: int) -> Race | None:
-        """Compare, at each place, every access with the 1st, 2nd, ... after it in the order of segments."""
+        """Compares, at each place, every access with the 1st, 2nd, ... after it in the order of segments."""
         place, segment, kind = accesses
         program = self._program_of[segment]
         a = np.arange(place.size)
@@ -128,7 +128,7 @@ class MemoryLog:
         return None
 
     def _not_ordered(self, a: Array, b: Array) -> Array:
-        """For each pair of segments."""
+        """Returns, for each pair of segments, whether nothing orders them."""
         n_segments = len(self.clocks.program_of)
         pairs, which = np.unique(a.astype(np.int64) * n_segments + b, return_inverse=True)
         ordered = [self.clocks.ordered(*divmod(pair, n_segments)) for pair in pairs.tolist()]
@@ -139,14 +139,14 @@ class MemoryLog:
 
 
 def _distinct(place: Array, segment: Array, kind: Array) -> tuple[Array, Array, Array]:
-    """Sorted by place, then by segment."""
+    """Returns each access once, sorted by place, then by segment."""
     first, n_actors = place.min(), (int(segment.max()) + 1) * len(KINDS)
     place, actor = np.divmod(np.unique((place - first) * n_actors + segment * len(KINDS) + kind), n_actors)
     return place + first, *np.divmod(actor, len(KINDS))
 
 
 def _written_and_shared(place: Array, program: Array, writes: Array) -> Array:
-    """Which accesses are to places that one program writes and another one touches."""
+    """Returns which accesses are to places that one program writes and another one touches."""
     first = place.min()
     extent = int(place.max() - first) + 1
     if extent > SPARSE + 4 * place.size:

@@ -1,8 +1,7 @@
 """Triton's interpreter, made to compute as a GPU does and to tell what memory a kernel touches.
 
-All that depends on the private parts of triton.runtime.interpreter is here, in arithmetic.py and in interleave.py;
-they are the same in Triton 3.6 and 3.7.
-The interpreter must be on, that is, TRITON_INTERPRET=1 must be set before Triton is imported.
+This package is all that depends on the private parts of triton.runtime.interpreter, which are the same in Triton 3.6
+and 3.7.
 """
 
 import dataclasses
@@ -22,7 +21,8 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from perf import arithmetic
+from triton_norm.testing import arithmetic
+from triton_norm.testing.process_wide import process_wide
 
 Array: TypeAlias = arithmetic.Array
 Program: TypeAlias = tuple[int, int, int]
@@ -38,22 +38,28 @@ EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 class Observer:
-    """What `observe` reports to. Every method does nothing here; override those of interest.
+    """Receives the reports of `observe`. Every method does nothing here; override those of interest.
 
-    A method that raises ends the launch with that very error, before the access that it was told of takes place.
+    A method that raises ends the launch with that very error, before the reported access takes place.
     """
 
     def launch_begins(self, kernel: str, tensors: dict[str, torch.Tensor]) -> None:
-        """`tensors`: the tensor arguments by name; the items of a tuple argument `a` are "a[0]", "a[1]", ..."""
+        """Reports a launch with its tensor arguments by name; those of a tuple argument `a` are "a[0]", "a[1]", ..."""
 
     def access(self, kind: AccessKind, addresses: Array, itemsize: int, program: Program) -> None:
-        """`addresses`: uint64 [lanes], the bytes' addresses of the lanes that are not masked off."""
+        """Reports an access before it takes place.
+
+        Args:
+            addresses: uint64 [lanes], the address of the first byte of each lane that is not masked off.
+            itemsize: bytes a lane.
+            program: the program's place in the grid.
+        """
 
     def synchronizes(self, addresses: Array, acquires: bool, releases: bool, program: Program) -> None:
-        """The memory semantics of an atomic, told right after its `access`."""
+        """Reports the memory semantics of an atomic, right after its `access`."""
 
     def launch_ends(self) -> None:
-        """Not called for a launch that raised."""
+        """Reports the end of a launch, unless that raised."""
 
 
 @contextmanager
@@ -71,13 +77,29 @@ def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
                 setattr(owner, name, value)
 
 
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Numbers as on a GPU.
+@process_wide
+def correct_rounding() -> Iterator[None]:
+    """Makes interpreted kernels round to bf16 as a GPU does.
 
-    bf16 rounds to nearest even where the stock interpreter truncates it or takes its bits for an integer; arguments
-    that are Python floats are fp32 scalars; minimum, maximum and clamp drop NaN unless told to propagate it; fma
-    rounds once; nothing warns.
+    Let r(a) be the bf16 nearest to the number a, of two that are as near the one whose last bit is 0; a NaN stays NaN.
+
+        operation                   here              Triton's own interpreter
+        fp32, fp16 → bf16           r(a)              truncated to 16 bits: off by up to an ulp, not half of one
+        fp64, integers → bf16       r(a), in one step garbage: the number is taken for an integer
+        a + b, a < b, ... in bf16   r(a + b), a < b   garbage: the 16 bits are taken for an integer
+        tl.sum of bf16              r of each sum     garbage, the same
+        tl.fma(a, b, c)             one rounding      two, in fp32 and fp16 as well
+        a constant in bf16          r(a)              AttributeError
+
+    As on a GPU, too, a Python float or bool that a kernel is called with is an fp32 or int1 scalar with a scalar's
+    methods; minimum, maximum and clamp drop NaN unless told to propagate it; nothing warns of overflow or NaN.
+
+    Holds in all threads until it is left, and may be nested. Entering and leaving wait for the kernels of this library
+    that other threads interpret; kernels of your own must not run meanwhile.
+
+    Raises:
+        RuntimeError: on entering, if the interpreter is off: TRITON_INTERPRET=1 must be set before triton_norm, or
+            anything else that imports triton, is imported.
     """
     with ExitStack() as stack:
         for owner, attributes in arithmetic.replacements():
@@ -85,11 +107,11 @@ def exact_arithmetic() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@process_wide
 def int32_overflow_is_an_error() -> Iterator[None]:
-    """A sum, difference or product that leaves its integer type raises AssertionError, and so does tl.device_assert.
+    """Raises AssertionError where an integer sum, difference or product leaves its type, or a tl.device_assert fails.
 
-    Stock, the check is made of a dozen operations of Triton's; here of NumPy's.
+    Triton's own check is made of a dozen of its operations, this one of NumPy's.
     """
     builder = interpreter.interpreter_builder
     with (
@@ -117,8 +139,10 @@ class _NothingToRestore:
 
 
 def _types_made_once() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Stock, what types and tensors say of their shape is made of many Python objects, anew for each operation, and
-    compared as such. Here a type knows its lengths as a tuple of Python's."""
+    """Yields owners and the attributes to replace in each, so that a type knows its lengths as a tuple of Python's.
+
+    Triton's own types and tensors describe their shape in many Python objects, made and compared at each operation.
+    """
     make_type, make_tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
     broadcast = TritonSemantic.broadcast_impl_value
     types: dict[Any, dict[str, Any]] = {}
@@ -157,10 +181,13 @@ def _types_made_once() -> Iterator[tuple[Any, dict[str, Any]]]:
     yield TritonSemantic, {"broadcast_impl_value": broadcast_impl_value}
 
 
-@contextmanager
+@process_wide
 def fast_launches() -> Iterator[None]:
-    """Stock, all of triton.language is patched anew at each call of a @triton.jit function; here once. And integers'
-    overflow is looked for only where it `is_an_error`, not to say nothing of it."""
+    """Makes interpreted kernels faster, with the same results.
+
+    Triton's own interpreter patches all of triton.language anew at each call of a @triton.jit function; here it is
+    patched once. Integer overflow is looked for only within `int32_overflow_is_an_error`.
+    """
     original, original_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
     scalar_np_dtype = functools.cache(interpreter._get_np_dtype)
     scopes: list[Any] = []
@@ -277,18 +304,18 @@ def _tensors(name: str, argument: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Stock, an error is wrapped in an InterpreterError once for every @triton.jit function that it leaves."""
+    """Unwraps an error, which Triton wraps in an InterpreterError for every @triton.jit function that it leaves."""
     while isinstance(error, InterpreterError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-@contextmanager
+@process_wide
 def observe(observer: Observer, *, poison_masked_loads: bool = False) -> Iterator[None]:
-    """Report every launch and every access to memory to `observer`.
+    """Reports every launch and every access to memory to `observer`.
 
     An error inside a kernel comes out as itself, not as an InterpreterError. With `poison_masked_loads`, the lanes that
-    a load without `other=` masks off read NaN (integers: their largest value), where the stock interpreter reads 0.
+    a load without `other=` masks off read NaN (integers: their largest value), where Triton's own interpreter reads 0.
     """
     executor = interpreter.GridExecutor
     original = executor.__call__

@@ -1,6 +1,7 @@
 """Programs that wait for each other, under Triton's interpreter.
 
-Stock, one program runs after the other, and the first that waits for a later one waits forever. Here they take turns.
+Triton's own interpreter runs one program after the other, and the first that waits for a later one waits forever. Here
+they take turns.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from queue import SimpleQueue
 from typing import Any, NoReturn
@@ -20,14 +21,15 @@ import numpy as np
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from perf.interpreter import BUILDER, Array
+from triton_norm.testing.interpreter import BUILDER, Array
+from triton_norm.testing.process_wide import process_wide
 
 # Rounds over the live programs without a change, until a delayed one gets its turn; twice as many are a deadlock.
 PATIENCE = 16
 
 
 class DeadlockError(AssertionError):
-    """Every program that the GPU holds waits: for each other, or for one that starts when one of them has ended."""
+    """Tells that all resident programs wait: for each other, or for one that starts when one of them has ended."""
 
 
 class _Unwound(BaseException):
@@ -49,7 +51,7 @@ class _Program(threading.Thread):
         self._pauses: SimpleQueue[None] = SimpleQueue()
 
     def step(self) -> None:
-        """Until the program pauses or ends."""
+        """Runs the program until it pauses or ends."""
         if self.ident is None:
             self.start()
         else:
@@ -59,7 +61,7 @@ class _Program(threading.Thread):
             self.join()
 
     def pause(self) -> None:
-        """Called by the program, in its thread."""
+        """Gives up the turn; called by the program, in its thread."""
         self._pauses.put(None)
         if not self._turns.get():
             raise _Unwound
@@ -113,7 +115,7 @@ class _Launch:
             raise self._failure
 
     def pause(self, progress: bool) -> None:
-        """Called by the running program after each atomic; `progress`: whether that changed memory."""
+        """Hands the turn on; called by the running program after each atomic, with whether that changed memory."""
         program = self._running
         assert program is not None
         self._idle = 0 if progress else self._idle + 1
@@ -145,7 +147,7 @@ class _Launch:
         return self._live[-1]
 
     def _step(self, program: _Program) -> bool:
-        """Whether it has ended."""
+        """Gives the program a turn; returns whether it has ended."""
         if self._here is None and program.ident is None:
             self._here = program
             program.body()
@@ -157,7 +159,7 @@ class _Launch:
         return program.ended
 
     def _fail(self, error: BaseException) -> NoReturn:
-        """Past the frames of the program that this thread holds, which would wrap an Exception."""
+        """Leaves the frames of the program that this thread holds, which would wrap an Exception."""
         self._failure = error
         raise _Unwound
 
@@ -183,7 +185,7 @@ class _AllPrograms:
 
 
 def _changed(pointers: Any, mask: Array | bool, found: Any) -> bool:
-    """Whether memory is other than what an atomic found in it."""
+    """Returns whether memory differs from what an atomic found in it."""
     taken = np.broadcast_to(np.asarray(mask, dtype=bool), pointers.data.shape)
     addresses, before = pointers.data[taken], found.data[taken]
     now = interpreter._interpreter.load(addresses, np.ones_like(addresses, dtype=bool), before, before.dtype)
@@ -207,20 +209,25 @@ def _switching_atomics(launches: Sequence[_Launch]) -> Sequence[Callable[..., An
     return create_atomic_rmw, create_atomic_cas
 
 
-@contextmanager
+@process_wide
 def interleaved(
     resident: int | None = None,
     order: Callable[[int], Sequence[int]] | None = None,
     delayed: int | None = None,
 ) -> Iterator[None]:
-    """The programs of each launch take turns, from one atomic to the next, so that they can wait for each other.
+    """Lets the programs of each launch take turns, from one atomic to the next, so that they can wait for each other.
 
-    `resident`: so many at most have started and not ended, as a GPU holds only so many; None: all of them.
-    `order`: from the number of programs to the order in which they start. They are numbered from 0 as the interpreter
-    goes through the grid, along its last axis first.
-    `delayed`: a program that gets its turn only when all others wait.
-    DeadlockError: no program gets any further. Waiting is told by atomics that leave memory as it was.
     Of nested contexts the innermost holds.
+
+    Args:
+        resident: the most programs that have started and not ended, as a GPU holds only so many; None: all of them.
+        order: returns, for a number of programs, the order in which they start. They are numbered from 0 as the
+            interpreter goes through the grid, along its last axis first.
+        delayed: the number of a program that gets its turn only when all others wait.
+
+    Raises:
+        DeadlockError: from a launch in which no program gets any further. A program waits if its atomics leave memory
+            as it was.
     """
     if resident is not None and resident < 1:
         raise ValueError(f"resident must be at least 1, got {resident}")

@@ -1,4 +1,4 @@
-"""Kernels run under the interpreter with every access to memory checked."""
+"""Kernels interpreted with every access to memory checked."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from perf import interpreter
-from perf.interpreter import AccessKind, Array, Program
-from races import Clocks, MemoryLog, Race
+from triton_norm.testing import interpreter
+from triton_norm.testing.interpreter import AccessKind, Array, Program
+from triton_norm.testing.process_wide import process_wide
+from triton_norm.testing.races import Clocks, MemoryLog, Race
 
 
 class RaceError(AssertionError):
-    """Two programs of one launch touch the same memory, at least one of them writes it, and no atomics order them."""
+    """Tells that two programs of a launch touch the same memory, one of them writes it, and no atomics order them."""
 
 
 class Extent:
-    """The memory of a tensor's elements: runs of adjacent bytes, repeated along the axes that leave gaps."""
+    """Describes the memory of a tensor's elements: runs of adjacent bytes, repeated along the axes that leave gaps."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.itemsize = tensor.element_size()
@@ -55,18 +56,18 @@ class Extent:
         return bool(self.contains(np.array([address], dtype=np.uint64), 1).all())
 
     def contains_all(self, addresses: Array, itemsize: int, low: int, high: int) -> bool:
-        """`low`, `high`: the least and the greatest of the addresses."""
+        """Returns whether all addresses, of which `low` is the least and `high` the greatest, are elements'."""
         if low < self.start or high + itemsize > self.end:
             return False
         return not self._axes or bool(self.contains(addresses, itemsize).all())
 
     def distance(self, address: int, itemsize: int) -> int:
-        """Bytes past the end (> 0), before the start (< 0), or 0 for a gap between the elements."""
+        """Returns bytes past the end (> 0), before the start (< 0), or 0 for a gap between the elements."""
         return max(address + itemsize - self.end, 0) or min(address - self.start, 0)
 
 
 class Argument:
-    """A tensor that a launch was given, and the bytes of it that were moved, counted once per lane and access."""
+    """Counts the bytes of a launch's tensor argument that were moved, once per lane and access."""
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -89,13 +90,13 @@ Part: TypeAlias = tuple[Argument, Array]
 
 @dataclass
 class Launch:
-    """Memory that two arguments share is counted for the first of them."""
+    """Names a launch's kernel and arguments. Memory that two arguments share is counted for the first of them."""
 
     kernel: str
     arguments: dict[str, Argument]
 
     def bytes(self, kind: AccessKind, tensor: torch.Tensor | str | None = None) -> int:
-        """Bytes of one kind of access, to one argument (its name, or a tensor that shares its memory) or to all."""
+        """Returns the bytes of a kind of access to an argument (by name, or by a tensor in its memory) or to all."""
         if isinstance(tensor, str):
             return self.arguments[tensor].bytes[kind]
         arguments = self.arguments.values()
@@ -194,9 +195,9 @@ class Guard(interpreter.Observer):
         )
 
 
-@contextmanager
+@process_wide
 def _poisoned_allocations() -> Iterator[None]:
-    """torch.empty and its kin give NaN, for integers the largest value."""
+    """Fills the results of torch.empty and its kin with NaN, or an integer type's largest value."""
     settings: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -210,17 +211,25 @@ def _poisoned_allocations() -> Iterator[None]:
 
 @contextmanager
 def guarded() -> Iterator[Guard]:
-    """Interpreted kernels compute as on a GPU, and what a GPU would forgive or corrupt in silence is an error.
+    """Interprets kernels within `correct_rounding`, and makes errors of what a GPU would forgive or corrupt in silence.
 
-    IndexError: an access outside the elements of the tensors that the launch was given. RaceError: see there.
-    AssertionError: 32-bit integer overflow. NaN: what was read from masked-off lanes without `other=`, and what was
-    allocated but not written.
+    Memory that was allocated and not written holds NaN, or an integer type's largest value, and so do the lanes that a
+    load without `other=` masks off: a kernel that uses either has wrong results. For the former torch's deterministic
+    mode is on (`torch.use_deterministic_algorithms`). Kernels' launches, and the bytes that each moved, are recorded
+    in the Guard that the context gives. It holds in all threads, as `correct_rounding` does, which says when it raises
+    RuntimeError.
+
+    Raises, from a launch:
+        IndexError: a load, store or atomic outside the elements of the launch's tensors, before it takes place.
+        RaceError: two programs touch the same memory, one of them writes it, and no atomics order them.
+        AssertionError: the result of an operation on integers of at most 32 bits leaves their type, or a
+            tl.device_assert fails.
     """
     guard = Guard()
     with (
         _poisoned_allocations(),
         interpreter.fast_launches(),
-        interpreter.exact_arithmetic(),
+        interpreter.correct_rounding(),
         interpreter.int32_overflow_is_an_error(),
         interpreter.observe(guard, poison_masked_loads=True),
     ):

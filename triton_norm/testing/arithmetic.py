@@ -1,4 +1,4 @@
-"""The interpreter's arithmetic, replaced by a GPU's. `perf.interpreter.exact_arithmetic` puts it in force."""
+"""A GPU's arithmetic for the interpreter. `triton_norm.testing.correct_rounding` puts it in force."""
 
 import warnings
 from collections.abc import Callable
@@ -18,12 +18,12 @@ TensorHandle = interpreter.TensorHandle
 
 
 def _widened(data: Array) -> Array:
-    """bf16, which the interpreter holds as uint16, as the fp32 of the same value."""
+    """Returns bf16, which the interpreter holds as uint16, as the fp32 of the same value."""
     return (data.astype(np.uint32) << 16).view(np.float32)
 
 
 def _fp32_rounded_to_odd(data: Array) -> Array:
-    """fp64 cut to fp32 with a sticky last bit, so that rounding once more, to fewer bits, rounds the original value."""
+    """Cuts fp64 to fp32 with a sticky last bit, so that rounding it to fewer bits rounds the original value."""
     nearest = data.astype(np.float32)
     back = nearest.astype(np.float64)
     bits: Array = nearest.view(np.uint32) - (np.abs(back) > np.abs(data))
@@ -36,7 +36,7 @@ def _as_fp32(data: Array) -> Array:
 
 
 def to_bf16(data: Array) -> Array:
-    """Any numbers rounded to the nearest bf16, ties to even, as uint16."""
+    """Rounds numbers of any type to the nearest bf16, ties to even, returned as uint16."""
     wide = _as_fp32(data)
     bits = wide.view(np.uint32)
     nearest = (bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16
@@ -86,7 +86,7 @@ def _binary(original: Function) -> Function:
 
 
 def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-    """One rounding, but for fp64: the product of two narrower numbers is exact in fp64."""
+    """Rounds once, but for fp64: the product of two narrower numbers is exact in fp64."""
     result = _number(x).astype(np.float64) * _number(y) + _number(z)
     return TensorHandle(to_bf16(result) if _is_bf16(z) else result.astype(z.data.dtype), z.dtype.scalar)
 
@@ -109,7 +109,7 @@ def _clamp(original: Function) -> Function:
 
 
 def _sum(original: Function) -> Function:
-    """tl.sum does not widen bf16: every partial sum is rounded."""
+    """Rounds every partial sum of bf16, which tl.sum does not widen."""
 
     def reduce(self: Any, operand: Any) -> Any:
         return self.generic_reduce((operand,))[0] if _is_bf16(operand.handle) else original(self, operand)
@@ -118,7 +118,7 @@ def _sum(original: Function) -> Function:
 
 
 def _scalar_argument(original: Function) -> Function:
-    """Stock, a float stays a Python float, and what is computed from two of them is rounded as fp64."""
+    """Makes an fp32 scalar of a float, which Triton leaves a Python float: sums of two would be rounded as fp64."""
 
     def implicit_cvt(argument: Any) -> Any:
         if isinstance(argument, bool):
@@ -131,7 +131,7 @@ def _scalar_argument(original: Function) -> Function:
 
 
 def _without_warnings(original: Function) -> Function:
-    """A GPU says nothing when a number overflows or a NaN appears."""
+    """Silences NumPy's warnings: a GPU says nothing when a number overflows or a NaN appears."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         with np.errstate(all="ignore"), warnings.catch_warnings():
@@ -154,7 +154,7 @@ def _bf16_constant(self: Any, value: float) -> Any:
 
 
 def replacements() -> list[tuple[Any, dict[str, Function]]]:
-    """Owners, and the attributes to replace in each."""
+    """Returns owners, and the attributes to replace in each."""
     executor, reduce = interpreter.GridExecutor, interpreter.ReduceOps
     builder: dict[str, Function] = {
         "cast_impl": _cast,

@@ -1,0 +1,78 @@
+"""Changes to Triton's interpreter, which are the whole process's, in force from entering a context to leaving it."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import ParamSpec
+
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from triton_norm import dispatch
+from triton_norm.ops import launch
+
+Parameters = ParamSpec("Parameters")
+
+
+class _Change:
+    """Puts a change in force and takes it back, any number of times."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+
+    def begin(self) -> None:
+        self._context = self._make()
+        self._context.__enter__()
+
+    def end(self) -> None:
+        self._context.__exit__(None, None, None)
+
+
+_in_force: list[_Change] = []
+"""The changes in the order in which they were made, each on top of those before it."""
+
+
+def _require_interpreter() -> None:
+    # Triton's own functions are interpreted if the variable was set when Triton was imported, and this library serves
+    # CPU tensors if it was set when the library was.
+    if not (dispatch.INTERPRETED and isinstance(tl.sum, InterpretedFunction)):
+        raise RuntimeError(
+            "Triton's interpreter is off: TRITON_INTERPRET=1 must be in the environment before anything imports "
+            "triton_norm or triton (torch.compile imports triton, and so do some of torch's modules)"
+        )
+
+
+def process_wide(
+    change: Callable[Parameters, Iterator[None]],
+) -> Callable[Parameters, AbstractContextManager[None]]:
+    """Makes a context manager of a generator function that changes Triton's interpreter and then changes it back.
+
+    Contexts may be left in another order than they were entered in, as threads do: the changes on top of the one that
+    is left are taken back and made anew. Entering and leaving wait until no thread interprets a kernel of this library.
+
+    Raises:
+        RuntimeError: on entering, if the interpreter is off.
+    """
+    scope = contextmanager(change)
+
+    @contextmanager
+    @functools.wraps(change)
+    def context(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Iterator[None]:
+        _require_interpreter()
+        own = _Change(lambda: scope(*args, **kwargs))
+        with launch._starting:
+            own.begin()
+            _in_force.append(own)
+        try:
+            yield
+        finally:
+            with launch._starting:
+                above = _in_force[_in_force.index(own) + 1 :]
+                for other in reversed(above):
+                    other.end()
+                own.end()
+                _in_force.remove(own)
+                for other in above:
+                    other.begin()
+
+    return context
