@@ -23,6 +23,7 @@ Interpreted kernels can't, repaired or not:
 - use `tl.inline_asm_elementwise`, `libdevice` or atomics on bf16, assign to several names (`a = b = 1`), have a
   docstring a line of which begins with "def ", or be tuned by `triton.autotune` over more than one config: an error;
 - be compiled in the same process, neither just in time nor ahead of time;
+- run in Triton 3.6 with NumPy 2.4 or later;
 - show a GPU's speed: an operation takes some 40 µs a program, and a `tl.reduce` with a function of your own 0.2 ms
   an element;
 - have a GPU's every bit: NumPy adds in another order, its division and square root are correctly rounded, its exp and

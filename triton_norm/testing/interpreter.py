@@ -1,7 +1,7 @@
 """Triton's interpreter, made to compute as a GPU does and to tell what memory a kernel touches.
 
 This package is all that depends on the private parts of triton.runtime.interpreter, which are the same in Triton 3.6
-and 3.7.
+to 3.9.
 """
 
 import dataclasses
