@@ -92,12 +92,15 @@ def operators(device: str) -> dict[str, tuple]:
     """Calls of every operator, by name."""
     x, weight = torch.randn(3, 4, 6, device=device), torch.randn(6, device=device)
     row_statistics = torch.rand(2 * 12, device=device)
-    row_wanted = [True, True, True]
+    of_rows = (x.dtype, None, weight.dtype, x.dtype)
+    of_both = (torch.half, x.dtype, weight.dtype, None)
     statistics = torch.rand(3, 4, device=device)
     running = torch.rand(4, device=device), torch.rand(4, device=device)
     channel_weight = torch.randn(4, device=device)
-    moved = (statistics[0].clone(), statistics[1].clone(), torch.tensor(0, device=device))
-    wanted = [True, True, False]
+    moved = [statistics[0].clone(), statistics[1].clone(), torch.tensor(0, device=device)]
+    wanted = (x.dtype, None, x.dtype, None)
+    of_residual = (x.dtype, torch.half, x.dtype, None)
+    bits = torch.randint(256, (18,), dtype=torch.uint8, device=device)
     ops = torch.ops.triton_norm
     last = x.mT.contiguous().mT
     return {
@@ -115,69 +118,43 @@ def operators(device: str) -> dict[str, tuple]:
         ),
         "rows_backward": (
             ops.rows_backward,
-            (
-                x,
-                None,
-                x + 1,
-                weight,
-                None,
-                row_statistics,
-                x.dtype,
-                None,
-                row_wanted,
-                6,
-                1e-5,
-                0.0,
-                True,
-                None,
-                None,
-                None,
-            ),
+            (x, None, x + 1, weight, row_statistics, *of_rows, 6, 1e-5, 0.0, True, None, None, None),
         ),
         "rows_backward, residual": (
             ops.rows_backward,
-            (
-                x,
-                x,
-                x + 1,
-                weight,
-                None,
-                row_statistics,
-                torch.half,
-                x.dtype,
-                row_wanted,
-                6,
-                1e-5,
-                1.0,
-                False,
-                None,
-                None,
-                torch.half,
-            ),
+            (x, x, x + 1, weight, row_statistics, *of_both, 6, 1e-5, 1.0, False, None, None, torch.half),
         ),
         "batch_norm_forward": (
             ops.batch_norm_forward,
-            (x, None, channel_weight, None, *moved, True, 0.1, 1e-5, None, 0.0),
+            (x, None, channel_weight, None, moved[:2], moved[2:], None, 0.1, 1e-5, None, 0.0),
+        ),
+        "batch_norm_forward, nothing moved": (
+            ops.batch_norm_forward,
+            (x, None, channel_weight, None, [], [], None, 0.1, 1e-5, "silu", 0.0),
         ),
         "batch_norm_forward, channels last": (
             ops.batch_norm_forward,
-            (last, x.half(), None, None, *moved, True, None, 1e-5, "relu", 0.0),
+            (last, x.half(), None, None, moved[:2], moved[2:], "last", None, 1e-5, "relu", 0.0),
         ),
         "batch_norm_inference": (
             ops.batch_norm_inference,
-            (last, None, channel_weight, None, *running, False, 1e-5, "silu", 0.0),
+            (last, None, channel_weight, None, *running, None, 1e-5, "silu", 0.0),
         ),
         "batch_norm_inference, residual": (
             ops.batch_norm_inference,
-            (x, x + 1, channel_weight, None, *running, True, 1e-5, "leaky_relu", 0.1),
+            (x, x + 1, channel_weight, None, *running, "flat", 1e-5, "leaky_relu", 0.1),
         ),
         "batch_norm_backward": (
             ops.batch_norm_backward,
-            (x, last, None, None, channel_weight, None, statistics, None, None, None, wanted, 1e-5, None, 0.0),
+            (x, last, None, None, channel_weight, None, statistics, None, None, *wanted, None, 1e-5, None, 0.0),
         ),
         "batch_norm_backward, residual": (
             ops.batch_norm_backward,
-            (x, last, last, None, channel_weight, None, None, *running, torch.half, wanted, 1e-5, "silu", 0.0),
+            (x, last, last, None, channel_weight, None, None, *running, *of_residual, None, 1e-5, "silu", 0.0),
+        ),
+        "batch_norm_backward, bits": (
+            ops.batch_norm_backward,
+            (x, x, None, bits, channel_weight, None, statistics, None, None, *of_residual, "last", 1e-5, "relu", 0.0),
         ),
     }
 

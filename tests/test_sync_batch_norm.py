@@ -84,7 +84,7 @@ def test_merges_the_shares_of_many(kernels, kept, momentum, empty, n_channels, d
     exact.running_mean, exact.running_var, exact.num_batches_tracked = mean.double(), var.double(), counter.clone()
     moved = [tensor.to(device, copy=True) for tensor in (mean, var, counter)]
     pieces = synchronized.PIECES if kernels else shares.PIECES
-    merged = pieces.merge(gathered, *moved, momentum, 1e-5).cpu()
+    merged = pieces.merge(gathered, moved[:2], moved[2:], momentum, 1e-5).cpu()
     assert merged[-1] == sum(lengths)
     assert moved[2] == 4
     if sum(lengths) == 0:
@@ -109,7 +109,7 @@ def test_equal_means_merge_to_themselves(kernels, device):
     one = torch.tensor([1e4 / 3, 0.0, 2.0, 3.0])
     gathered = torch.stack((torch.zeros(4), one, one, one)).to(device)
     pieces = synchronized.PIECES if kernels else shares.PIECES
-    merged = pieces.merge(gathered, None, None, None, 0.1, 1e-5).cpu()
+    merged = pieces.merge(gathered, [], [], 0.1, 1e-5).cpu()
     assert merged[:2].tolist() == one[:2].tolist()
     assert merged[3] == 9
 
@@ -120,20 +120,22 @@ def operators(device: str) -> dict[str, tuple]:
     weight = torch.randn(4, device=device)
     merged = torch.rand(13, device=device)
     last = x.mT.contiguous().mT
-    bits = synchronized.PIECES.apply(x, residual, weight, None, merged, True, "relu", 0.0)[1]
+    bits = synchronized.PIECES.apply(x, residual, weight, None, merged, "flat", "relu", 0.0)[1]
     return {
         "moments": (last,),
-        "merge": (torch.rand(2, 13), torch.rand(4), torch.rand(4), torch.tensor(0), None, 1e-5),
-        "apply": (x, residual, weight, None, merged, True, "relu", 0.0),
-        "sums": (dy, x, None, bits, weight, None, merged, [True, True, False], "relu", 0.0),
-        "gradient": (dy, last, None, None, weight, weight, merged, torch.rand(8), torch.half, "silu", 0.0),
+        "merge": (torch.rand(2, 13), [torch.rand(4), torch.rand(4)], [torch.tensor(0)], None, 1e-5),
+        "merge, nothing moved": (torch.rand(2, 13), [], [], 0.1, 1e-5),
+        "apply": (x, residual, weight, None, merged, "flat", "relu", 0.0),
+        "sums": (dy, x, None, bits, weight, None, merged, weight.dtype, None, "flat", "relu", 0.0),
+        "gradient": (dy, last, None, None, weight, weight, merged, torch.rand(8), torch.half, None, "silu", 0.0),
     }
 
 
-@pytest.mark.parametrize("name", ["moments", "merge", "apply", "sums", "gradient"])
+@pytest.mark.parametrize("name", operators("cpu"))
 def test_opcheck(name, device):
-    arguments = [value.to(device) if isinstance(value, Tensor) else value for value in operators(device)[name]]
-    torch.library.opcheck(getattr(torch.ops.triton_norm, f"sync_batch_norm_{name}").default, arguments)
+    arguments = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), operators(device)[name])
+    operator = getattr(torch.ops.triton_norm, f"sync_batch_norm_{name.partition(',')[0]}")
+    torch.library.opcheck(operator.default, arguments)
 
 
 class Mixed(nn.Module):
@@ -209,10 +211,10 @@ def test_errors_are_torchs(shape, message):
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
 def test_relu_stops_whatever_gradient_comes_to_it(poison, pieces, device):
     x, dy = torch.tensor([[-3.0], [1.0], [2.0]], device=device), torch.tensor([[poison], [1.0], [0.5]], device=device)
-    merged = pieces.merge(pieces.moments(x)[None], None, None, None, 0.1, 1e-5)
+    merged = pieces.merge(pieces.moments(x)[None], [], [], 0.1, 1e-5)
     given = dy, x, None, None, None, None, merged
-    _, _, sums = pieces.sums(*given, (True, False, False), "relu", 0.0)
-    dx, _ = pieces.gradient(*given, sums, None, "relu", 0.0)
+    _, _, sums = pieces.sums(*given, None, None, None, "relu", 0.0)
+    dx, _ = pieces.gradient(*given, sums, None, None, "relu", 0.0)
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(F.batch_norm(leaf, None, None, training=True).relu(), leaf, dy.double())
     assert exact.isfinite().all()

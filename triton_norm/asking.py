@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from triton_norm import checks, dispatch, reference, tuning
+from triton_norm import checks, dispatch, plain, reference, tuning
 from triton_norm.dispatch import unserved
 from triton_norm.ops import channel_plans, rows
 
@@ -27,7 +27,8 @@ for _remembered in (_rows, _batch_norms):
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.is_neg(), tensor.shape
+    own_memory = plain.has_memory(tensor)
+    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.is_neg(), own_memory, tensor.shape
 
 
 def check_rows(
@@ -71,6 +72,7 @@ def of_rows(function: str, x: Tensor, arguments: Arguments) -> AskedOfRows:
             x.device,
             x.layout,
             x.is_neg(),
+            plain.has_memory(x),
             x.shape,
             None if weight is None else _kind(weight),
             None if bias is None else _kind(bias),

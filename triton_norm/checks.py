@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("relu", "silu", "leaky_relu")
+from triton_norm import activations
+from triton_norm.plain import FLOATING
+
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _is_tensor(function: str, name: str, value: object, optional: bool = True) -> None:
@@ -130,7 +131,7 @@ def rows(
         _is_number(function, "eps", eps)
     if x.dim() == 0 and function == "rms_norm":
         raise ValueError("rms_norm(): expected input of at least one dimension, but got input of size []")
-    ragged = x.is_nested and x.layout == torch.strided and function == "layer_norm"  # torch's own checks its lengths
+    ragged = x.is_nested and (x.layout == torch.jagged or function == "layer_norm")  # torch's own checks its lengths
     if not ragged:
         _is_dense(function, "input", x, jagged=True)
     if not ragged and x.shape[-len(shape) :] != shape:
@@ -247,9 +248,8 @@ def activated(x: Tensor, residual: Tensor | None, activation: str | None, negati
         _is_dense("batch_norm", "input", x)
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"batch_norm(): argument 'activation' must be str or None, not {type(activation).__name__}")
-    if activation is not None and activation not in ACTIVATIONS:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"batch_norm(): activation must be one of {known} or None, but got {activation!r}")
+    if activation is not None:
+        activations.named(activation)
     _is_number("batch_norm", "negative_slope", negative_slope)
 
 
@@ -270,10 +270,11 @@ def _check_counter(x: Tensor, momentum: float | None, num_batches_tracked: Tenso
             )
         return
     _is_dense("batch_norm", "num_batches_tracked", num_batches_tracked)
-    if num_batches_tracked.numel() != 1 or num_batches_tracked.dtype not in (torch.int64, torch.int32):
+    dtype = num_batches_tracked.dtype
+    if num_batches_tracked.numel() != 1 or dtype == torch.bool or dtype.is_complex:
         raise RuntimeError(
-            "batch_norm(): num_batches_tracked must be one integer, but got a tensor of shape "
-            f"{list(num_batches_tracked.shape)} and {num_batches_tracked.dtype}"
+            "batch_norm(): num_batches_tracked must be one real number, but got a tensor of shape "
+            f"{list(num_batches_tracked.shape)} and {dtype}"
         )
     if num_batches_tracked.is_meta and not x.is_meta:
         raise RuntimeError(f"batch_norm(): input is on {x.device}, but num_batches_tracked is on meta: it has no value")

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn import Buffer, Parameter
 
-from triton_norm.checks import FLOATING
+from triton_norm import overrides, plain
 from triton_norm.ops import launch, layout
 from triton_norm.tuning import MOST_COLUMNS
 
@@ -21,8 +19,6 @@ INTERPRETED = launch.INTERPRETED
 BACKENDS = ("auto", "triton", "torch")
 VARIABLE = "TRITON_NORM_BACKEND"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-_PLAIN = {Tensor, Parameter, Buffer, FakeTensor}
 
 
 def _known(name: str, source: str) -> str:
@@ -91,14 +87,18 @@ def unserved(x: Tensor, *others: Tensor | None, columns: int | None = None) -> s
     for tensor in (x, *others):
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in plain.TYPES:
             return f"{type(tensor).__name__} is a subclass of Tensor"
         if tensor.layout != torch.strided or tensor.is_nested:
             return "a tensor is not strided"
-        if tensor.dtype not in FLOATING:
+        if tensor.dtype not in plain.FLOATING:
             return f"of dtype {tensor.dtype}"
-        if not torch.compiler.is_compiling() and tensor.is_neg():  # torch.compile can't trace the question
+        if torch.compiler.is_compiling():  # and can't trace what follows
+            continue
+        if tensor.is_neg():
             return "a tensor holds its elements negated, as the imaginary part of a conjugate does"
+        if not plain.has_memory(tensor):
+            return "a tensor has no memory of its own, as one that was kept from a transform of torch.func"
     if columns is not None and columns > MOST_COLUMNS:
         return f"a row has more than {MOST_COLUMNS} columns"
     if x.numel() == 0:
@@ -112,6 +112,8 @@ def unserved_now() -> str | None:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    if torch._C._len_torch_function_stack():
+        return overrides.active_mode()
     return None
 
 
@@ -142,5 +144,10 @@ def explanation(
     if reason is None:
         how = "interpreted on the CPU" if INTERPRETED and x.is_cpu else f"on {x.device}"
         return Explanation(function, "triton", f"the kernels serve it, {how}", copies)
-    refused = "; backend 'triton' makes this an error" if chosen == "triton" else ""
+    return explained_by(function, reason)
+
+
+def explained_by(function: str, reason: str) -> Explanation:
+    """Returns the explanation of a call that goes to torch for this reason."""
+    refused = "; backend 'triton' makes this an error" if asked_for() == "triton" else ""
     return Explanation(function, "torch", reason + refused)

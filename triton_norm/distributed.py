@@ -4,18 +4,20 @@ The collectives are torch's functional ones: they are the same in eager and in c
 the host.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from triton_norm import checks, reference, shares
+from triton_norm import checks, shares
 from triton_norm.dispatch import use_triton
 from triton_norm.ops import synchronized
-from triton_norm.ops.channel_plans import Options
-from triton_norm.ops.layout import side_of_zero
+from triton_norm.ops.channel_plans import Options, saves_bits
+from triton_norm.ops.channels import composed_gradients, counts
+from triton_norm.ops.layout import kind_of
+from triton_norm.ops.library import shaped
+from triton_norm.ops.saved import needs_torch, restored, savable, save
 from triton_norm.shares import Pieces
 
 
@@ -78,9 +80,20 @@ def _pieces(x: Tensor, by_kernels: bool) -> Pieces:
     return synchronized.PIECES if by_kernels and x.numel() else shares.PIECES
 
 
+class Saved(NamedTuple):
+    """The tensors that the backward takes; of bits, residual and bias `ops.channels.Saved` says when."""
+
+    x: Tensor
+    residual: Tensor | None
+    bits: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    merged: Tensor
+
+
 class SyncBatchNormFunction(torch.autograd.Function):
-    """From the batch's statistics on, whose dependence on x the backward knows of. First order through the kernels; a
-    backward that is itself differentiated goes through `shares.batch_norm`."""
+    """From the batch's statistics on, whose dependence on x the backward knows of. First order through the kernels;
+    `needs_torch` says which backwards go through `shares.batch_norm` instead."""
 
     @staticmethod
     def forward(
@@ -94,58 +107,56 @@ class SyncBatchNormFunction(torch.autograd.Function):
         group: Group,
         by_kernels: bool,
     ) -> Tensor:
-        apply = _pieces(x, by_kernels).apply
-        y, bits = apply(x, residual, weight, bias, merged, True, options.activation, options.slope)
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        pieces = _pieces(x, by_kernels)
+        lays_bits = pieces is synchronized.PIECES and saves_bits(residual, options)
+        bits_kind = kind_of(x) if lays_bits else None
+        y, bits = pieces.apply(x, residual, weight, bias, merged, bits_kind, options.activation, options.slope)
         recomputes = options.activation is not None and bits is None
-        ctx.save_for_backward(x, residual if recomputes else None, bits, weight, bias, merged)
-        ctx.asked = options, group, by_kernels
+        added, shifted = (residual, bias) if recomputes else (None, None)
+        save(ctx, Saved(x, added, bits, weight, shifted, merged))
+        ctx.dresidual = None if residual is None else residual.dtype
+        ctx.dbias = None if bias is None else (bias.dtype, bias.shape)
+        ctx.options, ctx.bits_kind, ctx.group, ctx.by_kernels = options, bits_kind, group, by_kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_wanted, residual_wanted, *parameters_wanted = ctx.needs_input_grad[:4]
+        saved = restored(ctx, Saved)
         unasked = (None,) * 4
-        if torch.is_grad_enabled():
-            return *_differentiable_gradients(ctx, dy, x_wanted, residual_wanted, parameters_wanted), *unasked
-        x, residual, bits, weight, bias, merged = ctx.saved_tensors
-        options, group, by_kernels = ctx.asked
-        pieces, activated = _pieces(x, by_kernels), (options.activation, options.slope)
-        given = dy, x, residual, bits, weight, bias, merged
-        dweight, dbias, sums = pieces.sums(*given, (x_wanted, *parameters_wanted), *activated)
-        sums = total(sums, group)  # all processes take part, whichever gradients each asks for
+        if needs_torch((dy,), saved):
+            return *_composed_gradients(ctx, dy, saved), *unasked
+        x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
+        options: Options = ctx.options
+        pieces = _pieces(saved.x, ctx.by_kernels)
+        asked = ctx.bits_kind, options.activation, options.slope
+        dweight_dtype = saved.weight.dtype if weight_wanted and saved.weight is not None else None
+        dbias_dtype = ctx.dbias[0] if bias_wanted else None
+        dweight, dbias, sums = pieces.sums(dy, *saved, dweight_dtype, dbias_dtype, *asked)
+        sums = total(sums, ctx.group)  # all processes take part, whichever gradients each asks for
         dx = dresidual = None
-        stored = ctx.residual_dtype if residual_wanted and options.activation is not None else None
+        stored = ctx.dresidual if residual_wanted and options.activation is not None else None
         if x_wanted or stored is not None:
-            dx, dresidual = pieces.gradient(*given, sums, stored, *activated)
+            dx, dresidual = pieces.gradient(dy, *saved, sums, stored, *asked)
         if residual_wanted and stored is None:
-            dresidual = dy.to(ctx.residual_dtype)
-        return dx, dresidual, dweight, dbias, *unasked
+            dresidual = dy.to(ctx.dresidual)
+        if dweight is not None and saved.weight is not None:
+            dweight = shaped(dweight, saved.weight.shape)
+        if dbias is not None:
+            dbias = shaped(dbias, ctx.dbias[1])
+        return dx if x_wanted else None, dresidual, dweight, dbias, *unasked
 
 
-def _differentiable_gradients(
-    ctx: Any, dy: Tensor, x_wanted: bool, residual_wanted: bool, parameters_wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    x, residual, bits, weight, bias, merged = ctx.saved_tensors
-    options, group, _ = ctx.asked
-    activation = options.activation
-    if bits is not None:
-        dy = torch.where(side_of_zero(bits, x), dy, dy * options.slope if activation == "leaky_relu" else 0.0)
-        activation = None
-
+def _composed_gradients(ctx: Any, dy: Tensor, saved: Saved) -> list[Tensor | None]:
     def over_all(sums: Tensor) -> Tensor:
-        return _Total.apply(sums, group)  # type: ignore[no-any-return, no-untyped-call]
+        return _Total.apply(sums, ctx.group)  # type: ignore[no-any-return, no-untyped-call]
 
-    def function(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        asked = options.eps, activation, options.slope
-        return shares.batch_norm(x, residual, weight, bias, merged, over_all, *asked)
+    def function(
+        x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None
+    ) -> Tensor:
+        asked = ctx.options.eps, activation, ctx.options.slope
+        return shares.batch_norm(x, residual, weight, bias, saved.merged, over_all, *asked)
 
-    apart = residual_wanted and residual is None
-    wanted = x_wanted, residual_wanted and not apart, *parameters_wanted
-    found = reference.gradients(function, (x, residual, weight, bias), dy, wanted)
-    if apart:
-        found[1] = dy.to(ctx.residual_dtype)
-    return found
+    return composed_gradients(ctx, dy, saved, function)
 
 
 def _merged(
@@ -161,10 +172,15 @@ def _merged(
     with torch.no_grad():
         gathered = gather(_pieces(x, by_kernels).moments(x), group)
         merge = synchronized.PIECES.merge if by_kernels else shares.PIECES.merge
-        counter = None if num_batches_tracked is None else num_batches_tracked.to(x.device)
-        merged = merge(gathered, running_mean, running_var, counter, options.momentum, options.eps)
-        if num_batches_tracked is not None and counter is not None and counter is not num_batches_tracked:
-            num_batches_tracked.copy_(counter)
+        running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+        if num_batches_tracked is None or counts(x, num_batches_tracked):
+            counter = [] if num_batches_tracked is None else [num_batches_tracked]
+            return merge(gathered, running, counter, options.momentum, options.eps)
+        momentum = options.momentum
+        if momentum is None:  # to read the counter waits for the GPU
+            momentum = 1.0 / float(num_batches_tracked + 1)
+        merged = merge(gathered, running, [], momentum, options.eps)
+        num_batches_tracked.add_(1)
     return merged
 
 
@@ -199,6 +215,7 @@ def sync_batch_norm(
     merged = _merged(input, *running, num_batches_tracked, options, group, by_kernels)
     tensors = input, residual, weight, bias
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return SyncBatchNormFunction.apply(*tensors, merged, options, group, by_kernels)  # type: ignore
+        saved = savable(input), None if residual is None else savable(residual), weight, bias
+        return SyncBatchNormFunction.apply(*saved, merged, options, group, by_kernels)  # type: ignore
     apply = _pieces(input, by_kernels).apply
-    return apply(*tensors, merged, False, options.activation, options.slope)[0]
+    return apply(*tensors, merged, None, options.activation, options.slope)[0]

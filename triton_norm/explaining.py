@@ -1,12 +1,14 @@
 """Where a call would go, and what would be copied for it, without making it."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from triton_norm import asking, functional
-from triton_norm.dispatch import Explanation, explanation
+from triton_norm import asking, functional, overrides
+from triton_norm.dispatch import Explanation, explained_by, explanation
 from triton_norm.ops import layout, row_launches
 
 _OF_ROWS = (
@@ -26,16 +28,33 @@ def _named(function: Any, arguments: tuple[Any, ...], named_arguments: dict[str,
     return given.arguments
 
 
+def _unsavable(inputs: dict[str, Tensor | None], parameters: Iterable[Tensor | None]) -> list[str]:
+    """Returns which of the inputs have to be copied for autograd to save them."""
+    tensors = [tensor for tensor in (*inputs.values(), *parameters) if tensor is not None]
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+        return []
+    return [
+        f"the {name}: it was made under torch.inference_mode, and autograd can't save it"
+        for name, tensor in inputs.items()
+        if tensor is not None and tensor.is_inference()
+    ]
+
+
 def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Explanation:
     """Of the arguments of layer_norm or rms_norm, which are checked as there."""
     named = _named(getattr(functional, function), arguments, named_arguments)
     x, weight, bias, residual = named["input"], named["weight"], named.setdefault("bias", None), named["residual"]
+    overriding = overrides.overriding_argument((x, weight, bias, residual))
+    if overriding is not None:
+        return explained_by(function, overriding)
     options, _ = asking.check_rows(function, x, *(named[name] for name in _OF_ROWS))
     copied = [
         f"the {name}: its rows are not contiguous, or not evenly spaced"
         for name, tensor in (("input", x), ("residual", residual))
         if tensor is not None and tensor.numel() and row_launches.copies(tensor, options.n_cols)
     ]
+    if residual is None:  # with one, it is the total that is saved
+        copied += _unsavable({"input": x}, (weight, bias))
     return explanation(function, tuple(copied), x, weight, bias, residual, columns=options.n_cols)
 
 
@@ -44,6 +63,9 @@ def explain_batch_norm(*arguments: Any, whole: bool = True, **named_arguments: A
     one value per channel."""
     named = _named(functional.batch_norm, arguments, named_arguments)
     x, residual = named["input"], named["residual"]
+    overriding = overrides.overriding_argument(tuple(named.values()))
+    if overriding is not None:
+        return explained_by("batch_norm", overriding)
     asking.check_batch_norm(*named.values(), whole=whole)
     kind = layout.kind_of(x) if x.numel() else ""
     copied = [
@@ -51,7 +73,9 @@ def explain_batch_norm(*arguments: Any, whole: bool = True, **named_arguments: A
         for name, tensor in (("input", x), ("residual", residual))
         if tensor is not None and tensor.numel() and layout.copies(tensor, kind)
     ]
-    tensors = (named[name] for name in ("running_mean", "running_var", "weight", "bias"))
+    tensors = [named[name] for name in ("running_mean", "running_var", "weight", "bias")]
+    saved = {"input": x} if named["activation"] is None else {"input": x, "residual": residual}
+    copied += _unsavable(saved, tensors)
     return explanation("batch_norm", tuple(copied), x, *tensors, residual)
 
 

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import has_torch_function_variadic
+from torch.utils.checkpoint import _StopRecomputationError
 
-from triton_norm import asking, reference
+from triton_norm import asking, overrides, reference
+from triton_norm.activations import activate
 from triton_norm.dispatch import goes_to_triton
 from triton_norm.ops import channels, rows
+from triton_norm.ops.channel_plans import Options
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -128,6 +132,17 @@ def layer_norm(
     bytes more. They may share those of more than 64 KiB, in the backward 32 KiB in float32. Twice as much is the first
     8, the 12 and the 32 in float64.
     """
+    if has_torch_function_variadic(input, weight, bias, residual):
+        instead = _taken(
+            *(layer_norm, F.layer_norm, (input, weight, bias, residual)),
+            residual=residual,
+            residual_dtype=residual_dtype,
+            weight_offset=weight_offset,
+            x_hat_dtype=x_hat_dtype,
+            out_dtype=out_dtype,
+        )
+        if instead is not None:
+            return instead(input, normalized_shape, weight=weight, bias=bias, eps=eps)
     fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     return normalize("layer_norm", input, (normalized_shape, weight, bias, eps, *fused))
 
@@ -174,6 +189,17 @@ def rms_norm(
     whatever other samples are beside it. Memory is as of layer_norm, with 4 bytes a sample kept, and 4 m N.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
+    if has_torch_function_variadic(input, weight, residual):
+        instead = _taken(
+            *(rms_norm, F.rms_norm, (input, weight, residual)),
+            residual=residual,
+            residual_dtype=residual_dtype,
+            weight_offset=weight_offset,
+            x_hat_dtype=x_hat_dtype,
+            out_dtype=out_dtype,
+        )
+        if instead is not None:
+            return instead(input, normalized_shape, weight=weight, eps=eps)
     fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     return normalize("rms_norm", input, (normalized_shape, weight, None, eps, *fused))
 
@@ -235,29 +261,56 @@ def batch_norm(
     and 12.
     """
     tensors = running_mean, running_var, weight, bias
+    if has_torch_function_variadic(input, *tensors, residual):
+        instead = _taken(
+            *(batch_norm, F.batch_norm, (input, *tensors, residual)),
+            num_batches_tracked=num_batches_tracked,
+            residual=residual,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
+        if instead is not None:
+            asked = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}
+            return instead(input, running_mean, running_var, **asked)  # type: ignore[no-any-return]
     fused = residual, activation, negative_slope
-    asked = *tensors, training, momentum, eps, num_batches_tracked, *fused
-    options, reason = asking.of_batch_norm(input, *asked)
+    options, reason = asking.of_batch_norm(input, *tensors, training, momentum, eps, num_batches_tracked, *fused)
+    counter = num_batches_tracked if training else None
     if goes_to_triton(reason):
-        counter = num_batches_tracked if training else None
-        if counter is None or counter.device == input.device:
-            return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
-        options = options._replace(momentum=_share(counter, options.momentum), prepared=None)
-        y = channels.batch_norm(input, residual, weight, bias, running_mean, running_var, None, options)
-        counter.add_(1)
-        return y
-    share = _share(num_batches_tracked if training else None, options.momentum)
-    y = _torch_batch_norm(input, *tensors, training, share, options.eps, residual, activation, options.slope)
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    return y
+        return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
+    return _torch_batch_norm(input, *tensors, counter, residual, options)
 
 
-def _share(counter: Tensor | None, momentum: float | None) -> float:
-    """The momentum, which is the counter's where it is not given; to read that waits for the GPU."""
-    if momentum is not None:
-        return momentum
-    return 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+def _taken(
+    function: Callable[..., Any], torch_function: Callable[..., Any], tensors: tuple[Any, ...], **options: Any
+) -> Callable[..., Any] | None:
+    """Returns what to call instead of `function`, where a mode or an argument takes the call by the protocol of
+    `__torch_function__`. Raises where backend "triton" was asked for, which nothing else may serve."""
+    found = overrides.taker(function, torch_function, tensors, options)
+    if found is None:
+        return None
+    who, instead = found
+    goes_to_triton(who)
+    return instead
+
+
+def _counted_batch_norm(counter: Tensor | None, x: Tensor, running_mean: Tensor | None, *rest: Any) -> Tensor:
+    """Calls torch's batch_norm behind `reference.count`; takes the count back where it fails and has moved nothing.
+
+    A hook on saved tensors may raise before the statistics move, when the input is saved, and after it. A checkpoint
+    that has what it needs does so after it.
+    """
+    if counter is None or running_mean is None or torch.compiler.is_compiling():
+        return F.batch_norm(x, running_mean, *rest)
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    before = running_mean.clone() if hooked else running_mean
+    try:
+        return F.batch_norm(x, running_mean, *rest)
+    except _StopRecomputationError:
+        raise
+    except Exception:
+        if torch.equal(before, running_mean):
+            counter.sub_(1)
+        raise
 
 
 def _torch_batch_norm(
@@ -266,37 +319,40 @@ def _torch_batch_norm(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
+    counter: Tensor | None,
     residual: Tensor | None,
-    activation: str | None,
-    negative_slope: float,
+    options: Options,
 ) -> Tensor:
-    """By torch's own function where it takes these types, and rounds but once."""
+    """Normalizes by torch's own function where it takes these types and rounds but once, otherwise by `reference`.
+
+    The batch is counted first and the statistics are moved before y is computed: a checkpoint may end its second
+    forward as soon as what it needs has been saved.
+    """
     types = {tensor.dtype for tensor in (running_mean, running_var, weight, bias) if tensor is not None}
-    fused = residual is not None or activation is not None
+    fused = residual is not None or options.activation is not None
     halves = x.dtype in _HALVES
     if bias is not None and weight is None:
         weight = torch.ones_like(bias)  # on CUDA torch's has no backward for a bias alone
     taken = (types <= {x.dtype} and not (fused and halves)) or (halves and types == {torch.float32} and not fused)
+    momentum = reference.count(counter, options.momentum)
     if taken and x.dim() <= 5:  # cuDNN takes no more axes
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        parameters = weight, bias, options.batch, momentum, options.eps
+        y = _counted_batch_norm(counter, x, running_mean, running_var, *parameters)
         if residual is not None:
             y = y + residual.to(y.dtype)
-        return reference.activate(y, activation, negative_slope)
-    y = reference.batch_norm(
+        return activate(y, options.activation, options.slope)
+    if options.batch and running_mean is not None and running_var is not None and x.numel():
+        reference.move_running_statistics(x, running_mean, running_var, momentum)
+        running_mean = running_var = None  # in training they are not read
+    return reference.batch_norm(
         x,
         running_mean,
         running_var,
         weight,
         bias,
-        training,
-        eps,
+        options.batch,
+        options.eps,
         residual=residual,
-        activation=activation,
-        negative_slope=negative_slope,
+        activation=options.activation,
+        negative_slope=options.slope,
     )
-    if training and running_mean is not None and running_var is not None and x.numel():
-        reference.move_running_statistics(x, running_mean, running_var, momentum)
-    return y

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from triton_norm.activations import activate
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -59,16 +60,6 @@ def normalize(
     return _affine(x_hat, weight, bias, weight_offset).to(out_dtype or x.dtype)
 
 
-def activate(z: Tensor, activation: str | None, negative_slope: float = 0.01) -> Tensor:
-    if activation == "relu":
-        return torch.relu(z)
-    if activation == "leaky_relu":
-        return F.leaky_relu(z, negative_slope)
-    if activation == "silu":
-        return F.silu(z)
-    return z
-
-
 def batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -102,26 +93,52 @@ def batch_norm(
     return activate(z, activation, negative_slope).to(x.dtype)
 
 
-def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor) -> None:
-    """running = (1 − momentum) · running + momentum · batch's, in place; the variance is the unbiased one."""
+def check_writable(*tensors: Tensor) -> None:
+    """Raises torch's RuntimeError for a tensor that only torch.inference_mode may write; torch itself writes first."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    for tensor in tensors:
+        if tensor.is_inference():
+            raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
+
+
+def count(counter: Tensor | None, momentum: float | None) -> float:
+    """Counts a batch, if there is a counter, and returns the momentum: where none is given, 1 / the batches so far, to
+    read which waits for the GPU."""
+    if counter is not None:
+        check_writable(counter)
+        counter.add_(1)
+    if momentum is not None:
+        return momentum
+    return 0.0 if counter is None else 1.0 / float(counter)
+
+
+def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
+    """Moves both in place: running = (1 − momentum) · running + momentum · batch, of the variance the unbiased one."""
     axes = (0, *range(2, x.dim()))
     with torch.no_grad():
         var, mean = torch.var_mean(x.to(compute_dtype(x)), axes, correction=1)
+        moved = []
         for running, batch in ((running_mean, mean), (running_var, var)):
             wide = running.to(torch.promote_types(running.dtype, mean.dtype))
-            running.copy_((1.0 - momentum) * wide + momentum * batch.view(running.shape))
+            moved.append((1.0 - momentum) * wide + momentum * batch.view(running.shape))
+        check_writable(running_mean, running_var)
+        running_mean.copy_(moved[0])  # all that can fail is done
+        running_var.copy_(moved[1])
 
 
 def gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Differentiable gradients of function(*inputs) for the inputs wanted, None for the others.
+    """Returns the gradients of function(*inputs) for the inputs wanted, None for the others.
 
-    Each input is taken by a view of its own, so that a tensor that serves as two of them has a gradient as each.
+    They are differentiable where autograd is on, and in forward mode. Each input is taken by a view of its own, so that
+    a tensor that serves as two of them has a gradient as each.
     """
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         y = function(*views)
         targets = [view for view, asked in zip(views, wanted, strict=True) if asked and view is not None]
-        found = iter(torch.autograd.grad(y, targets, dy, create_graph=True))
+        found = iter(torch.autograd.grad(y, targets, dy, create_graph=differentiable))
     return [next(found) if asked and view is not None else None for view, asked in zip(views, wanted, strict=True)]

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_norm import reference
+from triton_norm import activations, reference
+from triton_norm.activations import activate
 
 
 class Pieces(NamedTuple):
@@ -47,17 +48,13 @@ def moments(x: Tensor) -> Tensor:
 
 
 def merge(
-    gathered: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
+    gathered: Tensor, running: Sequence[Tensor], counter: Sequence[Tensor], momentum: float | None, eps: float
 ) -> Tensor:
-    """The batch's statistics, packed, from gathered [n_ranks, 3C + 1]. Moves the running ones, and counts.
+    """Returns the batch's statistics, packed, from gathered [n_ranks, 3C + 1].
 
-    Means are summed as differences from the first, so that equal ones merge to themselves exactly. A batch of one value
-    a channel has no unbiased variance: the running one stays; of an empty batch both do.
+    Moves the running mean and variance, and counts, where `running` and `counter` are not empty. Means are summed as
+    differences from the first, so that equal ones merge to themselves exactly. A batch of one value a channel has no
+    unbiased variance: the running one stays; of an empty batch both do.
     """
     counts = gathered[:, -1:]
     there = counts > 0
@@ -70,20 +67,19 @@ def merge(
     rest = (base - mean) + shift
     delta = torch.where(there, (means - mean) + (rests - rest), 0.0)
     m2 = (torch.where(there, m2s, 0.0) + delta * (delta * counts)).sum(0)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if running_mean is not None and running_var is not None:
-        if momentum is None:
-            assert num_batches_tracked is not None
-            share = 1.0 / num_batches_tracked.to(gathered.dtype)
-        else:
-            share = gathered.new_full((), momentum)
+    counted = [number + 1 for number in counter]
+    moved = []
+    if running:
+        share = 1.0 / counted[0].to(gathered.dtype) if momentum is None else gathered.new_full((), momentum)
         unbiased = m2 / (total - 1).clamp_min(1)
-        for running, batch, least in ((running_mean, mean, 1), (running_var, unbiased, 2)):
-            wide = running.to(torch.promote_types(running.dtype, gathered.dtype))
-            moved = (1.0 - share) * wide + share * batch.view(running.shape)
-            running.copy_(torch.where(total >= least, moved, wide))
-    return torch.cat((mean.flatten(), rest.flatten(), torch.rsqrt(m2 / divisor + eps), total.view(1)))
+        for statistic, batch, least in zip(running, (mean, unbiased), (1, 2), strict=True):
+            wide = statistic.to(torch.promote_types(statistic.dtype, gathered.dtype))
+            now = (1.0 - share) * wide + share * batch.view(statistic.shape)
+            moved.append(torch.where(total >= least, now, wide))
+    merged = torch.cat((mean.flatten(), rest.flatten(), torch.rsqrt(m2 / divisor + eps), total.view(1)))
+    for kept, now in zip((*running, *counter), (*moved, *counted), strict=True):
+        kept.copy_(now)  # all that can fail is done
+    return merged
 
 
 def _statistics(x: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,13 +106,13 @@ def apply(
     weight: Tensor | None,
     bias: Tensor | None,
     merged: Tensor,
-    saves: bool,
+    bits_kind: str | None,
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and if it `saves`, and has to, one bit an element for the backward, which plain torch never has."""
+    """Returns y, and no bits: plain torch lays none."""
     centred, rstd = _statistics(x, merged)
-    y = reference.activate(_activated(centred * rstd, residual, weight, bias), activation, slope)
+    y = activate(_activated(centred * rstd, residual, weight, bias), activation, slope)
     # Under torch.compile torch 2.11 loses the gradient of a Function that ends in a conversion to what it is already.
     return y if y.dtype == x.dtype else y.to(x.dtype), None
 
@@ -130,16 +126,8 @@ def _gradient_of_z(
     activation: str | None,
     slope: float,
 ) -> Tensor:
-    if activation is None:
-        return dy.to(x_hat.dtype)
-    z = _activated(x_hat, residual, weight, bias)
-    if activation == "silu":
-        sigmoid = torch.sigmoid(z)
-        return sigmoid * (1.0 + z * (1.0 - sigmoid)) * dy
-    wide = dy.to(z.dtype)
-    if activation == "leaky_relu":
-        return torch.where(z > 0, wide, wide * slope)
-    return torch.where(z <= 0, 0.0, wide)  # as torch's relu: NaN passes it through, and it stops any dy
+    z = x_hat if activation is None else _activated(x_hat, residual, weight, bias)
+    return activations.gradient(dy.to(z.dtype), z, activation, slope)
 
 
 def sums(
@@ -150,21 +138,22 @@ def sums(
     weight: Tensor | None,
     bias: Tensor | None,
     merged: Tensor,
-    wanted: Sequence[bool],
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    bits_kind: str | None,
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """dweight and dbias of this process's share, as `wanted` of x, weight and bias; and Σ dz and Σ dz · x_hat · rstd,
-    [2C], which `gradient` needs the sum of over all processes."""
+    """Returns dweight and dbias [C] of this process's share, None where they have no type, and Σ dz and
+    Σ dz · x_hat · rstd, [2C], of which `gradient` needs the sum over all processes."""
     centred, rstd = _statistics(x, merged)
     dz = _gradient_of_z(dy, centred * rstd, residual, weight, bias, activation, slope)
     dbias = dz.sum(_axes(x))
     dweight = (dz * centred).sum(_axes(x)) * rstd.flatten()
-    asked = (
-        found.to(parameter.dtype).view(parameter.shape) if parameter is not None and wants else None
-        for found, parameter, wants in ((dweight, weight, wanted[1]), (dbias, bias, wanted[2]))
+    wanted = (
+        None if dtype is None else found.to(dtype) for found, dtype in ((dweight, dweight_dtype), (dbias, dbias_dtype))
     )
-    return *asked, torch.cat((dbias, dweight * rstd.flatten()))  # type: ignore[return-value]
+    return *wanted, torch.cat((dbias, dweight * rstd.flatten()))  # type: ignore[return-value]
 
 
 def gradient(
@@ -176,7 +165,8 @@ def gradient(
     bias: Tensor | None,
     merged: Tensor,
     sums: Tensor,
-    residual_dtype: torch.dtype | None,
+    dresidual_dtype: torch.dtype | None,
+    bits_kind: str | None,
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor, Tensor | None]:
@@ -186,7 +176,7 @@ def gradient(
     mean_dz, mean_slope = (sums / merged[-1]).view(2, *_by_channel(x)).unbind()
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype).reshape(_by_channel(x))
     dx = (-centred * mean_slope + (dz - mean_dz)) * scale  # in x's layout: it is the first operand
-    return dx.to(x.dtype), None if residual_dtype is None else dz.to(residual_dtype)
+    return dx.to(x.dtype), None if dresidual_dtype is None else dz.to(dresidual_dtype)
 
 
 PIECES = Pieces(moments, merge, apply, sums, gradient)
@@ -210,4 +200,4 @@ def batch_norm(
     centred = centred - (over_all(centred.sum(axes)) / merged[-1]).view(shape)
     var = over_all(centred.square().sum(axes)) / merged[-1]
     z = _activated(centred * torch.rsqrt(var + eps).view(shape), residual, weight, bias)
-    return reference.activate(z, activation, slope).to(x.dtype)
+    return activate(z, activation, slope).to(x.dtype)

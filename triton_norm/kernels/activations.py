@@ -1,4 +1,7 @@
-"""Activations behind a normalization, their derivatives, and one bit an element that says which side of 0 it was on."""
+"""Activations behind a normalization, their derivatives, and one bit an element that says which side of 0 it was on.
+
+triton_norm/activations.py has the table of them; each function here raises at compile time for a name it does not know.
+"""
 
 import triton
 import triton.language as tl
@@ -23,34 +26,51 @@ def exp(x):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """f(z): "relu", "leaky_relu", whose slope below 0 is SLOPE, "silu", or z itself where ACTIVATION is None."""
-    y = z
-    if ACTIVATION == "relu":
+    """Returns f(z), and z itself where ACTIVATION is None; SLOPE is leaky_relu's below 0."""
+    if ACTIVATION is None:
+        y = z
+    elif ACTIVATION == "relu":
         y = tl.where(z < 0.0, 0.0, z)
-    if ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu":
         y = tl.where(z > 0.0, z, z * SLOPE)
-    if ACTIVATION == "silu":
+    elif ACTIVATION == "silu":
         y = z / (1.0 + exp(-z))
+    else:
+        tl.static_assert(False, "unknown activation")
     return y
 
 
 @triton.jit
 def side_of_zero(z, ACTIVATION: tl.constexpr):
-    """Whether z is positive; NaN is to "relu", as in torch."""
+    """Returns whether z is positive, for an activation whose gradient needs no more; NaN is to "relu", as in torch."""
     positive = z > 0.0
     if ACTIVATION == "relu":
         positive = positive | (z != z)
+    elif ACTIVATION != "leaky_relu":
+        tl.static_assert(False, "the gradient of this activation needs more than the side of 0")
     return positive
 
 
 @triton.jit
-def activate_backward(dy, z, positive, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """dy · f'(z), from z where f is "silu", otherwise from z's side of 0."""
+def gradient_by_side(dy, positive, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """Returns dy · f'(z) from the side of 0 that z is on."""
+    if ACTIVATION == "relu":
+        dz = tl.where(positive, dy, 0.0)
+    elif ACTIVATION == "leaky_relu":
+        dz = tl.where(positive, dy, dy * SLOPE)
+    else:
+        tl.static_assert(False, "the gradient of this activation needs more than the side of 0")
+    return dz
+
+
+@triton.jit
+def activate_backward(dy, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """Returns dy · f'(z)."""
     if ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + exp(-z))
         dz = dy * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
     else:
-        dz = tl.where(positive, dy, dy * SLOPE if ACTIVATION == "leaky_relu" else 0.0)
+        dz = gradient_by_side(dy, side_of_zero(z, ACTIVATION), ACTIVATION, SLOPE)
     return dz
 
 

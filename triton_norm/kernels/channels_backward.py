@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.activations import activate_backward, bits_per_byte, bytes_of, side_of_zero, unpack
+from triton_norm.kernels.activations import activate_backward, bits_per_byte, bytes_of, gradient_by_side, unpack
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.tiles import (
@@ -180,7 +180,7 @@ def channels_backward_kernel(
                     )
                     packed = tl.load(places, mask=within, other=0)
                     positive = unpack(packed, T, LANES, bits_per_byte(LANES, AXIS))
-                    dz = activate_backward(dz, dz, positive, ACTIVATION, SLOPE)
+                    dz = gradient_by_side(dz, positive, ACTIVATION, SLOPE)
                 else:
                     z = centred * scale + bias
                     if residual_ptr is not None:
@@ -191,7 +191,7 @@ def channels_backward_kernel(
                             start, groups_per_sample, residual_sample_vecs, residual_group_vecs, V, 1, T
                         )
                         z += tl.load(aligned(residual_lanes + offsets, V, 1), mask=mask, other=0.0).to(COMPUTE)
-                    dz = activate_backward(dz, z, side_of_zero(z, ACTIVATION), ACTIVATION, SLOPE)
+                    dz = activate_backward(dz, z, ACTIVATION, SLOPE)
             if REDUCE and sweep == 0:
                 sum_dz += dz if IN_PLACES else tile_sum(dz, AXIS)
                 sum_dz_centred += dz * centred if IN_PLACES else tile_sum(dz * centred, AXIS)

@@ -1,16 +1,15 @@
 """BatchNorm: a call's outputs, and their contents."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_norm import tuning
-from triton_norm.ops.channel_plans import Options, Prepared, Step, Types, prepare_backward, prepare_forward, saves_bits
+from triton_norm.ops.channel_plans import Options, Prepared, Step, Types, prepare_backward, prepare_forward
 from triton_norm.ops.launch import zeros
 from triton_norm.ops.layout import as_readable, dense_like, empty_bits, kind_of
-from triton_norm.ops.library import contiguous
+from triton_norm.ops.library import Wanted, contiguous
 
 
 def _types(*tensors: Tensor | None) -> Types:
@@ -56,30 +55,31 @@ def _forward(
     options: Options,
     reduces: bool,
     applies: bool,
-    saves: bool,
+    bits_kind: str | None,
     local: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """y if it `applies`, and bits if it `saves` them; fills `statistics`, moving the running ones, if it `reduces`."""
+    """Returns y if it `applies`, and bits laid as `bits_kind` if that is not None. Fills `statistics`, and moves the
+    running ones, if it `reduces`."""
     weight, bias = contiguous(weight), contiguous(bias)
     moved_mean, moved_var = contiguous(running_mean), contiguous(running_var)
     residual = residual if applies else None
     memory = options.prepared
-    key = _where(x), _where(residual), reduces, applies, saves
+    key = _where(x), _where(residual), reduces, applies, bits_kind
     prepared = None if memory is None else memory.get(key)
     read = x
     if prepared is None:
-        kind = kind_of(x)
-        read, lie = as_readable(x, x, kind)
-        added, residual_lie = (None, None) if residual is None else as_readable(residual, x, kind)
+        kind = bits_kind or kind_of(x)
+        read, lie = as_readable(x, kind)
+        added, residual_lie = (None, None) if residual is None else as_readable(residual, kind)
         given = weight, bias, statistics, moved_mean, moved_var, num_batches_tracked
-        types = *_types(read, added, *given), torch.uint8 if saves else None
+        types = *_types(read, added, *given), None if bits_kind is None else torch.uint8
         what = tuple(x.shape), kind, lie, residual_lie, types, x.device, options._replace(prepared=None)
-        prepared = prepare_forward(dense_like(x).stride(), *what, reduces, applies, local)
+        prepared = prepare_forward(dense_like(x, kind=kind).stride(), *what, reduces, applies, local)
         if memory is not None and read is x and added is residual:
             _keep(memory, key, prepared)
         residual = added
     y = x.new_empty_strided(x.shape, prepared.strides) if applies else None
-    bits = empty_bits(x) if saves else None
+    bits = None if bits_kind is None else empty_bits(x, bits_kind)
     for step in prepared.steps:
         partials = _partials(x, step, kinds=3)
         counter = num_batches_tracked if step.reduces else None
@@ -102,19 +102,19 @@ def forward(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     options: Options,
-    saves: bool,
+    bits_kind: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, the batch's statistics [3, C] if they are used, and if it `saves`, and has to, one bit an element."""
+    """Returns y, the batch's statistics [3, C] if they are used, and, laid as `bits_kind`, one bit an element."""
     statistics = _per_channel(x, 3) if options.batch else None
     parameters = residual, weight, bias, statistics, running_mean, running_var, num_batches_tracked
-    y, bits = _forward(x, *parameters, options, options.batch, True, saves and saves_bits(residual, options))
+    y, bits = _forward(x, *parameters, options, options.batch, True, bits_kind)
     assert y is not None
     return y, statistics, bits
 
 
 def local_statistics(x: Tensor, statistics: Tensor) -> None:
     """Fills statistics [3, C] with the mean, what rounding it has left, and M2 of this process's share of a batch."""
-    _forward(x, None, None, None, statistics, None, None, None, Options(True, 0.0, 0.0), True, False, False, local=True)
+    _forward(x, None, None, None, statistics, None, None, None, Options(True, 0.0, 0.0), True, False, None, local=True)
 
 
 def apply(
@@ -124,11 +124,10 @@ def apply(
     bias: Tensor | None,
     statistics: Tensor,
     options: Options,
-    saves: bool,
+    bits_kind: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and bits from statistics that are given."""
-    saves = saves and saves_bits(residual, options)
-    y, bits = _forward(x, residual, weight, bias, statistics, None, None, None, options, False, True, saves)
+    """Returns y, and bits laid as `bits_kind`, from statistics that are given."""
+    y, bits = _forward(x, residual, weight, bias, statistics, None, None, None, options, False, True, bits_kind)
     assert y is not None
     return y, bits
 
@@ -136,23 +135,17 @@ def apply(
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def gradients(
-    x: Tensor,
-    residual_dtype: torch.dtype | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: Sequence[bool],
-) -> Gradients:
-    """dx, dresidual where its type is given, dweight and dbias as `wanted` of x, weight and bias; without contents."""
+def gradients(x: Tensor, wanted: Wanted, bits_kind: str | None) -> Gradients:
+    """Returns dx and dresidual of x's shape, laid as `bits_kind` or else as x, dweight and dbias [C]; all empty, and
+    None where one is not wanted."""
 
-    def like(parameter: Tensor | None, asked: bool) -> Tensor | None:
-        if parameter is None or not asked:
-            return None
-        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    def per_channel(dtype: torch.dtype | None) -> Tensor | None:
+        return None if dtype is None else torch.empty(x.shape[1], dtype=dtype, device=x.device)
 
-    dx = dense_like(x) if wanted[0] else None
-    dresidual = None if residual_dtype is None else dense_like(x, residual_dtype)
-    return dx, dresidual, like(weight, wanted[1]), like(bias, wanted[2])
+    dx, dresidual = (
+        None if dtype is None else dense_like(x, dtype, bits_kind) for dtype in (wanted.dx, wanted.dresidual)
+    )
+    return dx, dresidual, per_channel(wanted.dweight), per_channel(wanted.dbias)
 
 
 def backward(
@@ -166,18 +159,18 @@ def backward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     options: Options,
-    residual_dtype: torch.dtype | None,
-    wanted: Sequence[bool],
+    wanted: Wanted,
+    bits_kind: str | None,
 ) -> Gradients:
-    """What `gradients` says, with its contents; running statistics where the batch's were not used."""
-    found = gradients(x, residual_dtype, weight, bias, wanted)
+    """Returns what `gradients` says, with its contents. Uses the running statistics where there are no others."""
+    found = gradients(x, wanted, bits_kind)
     dx, _, dweight, dbias = found
     uses_sums = options.batch and dx is not None
     reduces = uses_sums or dweight is not None or dbias is not None
-    applies = dx is not None or residual_dtype is not None
+    applies = dx is not None or wanted.dresidual is not None
     means = _per_channel(x, 2) if uses_sums else None
     given = residual, bits, weight, bias, statistics, running_mean, running_var
-    _backward(dy, x, *given, *found, means, options, reduces, applies, constant=not uses_sums)
+    _backward(dy, x, *given, *found, means, options, bits_kind, reduces, applies, constant=not uses_sums)
     return found
 
 
@@ -190,14 +183,16 @@ def local_sums(
     bias: Tensor | None,
     statistics: Tensor,
     options: Options,
-    wanted: Sequence[bool],
+    wanted: Wanted,
+    bits_kind: str | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """dweight and dbias of this process's share of a batch, as `wanted`, and what `apply_gradient` needs the sum of
-    over all processes, divided by the number of a channel's elements: [2, C]."""
-    _, _, dweight, dbias = gradients(x, None, weight, bias, (False, *wanted[1:]))
+    """Returns dweight and dbias of this process's share of a batch, as `wanted`, and [2, C] of which `apply_gradient`
+    needs the sum over all processes, divided by the number of a channel's elements."""
+    _, _, dweight, dbias = gradients(x, wanted._replace(dx=None, dresidual=None), bits_kind)
     sums = _per_channel(x, 2)
     given = residual, bits, weight, bias, statistics, None, None
-    _backward(dy, x, *given, None, None, dweight, dbias, sums, options, True, False, constant=False, local=True)
+    outputs = None, None, dweight, dbias, sums
+    _backward(dy, x, *given, *outputs, options, bits_kind, True, False, constant=False, local=True)
     return dweight, dbias, sums
 
 
@@ -212,11 +207,12 @@ def apply_gradient(
     means: Tensor,
     options: Options,
     residual_dtype: torch.dtype | None,
+    bits_kind: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx, and dresidual where its type is given, from means that are given."""
-    dx, dresidual, _, _ = gradients(x, residual_dtype, None, None, (True, False, False))
+    """Returns dx, and dresidual where its type is given, from means that are given."""
+    dx, dresidual, _, _ = gradients(x, Wanted(x.dtype, residual_dtype, None, None), bits_kind)
     given = residual, bits, weight, bias, statistics, None, None
-    _backward(dy, x, *given, dx, dresidual, None, None, means, options, False, True, constant=False)
+    _backward(dy, x, *given, dx, dresidual, None, None, means, options, bits_kind, False, True, constant=False)
     assert dx is not None
     return dx, dresidual
 
@@ -237,27 +233,30 @@ def _backward(
     dbias: Tensor | None,
     means: Tensor | None,
     options: Options,
+    bits_kind: str | None,
     reduces: bool,
     applies: bool,
     constant: bool,
     local: bool = False,
 ) -> None:
-    """Fills the gradients that are there; means are between the two halves of the work."""
+    """Fills the gradients that are there; means are between the two halves of the work. All is read as `bits_kind`, in
+    which bits and the gradients lie, or else as x lies."""
     if not (reduces or applies):
         return
     dy = dy.resolve_neg()
     weight, bias = contiguous(weight), contiguous(bias)
+    statistics, bits = contiguous(statistics), contiguous(bits)  # hooks may have given them other strides
     running = contiguous(running_mean), contiguous(running_var)
     residual = None if options.activation is None or bits is not None else residual
     types = _types(dy, x, residual, bits, dx, dresidual, weight, bias, statistics, *running, dweight, dbias, means)
     memory = options.prepared
-    key = _where(dy), _where(x), _where(residual), types, reduces, applies, constant
+    key = _where(dy), _where(x), _where(residual), types, bits_kind, reduces, applies, constant
     prepared = None if memory is None else memory.get(key)
     if prepared is None:
-        kind = kind_of(x)
-        read, x_lie = as_readable(x, x, kind)
-        read_dy, dy_lie = as_readable(dy, x, kind, broadcast=True)
-        added, residual_lie = (None, None) if residual is None else as_readable(residual, x, kind)
+        kind = bits_kind or kind_of(x)
+        read, x_lie = as_readable(x, kind)
+        read_dy, dy_lie = as_readable(dy, kind, broadcast=True)
+        added, residual_lie = (None, None) if residual is None else as_readable(residual, kind)
         what = tuple(x.shape), kind, x_lie, dy_lie, residual_lie, types, x.device, options._replace(prepared=None)
         prepared = prepare_backward(*what, reduces, applies, constant, local)
         if memory is not None and read is x and read_dy is dy and added is residual:

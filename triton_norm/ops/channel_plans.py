@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from triton_norm import tuning
+from triton_norm.activations import has_side
 from triton_norm.ops.launch import INT32_END, INTERPRETED, Launcher, cache_bytes, multiprocessors
 from triton_norm.ops.layout import Layout, Lie, layout_of
 from triton_norm.ops.library import name_of, triton_dtype
-
-BY_SIGN = ("relu", "leaky_relu")
-"""Activations whose derivative follows from the side of 0 that they are taken on."""
 
 
 class Options(NamedTuple):
@@ -63,8 +61,8 @@ def in_two_floats(value: float) -> tuple[float, float]:
 
 
 def saves_bits(residual: Tensor | None, options: Options) -> bool:
-    """Whether a backward needs to be told on which side of 0 the activation was taken: it can't be computed again."""
-    return residual is not None and options.activation in BY_SIGN
+    """Returns whether the forward leaves bits for the backward, which then needs no residual."""
+    return residual is not None and has_side(options.activation)
 
 
 def _step(

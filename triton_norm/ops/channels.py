@@ -1,58 +1,75 @@
 """BatchNorm: `torch.library` operators with their fakes, autograd."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_norm import reference
+from triton_norm.activations import gradient_by_side
 from triton_norm.ops import channel_launches as launches
 from triton_norm.ops.channel_launches import Gradients
 from triton_norm.ops.channel_plans import Options, saves_bits
-from triton_norm.ops.layout import dense_like, empty_bits, side_of_zero
-from triton_norm.ops.library import is_intercepted, nothing, operator, pure_operator
+from triton_norm.ops.layout import dense_like, empty_bits, kind_of, side_of_zero
+from triton_norm.ops.library import Wanted, is_intercepted, shaped, tuple_operator
+from triton_norm.ops.saved import bias_like, needs_torch, restored, savable, save
 
 
-def _batch_norm_forward(
+class Saved(NamedTuple):
+    """The tensors that the backward takes.
+
+    Bits stand for the residual. Without them the side that the activation was taken on is computed again, which is the
+    only use of the bias. The statistics are the batch's; without them the running ones were used.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    bits: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+def _forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    saves: bool,
+    running: Sequence[Tensor],
+    counter: Sequence[Tensor],
+    bits_kind: str | None,
     momentum: float | None,
     eps: float,
     activation: str | None,
     slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     options = Options(True, momentum, eps, activation, slope)
-    given = x, residual, weight, bias, running_mean, running_var, num_batches_tracked
-    y, statistics, bits = launches.forward(*given, options, saves)
-    assert statistics is not None
-    return y, statistics, nothing(x) if bits is None else bits
+    mean, var = running or (None, None)
+    (num_batches_tracked,) = counter or (None,)
+    return launches.forward(x, residual, weight, bias, mean, var, num_batches_tracked, options, bits_kind)
 
 
-def _batch_norm_inference(
+def _inference(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
-    saves: bool,
+    bits_kind: str | None,
     eps: float,
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor, Tensor | None]:
     options = Options(False, 0.0, eps, activation, slope)
-    y, _, bits = launches.forward(x, residual, weight, bias, running_mean, running_var, None, options, saves)
+    y, _, bits = launches.forward(x, residual, weight, bias, running_mean, running_var, None, options, bits_kind)
     return y, bits
 
 
-def _batch_norm_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -62,35 +79,52 @@ def _batch_norm_backward(
     statistics: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    wanted: Sequence[bool],
+    dx: torch.dtype | None,
+    dresidual: torch.dtype | None,
+    dweight: torch.dtype | None,
+    dbias: torch.dtype | None,
+    bits_kind: str | None,
     eps: float,
     activation: str | None,
     slope: float,
 ) -> Gradients:
     options = Options(statistics is not None, 0.0, eps, activation, slope)
     given = dy, x, residual, bits, weight, bias, statistics, running_mean, running_var
-    return launches.backward(*given, options, residual_dtype, wanted)
+    return launches.backward(*given, options, Wanted(dx, dresidual, dweight, dbias), bits_kind)
 
 
-def bits_like(x: Tensor, residual: Tensor | None, saves: bool, activation: str | None) -> Tensor | None:
-    if not (saves and saves_bits(residual, Options(True, 0.0, 0.0, activation))):
-        return None
-    return empty_bits(x)
+def bits_like(x: Tensor, bits_kind: str | None) -> Tensor | None:
+    return None if bits_kind is None else empty_bits(x, bits_kind)
 
 
-def _fake_batch_norm_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    saves, activation = rest[-5], rest[-2]
-    bits = bits_like(x, residual, saves, activation)
+def _fake_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Sequence[Tensor],
+    counter: Sequence[Tensor],
+    bits_kind: str | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     statistics = x.new_empty(3, x.shape[1], dtype=reference.compute_dtype(x))
-    return dense_like(x), statistics, nothing(x) if bits is None else bits
+    return dense_like(x, kind=bits_kind), statistics, bits_like(x, bits_kind)
 
 
-def _fake_batch_norm_inference(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None]:
-    return dense_like(x), bits_like(x, residual, rest[-4], rest[-2])
+def _fake_inference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bits_kind: str | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    return dense_like(x, kind=bits_kind), bits_like(x, bits_kind)
 
 
-def _fake_batch_norm_backward(
+def _fake_backward(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -100,33 +134,43 @@ def _fake_batch_norm_backward(
     statistics: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    wanted: Sequence[bool],
+    dx: torch.dtype | None,
+    dresidual: torch.dtype | None,
+    dweight: torch.dtype | None,
+    dbias: torch.dtype | None,
+    bits_kind: str | None,
     *_: Any,
 ) -> Gradients:
-    return launches.gradients(x, residual_dtype, weight, bias, wanted)
+    return launches.gradients(x, Wanted(dx, dresidual, dweight, dbias), bits_kind)
 
 
-forward_op = operator(
-    "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool saves, float? momentum, float eps, "
-    "str? activation, float slope) -> (Tensor, Tensor, Tensor)",
-    _batch_norm_forward,
-    _fake_batch_norm_forward,
+# What is moved comes in lists, which may be empty: a mode that follows writes takes no None for a written tensor.
+forward_op = tuple_operator(
+    "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)[] running, "
+    "Tensor(b!)[] counter, str? bits_kind, float? momentum, float eps, str? activation, float slope) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
 )
-inference_op = pure_operator(
+inference_op = tuple_operator(
     "batch_norm_inference(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
-    "Tensor running_var, bool saves, float eps, str? activation, float slope) -> (Tensor, Tensor)",
-    _batch_norm_inference,
-    _fake_batch_norm_inference,
+    "Tensor running_var, str? bits_kind, float eps, str? activation, float slope) -> (Tensor, Tensor)",
+    _inference,
+    _fake_inference,
 )
-backward_op = pure_operator(
+backward_op = tuple_operator(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, "
-    "Tensor? statistics, Tensor? running_mean, Tensor? running_var, ScalarType? residual_dtype, bool[] wanted, "
-    "float eps, str? activation, float slope) -> (Tensor, Tensor, Tensor, Tensor)",
-    _batch_norm_backward,
-    _fake_batch_norm_backward,
+    "Tensor? statistics, Tensor? running_mean, Tensor? running_var, ScalarType? dx_dtype, ScalarType? dresidual_dtype, "
+    "ScalarType? dweight_dtype, ScalarType? dbias_dtype, str? bits_kind, float eps, str? activation, float slope) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
 )
+
+
+def counts(x: Tensor, num_batches_tracked: Tensor) -> bool:
+    """Returns whether the kernels can count: integers that do not wrap soon, on x's device."""
+    return num_batches_tracked.device == x.device and num_batches_tracked.dtype in (torch.int64, torch.int32)
 
 
 def _normalize(
@@ -138,25 +182,33 @@ def _normalize(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     options: Options,
-    saves: bool,
+    bits_kind: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, and what a backward needs, if it `saves` that: the batch's statistics, and bits."""
-    given = x, residual, weight, bias, running_mean, running_var
+    """Returns y and what a backward takes beside the inputs: the batch's statistics, and bits laid as `bits_kind`."""
+    if num_batches_tracked is not None and not counts(x, num_batches_tracked):
+        if options.momentum is None:  # to read the counter waits for the GPU
+            options = options._replace(momentum=1.0 / float(num_batches_tracked + 1), prepared=None)
+        found = _normalize(x, residual, weight, bias, running_mean, running_var, None, options, bits_kind)
+        num_batches_tracked.add_(1)  # before a saved tensor's hook can end the call
+        return found
+    given = x, residual, weight, bias
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    counter = [] if num_batches_tracked is None else [num_batches_tracked]
     if options.prepared is not None:
         if options.batch:
-            moved = [tensor for tensor in (running_mean, running_var, num_batches_tracked) if tensor is not None]
-            torch.autograd.graph.increment_version(moved)
-        return launches.forward(*given, num_batches_tracked, options, saves)
+            reference.check_writable(*counter)  # torch's own moves statistics of inference mode anywhere
+            torch.autograd.graph.increment_version([*(t for t in running if not t.is_inference()), *counter])
+        return launches.forward(*given, running_mean, running_var, num_batches_tracked, options, bits_kind)
     asked = options.eps, options.activation, options.slope
     if not options.batch:
-        y, bits = inference_op(*given, saves, *asked)
+        y, bits = inference_op(*given, running_mean, running_var, bits_kind, *asked)
         return y, None, bits
-    y, statistics, bits = forward_op(*given, num_batches_tracked, saves, options.momentum, *asked)
-    return y, statistics, bits if bits.numel() else None
+    y, statistics, bits = forward_op(*given, running, counter, bits_kind, options.momentum, *asked)
+    return y, statistics, bits
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """First order through the kernels; a backward that is itself differentiated goes through `reference`."""
+    """First order through the kernels; `needs_torch` says which backwards go through `reference` instead."""
 
     @staticmethod
     def forward(
@@ -170,37 +222,45 @@ class BatchNormFunction(torch.autograd.Function):
         num_batches_tracked: Tensor | None,
         options: Options,
     ) -> Tensor:
-        running = running_mean, running_var, num_batches_tracked
-        y, statistics, bits = _normalize(x, residual, weight, bias, *running, options, True)
+        bits_kind = kind_of(x) if saves_bits(residual, options) else None
+        running = running_mean, running_var
+        y, statistics, bits = _normalize(x, residual, weight, bias, *running, num_batches_tracked, options, bits_kind)
         if options.batch:
-            running_mean = running_var = None
-        ctx.residual_dtype = None if residual is None else residual.dtype
+            running = None, None
         recomputes = options.activation is not None and bits is None
-        kept_bias = bias if recomputes or ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(
-            x, residual if recomputes else None, bits, weight, kept_bias, statistics, running_mean, running_var
-        )
-        ctx.options = options
+        added, shifted = (residual, bias) if recomputes else (None, None)
+        save(ctx, Saved(x, added, bits, weight, shifted, statistics, *running))
+        ctx.dresidual = None if residual is None else residual.dtype
+        ctx.dbias = None if bias is None else (bias.dtype, bias.shape)
+        ctx.options, ctx.bits_kind = options, bits_kind
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_wanted, residual_wanted, *parameters_wanted = ctx.needs_input_grad[:4]
-        wanted = x_wanted, *parameters_wanted
+        saved = restored(ctx, Saved)
         unasked = (None,) * 4
-        if torch.is_grad_enabled():
-            return *_differentiable_gradients(ctx, dy, x_wanted, residual_wanted, parameters_wanted), *unasked
+        if needs_torch((dy,), saved):
+            return *_composed_gradients(ctx, dy, saved), *unasked
         options: Options = ctx.options
+        x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
         activated = options.activation is not None
-        stored = ctx.residual_dtype if residual_wanted and activated else None
+        wanted = Wanted(
+            saved.x.dtype if x_wanted else None,
+            ctx.dresidual if residual_wanted and activated else None,
+            saved.weight.dtype if weight_wanted and saved.weight is not None else None,
+            ctx.dbias[0] if bias_wanted else None,
+        )
         if options.prepared is None or is_intercepted():
-            asked = stored, wanted, options.eps, options.activation, options.slope
-            dx, dresidual, dweight, dbias = backward_op(dy, *ctx.saved_tensors, *asked)
+            asked = ctx.bits_kind, options.eps, options.activation, options.slope
+            dx, dresidual, dweight, dbias = backward_op(dy, *saved, *wanted, *asked)
         else:
-            given: Sequence[Any] = (dy, *ctx.saved_tensors, options, stored, wanted)
-            dx, dresidual, dweight, dbias = launches.backward(*given)
+            dx, dresidual, dweight, dbias = launches.backward(dy, *saved, options, wanted, ctx.bits_kind)
         if residual_wanted and not activated:
-            dresidual = dy.to(ctx.residual_dtype)
+            dresidual = dy.to(ctx.dresidual)
+        if wanted.dweight is not None and saved.weight is not None:
+            dweight = shaped(dweight, saved.weight.shape)
+        if wanted.dbias is not None:
+            dbias = shaped(dbias, ctx.dbias[1])
         return dx, dresidual, dweight, dbias, *unasked
 
 
@@ -208,21 +268,48 @@ class BatchNormFunction(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, BatchNormFunction).apply
 
 
-def _differentiable_gradients(
-    ctx: Any, dy: Tensor, x_wanted: bool, residual_wanted: bool, parameters_wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    x, residual, bits, weight, bias, _, running_mean, running_var = ctx.saved_tensors
-    options: Options = ctx.options
-    activation = options.activation
-    if bits is not None:
-        dy = torch.where(side_of_zero(bits, x), dy, dy * options.slope if activation == "leaky_relu" else 0.0)
-        activation = None
+def composed_gradients(ctx: Any, dy: Tensor, saved: Any, function: Callable[..., Tensor]) -> list[Tensor | None]:
+    """Returns the gradients of x, residual, weight and bias, composed of torch's own functions.
 
-    def function(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    Args:
+        ctx: has `options`, `bits_kind`, and of the residual and the bias the types and shapes.
+        saved: a `Saved`, or another NamedTuple that has its x, residual, bits, weight and bias.
+        function: (x, residual, weight, bias, activation) → y.
+    """
+    options: Options = ctx.options
+    x_wanted, residual_wanted, *parameters_wanted = ctx.needs_input_grad[:4]
+    activation, bias = options.activation, saved.bias
+    if saved.bits is not None:
+        dy = gradient_by_side(dy, side_of_zero(saved.bits, saved.x, ctx.bits_kind), activation, options.slope)
+        activation = None
+    if bias is None and ctx.dbias is not None:
+        bias = bias_like(saved.x, *ctx.dbias)
+    apart = residual_wanted and saved.residual is None
+    found = reference.gradients(
+        lambda *inputs: function(*inputs, activation),
+        (saved.x, saved.residual, saved.weight, bias),
+        dy,
+        (x_wanted, residual_wanted and not apart, *parameters_wanted),
+    )
+    if apart:
+        found[1] = dy.to(ctx.dresidual)
+    return found
+
+
+def _composed_gradients(ctx: Any, dy: Tensor, saved: Saved) -> list[Tensor | None]:
+    options: Options = ctx.options
+
+    def function(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        activation: str | None,
+    ) -> Tensor:
         return reference.batch_norm(
             x,
-            running_mean,
-            running_var,
+            saved.running_mean,
+            saved.running_var,
             weight,
             bias,
             options.batch,
@@ -232,12 +319,7 @@ def _differentiable_gradients(
             negative_slope=options.slope,
         )
 
-    apart = residual_wanted and residual is None
-    wanted = x_wanted, residual_wanted and not apart, *parameters_wanted
-    found = reference.gradients(function, (x, residual, weight, bias), dy, wanted)
-    if apart:
-        found[1] = dy.to(ctx.residual_dtype)
-    return found
+    return composed_gradients(ctx, dy, saved, function)
 
 
 def batch_norm(
@@ -253,14 +335,17 @@ def batch_norm(
     """Through the kernels; normalizing with the batch's statistics moves the running ones, if any."""
     if options.prepared is not None and is_intercepted():
         options = options._replace(prepared=None)
-    given = x, residual, weight, bias, running_mean, running_var, num_batches_tracked, options
+    given = weight, bias, running_mean, running_var, num_batches_tracked, options
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
+        x = savable(x)
+        if residual is not None and options.activation is not None:
+            residual = savable(residual)
         if options.prepared is None:
-            return BatchNormFunction.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
-        return _apply(*given)  # type: ignore[no-any-return]
-    return _normalize(*given, False)[0]
+            return BatchNormFunction.apply(x, residual, *given)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(x, residual, *given)  # type: ignore[no-any-return]
+    return _normalize(x, residual, *given, None)[0]

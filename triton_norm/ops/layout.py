@@ -146,20 +146,20 @@ def copies(x: Tensor, kind: str) -> bool:
     return not _reads(x, kind, broadcast=False)
 
 
-def dense_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor without gaps in x's layout."""
-    if x.is_contiguous():
+def dense_like(x: Tensor, dtype: torch.dtype | None = None, kind: str | None = None) -> Tensor:
+    """Returns an empty tensor of x's shape without gaps, in the layout of `kind`; None is x's own."""
+    if x.is_contiguous() and (kind != "last" or math.prod(x.shape[2:]) == 1):
         return torch.empty_like(x, dtype=dtype)
-    if not channels_last(x):
+    if not (channels_last(x) if kind is None else kind == "last"):
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     samples, channels, *positions = x.shape
     return torch.empty((samples, *positions, channels), dtype=dtype or x.dtype, device=x.device).movedim(-1, 1)
 
 
-def as_readable(x: Tensor, like: Tensor, kind: str, broadcast: bool = False) -> tuple[Tensor, Lie]:
-    """x, which has the shape of `like`, or a copy of it where its strides leave no other way."""
+def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> tuple[Tensor, Lie]:
+    """Returns x, or a copy of it where its strides leave no other way to read it as `kind`, and how that lies."""
     if not _reads(x, kind, broadcast):
-        x = dense_like(like, x.dtype).copy_(x)
+        x = dense_like(x, x.dtype, kind).copy_(x)
     strides = _strides(x)
     assert strides is not None
     return x, Lie(*strides, x.itemsize, x.data_ptr() % tuning.VECTOR_BYTES)
@@ -213,17 +213,15 @@ def _bit_rows(shape: Sequence[int], kind: str) -> tuple[int, int]:
     return n_samples, n_channels * n_positions
 
 
-def empty_bits(x: Tensor) -> Tensor:
-    """For one bit an element of x."""
-    kind = kind_of(x)
+def empty_bits(x: Tensor, kind: str) -> Tensor:
+    """Returns an empty tensor for one bit an element of x, laid as `kind`."""
     rows, used = _bit_rows(x.shape, kind)
     per_byte = _bits_per_byte(x.shape[1], kind)
     return x.new_empty(rows * ((used + per_byte - 1) // per_byte), dtype=torch.uint8)
 
 
-def side_of_zero(bits: Tensor, x: Tensor) -> Tensor:
-    """The bits that a kernel has laid for a tensor like x, as booleans of its shape."""
-    kind = kind_of(x)
+def side_of_zero(bits: Tensor, x: Tensor, kind: str) -> Tensor:
+    """Returns as booleans of x's shape the bits that a kernel has laid as `kind`, whatever x's own strides are now."""
     rows, used = _bit_rows(x.shape, kind)
     within = torch.arange(_bits_per_byte(x.shape[1], kind), dtype=torch.uint8, device=x.device)
     spread = ((bits[:, None] >> within) & 1 != 0).view(rows, -1)[:, :used]

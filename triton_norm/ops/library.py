@@ -1,8 +1,8 @@
 """What the operators of both families share: their registration, and small conversions for launches."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,11 @@ def is_intercepted() -> bool:
     return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
 
 
-def pure_operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines an operator that changes none of its arguments, from functions that give a tuple of tensors, with None
-    for what a call has no use for; returns a function that calls it and gives the same.
+def tuple_operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines an operator from functions that give a tuple of tensors, with None for what a call has no use for.
 
-    The operator's own results can't be None, and are tensors of no elements then.
+    Returns a function that calls the operator and gives the same: the operator's own results can't be None, and are
+    tensors of no elements then.
     """
 
     def filled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,14 +69,15 @@ def contiguous(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def parameter_gradients(
-    weight: Tensor | None, bias: Tensor | None, x: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """dweight and dbias without contents; `wanted` says of x, weight and bias which gradients are."""
-    dweight, dbias = (
-        torch.empty(parameter.shape, dtype=parameter.dtype, device=x.device)
-        if parameter is not None and asked
-        else nothing(x)
-        for parameter, asked in ((weight, wanted[1]), (bias, wanted[2]))
-    )
-    return dweight, dbias
+class Wanted(NamedTuple):
+    """The types of the gradients that a backward is asked for, None for those that it is not."""
+
+    dx: torch.dtype | None
+    dresidual: torch.dtype | None
+    dweight: torch.dtype | None
+    dbias: torch.dtype | None
+
+
+def shaped(gradient: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Returns a parameter's gradient in the parameter's own shape."""
+    return gradient if gradient is None or gradient.shape == shape else gradient.view(shape)

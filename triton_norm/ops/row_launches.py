@@ -9,7 +9,7 @@ from torch import Tensor
 
 from triton_norm import tuning
 from triton_norm.ops.launch import INTERPRETED, Launcher, multiprocessors
-from triton_norm.ops.library import contiguous, name_of, triton_dtype
+from triton_norm.ops.library import Wanted, contiguous, name_of, triton_dtype
 from triton_norm.reference import compute_dtype
 
 
@@ -273,23 +273,16 @@ def _finalise_launcher(
     )
 
 
-def gradients(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dx_dtype: torch.dtype,
-    dresidual_dtype: torch.dtype | None,
-    wanted: Sequence[bool],
-) -> Gradients:
-    """dx, dresidual where its type is given, dweight and dbias as `wanted` of x, weight and bias; without contents."""
+def gradients(x: Tensor, options: Options, wanted: Wanted) -> Gradients:
+    """Returns dx and dresidual of x's shape, contiguous, dweight and dbias [n_cols]; empty, None where not wanted."""
 
-    def like(tensor: Tensor | None, asked: bool, dtype: torch.dtype | None = None) -> Tensor | None:
-        if tensor is None or not asked:
-            return None
-        return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+    def of_rows(dtype: torch.dtype | None) -> Tensor | None:
+        return None if dtype is None else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
-    dx, dresidual = like(x, wanted[0], dx_dtype), like(x, dresidual_dtype is not None, dresidual_dtype)
-    return dx, dresidual, like(weight, wanted[1]), like(bias, wanted[2])
+    def of_columns(dtype: torch.dtype | None) -> Tensor | None:
+        return None if dtype is None else torch.empty(options.n_cols, dtype=dtype, device=x.device)
+
+    return of_rows(wanted.dx), of_rows(wanted.dresidual), of_columns(wanted.dweight), of_columns(wanted.dbias)
 
 
 def backward(
@@ -297,16 +290,13 @@ def backward(
     dtotal: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
     statistics: Tensor,
     options: Options,
-    dx_dtype: torch.dtype,
-    dresidual_dtype: torch.dtype | None,
-    wanted: Sequence[bool],
+    wanted: Wanted,
 ) -> Gradients:
-    """What `gradients` says, with its contents; x is what was normalized."""
+    """Returns what `gradients` says, with its contents; x is what was normalized."""
     dy, dtotal = dy.resolve_neg(), None if dtotal is None else dtotal.resolve_neg()
-    dx, dresidual, dweight, dbias = gradients(x, weight, bias, dx_dtype, dresidual_dtype, wanted)
+    dx, dresidual, dweight, dbias = gradients(x, options, wanted)
     n_cols, compute, device = options.n_cols, statistics.dtype, x.device
     n_rows = x.numel() // n_cols
     x_rows, dy_rows = Rows(*as_rows(x, n_cols)), Rows(*as_rows(dy, n_cols, broadcast=True))
@@ -315,8 +305,7 @@ def backward(
     misaligned = _misaligned(*spread, x_rows.tensor, dx, dresidual)
     launchers: dict[Any, Backward] = {} if options.launchers is None else options.launchers
     layouts = (*dy_rows[1:], *dtotal_rows[1:], x_rows.stride, misaligned)
-    types = dy.dtype, None if dtotal is None else dtotal.dtype, dx_dtype, dresidual_dtype, tuple(wanted)
-    key = (*layouts, *types)
+    key = (*layouts, dy.dtype, None if dtotal is None else dtotal.dtype, wanted)
     made = launchers.get(key)
     if made is None:
         made = _backward(options, dy_rows, dtotal_rows, x_rows, dx, dresidual, compute, device, misaligned)
@@ -329,11 +318,11 @@ def backward(
     dweight_sums, dbias_sums = (
         None if grad is None else statistics.new_empty((most_teams, n_cols)) for grad in (dweight, dbias)
     )
-    inputs = dy_rows.tensor, dtotal_rows.tensor, x_rows.tensor, contiguous(weight), statistics
+    # A hook may have given the statistics back with other strides.
+    inputs = dy_rows.tensor, dtotal_rows.tensor, x_rows.tensor, contiguous(weight), statistics.contiguous()
     launcher((n_rows,), *inputs, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
     if dweight is not None or dbias is not None:
         n_sums = tuning.rows_backward_teams(launcher.config.keywords, n_rows, n_cols, multiprocessors(device))
-        dtypes = None if dweight is None else dweight.dtype, None if dbias is None else dbias.dtype
-        finalise = _finalise_launcher(device, *dtypes, n_cols, compute)
+        finalise = _finalise_launcher(device, wanted.dweight, wanted.dbias, n_cols, compute)
         finalise((n_sums,), dweight_sums, dbias_sums, dweight, dbias)
     return dx, dresidual, dweight, dbias

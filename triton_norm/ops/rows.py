@@ -1,14 +1,14 @@
 """LayerNorm and RMSNorm: `torch.library` operators with their fakes, autograd."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_norm import reference
-from triton_norm.ops.library import is_intercepted, pure_operator
+from triton_norm.ops.library import Wanted, is_intercepted, shaped, tuple_operator
 from triton_norm.ops.row_launches import Gradients, Options, Outputs, backward, forward, gradients, outputs
+from triton_norm.ops.saved import bias_like, needs_torch, restored, savable, save
 
 __all__ = ["Options", "RowsFunction", "normalize"]
 
@@ -18,9 +18,17 @@ _OPTIONS = (
 )
 _FORWARD = f"Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool saves, {_OPTIONS}"
 _BACKWARD = (
-    "Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, ScalarType dx_dtype, "
-    f"ScalarType? dresidual_dtype, bool[] wanted, {_OPTIONS}"
+    "Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor statistics, ScalarType? dx_dtype, "
+    f"ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype, {_OPTIONS}"
 )
+
+
+class Saved(NamedTuple):
+    """The tensors that the backward takes. x is what was normalized: the total, where there is a residual."""
+
+    x: Tensor
+    weight: Tensor | None
+    statistics: Tensor
 
 
 def _forward(
@@ -40,15 +48,15 @@ def _backward(
     dtotal: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
     statistics: Tensor,
-    dx_dtype: torch.dtype,
-    dresidual_dtype: torch.dtype | None,
-    wanted: Sequence[bool],
+    dx: torch.dtype | None,
+    dresidual: torch.dtype | None,
+    dweight: torch.dtype | None,
+    dbias: torch.dtype | None,
     *options: Any,
 ) -> Gradients:
-    dtypes = dx_dtype, dresidual_dtype
-    return backward(dy, dtotal, x, weight, bias, statistics, Options(*options), *dtypes, wanted)
+    wanted = Wanted(dx, dresidual, dweight, dbias)
+    return backward(dy, dtotal, x, weight, statistics, Options(*options), wanted)
 
 
 def _fake_backward(
@@ -56,24 +64,24 @@ def _fake_backward(
     dtotal: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
     statistics: Tensor,
-    dx_dtype: torch.dtype,
-    dresidual_dtype: torch.dtype | None,
-    wanted: Sequence[bool],
+    dx: torch.dtype | None,
+    dresidual: torch.dtype | None,
+    dweight: torch.dtype | None,
+    dbias: torch.dtype | None,
     *options: Any,
 ) -> Gradients:
-    return gradients(x, weight, bias, dx_dtype, dresidual_dtype, wanted)
+    return gradients(x, Options(*options), Wanted(dx, dresidual, dweight, dbias))
 
 
-_forward_op = pure_operator(f"rows_forward({_FORWARD}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward)
-_backward_op = pure_operator(
+_forward_op = tuple_operator(f"rows_forward({_FORWARD}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward)
+_backward_op = tuple_operator(
     f"rows_backward({_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)", _backward, _fake_backward
 )
 
 
 class RowsFunction(torch.autograd.Function):
-    """First order through the kernels; a backward that is itself differentiated goes through `reference`."""
+    """First order through the kernels; `needs_torch` says which backwards go through `reference` instead."""
 
     @staticmethod
     def forward(
@@ -83,42 +91,46 @@ class RowsFunction(torch.autograd.Function):
             y, total, statistics = _forward_op(x, residual, weight, bias, True, *options[:-1])
         else:
             y, total, statistics = forward(x, residual, weight, bias, options, True)
+        save(ctx, Saved(x if total is None else total, weight, statistics))
         ctx.options = options
+        ctx.dx, ctx.dresidual = x.dtype, None if residual is None else residual.dtype
+        ctx.dbias = None if bias is None else (bias.dtype, bias.shape)
         if total is None:
-            ctx.save_for_backward(x, weight, bias, statistics)
             return y
-        ctx.save_for_backward(total, weight, bias, statistics)
-        ctx.dtypes = x.dtype, residual.dtype  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *of_total: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, statistics = ctx.saved_tensors
-        x_wanted, residual_wanted, *parameters_wanted, _ = ctx.needs_input_grad
-        x_dtype, residual_dtype = ctx.dtypes if of_total else (x.dtype, x.dtype)
-        dtotal = of_total[0] if of_total else None
-        wanted = (x_wanted or residual_wanted, *parameters_wanted)
-        dweight = dbias = dresidual = None
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        saved = restored(ctx, Saved)
+        x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
+        dresidual = dweight = dbias = None
         if dy is None:
             dx = dtotal
-        elif torch.is_grad_enabled():
-            dx, dweight, dbias = _differentiable_gradients(ctx, dy, x_dtype, wanted)
+        elif needs_torch((dy, dtotal), saved):
+            dx, dweight, dbias = _composed_gradients(ctx, dy, saved)
             if dx is not None and dtotal is not None:
                 dx = dx + dtotal
         else:
-            dtypes = x_dtype if x_wanted else residual_dtype, None
-            if x_wanted and residual_wanted and residual_dtype != x_dtype:
-                dtypes = x_dtype, residual_dtype
-            given = dy, dtotal, x, weight, bias, statistics
+            twice = x_wanted and residual_wanted and ctx.dresidual != ctx.dx
+            wanted = Wanted(
+                ctx.dx if x_wanted else ctx.dresidual if residual_wanted else None,
+                ctx.dresidual if twice else None,
+                saved.weight.dtype if weight_wanted and saved.weight is not None else None,
+                ctx.dbias[0] if bias_wanted else None,
+            )
             if ctx.options.launchers is None or is_intercepted():
-                grads = _backward_op(*given, *dtypes, wanted, *ctx.options[:-1])
+                grads = _backward_op(dy, dtotal, *saved, *wanted, *ctx.options[:-1])
             else:
-                grads = backward(*given, ctx.options, *dtypes, wanted)
+                grads = backward(dy, dtotal, *saved, ctx.options, wanted)
             dx, dresidual, dweight, dbias = grads
+            if weight_wanted and saved.weight is not None:
+                dweight = shaped(dweight, saved.weight.shape)
+            if bias_wanted:
+                dbias = shaped(dbias, ctx.dbias[1])
         if residual_wanted and dresidual is None and dx is not None:
-            dresidual = dx.to(residual_dtype)
-        dx = dx.to(x_dtype) if x_wanted and dx is not None else None
+            dresidual = dx.to(ctx.dresidual)
+        dx = dx.to(ctx.dx) if x_wanted and dx is not None else None
         return dx, dresidual, dweight, dbias, None
 
 
@@ -126,11 +138,11 @@ class RowsFunction(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, RowsFunction).apply
 
 
-def _differentiable_gradients(
-    ctx: Any, dy: Tensor, x_dtype: torch.dtype, wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    x, weight, bias, _ = ctx.saved_tensors
+def _composed_gradients(ctx: Any, dy: Tensor, saved: Saved) -> list[Tensor | None]:
+    """Returns dx, dweight and dbias, composed of torch's own functions."""
     options: Options = ctx.options
+    x_wanted, residual_wanted, *parameters_wanted = ctx.needs_input_grad[:4]
+    bias = None if ctx.dbias is None else bias_like(saved.x, *ctx.dbias)
 
     def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         y = reference.normalize(
@@ -142,11 +154,12 @@ def _differentiable_gradients(
             centred=options.centred,
             weight_offset=options.weight_offset,
             x_hat_dtype=options.x_hat_dtype,
-            out_dtype=options.out_dtype or x_dtype,
+            out_dtype=options.out_dtype or ctx.dx,
         )
         return y.reshape(x.shape)
 
-    return reference.gradients(function, (x, weight, bias), dy, wanted)
+    wanted = x_wanted or residual_wanted, *parameters_wanted
+    return reference.gradients(function, (saved.x, saved.weight, bias), dy, wanted)
 
 
 def normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options) -> Any:
@@ -160,6 +173,8 @@ def normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: T
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
+        if residual is None:
+            x = savable(x)
         if intercepted:
             return RowsFunction.apply(x, residual, weight, bias, options)  # type: ignore[no-untyped-call]
         return _apply(x, residual, weight, bias, options)

@@ -16,7 +16,7 @@ from triton_norm.ops.channel_plans import Options, in_two_floats
 from triton_norm.ops.channels import bits_like
 from triton_norm.ops.launch import INTERPRETED, Launcher, zeros
 from triton_norm.ops.layout import dense_like
-from triton_norm.ops.library import contiguous, operator, pure_operator, triton_dtype
+from triton_norm.ops.library import Wanted, contiguous, operator, triton_dtype, tuple_operator
 from triton_norm.reference import compute_dtype
 from triton_norm.shares import Pieces
 
@@ -26,7 +26,7 @@ def _options(activation: str | None = None, slope: float = 0.0) -> Options:
 
 
 def _statistics(merged: Tensor) -> Tensor:
-    return merged[:-1].view(3, -1)
+    return merged[:-1].contiguous().view(3, -1)
 
 
 def _moments(x: Tensor) -> Tensor:
@@ -72,24 +72,21 @@ def _merge_launcher(
 
 
 def _merge(
-    gathered: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
+    gathered: Tensor, running: Sequence[Tensor], counter: Sequence[Tensor], momentum: float | None, eps: float
 ) -> Tensor:
     merged = torch.empty_like(gathered[0])
     n_ranks, n_channels = gathered.shape[0], (gathered.shape[1] - 1) // 3
+    running_mean, running_var = running or (None, None)
+    (num_batches_tracked,) = counter or (None,)
     moved = contiguous(running_mean), contiguous(running_var)
     types = tuple(None if tensor is None else tensor.dtype for tensor in (gathered, *moved, num_batches_tracked))
     launcher = _merge_launcher(types, gathered.device, momentum, eps)
     n_blocks = -(-n_channels // launcher.space.configs[0]["BLOCK_C"])
     sync = None if num_batches_tracked is None else zeros(2 + n_blocks, gathered.device)
     launcher((n_channels, n_ranks), gathered, merged, *moved, num_batches_tracked, sync)
-    for running, now in zip((running_mean, running_var), moved, strict=True):
-        if running is not None and now is not None and now is not running:
-            running.copy_(now)
+    for statistic, now in zip((running_mean, running_var), moved, strict=True):
+        if statistic is not None and now is not None and now is not statistic:
+            statistic.copy_(now)
     return merged
 
 
@@ -103,15 +100,23 @@ def _apply(
     weight: Tensor | None,
     bias: Tensor | None,
     merged: Tensor,
-    saves: bool,
+    bits_kind: str | None,
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor, Tensor | None]:
-    return launches.apply(x, residual, weight, bias, _statistics(merged), _options(activation, slope), saves)
+    return launches.apply(x, residual, weight, bias, _statistics(merged), _options(activation, slope), bits_kind)
 
 
-def _fake_apply(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None]:
-    return dense_like(x), bits_like(x, residual, rest[-3], rest[-2])
+def _fake_apply(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    merged: Tensor,
+    bits_kind: str | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    return dense_like(x, kind=bits_kind), bits_like(x, bits_kind)
 
 
 def _sums(
@@ -122,12 +127,15 @@ def _sums(
     weight: Tensor | None,
     bias: Tensor | None,
     merged: Tensor,
-    wanted: Sequence[bool],
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    bits_kind: str | None,
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     given = dy, x, residual, bits, weight, bias, _statistics(merged)
-    dweight, dbias, sums = launches.local_sums(*given, _options(activation, slope), wanted)
+    wanted = Wanted(None, None, dweight_dtype, dbias_dtype)
+    dweight, dbias, sums = launches.local_sums(*given, _options(activation, slope), wanted, bits_kind)
     return dweight, dbias, sums.flatten()
 
 
@@ -139,10 +147,11 @@ def _fake_sums(
     weight: Tensor | None,
     bias: Tensor | None,
     merged: Tensor,
-    wanted: Sequence[bool],
-    *_: Any,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    *options: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    dweight, dbias = launches.gradients(x, None, weight, bias, (False, *wanted[1:]))[2:]
+    _, _, dweight, dbias = launches.gradients(x, Wanted(None, None, dweight_dtype, dbias_dtype), None)
     return dweight, dbias, merged.new_empty(2 * x.shape[1])
 
 
@@ -155,41 +164,57 @@ def _gradient(
     bias: Tensor | None,
     merged: Tensor,
     sums: Tensor,
-    residual_dtype: torch.dtype | None,
+    dresidual_dtype: torch.dtype | None,
+    bits_kind: str | None,
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor, Tensor | None]:
     means = (sums / merged[-1]).view(2, -1)
     given = dy, x, residual, bits, weight, bias, _statistics(merged), means
-    return launches.apply_gradient(*given, _options(activation, slope), residual_dtype)
+    return launches.apply_gradient(*given, _options(activation, slope), dresidual_dtype, bits_kind)
 
 
-def _fake_gradient(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-    return launches.gradients(x, rest[-3], None, None, (True, False, False))[:2]  # type: ignore[return-value]
+def _fake_gradient(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    merged: Tensor,
+    sums: Tensor,
+    dresidual_dtype: torch.dtype | None,
+    bits_kind: str | None,
+    *options: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    dx, dresidual, _, _ = launches.gradients(x, Wanted(x.dtype, dresidual_dtype, None, None), bits_kind)
+    return dx, dresidual
 
 
 moments_op = operator("sync_batch_norm_moments(Tensor x) -> Tensor", _moments, _fake_moments)
 merge_op = operator(
-    "sync_batch_norm_merge(Tensor gathered, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> Tensor",
+    "sync_batch_norm_merge(Tensor gathered, Tensor(a!)[] running, Tensor(b!)[] counter, float? momentum, float eps) "
+    "-> Tensor",
     _merge,
     _fake_merge,
 )
-apply_op = pure_operator(
-    "sync_batch_norm_apply(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor merged, bool saves, "
-    "str? activation, float slope) -> (Tensor, Tensor)",
+apply_op = tuple_operator(
+    "sync_batch_norm_apply(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor merged, "
+    "str? bits_kind, str? activation, float slope) -> (Tensor, Tensor)",
     _apply,
     _fake_apply,
 )
-sums_op = pure_operator(
+sums_op = tuple_operator(
     "sync_batch_norm_sums(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, "
-    "Tensor merged, bool[] wanted, str? activation, float slope) -> (Tensor, Tensor, Tensor)",
+    "Tensor merged, ScalarType? dweight_dtype, ScalarType? dbias_dtype, str? bits_kind, str? activation, float slope) "
+    "-> (Tensor, Tensor, Tensor)",
     _sums,
     _fake_sums,
 )
-gradient_op = pure_operator(
+gradient_op = tuple_operator(
     "sync_batch_norm_gradient(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, "
-    "Tensor merged, Tensor sums, ScalarType? residual_dtype, str? activation, float slope) -> (Tensor, Tensor)",
+    "Tensor merged, Tensor sums, ScalarType? dresidual_dtype, str? bits_kind, str? activation, float slope) "
+    "-> (Tensor, Tensor)",
     _gradient,
     _fake_gradient,
 )

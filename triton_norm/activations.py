@@ -1,0 +1,82 @@
+"""The activations that can follow a normalization, one entry a name, in plain torch.
+
+kernels/activations.py computes the same functions, chosen by the same names.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Activation(NamedTuple):
+    """One activation f, y = f(z).
+
+    function: (z, slope) → y, torch's own.
+    gradient: (dy, z or its side of 0, slope) → dy · f'(z).
+    side: z → booleans, where f' depends on nothing else; None where the gradient needs z itself. What has a side can
+        be differentiated from one bit an element.
+
+    `slope` is the negative slope of leaky_relu; the others ignore it.
+    """
+
+    function: Callable[[Tensor, float], Tensor]
+    gradient: Callable[[Tensor, Tensor, float], Tensor]
+    side: Callable[[Tensor], Tensor] | None = None
+
+
+def _silu_gradient(dy: Tensor, z: Tensor, slope: float) -> Tensor:
+    sigmoid = torch.sigmoid(z)
+    return sigmoid * (1.0 + z * (1.0 - sigmoid)) * dy
+
+
+ACTIVATIONS = {
+    "relu": Activation(
+        lambda z, slope: torch.relu(z),
+        lambda dy, positive, slope: torch.where(positive, dy, 0.0),
+        lambda z: ~(z <= 0),  # as torch's: NaN passes through, and an infinite dy stops at 0
+    ),
+    "silu": Activation(lambda z, slope: F.silu(z), _silu_gradient),
+    "leaky_relu": Activation(
+        F.leaky_relu,
+        lambda dy, positive, slope: torch.where(positive, dy, dy * slope),
+        lambda z: z > 0,
+    ),
+}
+
+
+def named(activation: str) -> Activation:
+    """Returns the activation of this name; raises ValueError for a name that is not in the table."""
+    try:
+        return ACTIVATIONS[activation]
+    except KeyError:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"batch_norm(): activation must be one of {known} or None, but got {activation!r}") from None
+
+
+def activate(z: Tensor, activation: str | None, slope: float) -> Tensor:
+    """Returns f(z); z itself where there is no activation."""
+    return z if activation is None else named(activation).function(z, slope)
+
+
+def gradient(dy: Tensor, z: Tensor, activation: str | None, slope: float) -> Tensor:
+    """Returns dy · f'(z); dy itself where there is no activation."""
+    if activation is None:
+        return dy
+    chosen = named(activation)
+    return chosen.gradient(dy, z if chosen.side is None else chosen.side(z), slope)
+
+
+def gradient_by_side(dy: Tensor, positive: Tensor, activation: str | None, slope: float) -> Tensor:
+    """Returns dy · f'(z) from the side of 0 that z is on; raises ValueError where f' needs z itself."""
+    if not has_side(activation):
+        raise ValueError(f"the gradient of activation {activation!r} needs more than the side of 0")
+    assert activation is not None
+    return named(activation).gradient(dy, positive, slope)
+
+
+def has_side(activation: str | None) -> bool:
+    """Returns whether the gradient of the activation needs no more of z than its side of 0."""
+    return activation is not None and named(activation).side is not None
