@@ -340,7 +340,7 @@ def _counted_rows(point: Point) -> tuple[Counts, str]:
 def _layout(point: Point) -> Layout:
     x = make_inputs(point, "cpu", blank=True).x
     kind = kind_of(x)
-    return layout_of(x.shape, kind, as_readable(x, x, kind)[1])
+    return layout_of(x.shape, kind, as_readable(x, kind)[1])
 
 
 def _plan(point: Point) -> tuning.Plan:
