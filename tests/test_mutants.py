@@ -222,7 +222,7 @@ def bits(numbers, monkeypatch) -> None:
     call = drawn((3, 24, 3, 5), "last", "cpu", residual=torch.float32, activation="relu")
     options = channel_plans.Options(True, 0.1, 1e-5, "relu")
     y, _, found = channel_launches.forward(*call.inputs(), None, None, None, options, True)
-    assert torch.equal(layout.side_of_zero(found, call.x), y > 0), "other bits"
+    assert torch.equal(layout.side_of_zero(found, call.x, layout.kind_of(call.x)), y > 0), "other bits"
 
 
 def far_silu(numbers, monkeypatch) -> None:

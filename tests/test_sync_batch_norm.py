@@ -21,6 +21,8 @@ SCENARIOS = [
     sync_scenarios.only_the_gradients_asked_for,
     sync_scenarios.one_exchange_forward_and_one_backward,
     sync_scenarios.second_derivatives,
+    sync_scenarios.between_forward_and_backward,
+    sync_scenarios.counters_of_every_type,
     sync_scenarios.evaluation_exchanges_nothing,
     sync_scenarios.a_group_of_its_own,
     sync_scenarios.distributed_data_parallel,

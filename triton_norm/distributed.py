@@ -56,23 +56,30 @@ def gather(packed: Tensor, group: Group) -> Tensor:
     return gathered.view(group.size, -1)
 
 
-def total(sums: Tensor, group: Group) -> Tensor:
-    """Summed over all processes."""
-    collectives = torch.ops._c10d_functional
-    return collectives.wait_tensor(collectives.all_reduce(sums, "sum", group.name))  # type: ignore[no-any-return]
-
-
 class _Total(torch.autograd.Function):
-    """`total`, differentiable to any order: the gradient of a sum over all processes is such a sum."""
+    """`synchronized.total`, differentiable to any order, in forward mode and in batches: a derivative of a sum over all
+    processes is such a sum."""
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return total(sums.contiguous(), group)
+    def forward(sums: Tensor, group: Group) -> Tensor:
+        found: Tensor = synchronized.total_op(sums.contiguous(), group.name)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Group], output: Tensor) -> None:
+        _, ctx.group = inputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Total.apply(gradient, ctx.group), None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Total.apply(tangent, ctx.group)  # type: ignore[no-any-return, no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, axes: tuple[int | None, None], sums: Tensor, group: Group) -> tuple[Tensor, int | None]:
+        return _Total.apply(sums, group), axes[0]  # type: ignore[no-untyped-call]
 
 
 def _pieces(x: Tensor, by_kernels: bool) -> Pieces:
@@ -132,7 +139,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         dweight_dtype = saved.weight.dtype if weight_wanted and saved.weight is not None else None
         dbias_dtype = ctx.dbias[0] if bias_wanted else None
         dweight, dbias, sums = pieces.sums(dy, *saved, dweight_dtype, dbias_dtype, *asked)
-        sums = total(sums, ctx.group)  # all processes take part, whichever gradients each asks for
+        sums = synchronized.total(sums, ctx.group.name)  # all processes take part, whichever gradients each asks for
         dx = dresidual = None
         stored = ctx.dresidual if residual_wanted and options.activation is not None else None
         if x_wanted or stored is not None:
