@@ -50,6 +50,39 @@ def test_the_layers_types_stay():
     assert (folded.weight.dtype, folded.bias.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
+class Activated(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Inside(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+class Named(nn.Conv2d):
+    """Computes what a Conv2d does."""
+
+
+def replaced(module):
+    module.forward = lambda x: x
+    return module
+
+
+def test_a_subclass_that_computes_the_same():
+    layer, norm = Named(3, 6, 1).double().eval(), moved(nn.SyncBatchNorm(6))
+    triton_norm.convert(norm)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    folded = fold_batch_norm(layer, norm)
+    assert type(folded) is Named
+    torch.testing.assert_close(folded(x), norm(layer(x)))
+
+
 CONV, NORM = nn.Conv2d(3, 6, 1).eval(), triton_norm.BatchNorm2d(6).eval()
 
 
@@ -58,6 +91,11 @@ CONV, NORM = nn.Conv2d(3, 6, 1).eval(), triton_norm.BatchNorm2d(6).eval()
     [
         (nn.ReLU(), NORM, TypeError, "'layer' must be a convolution or Linear, not ReLU"),
         (CONV, nn.LayerNorm(6), TypeError, "'batch_norm' must be BatchNorm, not LayerNorm"),
+        (CONV, Activated(6).eval(), TypeError, "'batch_norm', of Activated, may compute something else"),
+        (Standardized(3, 6, 1).eval(), NORM, TypeError, "'layer', of Standardized, may compute something else"),
+        (Inside(3, 6, 1).eval(), NORM, TypeError, "'layer', of Inside, may compute something else"),
+        (replaced(nn.Conv2d(3, 6, 1).eval()), NORM, TypeError, "'layer', of Conv2d, may compute something else"),
+        (CONV, replaced(nn.BatchNorm2d(6).eval()), TypeError, "'batch_norm', of BatchNorm2d, may compute"),
         (nn.Conv2d(3, 6, 1), NORM, RuntimeError, "layer is in training mode"),
         (CONV, nn.BatchNorm2d(6), RuntimeError, "batch_norm is in training mode"),
         (CONV, nn.BatchNorm2d(6, track_running_stats=False).eval(), RuntimeError, "no running statistics"),

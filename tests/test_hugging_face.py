@@ -64,7 +64,7 @@ def test_every_class_computes_what_the_list_says(arithmetic):
     classes = {path: class_at(path) for path, listed in ARITHMETIC.items() if listed == arithmetic}
     there = {path: cls for path, cls in classes.items() if cls is not None}
     assert there
-    others = [path for path, cls in there.items() if not hugging_face.computes_as_listed(made(cls))]
+    others = [path for path, cls in there.items() if hugging_face.mismatch(made(cls)) is not None]
     assert others == [path for path in there if version.Version(SINCE.get(path, "0")) > VERSION]
 
 
@@ -76,7 +76,7 @@ def test_another_arithmetic_is_noticed(path, arithmetic, monkeypatch):
         others.clear()  # which differ in what they do with a weight
     for other in (*others, arithmetic._replace(eps="training")):
         monkeypatch.setattr(hugging_face.counterpart(type(module)), "arithmetic", other)
-        assert not hugging_face.computes_as_listed(module), other
+        assert hugging_face.mismatch(module) is not None, other
 
 
 def test_a_version_that_computes_something_else_is_skipped(monkeypatch):
@@ -146,12 +146,10 @@ def test_the_kernels_compute_the_same(path, x_dtype, dtype, device, guard):
 
 @pytest.mark.parametrize("path", FAMILIES)
 def test_what_the_kernels_dont_compute_goes_to_its_own_forward(path, device):
-    """Of float64 it computes in float32; and it takes weights of more dimensions, and its argument by keyword."""
+    """Of float64 it computes in float32; and it takes weights of more dimensions."""
     theirs = made(class_at(path)).to(device)
     ours = converted(theirs)
-    (name,) = inspect.signature(theirs.forward).parameters
     x = torch.randn(3, COLUMNS, device=device)
-    assert torch.equal(ours(**{name: x}), theirs(x))
     assert tn.explain(ours, x).backend == "triton"
     assert torch.equal(ours(x.double()), theirs(x.double()))
     with tn.backend("triton"), pytest.raises(RuntimeError, match="own forward computes something else"):
@@ -163,8 +161,37 @@ def test_what_the_kernels_dont_compute_goes_to_its_own_forward(path, device):
         if getattr(module, "weight", None) is not None:
             module.weight = nn.Parameter(module.weight.detach().expand(3, COLUMNS).clone())
     assert torch.equal(ours(x), theirs(x)) or path == "llama4.Llama4TextL2Norm"
-    with pytest.raises(TypeError):
-        ours(x, x)
+
+
+@pytest.mark.parametrize("path", [*FAMILIES, "convnext.ConvNextLayerNorm"])
+def test_the_kernels_take_the_classes_argument_by_its_name(path, device, guard):
+    theirs = made(class_at(path)).to(device)
+    ours = converted(theirs)
+    (name,) = inspect.signature(theirs.forward).parameters
+    x = torch.randn(2, 1, 1, COLUMNS, device=device)
+    with tn.backend("triton"):
+        assert torch.equal(ours(**{name: x}), ours(x))
+    assert guard is None or len(guard.launches) == 2
+    assert tn.explain(ours, **{name: x}) == tn.explain(ours, x)
+    assert tn.explain(ours, x).backend == "triton"
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("path", [*FAMILIES, "convnext.ConvNextLayerNorm"])
+def test_wrong_arguments_are_the_classes_own_error(path, backend, device):
+    theirs = made(class_at(path)).to(device)
+    ours = converted(theirs)
+    (name,) = inspect.signature(theirs.forward).parameters
+    x = torch.randn(2, 1, 1, COLUMNS, device=device)
+    for inputs, named in (((), {}), ((), {"nonsense": x}), ((x,), {name: x}), ((x, x), {}), ((x,), {"residual": x})):
+        with pytest.raises(TypeError) as expected:
+            theirs(*inputs, **named)
+        with tn.backend(backend):
+            with pytest.raises(TypeError) as found:
+                ours(*inputs, **named)
+            with pytest.raises(TypeError):
+                tn.explain(ours, *inputs, **named)
+        assert str(found.value) == str(expected.value)
 
 
 def test_a_weight_of_another_length_is_an_error(device):
@@ -180,7 +207,8 @@ def test_copies_and_pickles(path):
     assert isinstance(ours, type(theirs))
     assert str(ours) == str(theirs)
     x = torch.randn(3, COLUMNS)
-    for other in (copy.copy(ours), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+    pickled = [pickle.loads(pickle.dumps(ours, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for other in (copy.copy(ours), copy.deepcopy(ours), *pickled):
         assert type(other) is type(ours)
         assert torch.equal(other(x), ours(x))
         assert tn.revert(other) == ("",)
@@ -189,10 +217,43 @@ def test_copies_and_pickles(path):
 
 
 def test_a_gemma3n_norm_without_a_weight(device):
+    """By its flag, whatever weight it has since."""
     theirs = class_at("gemma3n.Gemma3nRMSNorm")(COLUMNS, with_scale=False).to(device)
+    ours = converted(theirs)
     x = torch.randn(3, COLUMNS, device=device).bfloat16()
-    with tn.backend("triton"):
-        bits_agree(converted(theirs)(x), theirs(x))
+    for module in (theirs, ours, theirs):
+        with tn.backend("triton"):
+            bits_agree(ours(x), theirs(x))
+        module.weight = nn.Parameter(torch.full((COLUMNS,), 3.0, device=device))
+
+
+@pytest.mark.parametrize("path", [path for path, arithmetic in FAMILIES.items() if arithmetic.weighted])
+def test_a_missing_weight_is_the_classes_own_error(path, device):
+    theirs = made(class_at(path)).to(device)
+    ours = converted(theirs)
+    x = torch.randn(3, COLUMNS, device=device)
+    for module in (theirs, ours):
+        module.weight = None
+    with pytest.raises((AttributeError, TypeError)) as expected:
+        theirs(x)
+    with pytest.raises(expected.type) as found:
+        ours(x)
+    assert str(found.value) == str(expected.value)
+    for backend in ("auto", "triton", "torch"):
+        del ours.weight
+        with tn.backend(backend), pytest.raises(AttributeError, match="has no attribute 'weight'"):
+            ours(x)
+        with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+            tn.explain(ours, x)
+        ours.weight = None
+
+
+@pytest.mark.parametrize("path", [path for path, arithmetic in FAMILIES.items() if arithmetic.weighted])
+def test_a_norm_that_lacks_its_weight_is_skipped(path):
+    module = made(class_at(path))
+    del module.weight
+    (reason,) = tn.convert(module).skipped.values()
+    assert f"raised AttributeError: '{type(module).__name__}' object has no attribute 'weight'" in reason
 
 
 @pytest.mark.parametrize("path", sorted(LAYER_NORMS))

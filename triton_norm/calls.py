@@ -45,7 +45,7 @@ def _named(code: CodeType, variables: dict[str, Any]) -> Iterator[Any]:
         if instruction.opname == "LOAD_GLOBAL":
             value = variables.get(instruction.argval)
         elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, ModuleType):
-            value = getattr(value, instruction.argval, None)
+            value = vars(value).get(instruction.argval)  # a lazy module's getattr would import, and may raise
         elif instruction.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
             value = None
         yield value

@@ -3,7 +3,7 @@
 import fnmatch
 import functools
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,6 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: modules.BatchNorm2d,
     nn.BatchNorm3d: modules.BatchNorm3d,
     nn.SyncBatchNorm: modules.SyncBatchNorm,
-}
-_BATCH_NORMS = {
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-    *(modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d),
 }
 _NORMS = (*_OURS, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _WAS = "_triton_norm_was"
@@ -67,9 +63,15 @@ def convert(
     are modules of exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d and SyncBatchNorm, and of those
     classes of Hugging Face's transformers that `triton_norm.hugging_face` lists, for which their own arithmetic,
     rounding included, is kept. Every other norm is skipped: subclasses, whose forward may differ, parametrized modules,
-    and what is not known. To convert is cheap, and to convert again harmless. Convert before `fully_shard` is called on
-    norms themselves, to which it gives classes of its own; before or after DistributedDataParallel, torch.compile and a
-    device_map.
+    and what is not known. To convert is cheap, and to convert again harmless.
+
+    Converted modules are instances of the class they had, by isinstance; those that `sync_batch_norm` converts are of
+    torch.nn.SyncBatchNorm, and no more of BatchNorm1d to 3d, as after torch's own conversion.
+
+    Convert before `fully_shard` is called on norms themselves, to which it gives classes of its own; before or after
+    DistributedDataParallel, torch.compile and a device_map. Convert after whatever patches a class, as
+    `LlamaRMSNorm.forward = ...` does: a class that computes something else then is skipped, but one that is patched
+    later changes nothing in what the kernels compute for modules converted before.
 
     Args:
         include: what alone to convert: names as in `model.named_modules()`, with shell-style wildcards, each for the
@@ -107,21 +109,30 @@ def convert(
         elif target is not None:
             becomes[module] = target
             report.converted[name] = f"{_described(type(module))} → {_described(target)}"
-    for module, target in becomes.items():
+
+    def change(module: nn.Module) -> None:
         module.__dict__.setdefault(_WAS, type(module))
-        _become(module, target)
-        if target is modules.SyncBatchNorm and "process_group" not in module.__dict__:
+        module.__dict__.pop(modules.REVERTED, None)
+        _become(module, becomes[module])
+        if becomes[module] is modules.SyncBatchNorm and "process_group" not in module.__dict__:
             module.process_group = process_group
+
+    _change_all(becomes, change)
     return report
 
 
 def revert(model: nn.Module) -> tuple[str, ...]:
     """Gives every module that `convert` converted inside `model` the class back that it had; returns their names.
 
+    A forward that was put on such a module since, as by accelerate's hooks or `module.forward = torch.compile(...)`,
+    stays; where it calls the forward of before, that calls the one of the class that the module is given back.
+
     Raises:
         TypeError: `model` is no module.
         RuntimeError: something else has changed the class of a converted module since, by `fully_shard` or a
-            parametrization; nothing is reverted then.
+            parametrization.
+
+    A call that raises has changed nothing.
     """
     _check("revert", model)
     converted = [pair for pair in model.named_modules(remove_duplicate=False) if _WAS in pair[1].__dict__]
@@ -129,12 +140,31 @@ def revert(model: nn.Module) -> tuple[str, ...]:
     if changed:
         each = "; ".join(f"{name!r} was converted, but is a {kind} now" for name, kind in changed)
         raise RuntimeError(f"revert(): {each}: undo that first")
-    for module in {module: None for _, module in converted}:
-        original = module.__dict__.pop(_WAS)
-        _become(module, original)
-        if original in _BATCH_NORMS:
-            module.__dict__.pop("process_group", None)
+    _change_all({module: None for _, module in converted}, _give_back)
     return tuple(name for name, _ in converted)
+
+
+def _give_back(module: nn.Module) -> None:
+    original, wrapped = module.__dict__.pop(_WAS), not _forward_is_its_class(module)
+    _become(module, original)
+    if wrapped:
+        module.__dict__[modules.REVERTED] = True
+    if original in modules.BATCH_NORMS:
+        module.__dict__.pop("process_group", None)
+
+
+def _change_all(changed: Iterable[nn.Module], change: Callable[[nn.Module], None]) -> None:
+    """Changes all modules, or, where that raises, none: a class may refuse that an attribute is set."""
+    before = [(module, type(module), dict(module.__dict__)) for module in changed]
+    try:
+        for module, _, _ in before:
+            change(module)
+    except BaseException:
+        for module, cls, attributes in before:
+            object.__setattr__(module, "__class__", cls)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        raise
 
 
 def _check(function: str, model: object, sync_batch_norm: object = False, process_group: object = None) -> None:
@@ -175,7 +205,7 @@ def _selected(
 
 def _target(cls: type[nn.Module], sync_batch_norm: bool) -> type[nn.Module] | None:
     """What modules of exactly this class become."""
-    if sync_batch_norm and cls in _BATCH_NORMS:
+    if sync_batch_norm and cls in modules.BATCH_NORMS:
         return modules.SyncBatchNorm
     return _OURS.get(cls) or hugging_face.counterpart(cls)
 
@@ -188,9 +218,7 @@ def _obstacle(
     if target is not None:
         if not _forward_is_its_class(module):
             return "its forward was replaced on the module itself"
-        if not hugging_face.computes_as_listed(module):
-            return f"its version of {cls.__name__} computes something else than the one that is known"
-        return None
+        return hugging_face.mismatch(module)
     if any(_is_ours(base) for base in cls.__mro__):
         return "is triton_norm's already"
     for base in cls.__mro__[1:]:

@@ -1,14 +1,18 @@
 """A BatchNorm in evaluation is a fixed scale and shift per channel, which the layer before it can do itself."""
 
 import copy
+from types import MethodType
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import fusion, parametrize
 
+from triton_norm import modules
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KNOWN = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *modules.BATCH_NORMS, nn.SyncBatchNorm, modules.SyncBatchNorm)
 
 
 def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
@@ -27,8 +31,9 @@ def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
         a module of the layer's class and parameters' types, with a bias. Both arguments stay as they are.
 
     Raises:
-        TypeError: another kind of layer. RuntimeError: one in training mode, or of another number of channels, or a
-        BatchNorm that keeps no running statistics, or a parametrized layer, or two devices.
+        TypeError: another kind of layer, or a subclass or a module with a forward of its own, which may compute more.
+        RuntimeError: one in training mode, or of another number of channels, or a BatchNorm that keeps no running
+        statistics, or a parametrized layer, or two devices.
 
     By torch.nn.utils.fusion, but for transposed convolutions of several groups, which that can't fold.
     """
@@ -39,6 +44,11 @@ def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
             f"fold_batch_norm(): argument 'layer' must be a convolution or Linear, not {type(layer).__name__}"
         )
     for name, module in (("layer", layer), ("batch_norm", batch_norm)):
+        if not _computes_as_known(module):
+            raise TypeError(
+                f"fold_batch_norm(): the forward of argument '{name}', of {type(module).__name__}, may compute "
+                "something else than that of the class it is derived from"
+            )
         if module.training:
             raise RuntimeError(f"fold_batch_norm(): {name} is in training mode; call {name}.eval() first")
     if batch_norm.running_mean is None or batch_norm.running_var is None:
@@ -72,6 +82,13 @@ def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
     if isinstance(layer, _TRANSPOSED) and layer.groups > 1:
         return _fold_grouped_transposed(layer, batch_norm)
     return fusion.fuse_conv_bn_eval(layer, batch_norm, transpose=isinstance(layer, _TRANSPOSED))
+
+
+def _computes_as_known(module: nn.Module) -> bool:
+    """Returns whether the forward is that of one of the known classes, and the convolution inside it."""
+    base = next(cls for cls in type(module).__mro__ if cls in _KNOWN)
+    names = ("forward", "_conv_forward") if issubclass(base, _CONVOLUTIONS) else ("forward",)
+    return all(getattr(module, name) == MethodType(getattr(base, name), module) for name in names)
 
 
 def _with_parameters(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:

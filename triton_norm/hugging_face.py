@@ -1,6 +1,7 @@
 """Norms of Hugging Face's transformers that the kernels compute as they do; transformers itself is not imported."""
 
 import functools
+import inspect
 import itertools
 from typing import Any, Literal, NamedTuple
 
@@ -143,12 +144,25 @@ def _dtype(kind: Type | None, x: Tensor, weight: Tensor) -> torch.dtype | None:
 
 
 class _Made:
-    """A class that is made when it is asked for, where copy and pickle can't find it."""
+    """A class that is made when it is asked for, where copy and pickle can't find it.
+
+    `original` is the class that it is made from, `argument` the name that its forward gives the input.
+    """
 
     original: type[nn.Module]
+    argument: str
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _make, (self.original,), self.__dict__
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Names `original` for the class. What derives from it is reduced as anything is, or refuses to be: the class
+        that torch's parametrizations make of it."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_make, (self.original,), *reduced[2:]) if is_counterpart(type(self)) else reduced
+
+    def _input(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The one argument of a call, by position or by its name; None of any other call."""
+        if named:
+            return named.get(self.argument) if len(named) == 1 and not inputs else None
+        return inputs[0] if len(inputs) == 1 else None
 
 
 class _RMSNorm(_Made):
@@ -158,27 +172,34 @@ class _RMSNorm(_Made):
     arithmetic: Arithmetic
 
     def _arguments(self: Any, x: Tensor) -> tuple[Any, ...] | None:
-        """Of `functional.normalize`; None where the class computes something else."""
+        """Of `functional.normalize`; None where the class computes something else, or raises."""
         eps, weighted, weight_offset, x_hat, y = self.arithmetic
-        weight = getattr(self, "weight", None) if weighted else None
         if x.dtype not in _SERVED or x.dim() == 0:
             return None
-        if weight is None:
+        if not (weighted and self.__dict__.get("with_scale", True)):  # by which a Gemma3nRMSNorm has no weight
             return x.shape[-1:], None, None, getattr(self, eps), None, None, 0.0, None, x.dtype
-        if weight.dtype not in _SERVED or weight.dim() != 1:
+        weight = self.weight
+        if weight is None or weight.dtype not in _SERVED or weight.dim() != 1:
             return None
         types = _dtype(x_hat, x, weight), _dtype(y, x, weight)
         return weight.shape, weight, None, getattr(self, eps), None, None, weight_offset, *types
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        arguments = self._arguments(inputs[0]) if len(inputs) == 1 and not named else None
-        if arguments is None:
+        if not isinstance(self, _RMSNorm):  # what wrapped this forward still calls it, though the module was reverted
+            return type(self).forward(self, *inputs, **named)
+        own, x = super().forward, self._input(inputs, named)  # type: ignore[misc]
+        arguments = None if x is None else self._arguments(x)
+        if arguments is not None:
+            return functional.normalize("rms_norm", x, arguments, own)
+        if x is not None or _takes(own, inputs, named):
             goes_to_triton(_COMPUTES_ELSE)
-            return super().forward(*inputs, **named)  # type: ignore[misc]
-        return functional.normalize("rms_norm", inputs[0], arguments, super().forward)  # type: ignore[misc]
+        return own(*inputs, **named)
 
-    def explain_call(self: Any, x: Tensor) -> Explanation:
-        arguments = self._arguments(x)
+    def explain_call(self: Any, *inputs: Any, **named: Any) -> Explanation:
+        x = self._input(inputs, named)
+        if x is None:
+            inspect.signature(self.original.forward).bind(self, *inputs, **named)
+        arguments = None if x is None else self._arguments(x)
         if arguments is None:
             return Explanation("rms_norm", "torch", _COMPUTES_ELSE)
         shape, weight, _, eps, _, _, weight_offset, x_hat_dtype, out_dtype = arguments
@@ -189,9 +210,18 @@ class _RMSNorm(_Made):
 class _LayerNorm(_Made):
     """What a listed LayerNorm has before its own class."""
 
-    def explain_call(self: Any, features: Tensor) -> Explanation:
-        x = features.permute(0, 2, 3, 1) if self.data_format == "channels_first" else features
+    def explain_call(self: Any, *inputs: Any, **named: Any) -> Explanation:
+        x = inspect.signature(self.original.forward).bind(self, *inputs, **named).args[1]
+        x = x.permute(0, 2, 3, 1) if self.data_format == "channels_first" else x
         return super().explain_call(x)  # type: ignore[misc, no-any-return]
+
+
+def _takes(function: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(function).bind(*inputs, **named)
+    except TypeError:
+        return False
+    return True
 
 
 def counterpart(cls: Any) -> type[nn.Module] | None:
@@ -202,11 +232,25 @@ def counterpart(cls: Any) -> type[nn.Module] | None:
 
 @functools.cache
 def _counterpart(cls: Any, path: str) -> type[nn.Module]:
-    of_class: dict[str, Any] = {"__module__": __name__, "__qualname__": cls.__qualname__, "original": cls}
+    of_class: dict[str, Any] = {
+        "__module__": __name__,
+        "__qualname__": cls.__qualname__,
+        "original": cls,
+        "argument": _argument(cls),
+    }
     if path in ARITHMETIC:
         return type(cls.__name__, (_RMSNorm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
     # super() in the class's own forward is this library's LayerNorm then.
     return type(cls.__name__, (_LayerNorm, cls, LayerNorm), of_class)
+
+
+def _argument(cls: Any) -> str:
+    """The name of the first argument of the class's forward; nothing where it can't be given by name."""
+    try:
+        _, first, *_ = inspect.signature(cls.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ""
+    return first.name if first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else ""
 
 
 def is_counterpart(cls: Any) -> bool:
@@ -219,20 +263,24 @@ def _make(original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def computes_as_listed(module: nn.Module) -> bool:
-    """Whether a module of a listed class, of whichever version of transformers, computes what the list says: the same
-    values, all but a few in the same bits, of x and weight each in half precision and in float32."""
+def mismatch(module: nn.Module) -> str | None:
+    """Returns why a module of a listed class, of whichever version of transformers, can't be converted; None where it
+    computes what the list says: the same values, all but a few in the same bits, of x and weight each in half precision
+    and in float32."""
+    name = type(module).__name__
     if _path(type(module)) not in ARITHMETIC:
-        return True
+        return None
     width, halves, single = 64, torch.bfloat16, torch.float32
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         drawn = torch.sin(torch.arange(6.0 * width, device="cpu").square()).view(6, width)
         weight, x = 0.5 + drawn[0], drawn[1:] * torch.tensor([1e-3, 1e-2, 1.0, 10.0, 1e4], device="cpu")[:, None]
         types = itertools.product((halves, single), repeat=2)
         try:
-            return all(_agrees(module, x.to(x_dtype), weight.to(dtype)) for x_dtype, dtype in types)
-        except (AttributeError, RuntimeError, TypeError):  # it has other attributes, or takes other arguments
-            return False
+            agrees = all(_agrees(module, x.to(x_dtype), weight.to(dtype)) for x_dtype, dtype in types)
+        except Exception as error:  # code that replaced the class's forward may raise anything on a CPU
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return f"its version of {name} could not be tried on a few numbers, and raised {said}"
+    return None if agrees else f"its version of {name} computes something else than the one that is known"
 
 
 def _agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
@@ -240,7 +288,10 @@ def _agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
     probe.__dict__.update(module.__dict__)
     probe.__dict__.pop("weight", None)
     probe.__dict__["_parameters"] = {"weight": weight} if hasattr(module, "weight") else {}
-    shape, weight, _, eps, _, _, weight_offset, x_hat_dtype, out_dtype = probe._arguments(x)
+    arguments = probe._arguments(x)
+    if arguments is None:
+        return False
+    shape, weight, _, eps, _, _, weight_offset, x_hat_dtype, out_dtype = arguments
     asked = {"weight_offset": weight_offset, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
     expected = reference.normalize(x, shape, weight, None, eps, centred=False, **asked)
     found = type(module).forward(probe, x)

@@ -1,18 +1,29 @@
 """torch.nn's normalization layers with another forward: parameters, buffers and state_dicts are torch's own."""
 
 import dataclasses
+import sys
+import warnings
+from collections.abc import Iterator
+from types import FrameType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from triton_norm import checks, distributed, explaining, functional
 from triton_norm.dispatch import Explanation
+
+REVERTED = "_triton_norm_reverted"
+"""An attribute of a module whose class `revert` has exchanged while its forward was wrapped. The wrapper may still call
+the forward of the class before, which then calls that of the class now."""
 
 
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm, computed by `triton_norm.layer_norm`, whose keyword arguments forward takes too."""
 
     def forward(self, input: Tensor, **fused: Any) -> Any:
+        if REVERTED in self.__dict__ and type(self).forward is not LayerNorm.forward:
+            return type(self).forward(self, input, **fused)
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **fused)
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
@@ -24,6 +35,8 @@ class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm, computed by `triton_norm.rms_norm`, whose keyword arguments forward takes too."""
 
     def forward(self, x: Tensor, **fused: Any) -> Any:
+        if REVERTED in self.__dict__ and type(self).forward is not RMSNorm.forward:
+            return type(self).forward(self, x, **fused)
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, **fused)
 
     def explain_call(self, x: Tensor, **fused: Any) -> Explanation:
@@ -52,6 +65,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         }
 
     def forward(self, input: Tensor, **fused: Any) -> Tensor:
+        if REVERTED in self.__dict__ and type(self).forward is not _BatchNorm.forward:
+            return type(self).forward(self, input, **fused)
         return functional.batch_norm(**self._arguments(input), **fused)
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
@@ -70,7 +85,13 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d, computed by `triton_norm.batch_norm`, whose `residual` and `activation` forward takes."""
 
 
-class SyncBatchNorm(_BatchNorm):
+BATCH_NORMS: frozenset[type[nn.Module]] = frozenset(
+    {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm1d, BatchNorm2d, BatchNorm3d}
+)
+"""The classes exactly one of which a module must be of to be made SyncBatchNorm."""
+
+
+class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     r"""y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), channel by channel, as torch.nn.SyncBatchNorm:
     in training, mean and var are those of the batch that all processes of a group share.
 
@@ -95,31 +116,19 @@ class SyncBatchNorm(_BatchNorm):
 
     and as `triton_norm.batch_norm`, but that one value per channel on one process is no error. A batch of one value per
     channel in all moves no running variance, an empty one neither running statistic; to ask a GPU would be to wait for
-    it. Not a subclass of torch.nn.SyncBatchNorm: DistributedDataParallel refuses those on the CPU.
+    it.
+
+    A subclass of torch.nn.SyncBatchNorm, and as that no instance of BatchNorm1d to 3d: what freezes, groups or reverts
+    layers by isinstance finds it. DistributedDataParallel, which refuses torch.nn.SyncBatchNorm on the CPU, takes it.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: Any = None,
-        device: Any = None,
-        dtype: Any = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-        self.process_group = process_group
-
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-        if input.size(1) == 0:
-            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+        super()._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
 
     def forward(self, input: Tensor, **fused: Any) -> Tensor:
+        if REVERTED in self.__dict__ and type(self).forward is not SyncBatchNorm.forward:
+            return type(self).forward(self, input, **fused)
         arguments = self._arguments(input)
         group = distributed.shared_by(self.process_group) if self.training else None
         if group is None:
@@ -132,22 +141,52 @@ class SyncBatchNorm(_BatchNorm):
         found = explaining.explain_batch_norm(**self._arguments(input), whole=whole, **fused)
         return found if whole else dataclasses.replace(found, function="sync_batch_norm")
 
-    @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """`module` with every BatchNorm in it, torch's or this library's, SyncBatchNorm among them, become one of these
-        that has its parameters and buffers; a new layer where `module` itself is one. As torch.nn.SyncBatchNorm's.
-        """
-        checks.module("convert_sync_batchnorm", "module", module)
-        converted = module
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            converted = cls._converted(module, process_group)
-        for name, child in tuple(module._modules.items()):  # not named_children, which names a layer only once
-            if child is not None:
-                converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
-        return converted
+    def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yields what torch.nn.Module's does, but nothing where DistributedDataParallel looks for instances of
+        torch.nn.SyncBatchNorm to refuse: those compute on a GPU alone, and this one on the CPU too."""
+        if torch.compiler.is_compiling() or not _is_for_refusal(sys._getframe(1)):
+            yield from super().named_modules(*arguments, **named)
 
     @classmethod
-    def _converted(cls, module: nn.modules.batchnorm._BatchNorm, process_group: Any) -> "SyncBatchNorm":
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Replaces every BatchNorm in `module` by one of these that has its parameters and buffers, as
+        torch.nn.SyncBatchNorm's.
+
+        Replaced are modules of exactly the classes BatchNorm1d to 3d and SyncBatchNorm, torch's or this library's. A
+        subclass, whose forward may do more, stays, with a UserWarning that names it; so do a BatchNorm with a forward
+        of its own and a lazy one that has not been called yet. Hooks are not kept; `triton_norm.convert` keeps them.
+
+        Returns:
+            `module`, or the new layer where `module` itself is replaced.
+
+        Raises:
+            TypeError: `module` is no module, or a layer's weight or bias is no parameter, as where it is pruned.
+
+        A call that raises has changed nothing.
+        """
+        checks.module("convert_sync_batchnorm", "module", module)
+        exact = {*BATCH_NORMS, nn.SyncBatchNorm, SyncBatchNorm}
+        replaced: dict[nn.Module, nn.Module] = {}
+        left = []
+        for name, part in module.named_modules():
+            if type(part) in exact and part.forward == MethodType(type(part).forward, part):
+                replaced[part] = cls._converted(part, process_group)
+            elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+                left.append(f"{name or '(the module)'} ({type(part).__name__})")
+        for parent in list(module.modules()):
+            for name, child in tuple(parent._modules.items()):
+                if child is not None and (child in replaced or parent in replaced):
+                    replaced.get(parent, parent).add_module(name, replaced.get(child, child))
+        if left:
+            warnings.warn(
+                f"convert_sync_batchnorm(): left as they are, for their forward may do more than BatchNorm's: "
+                f"{', '.join(left)}",
+                stacklevel=2,
+            )
+        return replaced.get(module, module)
+
+    @classmethod
+    def _converted(cls, module: Any, process_group: Any) -> "SyncBatchNorm":
         options = module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
         converted = cls(*options, process_group, device="meta")
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
@@ -156,3 +195,11 @@ class SyncBatchNorm(_BatchNorm):
         if hasattr(module, "qconfig"):
             converted.qconfig = module.qconfig
         return converted
+
+
+def _is_for_refusal(frame: FrameType | None) -> bool:
+    """Returns whether the frame that iterates over modules is the method of DistributedDataParallel that raises on
+    SyncBatchNorm; between the two lie the generators of the modules around."""
+    while frame is not None and frame.f_code.co_name in ("modules", "named_modules"):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_passing_sync_batchnorm_handle"
