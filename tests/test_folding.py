@@ -69,14 +69,21 @@ class Named(nn.Conv2d):
     """Computes what a Conv2d does."""
 
 
+class OfAnyRank(nn.modules.batchnorm._BatchNorm):
+    """Derived from none of the three."""
+
+    def _check_input_dim(self, input):
+        return
+
+
 def replaced(module):
     module.forward = lambda x: x
     return module
 
 
-def test_a_subclass_that_computes_the_same():
-    layer, norm = Named(3, 6, 1).double().eval(), moved(nn.SyncBatchNorm(6))
-    triton_norm.convert(norm)
+@pytest.mark.parametrize("make", [nn.SyncBatchNorm, triton_norm.SyncBatchNorm, OfAnyRank])
+def test_a_subclass_that_computes_the_same(make):
+    layer, norm = Named(3, 6, 1).double().eval(), moved(make(6))
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     folded = fold_batch_norm(layer, norm)
     assert type(folded) is Named
@@ -91,6 +98,7 @@ CONV, NORM = nn.Conv2d(3, 6, 1).eval(), triton_norm.BatchNorm2d(6).eval()
     [
         (nn.ReLU(), NORM, TypeError, "'layer' must be a convolution or Linear, not ReLU"),
         (CONV, nn.LayerNorm(6), TypeError, "'batch_norm' must be BatchNorm, not LayerNorm"),
+        (CONV, nn.LazyBatchNorm2d().eval(), RuntimeError, "must have their parameters; call them once first"),
         (CONV, Activated(6).eval(), TypeError, "'batch_norm', of Activated, may compute something else"),
         (Standardized(3, 6, 1).eval(), NORM, TypeError, "'layer', of Standardized, may compute something else"),
         (Inside(3, 6, 1).eval(), NORM, TypeError, "'layer', of Inside, may compute something else"),

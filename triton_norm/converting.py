@@ -93,6 +93,23 @@ def convert(
     named = list(model.named_modules(remove_duplicate=False))
     included = None if include is None else _selected("include", include, named)
     excluded = _selected("exclude", exclude, named)
+    report, becomes = _planned(named, included, excluded, sync_batch_norm)
+
+    def change(module: nn.Module) -> None:
+        module.__dict__.setdefault(_WAS, type(module))
+        module.__dict__.pop(modules.REVERTED, None)
+        _become(module, becomes[module])
+        if becomes[module] is modules.SyncBatchNorm and "process_group" not in module.__dict__:
+            module.process_group = process_group
+
+    _change_all(becomes, change)
+    return report
+
+
+def _planned(
+    named: list[tuple[str, nn.Module]], included: set[nn.Module] | None, excluded: set[nn.Module], sync_batch_norm: bool
+) -> tuple[Report, dict[nn.Module, type[nn.Module]]]:
+    """Returns what is to be reported, and the class of each module that is to be converted."""
     report = Report()
     becomes: dict[nn.Module, type[nn.Module]] = {}
     norms_called = functools.cache(norms_called_by)  # models have many modules of few classes
@@ -109,16 +126,7 @@ def convert(
         elif target is not None:
             becomes[module] = target
             report.converted[name] = f"{_described(type(module))} → {_described(target)}"
-
-    def change(module: nn.Module) -> None:
-        module.__dict__.setdefault(_WAS, type(module))
-        module.__dict__.pop(modules.REVERTED, None)
-        _become(module, becomes[module])
-        if becomes[module] is modules.SyncBatchNorm and "process_group" not in module.__dict__:
-            module.process_group = process_group
-
-    _change_all(becomes, change)
-    return report
+    return report, becomes
 
 
 def revert(model: nn.Module) -> tuple[str, ...]:

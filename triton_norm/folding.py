@@ -2,6 +2,7 @@
 
 import copy
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from triton_norm import modules
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_KNOWN = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *modules.BATCH_NORMS, nn.SyncBatchNorm, modules.SyncBatchNorm)
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, modules.SyncBatchNorm, *modules.BATCH_NORMS)
+_KNOWN = {*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_BATCH_NORMS}
 
 
 def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
@@ -43,6 +45,16 @@ def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
         raise TypeError(
             f"fold_batch_norm(): argument 'layer' must be a convolution or Linear, not {type(layer).__name__}"
         )
+    _check(layer, batch_norm)
+    _check_channels(layer, batch_norm)
+    if isinstance(layer, nn.Linear):
+        return fusion.fuse_linear_bn_eval(layer, _with_parameters(batch_norm))
+    if isinstance(layer, _TRANSPOSED) and layer.groups > 1:
+        return _fold_grouped_transposed(layer, batch_norm)
+    return fusion.fuse_conv_bn_eval(layer, batch_norm, transpose=isinstance(layer, _TRANSPOSED))
+
+
+def _check(layer: nn.Module, batch_norm: nn.modules.batchnorm._BatchNorm) -> None:
     for name, module in (("layer", layer), ("batch_norm", batch_norm)):
         if not _computes_as_known(module):
             raise TypeError(
@@ -57,6 +69,9 @@ def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
         raise RuntimeError("fold_batch_norm(): layer is parametrized; call remove_parametrizations first")
     if any(is_lazy(tensor) for tensor in (*layer.parameters(), *batch_norm.parameters(), *batch_norm.buffers())):
         raise RuntimeError("fold_batch_norm(): layer and batch_norm must have their parameters; call them once first")
+
+
+def _check_channels(layer: Any, batch_norm: nn.modules.batchnorm._BatchNorm) -> None:
     n_channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if n_channels != batch_norm.num_features:
         raise RuntimeError(
@@ -77,11 +92,6 @@ def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
                 "fold_batch_norm(): expected layer and batch_norm to be on the same device, but layer is on "
                 f"{layer.weight.device} and batch_norm.{name} is on {tensor.device}"
             )
-    if isinstance(layer, nn.Linear):
-        return fusion.fuse_linear_bn_eval(layer, _with_parameters(batch_norm))
-    if isinstance(layer, _TRANSPOSED) and layer.groups > 1:
-        return _fold_grouped_transposed(layer, batch_norm)
-    return fusion.fuse_conv_bn_eval(layer, batch_norm, transpose=isinstance(layer, _TRANSPOSED))
 
 
 def _computes_as_known(module: nn.Module) -> bool:
