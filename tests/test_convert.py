@@ -190,7 +190,7 @@ def test_what_is_skipped_and_why():
     assert state_of(model) == before
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_scripted_modules_are_skipped():
     report = tn.convert(nn.Sequential(torch.jit.script(nn.LayerNorm(4))))
     assert report.converted == {}
