@@ -289,3 +289,19 @@ def test_graph_capture_after_one_warm_call():
     captured = torch.cuda.make_graphed_callables(module, (x,))
     expected = nn.Sequential(nn.LayerNorm(256), nn.BatchNorm1d(256)).cuda()(x)
     torch.testing.assert_close(captured(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_axes", [64, 65, 80])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_more_axes_than_torchs_sums_take(backend, n_axes, device):
+    """torch's own batch_norm takes any number of them forward."""
+    x, residual = torch.randn(2, 2, 3, *(1 for _ in range(n_axes - 3)), 2, device=device)
+    statistics = torch.zeros(3, device=device), torch.ones(3, device=device)
+    flat = F.batch_norm(x.flatten(2), *(each.clone() for each in statistics), training=True) + residual.flatten(2)
+    with triton_norm.backend(backend):
+        leaf = x.clone().requires_grad_()
+        y = triton_norm.batch_norm(leaf, *statistics, training=True, residual=residual)
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)
+        torch.autograd.grad(dx.square().sum(), leaf)
+    torch.testing.assert_close(y.flatten(2), flat, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics[0], 0.1 * x.flatten(2).mean((0, 2)))

@@ -56,6 +56,12 @@ def named(activation: str) -> Activation:
         raise ValueError(f"batch_norm(): activation must be one of {known} or None, but got {activation!r}") from None
 
 
+def check(activation: str | None) -> None:
+    """Raises ValueError for a name that is not in the table; None is no activation."""
+    if activation is not None:
+        named(activation)
+
+
 def activate(z: Tensor, activation: str | None, slope: float) -> Tensor:
     """Returns f(z); z itself where there is no activation."""
     return z if activation is None else named(activation).function(z, slope)

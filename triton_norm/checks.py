@@ -248,8 +248,7 @@ def activated(x: Tensor, residual: Tensor | None, activation: str | None, negati
         _is_dense("batch_norm", "input", x)
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"batch_norm(): argument 'activation' must be str or None, not {type(activation).__name__}")
-    if activation is not None:
-        activations.named(activation)
+    activations.check(activation)
     _is_number("batch_norm", "negative_slope", negative_slope)
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from triton_norm.activations import activate
 
+MOST_AXES = 64
+"""The most that torch's sums can reduce."""
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     for tensor in tensors:
@@ -75,6 +78,9 @@ def batch_norm(
 ) -> Tensor:
     """y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), the mean and the variance over every axis but the
     second; moves no running statistics."""
+    whole = x
+    if x.dim() > MOST_AXES:
+        x, residual = x.flatten(2), None if residual is None else residual.flatten(2)
     axes = (0, *range(2, x.dim()))
     shape = (1, -1, *(1 for _ in x.shape[2:]))
     wide = x.to(compute_dtype(x))
@@ -90,7 +96,8 @@ def batch_norm(
     z = _affine(centred * torch.rsqrt(var + eps), weight, bias)
     if residual is not None:
         z = z + residual.to(wide.dtype)
-    return activate(z, activation, negative_slope).to(x.dtype)
+    y = activate(z, activation, negative_slope).to(x.dtype)
+    return y if x is whole else y.view(whole.shape)
 
 
 def check_writable(*tensors: Tensor) -> None:
@@ -115,6 +122,8 @@ def count(counter: Tensor | None, momentum: float | None) -> float:
 
 def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
     """Moves both in place: running = (1 − momentum) · running + momentum · batch, of the variance the unbiased one."""
+    if x.dim() > MOST_AXES:
+        x = x.flatten(2)
     axes = (0, *range(2, x.dim()))
     with torch.no_grad():
         var, mean = torch.var_mean(x.to(compute_dtype(x)), axes, correction=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_norm import tuning
+from triton_norm.activations import check as check_activation
 from triton_norm.activations import has_side
 from triton_norm.ops.launch import INT32_END, INTERPRETED, Launcher, cache_bytes, multiprocessors
 from triton_norm.ops.layout import Layout, Lie, layout_of
@@ -164,6 +165,7 @@ def prepare_forward(
     local: bool,
 ) -> Prepared:
     """The launches of a call, for the latest kinds of them. `types`: of x, the residual, and then the rest."""
+    check_activation(options.activation)
     held = x.itemsize if reduces and applies else 0
     layout, n_groups, plan = _layout_and_plan(shape, kind, (x, residual), held, 0, residual is not None, device)
     scalars = *in_two_floats(options.momentum or 0.0), *layout.geometry, *layout.strides(x), *layout.strides(residual)
@@ -210,6 +212,7 @@ def prepare_backward(
     local: bool,
 ) -> Prepared:
     """The launches of a call, for the latest kinds of them. `types`: of dy, x, the residual, and then the rest."""
+    check_activation(options.activation)
     held = x.itemsize + dy.itemsize if reduces and applies and not constant else 0
     beside = (0 if residual is None else residual.itemsize) + (0 if types[3] is None else 1 / 8)  # bits
     layout, n_groups, plan = _layout_and_plan(shape, kind, (x, dy, residual), held, beside, False, device)

@@ -1,0 +1,102 @@
+"""The table of activations: each entry against torch, and an error for what is not in it, wherever that arrives."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import triton_norm
+from triton_norm import activations, reference, shares
+from triton_norm.activations import ACTIVATIONS
+from triton_norm.ops import channel_launches, synchronized
+from triton_norm.ops.channel_plans import Options
+from triton_norm.ops.library import Wanted
+
+NAMES = pytest.mark.parametrize("name", ACTIVATIONS)
+HARD = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1.0, -1.0, 30.0, -30.0, float("inf"), -float("inf"), float("nan")])
+
+
+@NAMES
+def test_each_entry_is_torchs(name):
+    for z in (HARD, torch.randn(100)):
+        z = z.double().requires_grad_()
+        y = getattr(F, name)(z, *((0.2,) if name == "leaky_relu" else ()))
+        dy = torch.randn_like(y)
+        (exact,) = torch.autograd.grad(y, z, dy)
+        known = z.isfinite() if name == "silu" else torch.ones_like(z, dtype=torch.bool)  # ∞ · 0 by any formula
+        torch.testing.assert_close(activations.activate(z, name, 0.2), y, equal_nan=True)
+        found = activations.gradient(dy, z, name, 0.2)
+        torch.testing.assert_close(found[known], exact[known], equal_nan=True)
+
+
+@NAMES
+def test_what_has_a_side_needs_no_more(name):
+    z, dy = torch.randn(2, 100, dtype=torch.float64)
+    side = ACTIVATIONS[name].side
+    if side is None:
+        with pytest.raises(ValueError, match="needs more than the side of 0"):
+            activations.gradient_by_side(dy, z > 0, name, 0.2)
+    else:
+        found = activations.gradient_by_side(dy, side(z), name, 0.2)
+        assert torch.equal(found, activations.gradient(dy, z, name, 0.2))
+
+
+@NAMES
+@pytest.mark.parametrize("poison", [float("inf"), -float("inf"), float("nan")])
+def test_the_kernels_know_every_entry(name, poison, device):
+    """And compute it where the table does, at hard values too."""
+    x = torch.linspace(-3, 3, 24, device=device).view(6, 4).requires_grad_()
+    bias = torch.tensor([0.0, 1.0, poison, -30.0], device=device)
+    found = []
+    for backend in ("triton", "torch"):
+        with triton_norm.backend(backend):
+            y = triton_norm.batch_norm(x, None, None, None, bias, True, activation=name)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        found.append((y, dx if name != "silu" else dx[:, :2]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_an_unknown_one_is_an_error_wherever_it_arrives(device):
+    x = torch.randn(6, 4, device=device)
+    merged = synchronized.PIECES.merge(synchronized.PIECES.moments(x)[None], [], [], 0.1, 1e-5)
+    statistics = merged[:-1].view(3, -1)
+    options = Options(True, 0.1, 1e-5, "tanhh", 0.0)
+    nothing = (None,) * 2
+    wanted = Wanted(x.dtype, None, None, None)
+    forward_op, backward_op = torch.ops.triton_norm.batch_norm_forward, torch.ops.triton_norm.batch_norm_backward
+    calls = [
+        lambda: triton_norm.batch_norm(x, None, None, training=True, activation="tanhh"),
+        lambda: triton_norm.BatchNorm1d(4, device=device)(x, activation="tanhh"),
+        lambda: triton_norm.explain(triton_norm.batch_norm, x, None, None, training=True, activation="tanhh"),
+        lambda: reference.batch_norm(x, None, None, training=True, activation="tanhh"),
+        lambda: activations.gradient(x, x, "tanhh", 0.0),
+        lambda: activations.has_side("tanhh"),
+        lambda: channel_launches.forward(x, *nothing, None, *nothing, None, options, None),
+        lambda: channel_launches.backward(x, x, *nothing, *nothing, statistics, *nothing, options, wanted, None),
+        lambda: forward_op(x, None, None, None, [], [], None, 0.1, 1e-5, "tanhh", 0.0),
+        lambda: backward_op(
+            *(x, x, *nothing, *nothing, statistics, *nothing, *wanted),
+            *(None, 1e-5, "tanhh", 0.0),
+        ),
+        *(
+            lambda pieces=pieces: pieces.apply(x, *nothing, None, merged, None, "tanhh", 0.0)
+            for pieces in (shares.PIECES, synchronized.PIECES)
+        ),
+        *(
+            lambda pieces=pieces: pieces.sums(x, x, *nothing, *nothing, merged, None, None, None, "tanhh", 0.0)
+            for pieces in (shares.PIECES, synchronized.PIECES)
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="'relu', 'silu', 'leaky_relu' or None, but got 'tanhh'"):
+            call()
+
+
+def test_a_kernel_that_is_handed_an_unknown_one_does_not_compile(monkeypatch, device):
+    """Where the table has an entry that the kernels lack."""
+    monkeypatch.setitem(ACTIVATIONS, "tanhh", ACTIVATIONS["silu"])
+    x = torch.randn(6, 4, device=device)
+    with pytest.raises(Exception, match="unknown activation"):
+        triton_norm.batch_norm(x, None, None, training=True, activation="tanhh")
+    monkeypatch.setitem(ACTIVATIONS, "tanhh", ACTIVATIONS["relu"])
+    with pytest.raises(Exception, match=r"unknown activation|side of 0"):
+        triton_norm.batch_norm(x, None, None, training=True, residual=x, activation="tanhh")
