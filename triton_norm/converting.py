@@ -71,7 +71,9 @@ def convert(
     Convert before `fully_shard` is called on norms themselves, to which it gives classes of its own; before or after
     DistributedDataParallel, torch.compile and a device_map. Convert after whatever patches a class, as
     `LlamaRMSNorm.forward = ...` does: a class that computes something else then is skipped, but one that is patched
-    later changes nothing in what the kernels compute for modules converted before.
+    later changes nothing in what the kernels compute for modules converted before. A converted norm saves its input
+    itself: `h += ...` behind `norm(h)` is an error in the backward, also where Hugging Face's class, which in half
+    precision saves a copy in float32, lets it pass.
 
     Args:
         include: what alone to convert: names as in `model.named_modules()`, with shell-style wildcards, each for the
