@@ -16,8 +16,7 @@ from triton_norm.ops import synchronized
 from triton_norm.ops.channel_plans import Options, saves_bits
 from triton_norm.ops.channels import composed_gradients, counts
 from triton_norm.ops.layout import kind_of
-from triton_norm.ops.library import shaped
-from triton_norm.ops.saved import needs_torch, restored, savable, save
+from triton_norm.ops.saved import Kept, needs_torch, restored, savable, save, shaped
 from triton_norm.shares import Pieces
 
 
@@ -120,9 +119,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         y, bits = pieces.apply(x, residual, weight, bias, merged, bits_kind, options.activation, options.slope)
         recomputes = options.activation is not None and bits is None
         added, shifted = (residual, bias) if recomputes else (None, None)
-        save(ctx, Saved(x, added, bits, weight, shifted, merged))
-        ctx.dresidual = None if residual is None else residual.dtype
-        ctx.dbias = None if bias is None else (bias.dtype, bias.shape)
+        memory: dict[Any, Any] | None = None if torch.compiler.is_compiling() else {}
+        save(ctx, Saved(x, added, bits, weight, shifted, merged), (x, residual, weight, bias), memory)
         ctx.options, ctx.bits_kind, ctx.group, ctx.by_kernels = options, bits_kind, group, by_kernels
         return y
 
@@ -130,26 +128,24 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = restored(ctx, Saved)
         unasked = (None,) * 4
-        if needs_torch((dy,), saved):
+        if needs_torch((dy,), saved, intercepted=True):
             return *_composed_gradients(ctx, dy, saved), *unasked
         x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
         options: Options = ctx.options
+        kept: Kept = ctx.kept
         pieces = _pieces(saved.x, ctx.by_kernels)
         asked = ctx.bits_kind, options.activation, options.slope
-        dweight_dtype = saved.weight.dtype if weight_wanted and saved.weight is not None else None
-        dbias_dtype = ctx.dbias[0] if bias_wanted else None
+        dweight_dtype = kept.weight[0] if weight_wanted and kept.weight else None
+        dbias_dtype = kept.bias[0] if bias_wanted and kept.bias else None
         dweight, dbias, sums = pieces.sums(dy, *saved, dweight_dtype, dbias_dtype, *asked)
         sums = synchronized.total(sums, ctx.group.name)  # all processes take part, whichever gradients each asks for
         dx = dresidual = None
-        stored = ctx.dresidual if residual_wanted and options.activation is not None else None
+        stored = kept.dresidual if residual_wanted and options.activation is not None else None
         if x_wanted or stored is not None:
             dx, dresidual = pieces.gradient(dy, *saved, sums, stored, *asked)
         if residual_wanted and stored is None:
-            dresidual = dy.to(ctx.dresidual)
-        if dweight is not None and saved.weight is not None:
-            dweight = shaped(dweight, saved.weight.shape)
-        if dbias is not None:
-            dbias = shaped(dbias, ctx.dbias[1])
+            dresidual = dy.to(kept.dresidual)
+        dweight, dbias = shaped(dweight, kept.weight), shaped(dbias, kept.bias)
         return dx if x_wanted else None, dresidual, dweight, dbias, *unasked
 
 
@@ -222,7 +218,7 @@ def sync_batch_norm(
     merged = _merged(input, *running, num_batches_tracked, options, group, by_kernels)
     tensors = input, residual, weight, bias
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        saved = savable(input), None if residual is None else savable(residual), weight, bias
+        saved = savable(input, True), None if residual is None else savable(residual, True), weight, bias
         return SyncBatchNormFunction.apply(*saved, merged, options, group, by_kernels)  # type: ignore
     apply = _pieces(input, by_kernels).apply
     return apply(*tensors, merged, None, options.activation, options.slope)[0]

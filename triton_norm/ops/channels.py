@@ -12,8 +12,8 @@ from triton_norm.ops import channel_launches as launches
 from triton_norm.ops.channel_launches import Gradients
 from triton_norm.ops.channel_plans import Options, saves_bits
 from triton_norm.ops.layout import dense_like, empty_bits, kind_of, side_of_zero
-from triton_norm.ops.library import Wanted, is_intercepted, shaped, tuple_operator
-from triton_norm.ops.saved import bias_like, needs_torch, restored, savable, save
+from triton_norm.ops.library import Wanted, is_intercepted, tuple_operator
+from triton_norm.ops.saved import Kept, bias_like, needs_torch, restored, savable, save, shaped
 
 
 class Saved(NamedTuple):
@@ -196,8 +196,9 @@ def _normalize(
     counter = [] if num_batches_tracked is None else [num_batches_tracked]
     if options.prepared is not None:
         if options.batch:
-            reference.check_writable(*counter)  # torch's own moves statistics of inference mode anywhere
-            torch.autograd.graph.increment_version([*(t for t in running if not t.is_inference()), *counter])
+            if num_batches_tracked is not None and num_batches_tracked.is_inference():
+                reference.check_writable(num_batches_tracked)  # torch moves such statistics anywhere
+            torch.autograd.graph.increment_version(running + counter)
         return launches.forward(*given, running_mean, running_var, num_batches_tracked, options, bits_kind)
     asked = options.eps, options.activation, options.slope
     if not options.batch:
@@ -229,9 +230,8 @@ class BatchNormFunction(torch.autograd.Function):
             running = None, None
         recomputes = options.activation is not None and bits is None
         added, shifted = (residual, bias) if recomputes else (None, None)
-        save(ctx, Saved(x, added, bits, weight, shifted, statistics, *running))
-        ctx.dresidual = None if residual is None else residual.dtype
-        ctx.dbias = None if bias is None else (bias.dtype, bias.shape)
+        saved = Saved(x, added, bits, weight, shifted, statistics, *running)
+        save(ctx, saved, (x, residual, weight, bias), options.prepared)
         ctx.options, ctx.bits_kind = options, bits_kind
         return y
 
@@ -239,29 +239,27 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = restored(ctx, Saved)
         unasked = (None,) * 4
-        if needs_torch((dy,), saved):
-            return *_composed_gradients(ctx, dy, saved), *unasked
         options: Options = ctx.options
+        kept: Kept = ctx.kept
+        intercepted = options.prepared is None or is_intercepted()
+        if needs_torch((dy,), saved, intercepted):
+            return *_composed_gradients(ctx, dy, saved), *unasked
         x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
         activated = options.activation is not None
         wanted = Wanted(
-            saved.x.dtype if x_wanted else None,
-            ctx.dresidual if residual_wanted and activated else None,
-            saved.weight.dtype if weight_wanted and saved.weight is not None else None,
-            ctx.dbias[0] if bias_wanted else None,
+            kept.dx if x_wanted else None,
+            kept.dresidual if residual_wanted and activated else None,
+            kept.weight[0] if weight_wanted and kept.weight else None,
+            kept.bias[0] if bias_wanted and kept.bias else None,
         )
-        if options.prepared is None or is_intercepted():
+        if intercepted:
             asked = ctx.bits_kind, options.eps, options.activation, options.slope
             dx, dresidual, dweight, dbias = backward_op(dy, *saved, *wanted, *asked)
         else:
             dx, dresidual, dweight, dbias = launches.backward(dy, *saved, options, wanted, ctx.bits_kind)
         if residual_wanted and not activated:
-            dresidual = dy.to(ctx.dresidual)
-        if wanted.dweight is not None and saved.weight is not None:
-            dweight = shaped(dweight, saved.weight.shape)
-        if wanted.dbias is not None:
-            dbias = shaped(dbias, ctx.dbias[1])
-        return dx, dresidual, dweight, dbias, *unasked
+            dresidual = dy.to(kept.dresidual)
+        return dx, dresidual, shaped(dweight, kept.weight), shaped(dbias, kept.bias), *unasked
 
 
 # torch.autograd.Function.apply without its look for torch.func's transforms, which `dispatch` has done.
@@ -272,18 +270,18 @@ def composed_gradients(ctx: Any, dy: Tensor, saved: Any, function: Callable[...,
     """Returns the gradients of x, residual, weight and bias, composed of torch's own functions.
 
     Args:
-        ctx: has `options`, `bits_kind`, and of the residual and the bias the types and shapes.
+        ctx: has `options`, `bits_kind` and `kept`.
         saved: a `Saved`, or another NamedTuple that has its x, residual, bits, weight and bias.
         function: (x, residual, weight, bias, activation) → y.
     """
     options: Options = ctx.options
     x_wanted, residual_wanted, *parameters_wanted = ctx.needs_input_grad[:4]
     activation, bias = options.activation, saved.bias
+    if bias is None:
+        bias = bias_like(saved.x, ctx.kept)
     if saved.bits is not None:
         dy = gradient_by_side(dy, side_of_zero(saved.bits, saved.x, ctx.bits_kind), activation, options.slope)
         activation = None
-    if bias is None and ctx.dbias is not None:
-        bias = bias_like(saved.x, *ctx.dbias)
     apart = residual_wanted and saved.residual is None
     found = reference.gradients(
         lambda *inputs: function(*inputs, activation),
@@ -292,7 +290,7 @@ def composed_gradients(ctx: Any, dy: Tensor, saved: Any, function: Callable[...,
         (x_wanted, residual_wanted and not apart, *parameters_wanted),
     )
     if apart:
-        found[1] = dy.to(ctx.dresidual)
+        found[1] = dy.to(ctx.kept.dresidual)
     return found
 
 
@@ -342,10 +340,11 @@ def batch_norm(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        x = savable(x)
+        intercepted = options.prepared is None
+        x = savable(x, intercepted)
         if residual is not None and options.activation is not None:
-            residual = savable(residual)
-        if options.prepared is None:
+            residual = savable(residual, intercepted)
+        if intercepted:
             return BatchNormFunction.apply(x, residual, *given)  # type: ignore[no-any-return, no-untyped-call]
         return _apply(x, residual, *given)  # type: ignore[no-any-return]
     return _normalize(x, residual, *given, None)[0]

@@ -76,8 +76,3 @@ class Wanted(NamedTuple):
     dresidual: torch.dtype | None
     dweight: torch.dtype | None
     dbias: torch.dtype | None
-
-
-def shaped(gradient: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Returns a parameter's gradient in the parameter's own shape."""
-    return gradient if gradient is None or gradient.shape == shape else gradient.view(shape)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from triton_norm import reference
-from triton_norm.ops.library import Wanted, is_intercepted, shaped, tuple_operator
+from triton_norm.ops.library import Wanted, is_intercepted, tuple_operator
 from triton_norm.ops.row_launches import Gradients, Options, Outputs, backward, forward, gradients, outputs
-from triton_norm.ops.saved import bias_like, needs_torch, restored, savable, save
+from triton_norm.ops.saved import bias_like, needs_torch, restored, savable, save, shaped
 
 __all__ = ["Options", "RowsFunction", "normalize"]
 
@@ -91,10 +91,9 @@ class RowsFunction(torch.autograd.Function):
             y, total, statistics = _forward_op(x, residual, weight, bias, True, *options[:-1])
         else:
             y, total, statistics = forward(x, residual, weight, bias, options, True)
-        save(ctx, Saved(x if total is None else total, weight, statistics))
+        saved = Saved(x if total is None else total, weight, statistics)
+        save(ctx, saved, (x, residual, weight, bias), options.launchers)
         ctx.options = options
-        ctx.dx, ctx.dresidual = x.dtype, None if residual is None else residual.dtype
-        ctx.dbias = None if bias is None else (bias.dtype, bias.shape)
         if total is None:
             return y
         ctx.set_materialize_grads(False)
@@ -103,34 +102,33 @@ class RowsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         saved = restored(ctx, Saved)
+        options, kept = ctx.options, ctx.kept
+        intercepted = options.launchers is None or is_intercepted()
         x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
         dresidual = dweight = dbias = None
         if dy is None:
             dx = dtotal
-        elif needs_torch((dy, dtotal), saved):
+        elif needs_torch((dy, dtotal), saved, intercepted):
             dx, dweight, dbias = _composed_gradients(ctx, dy, saved)
             if dx is not None and dtotal is not None:
                 dx = dx + dtotal
         else:
-            twice = x_wanted and residual_wanted and ctx.dresidual != ctx.dx
+            twice = x_wanted and residual_wanted and kept.dresidual != kept.dx
             wanted = Wanted(
-                ctx.dx if x_wanted else ctx.dresidual if residual_wanted else None,
-                ctx.dresidual if twice else None,
-                saved.weight.dtype if weight_wanted and saved.weight is not None else None,
-                ctx.dbias[0] if bias_wanted else None,
+                kept.dx if x_wanted else kept.dresidual if residual_wanted else None,
+                kept.dresidual if twice else None,
+                kept.weight[0] if weight_wanted else None,
+                kept.bias[0] if bias_wanted else None,
             )
-            if ctx.options.launchers is None or is_intercepted():
-                grads = _backward_op(dy, dtotal, *saved, *wanted, *ctx.options[:-1])
+            if intercepted:
+                grads = _backward_op(dy, dtotal, *saved, *wanted, *options[:-1])
             else:
-                grads = backward(dy, dtotal, *saved, ctx.options, wanted)
+                grads = backward(dy, dtotal, *saved, options, wanted)
             dx, dresidual, dweight, dbias = grads
-            if weight_wanted and saved.weight is not None:
-                dweight = shaped(dweight, saved.weight.shape)
-            if bias_wanted:
-                dbias = shaped(dbias, ctx.dbias[1])
+            dweight, dbias = shaped(dweight, kept.weight), shaped(dbias, kept.bias)
         if residual_wanted and dresidual is None and dx is not None:
-            dresidual = dx.to(ctx.dresidual)
-        dx = dx.to(ctx.dx) if x_wanted and dx is not None else None
+            dresidual = dx.to(kept.dresidual)
+        dx = dx.to(kept.dx) if x_wanted and dx is not None else None
         return dx, dresidual, dweight, dbias, None
 
 
@@ -142,7 +140,6 @@ def _composed_gradients(ctx: Any, dy: Tensor, saved: Saved) -> list[Tensor | Non
     """Returns dx, dweight and dbias, composed of torch's own functions."""
     options: Options = ctx.options
     x_wanted, residual_wanted, *parameters_wanted = ctx.needs_input_grad[:4]
-    bias = None if ctx.dbias is None else bias_like(saved.x, *ctx.dbias)
 
     def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         y = reference.normalize(
@@ -154,12 +151,12 @@ def _composed_gradients(ctx: Any, dy: Tensor, saved: Saved) -> list[Tensor | Non
             centred=options.centred,
             weight_offset=options.weight_offset,
             x_hat_dtype=options.x_hat_dtype,
-            out_dtype=options.out_dtype or ctx.dx,
+            out_dtype=options.out_dtype or ctx.kept.dx,
         )
         return y.reshape(x.shape)
 
     wanted = x_wanted or residual_wanted, *parameters_wanted
-    return reference.gradients(function, (saved.x, saved.weight, bias), dy, wanted)
+    return reference.gradients(function, (saved.x, saved.weight, bias_like(saved.x, ctx.kept)), dy, wanted)
 
 
 def normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options) -> Any:
@@ -174,7 +171,7 @@ def normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: T
         or (residual is not None and residual.requires_grad)
     ):
         if residual is None:
-            x = savable(x)
+            x = savable(x, intercepted)
         if intercepted:
             return RowsFunction.apply(x, residual, weight, bias, options)  # type: ignore[no-untyped-call]
         return _apply(x, residual, weight, bias, options)
