@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-SECONDS = 60  # more than any of these tests takes; a deadlock lasts for ever
+from patience import LIMIT_S
+
 SWITCH = 1e-5  # seconds that a thread keeps the interpreter, of Python's 5e-3: more places for others to come between
 
 
@@ -16,14 +17,14 @@ def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     begin, found = threading.Barrier(len(calls)), dict[int, Any]()
 
     def run(place: int, call: Callable[[], Any]) -> None:
-        begin.wait(SECONDS)
         try:
+            begin.wait(LIMIT_S)
             found[place] = call()
         except BaseException as error:
             found[place] = error
 
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(calls)]
-    before, deadline = sys.getswitchinterval(), time.monotonic() + SECONDS
+    before, deadline = sys.getswitchinterval(), time.monotonic() + LIMIT_S
     sys.setswitchinterval(SWITCH)
     try:
         for thread in threads:
@@ -33,7 +34,7 @@ def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     finally:
         sys.setswitchinterval(before)
     stuck = sum(thread.is_alive() for thread in threads)
-    assert not stuck, f"{stuck} of {len(threads)} threads still run after {SECONDS} seconds"
+    assert not stuck, f"{stuck} of {len(threads)} threads still run after {LIMIT_S:.0f} seconds"
     for outcome in found.values():
         if isinstance(outcome, BaseException):
             raise outcome

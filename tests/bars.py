@@ -1,15 +1,10 @@
 """What the tests of bars share: records from a process of their own, and what is wrong with machine code."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import processes
 from perf.points import BULK
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def records(code, *arguments, **environment):
@@ -17,13 +12,8 @@ def records(code, *arguments, **environment):
 
     What is compiled stays in Triton's cache, for the other tests and the report.
     """
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    inherited["OMP_NUM_THREADS"] = "1"
     script = f"import json, sys\n{code}\nfor record in found:\n    print(json.dumps(record))"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    done = processes.run("-c", script, *arguments, OMP_NUM_THREADS="1", **environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

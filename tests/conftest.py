@@ -31,6 +31,7 @@ hypothesis.settings.register_profile(
     database=None,
     deadline=None,
     print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # by the clock
     phases=set(hypothesis.Phase) - {hypothesis.Phase.explain},
 )
 short = hypothesis.settings.get_profile("short")

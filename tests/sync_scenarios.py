@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,8 +22,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import processes
 import triton_norm
 from channel_norms import SHARED, Call, Found, drawn, laid, taking_turns
+from patience import LIMIT_S
 from triton_norm import dispatch, tuning
 from triton_norm.ops import launch
 
@@ -442,8 +445,12 @@ def start(
     multiprocessing.set_forkserver_preload(["numpy", "torch", "triton", *preload])
     arguments = size, backend, str(folder / "store"), kernels, scenarios
     method = "forkserver" if backend == "gloo" else "spawn"
-    with mock.patch.dict(os.environ, TRITON_INTERPRET=str(int(backend == "gloo"))):
-        torch.multiprocessing.start_processes(enter, arguments, nprocs=size, start_method=method)
+    environment = mock.patch.dict(os.environ, TRITON_INTERPRET=str(int(backend == "gloo")))
+    with environment, processes.ending_children():
+        started = torch.multiprocessing.start_processes(enter, arguments, nprocs=size, join=False, start_method=method)
+        give_up = time.monotonic() + LIMIT_S
+        while not started.join(max(0.0, give_up - time.monotonic())):
+            assert time.monotonic() < give_up, f"the processes still ran after {LIMIT_S:.0f} seconds"
 
 
 def enter(
@@ -455,7 +462,8 @@ def enter(
     if backend == "nccl":
         torch.cuda.set_device(device)  # which gathering of objects goes through
     world = World(rank, size, device)
-    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=size)
+    limit = timedelta(seconds=LIMIT_S)
+    dist.init_process_group(backend, init_method=f"file://{file}", timeout=limit, rank=rank, world_size=size)
     guarded: Any = contextlib.nullcontext
     if kernels and launch.INTERPRETED:
         from triton_norm.testing.guards import guarded
@@ -469,7 +477,7 @@ def enter(
                     scenario(world)
     except RuntimeError as error:
         if "by peer" in str(error):  # whose error is the one to tell
-            time.sleep(60)
+            time.sleep(LIMIT_S)
         raise
     finally:
         dist.destroy_process_group()

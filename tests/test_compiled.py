@@ -1,14 +1,10 @@
 """What is compiled and searched for, and what the code computes in, with Triton's real launches over a stub of CUDA."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+import processes
+
 pytestmark = pytest.mark.unguarded
 
 OVER_A_STUB = """
@@ -98,10 +94,7 @@ def skip_beside_a_driver():
 
 def run_over_a_stub(code, tmp_path):
     skip_beside_a_driver()
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", OVER_A_STUB, code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = processes.run("-c", OVER_A_STUB, code, TRITON_CACHE_DIR=str(tmp_path))
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr

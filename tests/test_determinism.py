@@ -5,10 +5,7 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import processes
 import triton_norm
 from channel_norms import drawn, running_statistics, share
 from row_norms import NORMS, Norm
@@ -30,7 +28,6 @@ pytestmark = pytest.mark.unguarded
 if launch.INTERPRETED:
     from triton_norm.testing.interleave import interleaved
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMES = 3 if launch.INTERPRETED else 20  # interpreted, each time in another order
 ROWS, COLUMNS = 3, 40
 SMALL = {"flat": ((2, 2, 4, 8), 32), "last": ((2, 8, 3, 4), 64), "folded": ((9, 3, 3, 3), 512)}
@@ -212,13 +209,12 @@ def test_processes_with_the_same_file_have_the_same_bits(tmp_path):
         expected = digests()
         file = tuning.tuned_file(GPU)
         file.write_text(json.dumps({"choices": tuning.choices(GPU)}, sort_keys=True))
-    processes = []
-    for seed in ("1", "2"):
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", ANOTHER_PROCESS, str(tmp_path)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes))
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
-        assert json.loads(out) == expected
+    command = "-c", ANOTHER_PROCESS, str(tmp_path)
+    environment = {"PYTHONPATH": "tests", "TRITON_INTERPRET": "1"}
+    with contextlib.ExitStack() as stack:
+        for process in [
+            stack.enter_context(processes.started(*command, **environment, PYTHONHASHSEED=seed)) for seed in ("1", "2")
+        ]:
+            out, error = process.communicate()
+            assert process.returncode == 0, error
+            assert json.loads(out) == expected

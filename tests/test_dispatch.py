@@ -1,9 +1,6 @@
 """Which calls go to the kernels, which to torch, and what is said about it."""
 
-import os
-import subprocess
-import sys
-import threading
+import functools
 
 import pytest
 import torch
@@ -11,7 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
+import processes
 import triton_norm
+from at_once import at_once
 from triton_norm import asking, dispatch
 
 
@@ -54,12 +53,8 @@ def test_the_backend_is_restored_after_an_error_and_nests():
 
 
 def test_the_backend_is_each_threads_own():
-    seen = []
     with triton_norm.backend("torch"):
-        thread = threading.Thread(target=lambda: seen.append(dispatch._override.name))
-        thread.start()
-        thread.join()
-    assert seen == ["auto"]
+        assert at_once([lambda: dispatch._override.name]) == ["auto"]
 
 
 def test_unknown_backends():
@@ -67,12 +62,7 @@ def test_unknown_backends():
         pass
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_NORM_BACKEND")}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, timeout=120
-    )
-
+python = functools.partial(processes.run, "-c")
 
 EXPLAIN = "import torch, triton_norm as tn; print(tn.explain(tn.layer_norm, torch.ones(2, 3), (3,)))"
 

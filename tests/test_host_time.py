@@ -1,33 +1,30 @@
-"""What a call costs on the host on top of its launches, over a CUDA driver that computes nothing."""
+"""What a call costs on the host on top of its launches, over a CUDA driver that computes nothing.
+
+A bar is a ratio: to the time of what `perf host` times in turn with the call, in batches shorter than a time slice, and
+by the fastest of hundreds. A slow machine is slow in both; a busy one leaves some batch of each alone.
+"""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import math
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+import processes
+
 pytestmark = pytest.mark.unguarded
 
 RUNS = 3  # at most: a busy machine only ever adds time
-TORCH_US = 2.4  # F.layer_norm of 8 elements on the machine that the limits are for
-FUNCTION_US = 9.0  # an autograd.Function there that allocates y and the statistics, saves four tensors, and that is all
-# The goals are 8, and 12 with gradients, of which that function takes 9. On machines that are slower by half, the
-# library is by more than that.
-LIMITS_US = {"forward": 9.5, "forward with gradients": 21.0}
 LAUNCHES = {"forward": 1, "forward with gradients": 1, "forward and backward": 3}
-# Of BatchNorm the goals are the same, and far off: its five tensors and counter are each looked at. A machine where
-# torch's LayerNorm took 1.4 times as long as on another took 1.7 and 2.1 times as long for these.
-CHANNEL_LIMITS_US = {"forward": 28.0, "forward with gradients": 41.0}
 CHANNEL_LAUNCHES = LAUNCHES | {"forward and backward": 2}
+# Seen on a busy x86-64 machine of two cores (Python 3.11, torch 2.13, Triton 3.7.1), where torch's LayerNorm took
+# 3.9 µs and the autograd.Function 11.
+SEEN = {"forward": 2.0, "forward with gradients": 4.6, "forward and backward": 24.5}
+CHANNELS_SEEN = {"forward": 5.5, "forward with gradients": 8.6, "forward and backward": 29.0}
+MARGIN = 1.6  # below 2, so that twice the time is too much; ratios are others on another machine, by up to 1.5
 
 
 def measured():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "perf", "host", "--lines"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = processes.run("-m", "perf", "host", "--lines")
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert records, done.stderr
     if records[0]["status"] == "skipped":
@@ -37,20 +34,20 @@ def measured():
     return records
 
 
-def asked_of(record, of_rows, of_channels):
+def of_case(record, of_rows, of_channels):
     op, _, case = record["case"].partition(" ")
-    return (of_channels if op == "batch_norm" else of_rows).get(case, float("inf"))
+    return (of_channels if op == "batch_norm" else of_rows)[case]
 
 
 def too_slow(records):
-    """Of the cases with a limit those above it, which is in proportion to this machine's speed at the time: of torch's
-    own code, and of Python's."""
+    """Returns the cases above their bar, each with its ratio to the geometric mean of torch's LayerNorm of 8 elements
+    and an autograd.Function that only allocates: what is torch's in a call, and what is Python's."""
     found = {}
     for record in records:
-        slowness = max(1, record["torch_us"] / TORCH_US, record["function_us"] / FUNCTION_US)
-        limit = asked_of(record, LIMITS_US, CHANNEL_LIMITS_US) * slowness
-        if record["library_us"] > limit:
-            found[record["case"]] = f"{record['library_us']:.1f} µs, the limit is {limit:.1f}"
+        ratio = record["library_us"] / math.sqrt(record["torch_us"] * record["function_us"])
+        bar = MARGIN * of_case(record, SEEN, CHANNELS_SEEN)
+        if ratio > bar:
+            found[record["case"]] = f"{ratio:.1f} times the yardstick, the bar is {bar:.1f}"
     return found
 
 
@@ -61,7 +58,7 @@ def test_the_library_adds_microseconds_to_its_launches():
     cases = {f"{op} {case}" for op in ("layer_norm", "rms_norm", "batch_norm") for case in LAUNCHES}
     assert {record["case"] for record in records} == cases
     for record in records:
-        assert record["launches"] == asked_of(record, LAUNCHES, CHANNEL_LAUNCHES), record["case"]
+        assert record["launches"] == of_case(record, LAUNCHES, CHANNEL_LAUNCHES), record["case"]
     slow = too_slow(records)
     for _ in range(RUNS - 1):
         if slow:

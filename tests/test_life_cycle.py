@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 import spaces
 import triton_norm
 from allocations import allocations
+from at_once import at_once
 from channel_norms import taking_turns
 from triton_norm import distributed, tuning
 from triton_norm.ops import channel_launches, launch, synchronized
@@ -146,16 +146,12 @@ def make(numbers, monkeypatch, device, zeros):
 
 def assert_unlocked() -> None:
     """For any other thread too."""
-    found = []
 
-    def take() -> None:
+    def take() -> bool:
         with launch._starting:
-            found.append(True)
+            return True
 
-    thread = threading.Thread(target=take, daemon=True)
-    thread.start()
-    thread.join(10)
-    assert found == [True]
+    assert at_once([take]) == [True]
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:

@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import processes
 import spaces
 import triton_norm
 from spaces import GPU
@@ -24,7 +23,6 @@ pytest.importorskip("triton")
 
 from perf import host, tune
 
-ROOT = Path(__file__).resolve().parent.parent
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU for real")
 pytestmark = pytest.mark.unguarded
 
@@ -236,10 +234,7 @@ def test_tritons_cache_can_not_be_used(tmp_path):
     skip_beside_a_driver()
     if host.missing():
         pytest.skip(host.missing())
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    command = [sys.executable, "-c", TRITONS_CACHE, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = processes.run("-c", TRITONS_CACHE, str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
 
 
@@ -263,26 +258,25 @@ for _ in range(200):
 def test_two_processes_that_write_one_tuned_file(tmp_path):
     """It is one's or the other's at every moment, and nothing else is left."""
     path = tmp_path / "gpu.json"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", WRITES, str(path), warps], cwd=ROOT, text=True, **pipes)
-        for warps in ("1", "2")
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    while any(process.poll() is None for process in processes):
-        time.sleep(1e-3)
-        if path.exists():
-            content = json.loads(path.read_text())
-            assert len(content["choices"]["kernel"]) == 200
-            warps = {choice["num_warps"] for choice in content["choices"]["kernel"].values()}
-            assert warps == {content["environment"]["warps"]}
-    for process in processes:
-        assert process.communicate()[1] == ""
-        assert process.returncode == 0
+    with (
+        processes.started("-c", WRITES, str(path), "1") as one,
+        processes.started("-c", WRITES, str(path), "2") as other,
+    ):
+        for process in (one, other):
+            assert process.stdout.readline() == "ready\n", process.stderr.read()
+        for process in (one, other):
+            process.stdin.write("\n")
+            process.stdin.flush()
+        while one.poll() is None or other.poll() is None:
+            time.sleep(1e-3)
+            if path.exists():
+                content = json.loads(path.read_text())
+                assert len(content["choices"]["kernel"]) == 200
+                warps = {choice["num_warps"] for choice in content["choices"]["kernel"].values()}
+                assert warps == {content["environment"]["warps"]}
+        for process in (one, other):
+            assert process.communicate()[1] == ""
+            assert process.returncode == 0
     assert os.listdir(tmp_path) == ["gpu.json"]
 
 

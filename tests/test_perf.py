@@ -2,13 +2,9 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +12,13 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.nn import functional
 
+import processes
 from perf import calls, findings, gate, measure, workloads
 from perf.contenders import Contender, Functions, torch_functions
 from perf.points import BOTH, FAMILY, FLOORS, MODES, PASSES, Point, Workload, floor_of
 from timers import FakeTimer
 from triton_norm import tuning
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.unguarded
 
 CHANNEL_OPS = ("batch_norm", "batch_norm_eval")
@@ -30,19 +26,10 @@ ROWS = Workload("rows", "columns", (64, 96), "test")
 IMAGES = Workload("channels", "networks", (4, 6, 5, 5), "test", "channels_last")
 
 
-def perf(*arguments, **options):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "perf", *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
 def records_of(*arguments):
-    process = perf(*arguments, "--lines")
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, output + errors
-    return [json.loads(line) for line in output.splitlines()]
+    done = processes.run("-m", "perf", *arguments, "--lines")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -419,23 +406,23 @@ def test_errors_on_hard_data_are_no_larger_than_torchs():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run would measure")
 def test_run_without_a_gpu_exits_2_with_one_sentence(tmp_path):
-    process = perf("run", "--out", str(tmp_path))
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert output == ""
-    assert errors.count("\n") == errors.count(".") == 1
+    done = processes.run("-m", "perf", "run", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == done.stderr.count(".") == 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the timed part would come first")
 def test_interrupted_run_reports_what_is_done(tmp_path):
-    process = perf("--out", str(tmp_path / "out"))
-    for line in process.stdout:
-        if "records" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    with processes.started("-m", "perf", "--out", str(tmp_path / "out")) as process:
+        for line in process.stdout:
+            if "records" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        assert process.returncode == 130, errors
+        assert not processes.running({process.pid})
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["interrupted"]
     assert len(found["traffic"]) + len(found["resources"]) > 0

@@ -332,7 +332,7 @@ def test_gradients_of_what_is_centred_sum_to_zero(device, case):
     assert (dx.sum(case.axes).abs() <= error.sum(case.axes)).all()
 
 
-@settings(examples(0.4), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(0.4), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(EITHER)
 @roomy
 def test_inference_gives_the_bits_of_training_and_writes_no_statistics(device, guard, case):

@@ -1,15 +1,12 @@
 """`perf tune` without a GPU: its files, runs that are cut off, and that the library takes up what it writes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import processes
 import triton_norm
 import tuners
 from perf import tune, tuner
@@ -231,10 +228,8 @@ triton_norm.layer_norm(torch.randn(7, 40), (40,))
 
 def test_a_fresh_process_uses_the_file_and_searches_nothing(unknown_gpu, tmp_path):
     tuned(ROWS[:1], tmp_path, MadeUpTimes({("", tuner.text(forward_space().configs[1])): 1.0}))
-    root = Path(__file__).resolve().parent.parent
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-W", "error::UserWarning", "-c", PROCESS, str(unknown_gpu.parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command = "-W", "error::UserWarning", "-c", PROCESS, str(unknown_gpu.parent)
+    done = processes.run(*command, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == choices_in(unknown_gpu)[FORWARD][forward_space().key]
 

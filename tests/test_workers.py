@@ -4,16 +4,17 @@ import contextlib
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import processes
 import triton_norm
+from patience import LIMIT_S
 from triton_norm.ops import launch
-
-SECONDS = 60  # more than any of these processes needs; a deadlock lasts for ever
 
 pytestmark = [
     pytest.mark.unguarded,  # as a process that is spawned
@@ -38,10 +39,19 @@ def forward_and_backward() -> list[np.ndarray]:
     return found
 
 
+def send(sender: Connection) -> None:
+    sender.send(forward_and_backward())
+
+
 def in_a_child(method: str) -> list[np.ndarray]:
-    """What a process that begins now makes of it; TimeoutError where it does not end."""
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        return pool.apply_async(forward_and_backward).get(SECONDS)
+    """What a process that begins now makes of it."""
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    with processes.ending_children(), receiver, sender:
+        context.Process(target=send, args=(sender,)).start()
+        sender.close()  # of which the process has its own: with that the pipe ends
+        assert receiver.poll(LIMIT_S)
+        return receiver.recv()
 
 
 def assert_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
@@ -59,19 +69,19 @@ def meanwhile(act: Act) -> Iterator[None]:
     begun, end = threading.Event(), threading.Event()
     thread = threading.Thread(target=act, args=(begun, end), daemon=True)
     thread.start()
-    assert begun.wait(SECONDS)
+    assert begun.wait(LIMIT_S)
     try:
         yield
     finally:
         end.set()
-        thread.join(SECONDS)
+        thread.join(LIMIT_S)
     assert not thread.is_alive()
 
 
 def hold_the_lock(begun: threading.Event, end: threading.Event) -> None:
     with launch._starting:
         begun.set()
-        end.wait(SECONDS)
+        end.wait(LIMIT_S)
 
 
 def make_calls(begun: threading.Event, end: threading.Event) -> None:
@@ -120,7 +130,11 @@ class Normalized(Dataset):
 def test_a_dataset_that_normalizes_in_workers(held):
     dataset = Normalized()
     expected = torch.stack([dataset[place] for place in range(len(dataset))])
-    loader = DataLoader(dataset, batch_size=2, num_workers=2, timeout=SECONDS, multiprocessing_context="fork")
-    with meanwhile(hold_the_lock) if held else contextlib.nullcontext():
-        found = torch.cat(list(loader))
+    loader = DataLoader(dataset, batch_size=2, num_workers=2, timeout=LIMIT_S, multiprocessing_context="fork")
+    with processes.ending_children(), meanwhile(hold_the_lock) if held else contextlib.nullcontext():
+        batches = iter(loader)
+        try:
+            found = torch.cat(list(batches))
+        finally:
+            batches._shutdown_workers()  # or torch raises, in whatever runs, when they are ended
     assert torch.equal(found, expected)
