@@ -65,7 +65,8 @@ def driver(tmp_path_factory):
     class Service(webdriver.ChromeService):
         def is_connectable(self):
             """Waits for it, which selenium itself does for half a minute."""
-            return until(lambda: self.process.poll() is not None or super(Service, self).is_connectable())
+            until(lambda: self.process.poll() is not None or super(Service, self).is_connectable())
+            return self.process.poll() is None
 
     options = webdriver.ChromeOptions()
     options.binary_location = next(filter(None, map(shutil.which, BROWSERS)))
