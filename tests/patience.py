@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 QUIET_S = 0.06  # seconds that `_work` takes on a quiet x86-64 machine with Python 3.11
-QUIET_LIMIT_S = 20 * 60  # the longest wait there, for a process that compiles, is of about two minutes
+QUIET_LIMIT_S = 20 * 60  # several times what any process or thread of a test takes there
 
 
 def _work() -> float:
