@@ -243,6 +243,8 @@ activations.activate
     flat, relu of a sum | value | tl.where(z < 0.0, 0.0, z) -> tl.where(z < 1.0, 0.0, z)
 activations.activate_backward
     flat, silu | value | 1.0 + z * (1.0 - sigmoid) -> 1.0 + z * sigmoid
+activations.gradient_by_side
+    flat, relu of a sum | value | tl.where(positive, dy, 0.0) -> dy
     last, leaky_relu of a sum | value | dy * SLOPE -> dy
 activations.exp
     far silu | different | tl.fma(x, LOG2_E, -t) + x * LOG2_E_REST -> x * 0.0

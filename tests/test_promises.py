@@ -13,7 +13,7 @@ import triton_norm
 ROOT = Path(triton_norm.__file__).parent
 FLOORS = (
     ("kernels",),
-    ("tuning", "reference", "shares", "checks", "calls"),
+    ("plain", "activations", "overrides", "tuning", "reference", "shares", "checks", "calls"),
     ("ops",),
     ("dispatch",),
     ("asking",),
