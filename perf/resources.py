@@ -23,6 +23,7 @@ from perf.findings import in_a_line
 from perf.points import Point
 from perf.stand_in import OPS, as_on_gpu
 from triton_norm import tuning
+from triton_norm.ops.launch import COMPILE_OPTIONS
 from triton_norm.tuning import Config, Space
 
 Record = dict[str, Any]
@@ -129,7 +130,8 @@ class Launch:
     space: Space
 
     def compile(self) -> Any:
-        return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.constants, **self.config.keywords)
+        named = {**self.constants, **self.config.keywords, **COMPILE_OPTIONS}
+        return self.kernel.warmup(*self.arguments, grid=(self.programs,), **named)
 
     def describe(self) -> Record:
         return {"kernel": self.kernel.__name__, "config": self.config.keywords, "programs": self.programs}

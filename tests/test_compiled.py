@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import processes
+from bars import records
 
 pytestmark = pytest.mark.unguarded
 
@@ -36,6 +37,7 @@ def calls(n_rows, n_cols, dtype=torch.bfloat16):
     torch.autograd.grad((y, total), leaves[:2], (residual, residual))
 
 searched = []
+search_for_real = launch.search
 
 def search(kernel, space, *arguments):
     searched.append((kernel.__name__, space.key))
@@ -86,15 +88,47 @@ def widths(offset):
 assert [widths(offset) for offset in (0, 4, 2, 1)] == [16, 8, 4, 2]
 """
 
+FUSION = """
+def contract():
+    found = [kernel.metadata.enable_fp_fusion for kernel in compiled()]
+    assert all(found), found
+    return len(found)
+
+calls(4, 1000)
+started = contract()
+assert started > 2
+with (
+    mock.patch.object(launch, "search", search_for_real),
+    mock.patch.object(triton.testing, "do_bench", lambda call, **options: (call(), [1.0] * 3)[1]),
+):
+    calls(4, 200)
+assert contract() >= 3 * started, "not every config was compiled"
+"""
+
+AHEAD_OF_TIME = """
+from perf import resources
+from perf.points import MODES, Point, Workload
+
+rows = Workload("rows", "", (64, 1000), "")
+images = Workload("channels", "", (4, 8, 4, 4), "")
+found = [
+    [name, kernel.metadata.enable_fp_fusion]
+    for name in ("sm_90", "gfx942")
+    for op, workload in (("layer_norm", rows), ("batch_norm", images))
+    for mode in MODES
+    for _, kernel in resources.compile_point(Point(op, mode, "bf16", workload), resources.TARGETS[name])
+]
+"""
+
 
 def skip_beside_a_driver():
     if torch.cuda.is_available():
         pytest.skip("torch loads the driver of this machine's GPU, and the stub would be the second one")
 
 
-def run_over_a_stub(code, tmp_path):
+def run_over_a_stub(code, tmp_path, **others):
     skip_beside_a_driver()
-    done = processes.run("-c", OVER_A_STUB, code, TRITON_CACHE_DIR=str(tmp_path))
+    done = processes.run("-c", OVER_A_STUB, code, TRITON_CACHE_DIR=str(tmp_path), **others)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr
@@ -113,3 +147,16 @@ def test_scalars_never_make_a_kernel_compute_in_fp64(tmp_path):
 def test_accesses_are_as_wide_as_a_base_allows(tmp_path):
     pytest.importorskip("triton")
     run_over_a_stub(BASES, tmp_path)
+
+
+def test_products_and_sums_are_contracted_whatever_tritons_default(tmp_path):
+    """In every kernel that a call starts, and in every one that a search does."""
+    pytest.importorskip("triton")
+    run_over_a_stub(FUSION, tmp_path, TRITON_DEFAULT_FP_FUSION="0")
+
+
+def test_what_is_compiled_ahead_of_time_is_what_is_launched():
+    pytest.importorskip("triton")
+    compiled = records(AHEAD_OF_TIME, TRITON_DEFAULT_FP_FUSION="0")
+    assert {name for name, _ in compiled} == {"sm_90", "gfx942"}
+    assert all(contracted for _, contracted in compiled)

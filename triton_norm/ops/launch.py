@@ -9,6 +9,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,10 @@ Programs = Callable[..., int]
 """The number of programs for a config's keywords and a call's own integers."""
 MOVED = ("running_mean_ptr", "running_var_ptr", "num_batches_tracked_ptr")
 """What kernels move in place."""
+
+COMPILE_OPTIONS: Mapping[str, Any] = MappingProxyType({"enable_fp_fusion": True})
+"""Options that every kernel is compiled with. Triton's own defaults differ by version: from 3.10 on it contracts no
+products and sums to fused multiply-adds unless asked to, which would change a norm's bits and its machine code."""
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
@@ -101,7 +106,7 @@ def zeros(n: int, device: torch.device) -> Tensor:
 
 def start(kernel: Any, count: int, arguments: Sequence[Any], constants: Mapping[str, Any], config: Config) -> Any:
     """Through Triton's own launch, which compiles what it has not compiled yet; returns the compiled kernel."""
-    return kernel[(count,)](*arguments, **constants, **config.keywords)
+    return kernel[(count,)](*arguments, **constants, **config.keywords, **COMPILE_OPTIONS)
 
 
 class Launcher:
@@ -297,7 +302,7 @@ def search(
             return found
 
         tuner.check_disk_cache = check_disk_cache
-        tuner[lambda meta: (n_programs(meta),)](*given.values(), **constants)
+        tuner[lambda meta: (n_programs(meta),)](*given.values(), **constants, **COMPILE_OPTIONS)
         return known(tuner.best_config)
 
     try:
