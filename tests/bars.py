@@ -18,9 +18,8 @@ def records(code, *arguments, **environment):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def wanting(record, bits, spills=0):
-    """What is wrong with a kernel's machine code; `bits`: of each access to x, y and their like; `spills`: registers
-    that may be stored.
+def wanting(record, bits):
+    """What is wrong with a kernel's machine code; `bits`: of each access to x, y and their like.
 
     PTX says through which argument an access goes, and has the widths that the machine code has. Statistics, weights
     and sums may be narrower. Of AMD's machine code the arguments are not known.
@@ -28,7 +27,7 @@ def wanting(record, bits, spills=0):
     if record["status"] != "ok":
         return [record["message"]]
     found = []
-    if max(record["spill_stores"], record["spill_loads"]) > spills:
+    if record["spill_stores"] or record["spill_loads"]:
         found.append(f"{record['spill_stores']} registers are stored and {record['spill_loads']} loaded back")
     if not 0 < record["resident_warps"] <= record["possible_warps"]:
         found.append(f"{record['resident_warps']} warps are resident")

@@ -102,14 +102,16 @@ rows.rounded
 rows_backward.rows_backward_kernel
     short rows | value | dweight += dyx -> dweight = dyx
     short rows | unwritten | tile_sum(dweight, 0), mask=col_mask)
-        -> tile_sum(dweight, 0), mask=col_mask & (team < n_teams - 1))
+        -> tile_sum(dweight, 0), mask=col_mask & (team + 0 * cols < n_teams - 1))
     short rows | race | dbias_sums_ptr + team.to(tl.int64) * n_cols + cols -> dbias_sums_ptr + cols
     short rows | unwritten | step = n_teams.to(tl.int64) * BLOCK_M -> step = (n_teams + 1).to(tl.int64) * BLOCK_M
     short rows | value | dx -= sum_wdy * inverse_total -> pass
     long sums | different | dx += load_gradient( -> load_gradient(
     shared rows | unwritten | end += step -> end += 0
-    shared rows | bounds | (last_rows < n_rows) & col_mask -> row_mask & col_mask
-    shared rows | value | last_x = x\n -> last_x = last_x\n
+    shared rows | bounds | (rows < n_rows) & col_mask -> row_mask & col_mask
+    shared rows | value | last_x = next_x\n -> last_x = x\n
+    shared rows | value | x_hat if KEEPS_X_HAT else x -> x
+    shared half rows | value | last_mean = next_mean\n -> last_mean = mean\n
     shared rows | value | rstd = last_rstd\n -> rstd = next_rstd\n
     shared rows | deadlock | turn += 1 -> turn += 2
     far rows | overflow | rows * x_row_vecs * V -> rows.to(tl.int32) * x_row_vecs * V
@@ -119,7 +121,7 @@ rows_backward.load_gradient
 rows_backward.normalized
     short rows | value | x_hat - mean -> x_hat
 rows_backward.weighted
-    weight offset | value | weight.to(dy.dtype) + OFFSET -> weight.to(dy.dtype)
+    weight offset | value | dy *= weight + OFFSET -> dy *= weight
 rows_backward.slots_of
     shared rows | race | turn % TURNS -> 0
 rows_backward.publish

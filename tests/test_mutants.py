@@ -88,7 +88,7 @@ def rows(numbers, monkeypatch, norm: Norm = LAYER_NORM, columns: int = 33, **cha
     norm.against_oracle(x, weight, bias, dy, eps=changed.get("eps", 1e-5))
 
 
-def shared_rows(numbers, monkeypatch) -> None:
+def shared_rows(numbers, monkeypatch, dtype: torch.dtype = torch.float32) -> None:
     """Three programs a row, which exchange sums of two rows at a time; two teams."""
     forward = tuning.config(4, BLOCK_M=1, BLOCK_N=32, PIECES=1, PEERS=4)
     backward = tuning.config(4, BLOCK_M=2, BLOCK_N=32, PEERS=4, STAGES=1, HOLD_WEIGHT=False)
@@ -97,7 +97,7 @@ def shared_rows(numbers, monkeypatch) -> None:
         monkeypatch.setattr(tuning, name, functools.partial(lambda space, *_: space, space))
     numbers(INTERPRETED_SMS=6)
     launch.multiprocessors.cache_clear()
-    LAYER_NORM.against_oracle(*LAYER_NORM.drawn((5, 90), 1, torch.float32, "cpu"))
+    LAYER_NORM.against_oracle(*LAYER_NORM.drawn((5, 90), 1, dtype, "cpu"))
 
 
 def far(shape: tuple[int, ...], *strides: int) -> torch.Tensor:
@@ -264,6 +264,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "off-centre rows": _of(off_centre_rows, columns=115),
     "off-centre long rows": _of(off_centre_rows, columns=300),
     "shared rows": shared_rows,
+    "shared half rows": functools.partial(shared_rows, dtype=torch.float16),
     "far rows": far_rows,
     "long sums": long_sums,
     "weight offset": weight_offset,

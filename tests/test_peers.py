@@ -164,7 +164,7 @@ def test_a_rows_peers_leave_most_multiprocessors_to_others(multiprocessors, comp
     for n_cols in (40000, 65536, 262144, 2**20):
         for space in (
             tuning.rows_forward(n_cols, "x", compute_bytes, compute_bytes, multiprocessors, False),
-            tuning.rows_backward(n_cols, "x", compute_bytes, multiprocessors, False),
+            tuning.rows_backward(n_cols, "x", compute_bytes, compute_bytes, multiprocessors, False),
         ):
             for config in space.configs:
                 assert config["PEERS"] * config["BLOCK_N"] * config.keywords.get("PIECES", 1) >= n_cols

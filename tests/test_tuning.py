@@ -28,7 +28,7 @@ def spaces():
         for dtype, stored_bytes, compute_bytes in (("bfloat16", 2, 4), ("float32", 4, 4), ("float64", 8, 8)):
             for interpreted in (False, True):
                 yield tuning.rows_forward(n_cols, dtype, stored_bytes, compute_bytes, SMS, interpreted)
-                yield tuning.rows_backward(n_cols, dtype, compute_bytes, SMS, interpreted)
+                yield tuning.rows_backward(n_cols, dtype, stored_bytes, compute_bytes, SMS, interpreted)
     for vector in (1, 2, 4, 8):
         for kind, lanes, width in (("flat", vector, 1), ("last", 64, 64), ("folded", 2048, 64)):
             for interpreted in (False, True):
@@ -62,7 +62,7 @@ def test_a_rows_programs_cover_its_columns():
     for n_cols in ELEMENTS:
         for space in (
             tuning.rows_forward(n_cols, "float32", 4, 4, SMS, False),
-            tuning.rows_backward(n_cols, "float32", 4, SMS, False),
+            tuning.rows_backward(n_cols, "float32", 4, 4, SMS, False),
         ):
             for config in space.configs:
                 assert config["BLOCK_N"] * config.keywords.get("PIECES", 1) * config["PEERS"] >= n_cols
@@ -89,7 +89,7 @@ GPU_CONFIGS = [
     for n_cols in (24, 300, 40000)
     for kernel, space in (
         ("forward", tuning.rows_forward(n_cols, "float32", 4, 4, SMS, False)),
-        ("backward", tuning.rows_backward(n_cols, "float32", 4, SMS, False)),
+        ("backward", tuning.rows_backward(n_cols, "float32", 4, 4, SMS, False)),
     )
     for config in space.configs
 ]
@@ -190,7 +190,7 @@ def test_a_search_leaves_peers_their_zeros(unknown_gpu, monkeypatch, device):
     launch.multiprocessors.cache_clear()
     for numbers in (
         tuning.rows_forward(900, "float32", 4, 4, 12, False),
-        tuning.rows_backward(900, "float32", 4, 12, False),
+        tuning.rows_backward(900, "float32", 4, 4, 12, False),
     ):
         assert any(config["PEERS"] > 1 for config in numbers.configs)
     inputs = LAYER_NORM.drawn((3, 900), 1, torch.float32, device)

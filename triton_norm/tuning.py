@@ -43,6 +43,7 @@ ONE_LAUNCH_BYTES = 8 * 1024 * 1024  # of what programs that wait for each other 
 HELD_BYTES = {"flat": 32 * 1024, "last": 16 * 1024, "folded": 32 * 1024}  # of what a program keeps while it waits
 THREAD_HELD_BYTES = {"flat": 128, "last": 64, "folded": 64}  # of that, a thread's
 REGISTERS = 64 * 1024  # of a multiprocessor
+MOST_REGISTERS = 255  # of a thread
 CHANNEL_WARPS = 16  # of a multiprocessor at least, whatever registers their threads need
 HELD_STEP = 4  # tiles that are kept differ in size by so many times, for few of them to be compiled
 HOLDING_PROGRAMS_PER_SM = 2  # that keep a tile, at once
@@ -185,12 +186,15 @@ def rows_forward(
 def _of_rows_backward(elements: int, per_thread: int, **blocks: Any) -> Config:
     """With as many registers a thread as leave a multiprocessor room for all that it is to run at once."""
     n_warps = warps(elements, per_thread)
-    limit = min(REGISTERS // ROWS_BACKWARD_ELEMENTS * per_thread, REGISTERS // (n_warps * WARP)) if WARP == 32 else None
+    share = REGISTERS // ROWS_BACKWARD_ELEMENTS * per_thread
+    limit = min(share, REGISTERS // (n_warps * WARP), MOST_REGISTERS) if WARP == 32 else None
     return config(n_warps, maxnreg=limit, **blocks)
 
 
 @remembered
-def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: int, interpreted: bool) -> Space:
+def rows_backward(
+    n_cols: int, types: str, stored_bytes: int, compute_bytes: int, multiprocessors: int, interpreted: bool
+) -> Space:
     """STAGES > 1 fetches the next rows through shared memory while these are computed."""
     width = next_power_of_2(n_cols)
     span = BACKWARD_SPAN_BYTES // compute_bytes
@@ -216,6 +220,9 @@ def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: 
         ]
     else:
         narrowest = width // most_peers(multiprocessors)
+        # Addresses of wide blocks take registers of every thread: with 16 elements each, unless they are stored in
+        # fewer bytes than they are computed in, 5 to 26 registers were spilled (sm_90, Triton 3.7.1 to 3.9.0).
+        fewer_threads = ((4, 32),) if span // 4 < narrowest <= span and stored_bytes >= compute_bytes else ()
         configs = [
             _of_rows_backward(
                 block,
@@ -226,7 +233,7 @@ def rows_backward(n_cols: int, types: str, compute_bytes: int, multiprocessors: 
                 STAGES=1,
                 HOLD_WEIGHT=False,
             )
-            for share, per_thread in ((4, 16), (4, 8), (2, 16), (2, 8), (1, 8))
+            for share, per_thread in (*fewer_threads, (4, 16), (4, 8), (2, 16), (2, 8), (1, 8))
             for block in [max(narrowest, span // share)]
         ]
         if width == 2 * span:  # which spills, and is faster in 16-bit types even so
@@ -338,7 +345,7 @@ def _of_channels(n_warps: int, kind: str, **blocks: int) -> Config:
     """With a limit on registers: left to itself, NVIDIA's assembler spills a few to fit more warps. Folded, each of a
     thread's columns has moments of its own, and eight warps may have all registers."""
     least_warps = CHANNEL_WARPS // 2 if kind == "folded" and n_warps <= 8 else CHANNEL_WARPS
-    limit = min(255, REGISTERS // (least_warps * WARP)) if WARP == 32 else None
+    limit = min(MOST_REGISTERS, REGISTERS // (least_warps * WARP)) if WARP == 32 else None
     return config(n_warps, maxnreg=limit, **blocks)
 
 
@@ -350,7 +357,7 @@ def _holding(
     backward = kernel == "channels_backward_kernel"
     if kind == "folded" and backward:
         in_thread *= 2
-    if kind == "flat" and vector * held_bytes < VECTOR_BYTES * (2 if backward else 1):  # more addresses
+    if kind != "folded" and vector * held_bytes < VECTOR_BYTES * (2 if backward else 1):  # more addresses
         in_thread //= 2
     if kind == "flat" and adds:
         in_thread //= 2

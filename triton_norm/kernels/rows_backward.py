@@ -37,7 +37,8 @@ def weighted(dy, weight_ptr, weight, cols, mask, OFFSET: tl.constexpr, HOLD_WEIG
     if weight_ptr is not None:
         if not HOLD_WEIGHT:
             weight = tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-        dy *= weight.to(dy.dtype) + OFFSET
+        weight = weight.to(dy.dtype)
+        dy *= weight + OFFSET if OFFSET != 0.0 else weight
     return dy
 
 
@@ -135,9 +136,13 @@ def rows_backward_kernel(
     sums in partials [n_teams, TURNS, 2 or 1, BLOCK_M, n_peers]: those of the next rows before they wait for those of
     the last. Odd and even turns have arrivals of their own; sync is 2 + 2 · n_teams zeros. Grid: n_teams · n_peers.
     2R1W. dtotal, weight, dx, dresidual and the sums may be None, and partials and sync where PEERS is 1 or dx is None.
+
+    Rows that wait are added to dweight and dbias after the wait. The compiler would do that then anyway, with x_hat, dy
+    and wdy of the next rows in registers meanwhile, where x, or x_hat in its place, and dy are enough.
     """
     KEPT: tl.constexpr = BLOCK_M if PEERS == 1 else 1
     EXCHANGED: tl.constexpr = PEERS > 1 and dx_ptr is not None
+    KEEPS_X_HAT: tl.constexpr = x_ptr.dtype.element_ty == COMPUTE  # where it takes no more room than x
     NEEDS_X: tl.constexpr = dx_ptr is not None or dweight_sums_ptr is not None
     n_cols = n_col_vecs * V
     n_teams = tl.num_programs(0)
@@ -175,13 +180,42 @@ def rows_backward_kernel(
         rows = group + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)  # [BLOCK_M, 1]
         row_mask = rows < n_rows
         mask = row_mask & col_mask
-        raw_dy = load_gradient(dy_ptr, rows, dy_row_vecs, cols, mask, V, DY_COLUMN_STRIDE)
-        dy = raw_dy.to(COMPUTE)
+        dy = load_gradient(dy_ptr, rows, dy_row_vecs, cols, mask, V, DY_COLUMN_STRIDE)
         if NEEDS_X:
             rstd = tl.load(statistics_ptr + (n_rows if CENTRED else 0) + rows, mask=row_mask, other=0.0)
             x = tl.load(at(x_ptr + rows * x_row_vecs * V, cols, V), mask=mask, other=0.0)
             if CENTRED:
                 mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
+        if EXCHANGED:
+            x_hat = normalized(x, mean, rstd, mask, CENTRED)
+            wdy = weighted(dy.to(COMPUTE), weight_ptr, weight, cols, col_mask, WEIGHT_OFFSET, HOLD_WEIGHT)
+            sum_wdy_x_hat = tile_sum(wdy * x_hat, 1)
+            sum_wdy = tile_sum(wdy, 1) if CENTRED else tl.zeros_like(sum_wdy_x_hat)
+            publish(sum_wdy, sum_wdy_x_hat, partials_ptr, sync_ptr, team, peer, n_peers, turn, BLOCK_M, CENTRED)
+            sum_wdy, sum_wdy_x_hat = collect(
+                last_rstd, partials_ptr, sync_ptr, team, n_peers, turn, PEERS, BLOCK_M, CENTRED
+            )
+            next_rows = rows
+            next_dy = dy
+            next_x = x_hat if KEEPS_X_HAT else x
+            next_mean = mean
+            next_rstd = rstd
+            rows = last_rows
+            dy = last_dy
+            x = last_x
+            mean = last_mean
+            rstd = last_rstd
+            last_rows = next_rows
+            last_dy = next_dy
+            last_x = next_x
+            last_mean = next_mean
+            last_rstd = next_rstd
+            mask = (rows < n_rows) & col_mask
+            turn += 1
+        dy = dy.to(COMPUTE)
+        if EXCHANGED and KEEPS_X_HAT:
+            x_hat = x
+        elif NEEDS_X:
             x_hat = normalized(x, mean, rstd, mask, CENTRED)
         if dweight_sums_ptr is not None:
             dyx = dy * rounded(x_hat, ROUNDED)
@@ -190,26 +224,9 @@ def rows_backward_kernel(
             dbias += dy if KEPT == BLOCK_M else tile_sum(dy, 0)
         if dx_ptr is not None:
             wdy = weighted(dy, weight_ptr, weight, cols, col_mask, WEIGHT_OFFSET, HOLD_WEIGHT)
-            sum_wdy_x_hat = tile_sum(wdy * x_hat, 1)
-            sum_wdy = tile_sum(wdy, 1) if CENTRED else tl.zeros_like(sum_wdy_x_hat)
-            if EXCHANGED:
-                publish(sum_wdy, sum_wdy_x_hat, partials_ptr, sync_ptr, team, peer, n_peers, turn, BLOCK_M, CENTRED)
-                sum_wdy, sum_wdy_x_hat = collect(
-                    last_rstd, partials_ptr, sync_ptr, team, n_peers, turn, PEERS, BLOCK_M, CENTRED
-                )
-                mask = (last_rows < n_rows) & col_mask
-                x_hat = normalized(last_x, last_mean, last_rstd, mask, CENTRED)
-                wdy = weighted(last_dy.to(COMPUTE), weight_ptr, weight, cols, col_mask, WEIGHT_OFFSET, HOLD_WEIGHT)
-                next_rows = rows
-                next_rstd = rstd
-                rows = last_rows
-                rstd = last_rstd
-                last_rows = next_rows
-                last_rstd = next_rstd
-                last_mean = mean
-                last_dy = raw_dy
-                last_x = x
-                turn += 1
+            if not EXCHANGED:
+                sum_wdy_x_hat = tile_sum(wdy * x_hat, 1)
+                sum_wdy = tile_sum(wdy, 1) if CENTRED else tl.zeros_like(sum_wdy_x_hat)
             dx = wdy - x_hat * (sum_wdy_x_hat * inverse_total)
             if CENTRED:
                 dx -= sum_wdy * inverse_total

@@ -233,10 +233,11 @@ def _backward(
     extents = functools.reduce(int.__or__, (rows.stride for rows in read), n_cols)
     vector = _vector(misaligned, extents, [*(rows.tensor for rows in read), dx, dresidual])
     types = _names(dy.tensor, dtotal.tensor, x.tensor)
+    stored = max(rows.tensor.itemsize for rows in (dy, dtotal, x) if rows.tensor is not None)
     strides = (rows.stride // (vector if rows.column else 1) for rows in (dy, dtotal, x))
     launcher = Launcher(
         _backward_kernels().rows_backward_kernel,
-        tuning.rows_backward(n_cols, types, compute.itemsize, n_sms, INTERPRETED),
+        tuning.rows_backward(n_cols, types, stored, compute.itemsize, n_sms, INTERPRETED),
         device,
         functools.partial(tuning.rows_backward_programs, n_cols=n_cols, multiprocessors=n_sms),
         (n_cols // vector, *strides),
