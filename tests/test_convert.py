@@ -190,7 +190,7 @@ def test_what_is_skipped_and_why():
     assert state_of(model) == before
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is ")  # by torch 2.14 in another category than before
 def test_scripted_modules_are_skipped():
     report = tn.convert(nn.Sequential(torch.jit.script(nn.LayerNorm(4))))
     assert report.converted == {}
