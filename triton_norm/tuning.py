@@ -357,8 +357,8 @@ def _holding(
     backward = kernel == "channels_backward_kernel"
     if kind == "folded" and backward:
         in_thread *= 2
-    if kind != "folded" and vector * held_bytes < VECTOR_BYTES * (2 if backward else 1):  # more addresses
-        in_thread //= 2
+    if kind != "folded" and vector * held_bytes < VECTOR_BYTES * (2 if backward else 1):
+        in_thread //= 2  # more addresses: 149 registers were spilled for bf16, channels-last, one element an access
     if kind == "flat" and adds:
         in_thread //= 2
     most = held // (4 * WARP)
