@@ -141,18 +141,18 @@ def check(world: World, sizes: dict[int, tuple[int, ...]], call: Call, momentum:
     check_running(world, module, [call.x + 1, call.x])
 
 
-def _shape(sizes: dict[int, tuple[int, ...]], world: World, *rest: int) -> tuple[int, ...]:
+def shape_of(sizes: dict[int, tuple[int, ...]], world: World, *rest: int) -> tuple[int, ...]:
     return (sum(sizes[world.size]), *rest)
 
 
 def plain_in_every_layout(world: World) -> None:
     for kind in ("flat", "last"):
-        check(world, EVEN, drawn(_shape(EVEN, world, 3, 6, 8), kind, world.device))
+        check(world, EVEN, drawn(shape_of(EVEN, world, 3, 6, 8), kind, world.device))
         with small_tiles():
-            check(world, UNEVEN, drawn(_shape(UNEVEN, world, 4, 5, 8), kind, world.device))
-    check(world, MANY, drawn(_shape(MANY, world, 6, 3, 3), "folded", world.device))
-    check(world, MANY, drawn(_shape(MANY, world, 7), "last", world.device))
-    check(world, UNEVEN, drawn(_shape(UNEVEN, world, 4, 2, 4, 6), "last", world.device), momentum=0.0)
+            check(world, UNEVEN, drawn(shape_of(UNEVEN, world, 4, 5, 8), kind, world.device))
+    check(world, MANY, drawn(shape_of(MANY, world, 6, 3, 3), "folded", world.device))
+    check(world, MANY, drawn(shape_of(MANY, world, 7), "last", world.device))
+    check(world, UNEVEN, drawn(shape_of(UNEVEN, world, 4, 2, 4, 6), "last", world.device), momentum=0.0)
 
 
 def every_type_and_what_is_fused(world: World) -> None:
@@ -166,14 +166,14 @@ def every_type_and_what_is_fused(world: World) -> None:
         (torch.float32, "flat", UNEVEN, None, "relu"),
     )
     for dtype, kind, sizes, residual, activation in fused:
-        shape = _shape(sizes, world, 6, 7, 4)
+        shape = shape_of(sizes, world, 6, 7, 4)
         call = drawn(shape, kind, world.device, dtype, residual=residual, activation=activation, slope=0.2)
         check(world, sizes, call, momentum=None)
 
 
 def a_large_mean_leaves_no_error_of_its_own_size(world: World) -> None:
     for sizes in (UNEVEN, ONE_EMPTY):
-        x = 1e4 + torch.randn(_shape(sizes, world, 3, 9, 10), device=world.device)
+        x = 1e4 + torch.randn(shape_of(sizes, world, 3, 9, 10), device=world.device)
         exact = F.batch_norm(x.double(), None, None, training=True)
         module = triton_norm.SyncBatchNorm(3, affine=False, device=world.device)
         error = (module(world.share(x, sizes)) - world.share(exact, sizes)).abs()
@@ -184,7 +184,7 @@ def a_large_mean_leaves_no_error_of_its_own_size(world: World) -> None:
 def few_values(world: World) -> None:
     """One a channel on each process, or in all, or none."""
     shares = {2: (1, 1), 3: (1, 1, 1)}
-    x = torch.randn(_shape(shares, world, 4), device=world.device)
+    x = torch.randn(shape_of(shares, world, 4), device=world.device)
     module = triton_norm.SyncBatchNorm(4, device=world.device)
     torch.testing.assert_close(
         module(world.share(x, shares)), world.share(F.batch_norm(x, None, None, training=True), shares)
@@ -206,7 +206,7 @@ def few_values(world: World) -> None:
 def only_the_gradients_asked_for(world: World) -> None:
     for activation in (None, "relu"):
         call = drawn(
-            _shape(ONE_EMPTY, world, 5, 4), "flat", world.device, residual=torch.float32, activation=activation
+            shape_of(ONE_EMPTY, world, 5, 4), "flat", world.device, residual=torch.float32, activation=activation
         )
         share = share_of(world, call, ONE_EMPTY)
         module = module_of(share)
@@ -222,7 +222,7 @@ def only_the_gradients_asked_for(world: World) -> None:
 
 
 def one_exchange_forward_and_one_backward(world: World) -> None:
-    call = drawn(_shape(ONE_EMPTY, world, 5, 4), "flat", world.device)
+    call = drawn(shape_of(ONE_EMPTY, world, 5, 4), "flat", world.device)
     share = share_of(world, call, ONE_EMPTY)
     module = module_of(share)
     x = share.x.detach().requires_grad_()
@@ -236,11 +236,11 @@ def one_exchange_forward_and_one_backward(world: World) -> None:
 
 def second_derivatives(world: World) -> None:
     for residual, activation in ((None, None), (torch.float64, "relu"), (None, "silu")):
-        shape = _shape(ONE_EMPTY, world, 3, 4)
+        shape = shape_of(ONE_EMPTY, world, 3, 4)
         call = drawn(shape, "flat", world.device, torch.float64, residual=residual, activation=activation)
         share = share_of(world, call, ONE_EMPTY)
         module = module_of(share)
-        mine = _penalized(functools.partial(_through, module, share), share)
+        mine = _penalized(functools.partial(y_of_share, module, share), share)
         whole = _penalized(call.composed, call)
         for ours, exact in zip(mine[:2], whole[:2], strict=True):
             if ours is not None:
@@ -250,70 +250,9 @@ def second_derivatives(world: World) -> None:
                 torch.testing.assert_close(sum(world.everyones(mine[i])), whole[i], rtol=1e-8, atol=1e-8)
 
 
-def between_forward_and_backward(world: World) -> None:
-    """Saved tensors come back with other strides, gradients are duals or batches, the bias and the input are what other
-    norms can't bear: each gives the gradients that the undisturbed call gives."""
-    for kind, dtype, activation in (("last", torch.float32, "relu"), ("flat", torch.float64, "leaky_relu")):
-        shape = _shape(UNEVEN, world, 6, 5, 4)
-        share = share_of(world, drawn(shape, kind, world.device, dtype, residual=dtype, activation=activation), UNEVEN)
-        module = module_of(share)
-        leaves = [tensor.detach().requires_grad_() for tensor in share.inputs() if tensor is not None]
-        close = {"rtol": 1e-4, "atol": 1e-5}
-
-        def y_of(leaves: Sequence[Tensor], module: nn.Module = module, share: Call = share) -> Tensor:
-            x, residual, weight, bias = leaves
-            return _through(module, share, x, residual, weight, bias)
-
-        expected = torch.autograd.grad(y_of(leaves), leaves, share.dy)
-        for unpack in (lambda t: t.contiguous(), lambda t: torch.stack((t, t + 1), -1)[..., 0]):
-            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
-                y = y_of(leaves)
-            torch.testing.assert_close(torch.autograd.grad(y, leaves, share.dy), expected, **close)
-
-        y = y_of(leaves)
-        tangent = torch.ones_like(share.dy)
-        of_tangent = torch.autograd.grad(y, leaves, tangent, retain_graph=True)
-        with torch.autograd.forward_ad.dual_level():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the first dual number makes torch use what it deprecates
-                dual = torch.autograd.forward_ad.make_dual(share.dy, tangent)
-            unpacked = [
-                torch.autograd.forward_ad.unpack_dual(gradient)
-                for gradient in torch.autograd.grad(y, leaves, dual, retain_graph=True)
-            ]
-            found = [(gradient.primal, gradient.tangent) for gradient in unpacked]
-        torch.testing.assert_close(tuple(zip(*found, strict=True)), (expected, of_tangent), **close)
-        both = torch.stack((share.dy, tangent))
-        batches = torch.autograd.grad(y, leaves, both, is_grads_batched=True)
-        torch.testing.assert_close(batches, tuple(map(torch.stack, zip(expected, of_tangent, strict=True))), **close)
-
-        with torch.inference_mode():
-            x = share.x.clone()
-        y = y_of([x, *leaves[1:]])
-        torch.testing.assert_close(torch.autograd.grad(y, leaves[2], share.dy)[0], expected[2], **close)
-
-        y = _through(module, share.of(activation=None), *leaves)
-        expected = torch.autograd.grad(y, leaves, share.dy, retain_graph=True)
-        with torch.no_grad():
-            leaves[3].add_(5.0)  # the bias, of which no gradient takes the values
-        assert all(map(torch.equal, torch.autograd.grad(y, leaves, share.dy), expected))
-
-
-def counters_of_every_type(world: World) -> None:
-    x = torch.randn(world.size, 4, 3, device=world.device)
-    for counter in (torch.int16, torch.bfloat16, torch.float64):
-        for momentum in (0.1, None):
-            exact = nn.BatchNorm1d(3, momentum=momentum, device=world.device)
-            module = triton_norm.SyncBatchNorm(3, momentum=momentum, device=world.device)
-            for each in (exact, module):
-                each.num_batches_tracked = torch.tensor(2, dtype=counter, device=world.device)
-            exact(x.flatten(0, 1))
-            module(x[world.rank])
-            for name, buffer in module.named_buffers():
-                torch.testing.assert_close(buffer, getattr(exact, name))
-
-
-def _through(module: nn.Module, call: Call, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+def y_of_share(
+    module: nn.Module, call: Call, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor
+) -> Tensor:
     fused = {"residual": residual, "activation": call.activation, "negative_slope": call.slope}
     return torch.func.functional_call(module, {"weight": weight, "bias": bias}, x, fused)
 
@@ -374,7 +313,7 @@ def distributed_data_parallel(world: World) -> None:
     ours = DistributedDataParallel(ours, device_ids=None if world.device == "cpu" else [world.device])
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (whole, ours)]
     for sizes in (UNEVEN, EVEN):
-        x = laid(torch.randn(_shape(sizes, world, 3, 8, 8), dtype=torch.float64, device=world.device), "last")
+        x = laid(torch.randn(shape_of(sizes, world, 3, 8, 8), dtype=torch.float64, device=world.device), "last")
         for optimizer in optimizers:
             optimizer.zero_grad()
         whole(x).square().sum().backward()

@@ -8,6 +8,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sync_between
 import sync_scenarios
 import triton_norm
 from triton_norm import shares
@@ -21,8 +22,8 @@ SCENARIOS = [
     sync_scenarios.only_the_gradients_asked_for,
     sync_scenarios.one_exchange_forward_and_one_backward,
     sync_scenarios.second_derivatives,
-    sync_scenarios.between_forward_and_backward,
-    sync_scenarios.counters_of_every_type,
+    sync_between.between_forward_and_backward,
+    sync_between.counters_of_every_type,
     sync_scenarios.evaluation_exchanges_nothing,
     sync_scenarios.a_group_of_its_own,
     sync_scenarios.distributed_data_parallel,

@@ -132,18 +132,11 @@ def layer_norm(
     bytes more. They may share those of more than 64 KiB, in the backward 32 KiB in float32. Twice as much is the first
     8, the 12 and the 32 in float64.
     """
+    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     if has_torch_function_variadic(input, weight, bias, residual):
-        instead = _taken(
-            *(layer_norm, F.layer_norm, (input, weight, bias, residual)),
-            residual=residual,
-            residual_dtype=residual_dtype,
-            weight_offset=weight_offset,
-            x_hat_dtype=x_hat_dtype,
-            out_dtype=out_dtype,
-        )
+        instead = _taken(layer_norm, F.layer_norm, (input, weight, bias, residual), fused)
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, bias=bias, eps=eps)
-    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     return normalize("layer_norm", input, (normalized_shape, weight, bias, eps, *fused))
 
 
@@ -189,18 +182,11 @@ def rms_norm(
     whatever other samples are beside it. Memory is as of layer_norm, with 4 bytes a sample kept, and 4 m N.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
+    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     if has_torch_function_variadic(input, weight, residual):
-        instead = _taken(
-            *(rms_norm, F.rms_norm, (input, weight, residual)),
-            residual=residual,
-            residual_dtype=residual_dtype,
-            weight_offset=weight_offset,
-            x_hat_dtype=x_hat_dtype,
-            out_dtype=out_dtype,
-        )
+        instead = _taken(rms_norm, F.rms_norm, (input, weight, residual), fused)
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, eps=eps)
-    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     return normalize("rms_norm", input, (normalized_shape, weight, None, eps, *fused))
 
 
@@ -262,13 +248,8 @@ def batch_norm(
     """
     tensors = running_mean, running_var, weight, bias
     if has_torch_function_variadic(input, *tensors, residual):
-        instead = _taken(
-            *(batch_norm, F.batch_norm, (input, *tensors, residual)),
-            num_batches_tracked=num_batches_tracked,
-            residual=residual,
-            activation=activation,
-            negative_slope=negative_slope,
-        )
+        own = num_batches_tracked, residual, activation, negative_slope
+        instead = _taken(batch_norm, F.batch_norm, (input, *tensors, residual), own)
         if instead is not None:
             asked = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}
             return instead(input, running_mean, running_var, **asked)  # type: ignore[no-any-return]
@@ -281,10 +262,15 @@ def batch_norm(
 
 
 def _taken(
-    function: Callable[..., Any], torch_function: Callable[..., Any], tensors: tuple[Any, ...], **options: Any
+    function: Any, torch_function: Callable[..., Any], tensors: tuple[Any, ...], fused: tuple[Any, ...]
 ) -> Callable[..., Any] | None:
     """Returns what to call instead of `function`, where a mode or an argument takes the call by the protocol of
-    `__torch_function__`. Raises where backend "triton" was asked for, which nothing else may serve."""
+    `__torch_function__`. Raises where backend "triton" was asked for, which nothing else may serve.
+
+    Args:
+        fused: the keyword-only arguments of `function`, in order.
+    """
+    options = dict(zip(function.__kwdefaults__, fused, strict=True))
     found = overrides.taker(function, torch_function, tensors, options)
     if found is None:
         return None
