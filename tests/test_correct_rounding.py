@@ -2,9 +2,6 @@
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 import oracle
+import processes
 import triton_norm
 from at_once import at_once
 from oracle import Results
@@ -36,14 +34,7 @@ pytestmark = pytest.mark.unguarded
 
 def in_a_process(script: str, *arguments: str, **environment: str) -> str:
     """Returns what a script prints in a process of its own, which has no TRITON_INTERPRET but by `environment`."""
-    others = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, *arguments],
-        cwd=ROOT,
-        env=others | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run("-W", "error", "-c", script, *arguments, PYTHONPATH=str(ROOT), **environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
@@ -248,13 +239,16 @@ def test_threads_enter_and_leave_as_they_like():
         at_once([functools.partial(often, times) for times in (1, 2, 3, 4, 5, 6)])
 
 
+BRIEFLY_S = 0.2  # enough to enter where nothing stops it; on a slower machine the test could only miss a fault
+
+
 def test_nothing_changes_while_another_thread_interprets(monkeypatch):
     start, started, entered, left = launch.start, threading.Event(), threading.Event(), threading.Event()
     changed = []
 
     def slow(*arguments):
         started.set()
-        changed.append(entered.wait(0.2))
+        changed.append(entered.wait(BRIEFLY_S))
         return start(*arguments)
 
     def call() -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import processes
 import triton_norm as tn
 from perf import anatomy
 from triton_norm.ops import launch
@@ -116,8 +114,8 @@ def test_readme_code_runs(code: str) -> None:
     elif not launch.INTERPRETED:
         pytest.skip("the kernels run on a GPU")
     else:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=environment, check=True)
+        done = processes.run("-W", "error", "-c", code)
+        assert done.returncode == 0, done.stderr
 
 
 def test_readme_prints_the_commands_that_ci_runs() -> None:

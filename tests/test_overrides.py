@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 import triton_norm
 from every_op import PATHS
@@ -170,6 +170,15 @@ def test_backend_triton_says_who_takes_a_call(name, device):
         ours(subclass, *arguments[1:], **option)
     with Negated():
         assert "mode Negated" in triton_norm.explain(ours, *arguments).reason
+
+
+@EVERY_FUNCTION
+def test_torchs_own_modes_take_no_calls(name, device, guard):
+    """Those of its tracers, in which everything that is exported is called."""
+    arguments, option = arguments_of(name, device)
+    with triton_norm.backend("triton"), BaseTorchFunctionMode():
+        getattr(triton_norm, name)(*arguments, **option)
+    assert guard is None or len(guard.launches) == 1
 
 
 def test_what_is_wrong_is_an_error_to_who_calls_torch(device):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function
-from torch.utils._device import DeviceContext
 
 from triton_norm import plain
 
@@ -25,10 +24,11 @@ _INERT = (
 def active_mode() -> str | None:
     """Returns in words which mode takes calls here, None where none does.
 
-    `with torch.device(...)` and torch.set_default_device are modes too, but look only at functions that make tensors.
+    torch's own modes, such as that of `with torch.device(...)` and those of its tracers, take none: they look for
+    certain functions of torch, and let the others pass.
     """
     for mode in reversed(_get_current_function_mode_stack()):
-        if not isinstance(mode, DeviceContext):
+        if not type(mode).__module__.startswith("torch."):
             return f"the mode {type(mode).__name__} takes it"
     return None
 
