@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import oracle
+import patience
 import processes
 import triton_norm
 from at_once import at_once
@@ -256,7 +257,7 @@ def test_nothing_changes_while_another_thread_interprets(monkeypatch):
             return triton_norm.layer_norm(torch.ones(2, 8), (8,))
 
     def change() -> None:
-        started.wait(60)
+        assert started.wait(patience.LIMIT_S)
         with testing.correct_rounding():
             entered.set()
         left.set()
