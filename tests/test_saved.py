@@ -94,6 +94,22 @@ def test_the_largest_error_that_was_seen(device):
     torch.testing.assert_close(*found, **TOLERANCE)
 
 
+def test_layouts_of_one_shape_in_turn(device):
+    """Calls of one kind remember what was saved; how many bytes the bits take depends on the layout too."""
+    x, residual, dy = torch.randn(3, 3, 3, 4, 5, device=device)
+    weight = torch.rand(3, device=device)
+    found = []
+    for lay in (contiguous, channels_last, contiguous, channels_last):
+        leaves = [lay(tensor).requires_grad_() for tensor in (x, residual)]
+        with triton_norm.backend("triton"):
+            y = triton_norm.batch_norm(
+                leaves[0], None, None, weight, training=True, residual=leaves[1], activation="relu"
+            )
+        found.append(torch.autograd.grad(y, leaves, lay(dy)))
+    for gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0], **TOLERANCE)
+
+
 @pytest.mark.parametrize("unpack", [contiguous, transposed], ids=lambda function: function.__name__)
 @OPS
 def test_second_derivatives_of_what_came_back_with_other_strides(op, unpack, device):

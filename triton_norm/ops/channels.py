@@ -231,7 +231,7 @@ class BatchNormFunction(torch.autograd.Function):
         recomputes = options.activation is not None and bits is None
         added, shifted = (residual, bias) if recomputes else (None, None)
         saved = Saved(x, added, bits, weight, shifted, statistics, *running)
-        save(ctx, saved, (x, residual, weight, bias), options.prepared)
+        save(ctx, saved, (x, residual, weight, bias), options.prepared, bits_kind)
         ctx.options, ctx.bits_kind = options, bits_kind
         return y
 

@@ -41,16 +41,22 @@ def _parameter(tensor: Tensor | None) -> tuple[torch.dtype, torch.Size] | None:
 
 
 def save(
-    ctx: Any, tensors: tuple[Tensor | None, ...], inputs: Sequence[Tensor | None], memory: dict[Any, Any] | None
+    ctx: Any,
+    tensors: tuple[Tensor | None, ...],
+    inputs: Sequence[Tensor | None],
+    memory: dict[Any, Any] | None,
+    layout: str | None = None,
 ) -> None:
     """Saves a NamedTuple of tensors for the backward, and as `ctx.kept` what else it has to know.
 
     Args:
         inputs: x, residual, weight and bias.
-        memory: of the calls of this one's kind, where it is made once; None where calls are traced.
+        memory: of the calls of this one's kind, where that is made once a layout; None where calls are traced.
+        layout: what the shapes of saved tensors depend on beside the call's kind.
     """
     ctx.save_for_backward(*tensors)
-    kept = None if memory is None else memory.get(Kept)
+    key = Kept, layout
+    kept = None if memory is None else memory.get(key)
     if kept is None:
         x, residual, weight, bias = inputs
         assert x is not None
@@ -58,7 +64,7 @@ def save(
         dresidual = None if residual is None else residual.dtype
         kept = Kept(forms, x.dtype, dresidual, _parameter(weight), _parameter(bias))
         if memory is not None:
-            memory[Kept] = kept
+            memory[key] = kept
     ctx.kept = kept
 
 
