@@ -21,7 +21,7 @@ def however_large(monkeypatch):
 
 
 def planned(**arguments) -> tuning.Plan | None:
-    return tuning.plan_channels(**{"adds": False, "beside": 0, "interpreted": False} | arguments)
+    return tuning.plan_channels(**{"crowded": False, "beside": 0, "interpreted": False} | arguments)
 
 
 def check_plan(plan, n_groups, lanes, n_blocks, held, multiprocessors, cache):
@@ -40,7 +40,7 @@ def check_plan(plan, n_groups, lanes, n_blocks, held, multiprocessors, cache):
 def test_plans(kind, multiprocessors, monkeypatch):
     """A channel's programs have all of it, are few enough to wait, and read again no more than the cache keeps."""
     n_plans = 0
-    for n_groups, lanes, n_blocks, held, adds in itertools.product(
+    for n_groups, lanes, n_blocks, held, crowded in itertools.product(
         (1, 7, 8, 9, 1000, 12544, 200_705, 2**31), LANES[kind], (1, 3, 64, 2048), (2, 4, 8, 16), (False, True)
     ):
         where = {"n_groups": n_groups, "lanes": lanes, "n_blocks": n_blocks, "multiprocessors": multiprocessors}
@@ -50,7 +50,7 @@ def test_plans(kind, multiprocessors, monkeypatch):
         assert apart.groups_per_split % 8 == 0  # bits of no two programs share a byte
         plan = None
         for cache in (2**22, 50 * 2**20):
-            smaller, plan = plan, planned(kind=kind, held=held, adds=adds, cache=cache, **where)
+            smaller, plan = plan, planned(kind=kind, held=held, crowded=crowded, cache=cache, **where)
             assert smaller is None or smaller == plan
             if plan is not None:
                 n_plans += 1

@@ -307,6 +307,12 @@ def plan_channels_apart(n_groups: int, lanes: int, per_group: int, n_blocks: int
     return Plan(0, -(-max(-(-n_groups // n_splits), MIN_SPLIT_ELEMENTS // lanes) // 8) * 8)
 
 
+def crowds(kind: str, vector: int, adds: bool) -> bool:
+    """Whether a residual that is added leaves registers for half as much of x only: in flat tiles, and where each
+    element has an access, and so addresses, of its own."""
+    return adds and (kind == "flat" or vector == 1)
+
+
 @remembered
 def plan_channels(
     kind: str,
@@ -315,17 +321,17 @@ def plan_channels(
     n_blocks: int,
     held: int,
     beside: float,
-    adds: bool,
+    crowded: bool,
     multiprocessors: int,
     cache: int,
     interpreted: bool,
 ) -> Plan | None:
     """One launch, if there is little to read, if its programs fill the GPU, and if what they can't keep will still be
     in cache when they read it again: of all that run at once. `held`: bytes of an element of what they keep; `beside`:
-    of what they read twice. Where one `adds` a residual, fewer registers are left for that.
+    of what they read twice. If `crowded`, registers are left for half of the tile.
     """
     elements = n_groups * lanes
-    tile = INTERPRETED_TILE if interpreted else HELD_BYTES[kind] // held // (2 if adds and kind == "flat" else 1)
+    tile = INTERPRETED_TILE if interpreted else max(lanes, HELD_BYTES[kind] // held // (2 if crowded else 1))
     enough = max(-(-multiprocessors * HOLDING_PROGRAMS_PER_SM // n_blocks), -(-elements // tile))
     peers = max(1, min(most_peers(multiprocessors), enough, elements // MIN_HELD_ELEMENTS))
     per_split = -(-n_groups // peers)
@@ -359,7 +365,7 @@ def _holding(
         in_thread *= 2
     if kind != "folded" and vector * held_bytes < VECTOR_BYTES * (2 if backward else 1):
         in_thread //= 2  # more addresses: 149 registers were spilled for bf16, channels-last, one element an access
-    if kind == "flat" and adds:
+    if kind != "folded" and crowds(kind, vector, adds):  # folded, eight warps may have twice the registers
         in_thread //= 2
     most = held // (4 * WARP)
     if kind == "folded":

@@ -137,8 +137,8 @@ def _layout_and_plan(
     lanes, n_blocks = layout.lanes, layout.n_blocks
     plan = None
     if held:
-        cache = cache_bytes(device)
-        plan = tuning.plan_channels(kind, n_groups, lanes, n_blocks, held, beside, adds, sms, cache, INTERPRETED)
+        cache, crowded = cache_bytes(device), tuning.crowds(kind, layout.vector, adds)
+        plan = tuning.plan_channels(kind, n_groups, lanes, n_blocks, held, beside, crowded, sms, cache, INTERPRETED)
     return (
         layout,
         n_groups,
