@@ -308,9 +308,9 @@ def plan_channels_apart(n_groups: int, lanes: int, per_group: int, n_blocks: int
 
 
 def crowds(kind: str, vector: int, adds: bool) -> bool:
-    """Whether a residual that is added leaves registers for half as much of x only: in flat tiles, and where each
-    element has an access, and so addresses, of its own."""
-    return adds and (kind == "flat" or vector == 1)
+    """Whether registers are left for half as large a tile only: beside a residual that is added to a flat one, and in
+    others where each element has an access, and so addresses, of its own."""
+    return adds if kind == "flat" else vector == 1
 
 
 @remembered
@@ -361,7 +361,7 @@ def _holding(
     """For programs that wait: as few threads as can keep a tile of theirs."""
     in_thread = THREAD_HELD_BYTES[kind]
     backward = kernel == "channels_backward_kernel"
-    if kind == "folded" and backward:
+    if kind == "folded" and backward and vector > 1:
         in_thread *= 2
     if kind != "folded" and vector * held_bytes < VECTOR_BYTES * (2 if backward else 1):
         in_thread //= 2  # more addresses: 149 registers were spilled for bf16, channels-last, one element an access
