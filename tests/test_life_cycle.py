@@ -120,7 +120,7 @@ def zeros(monkeypatch) -> Zeros:
 def make(numbers, monkeypatch, device, zeros):
     """Makes a step by name; where it says so, of programs that share rows or a channel."""
     monkeypatch.setattr(distributed, "gather", lambda packed, group: packed[None])
-    monkeypatch.setattr(distributed, "total", lambda sums, group: sums)
+    monkeypatch.setattr(synchronized, "total", lambda sums, group_name: sums)
 
     def made(name: str) -> Step:
         most = 0 if name in ("training in two launches", "training, statistics with gaps") else 2**62

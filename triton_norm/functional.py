@@ -296,6 +296,8 @@ def _counted_batch_norm(counter: Tensor | None, x: Tensor, running_mean: Tensor 
     except Exception:
         if torch.equal(before, running_mean):
             counter.sub_(1)
+            if not counter.is_inference():  # which have no version
+                torch._C._autograd._unsafe_set_version_counter((counter,), (counter._version - 2,))
         raise
 
 
