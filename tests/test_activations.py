@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 import triton_norm
-from triton_norm import activations, reference, shares
+from triton_norm import activations, reference
 from triton_norm.activations import ACTIVATIONS
-from triton_norm.ops import channel_launches, synchronized
+from triton_norm.ops import channel_launches, running, synchronized
 from triton_norm.ops.channel_plans import Options
 from triton_norm.ops.library import Wanted
 
@@ -57,12 +57,13 @@ def test_the_kernels_know_every_entry(name, poison, device):
 
 def test_an_unknown_one_is_an_error_wherever_it_arrives(device):
     x = torch.randn(6, 4, device=device)
-    merged = synchronized.PIECES.merge(synchronized.PIECES.moments(x)[None], [], [], 0.1, 1e-5)
+    merged = running.move_op(synchronized.moments_op(x, True)[None], [], [], 0.1, 1e-5, True)
     statistics = merged[:-1].view(3, -1)
     options = Options(True, 0.1, 1e-5, "tanhh", 0.0)
     nothing = (None,) * 2
     wanted = Wanted(x.dtype, None, None, None)
     forward_op, backward_op = torch.ops.triton_norm.batch_norm_forward, torch.ops.triton_norm.batch_norm_backward
+    apply_op, sums_op = synchronized.apply_op, synchronized.sums_op
     calls = [
         lambda: triton_norm.batch_norm(x, None, None, training=True, activation="tanhh"),
         lambda: triton_norm.BatchNorm1d(4, device=device)(x, activation="tanhh"),
@@ -72,18 +73,18 @@ def test_an_unknown_one_is_an_error_wherever_it_arrives(device):
         lambda: activations.has_side("tanhh"),
         lambda: channel_launches.forward(x, *nothing, None, *nothing, None, options, None),
         lambda: channel_launches.backward(x, x, *nothing, *nothing, statistics, *nothing, options, wanted, None),
-        lambda: forward_op(x, None, None, None, [], [], None, 0.1, 1e-5, "tanhh", 0.0),
+        lambda: forward_op(x, None, None, None, None, False, 1e-5, "tanhh", 0.0),
         lambda: backward_op(
             *(x, x, *nothing, *nothing, statistics, *nothing, *wanted),
             *(None, 1e-5, "tanhh", 0.0),
         ),
         *(
-            lambda pieces=pieces: pieces.apply(x, *nothing, None, merged, None, "tanhh", 0.0)
-            for pieces in (shares.PIECES, synchronized.PIECES)
+            lambda kernels=kernels: apply_op(x, *nothing, None, merged, None, 1e-5, "tanhh", 0.0, "0", kernels)
+            for kernels in (False, True)
         ),
         *(
-            lambda pieces=pieces: pieces.sums(x, x, *nothing, *nothing, merged, None, None, None, "tanhh", 0.0)
-            for pieces in (shares.PIECES, synchronized.PIECES)
+            lambda kernels=kernels: sums_op(x, x, *nothing, *nothing, merged, *nothing, None, "tanhh", 0.0, kernels)
+            for kernels in (False, True)
         ),
     ]
     for call in calls:

@@ -16,7 +16,7 @@ from allocations import allocations
 from at_once import at_once
 from channel_norms import taking_turns
 from triton_norm import distributed, tuning
-from triton_norm.ops import channel_launches, launch, synchronized
+from triton_norm.ops import channel_launches, launch, running, synchronized
 
 pytest.importorskip("triton")
 
@@ -112,7 +112,7 @@ def zeros(monkeypatch) -> Zeros:
     zeros = Zeros()
     if launch.INTERPRETED:
         monkeypatch.setattr(channel_launches, "zeros", zeros)
-        monkeypatch.setattr(synchronized, "zeros", zeros)
+        monkeypatch.setattr(running, "zeros", zeros)
     return zeros
 
 

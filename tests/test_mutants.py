@@ -16,7 +16,7 @@ from channel_norms import SPLIT, drawn, running_statistics, share
 from oracle import run, ulp
 from row_norms import LAYER_NORM, RMS_NORM, Norm
 from triton_norm import tuning
-from triton_norm.ops import channel_launches, channel_plans, launch, layout, synchronized
+from triton_norm.ops import channel_launches, channel_plans, launch, layout, running
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the guards are the interpreter's")
@@ -242,7 +242,7 @@ def shares_of_a_batch(numbers, monkeypatch) -> None:
         m2, count = (part - mean).square().sum(0), part.new_full((1,), len(part))
         packed.append(torch.cat((mean.float(), mean - mean.float(), m2, count)).float())
     moved = torch.zeros(1100), torch.ones(1100), torch.tensor(0)
-    merged = synchronized.PIECES.merge(torch.stack(packed), moved[:2], moved[2:], 0.5, 1e-5)
+    merged = running.move_op(torch.stack(packed), moved[:2], moved[2:], 0.5, 1e-5, True)
     batch, exact = torch.cat(parts), nn.BatchNorm1d(1100, momentum=0.5, dtype=torch.float64)
     exact(batch)
     mean, rest, rstd = merged[:-1].double().view(3, -1)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import sync_between
 import sync_scenarios
 import triton_norm
-from triton_norm import shares
 from triton_norm.ops import synchronized
+from triton_norm.ops.running import move_op
 
 SCENARIOS = [
     sync_scenarios.plain_in_every_layout,
@@ -86,8 +86,7 @@ def test_merges_the_shares_of_many(kernels, kept, momentum, empty, n_channels, d
     exact = nn.BatchNorm1d(n_channels, momentum=momentum, dtype=torch.float64)
     exact.running_mean, exact.running_var, exact.num_batches_tracked = mean.double(), var.double(), counter.clone()
     moved = [tensor.to(device, copy=True) for tensor in (mean, var, counter)]
-    pieces = synchronized.PIECES if kernels else shares.PIECES
-    merged = pieces.merge(gathered, moved[:2], moved[2:], momentum, 1e-5).cpu()
+    merged = move_op(gathered, moved[:2], moved[2:], momentum, 1e-5, kernels).cpu()
     assert merged[-1] == sum(lengths)
     assert moved[2] == 4
     if sum(lengths) == 0:
@@ -111,8 +110,7 @@ def test_merges_the_shares_of_many(kernels, kept, momentum, empty, n_channels, d
 def test_equal_means_merge_to_themselves(kernels, device):
     one = torch.tensor([1e4 / 3, 0.0, 2.0, 3.0])
     gathered = torch.stack((torch.zeros(4), one, one, one)).to(device)
-    pieces = synchronized.PIECES if kernels else shares.PIECES
-    merged = pieces.merge(gathered, [], [], 0.1, 1e-5).cpu()
+    merged = move_op(gathered, [], [], 0.1, 1e-5, kernels).cpu()
     assert merged[:2].tolist() == one[:2].tolist()
     assert merged[3] == 9
 
@@ -123,14 +121,14 @@ def operators(device: str) -> dict[str, tuple]:
     weight = torch.randn(4, device=device)
     merged = torch.rand(13, device=device)
     last = x.mT.contiguous().mT
-    bits = synchronized.PIECES.apply(x, residual, weight, None, merged, "flat", "relu", 0.0)[1]
+    applied = x, residual, weight, None, merged, "flat", 1e-5, "relu", 0.0, "0", True
+    bits = synchronized.apply_op(*applied)[1]
     return {
-        "moments": (last,),
-        "merge": (torch.rand(2, 13), [torch.rand(4), torch.rand(4)], [torch.tensor(0)], None, 1e-5),
-        "merge, nothing moved": (torch.rand(2, 13), [], [], 0.1, 1e-5),
-        "apply": (x, residual, weight, None, merged, "flat", "relu", 0.0),
-        "sums": (dy, x, None, bits, weight, None, merged, weight.dtype, None, "flat", "relu", 0.0),
-        "gradient": (dy, last, None, None, weight, weight, merged, torch.rand(8), torch.half, None, "silu", 0.0),
+        "moments": (last, True),
+        "moments, by torch": (last, False),
+        "apply": applied,
+        "sums": (dy, x, None, bits, weight, None, merged, weight.dtype, None, "flat", "relu", 0.0, True),
+        "gradient": (dy, last, None, None, weight, weight, merged, torch.rand(8), torch.half, None, "silu", 0.0, True),
     }
 
 
@@ -210,14 +208,14 @@ def test_errors_are_torchs(shape, message):
             module(torch.randn(shape))
 
 
-@pytest.mark.parametrize("pieces", [shares.PIECES, synchronized.PIECES], ids=["torch", "kernels"])
+@PATHS
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
-def test_relu_stops_whatever_gradient_comes_to_it(poison, pieces, device):
+def test_relu_stops_whatever_gradient_comes_to_it(poison, kernels, device):
     x, dy = torch.tensor([[-3.0], [1.0], [2.0]], device=device), torch.tensor([[poison], [1.0], [0.5]], device=device)
-    merged = pieces.merge(pieces.moments(x)[None], [], [], 0.1, 1e-5)
+    merged = move_op(synchronized.moments_op(x, kernels)[None], [], [], 0.1, 1e-5, kernels)
     given = dy, x, None, None, None, None, merged
-    _, _, sums = pieces.sums(*given, None, None, None, "relu", 0.0)
-    dx, _ = pieces.gradient(*given, sums, None, None, "relu", 0.0)
+    _, _, sums = synchronized.sums_op(*given, None, None, None, "relu", 0.0, kernels)
+    dx, _ = synchronized.gradient_op(*given, sums, None, None, "relu", 0.0, kernels)
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(F.batch_norm(leaf, None, None, training=True).relu(), leaf, dy.double())
     assert exact.isfinite().all()

@@ -57,6 +57,13 @@ def check_rows(
     return options, unserved(x, weight, bias, residual, columns=n_cols)
 
 
+def _unremembered(asked: AskedOfRows, *tensors: Tensor | None) -> AskedOfRows:
+    """Returns what is asked for with room for its launchers, unless the tensors are none of memory."""
+    options, reason = asked
+    fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+    return (options if fake else options._replace(launchers={})), reason
+
+
 def of_rows(function: str, x: Tensor, arguments: Arguments) -> AskedOfRows:
     """As `check_rows`; a call like an earlier one is not checked again."""
     if torch.compiler.is_compiling():
@@ -87,17 +94,15 @@ def of_rows(function: str, x: Tensor, arguments: Arguments) -> AskedOfRows:
         )
         found = _rows.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones, a list for a shape
-        return check_rows(function, x, *arguments)
+        return _unremembered(check_rows(function, x, *arguments), x, weight, bias, residual)
     if found is not None:
         for length in normalized_shape:
             if type(length) is not int:  # 4.0 equals 4, but is no length
-                return check_rows(function, x, *arguments)
+                return _unremembered(check_rows(function, x, *arguments), x, weight, bias, residual)
         return found
-    options, reason = found = check_rows(function, x, *arguments)
+    found = _unremembered(check_rows(function, x, *arguments), x, weight, bias, residual)
     if isinstance(eps, Tensor) or isinstance(weight_offset, Tensor):
         return found  # the same tensor may hold another value next time
-    if not any(isinstance(tensor, FakeTensor) for tensor in (x, weight, bias, residual)):
-        found = options._replace(launchers={}), reason
     if len(_rows) >= MOST_SERVED:
         _rows.clear()
     _rows[key] = found
@@ -164,10 +169,12 @@ def of_batch_norm(
             key = None
     fused = residual, activation, negative_slope
     options, reason = check_batch_norm(*tensors[:5], training, momentum, eps, num_batches_tracked, *fused)
-    if key is None:
+    if torch.compiler.is_compiling():
         return options, reason
     if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
         options = options._replace(prepared={})
+    if key is None:
+        return options, reason
     if len(_batch_norms) >= MOST_SERVED:
         _batch_norms.clear()
     found = _batch_norms[key] = options, reason

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_norm import activations
-from triton_norm.plain import FLOATING
+from triton_norm.plain import FLOATING, holds
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -211,7 +211,9 @@ def batch_norm(
         _is_number("batch_norm", "momentum", momentum)
     if x.layout in _SPARSE or x.is_nested:  # torch's batch_norm takes MKL-DNN's layout
         _is_dense("batch_norm", "input", x)
-    if x.dim() < 2 and (x.dim() == 0 or x.numel() > 0):  # torch takes a vector of no elements for no channels
+    if x.dim() < 2 and (
+        x.dim() == 0 or not holds(x.numel() == 0)
+    ):  # torch takes a vector of no elements for no channels
         raise RuntimeError(
             f"batch_norm(): expected input of at least 2 dimensions (N, C, *), but got input of size {list(x.shape)}"
         )
@@ -296,7 +298,7 @@ def _check_values_per_channel(x: Tensor, training: bool, eps: float, whole: bool
         if eps < 0.0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
         return
-    if whole and x.shape[0] * math.prod(x.shape[2:]) == 1:
+    if whole and holds(x.shape[0] * math.prod(x.shape[2:]) == 1):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")

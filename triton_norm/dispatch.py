@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_norm import overrides, plain
+from triton_norm import captures, overrides, plain
 from triton_norm.ops import launch, layout
 from triton_norm.tuning import MOST_COLUMNS
 
@@ -99,9 +99,9 @@ def unserved(x: Tensor, *others: Tensor | None, columns: int | None = None) -> s
             return "a tensor holds its elements negated, as the imaginary part of a conjugate does"
         if not plain.has_memory(tensor):
             return "a tensor has no memory of its own, as one that was kept from a transform of torch.func"
-    if columns is not None and columns > MOST_COLUMNS:
+    if columns is not None and plain.holds(columns > MOST_COLUMNS):
         return f"a row has more than {MOST_COLUMNS} columns"
-    if x.numel() == 0:
+    if plain.holds(x.numel() == 0):
         return "the input has no elements"
     return layout.beyond(x.shape) if columns is None else None
 
@@ -114,18 +114,28 @@ def unserved_now() -> str | None:
         return "forward-mode differentiation is active"
     if torch._C._len_torch_function_stack():
         return overrides.active_mode()
-    return None
+    return captures.tracer()
 
 
-def goes_to_triton(reason: str | None) -> bool:
-    """Whether a call goes to the kernels that `unserved` gave this reason for."""
-    chosen = asked_for()
-    if chosen == "torch":
+def goes_to_triton(reason: str | None, torch_fuses: bool = False) -> bool:
+    """Returns whether a call goes to the kernels, or their operators, that `unserved` gave this reason for.
+
+    Args:
+        torch_fuses: whether torch.compile is to have the call in torch's own functions, unless "triton" is asked for.
+    """
+    compiling = torch.compiler.is_compiling()
+    chosen = _newest if compiling else _override.name
+    if chosen == "torch" or (compiling and captures.records_torch(chosen, torch_fuses)):
         return False
     reason = reason or unserved_now()
     if reason is not None and chosen == "triton":
         raise RuntimeError(f"backend 'triton' can't serve this call: {reason}")
     return reason is None
+
+
+def is_fusible() -> bool:
+    """Returns whether torch.compile has the call, and may fuse it with what stands beside it."""
+    return captures.is_fusible(asked_for())
 
 
 def use_triton(x: Tensor, *others: Tensor | None) -> bool:

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from triton_norm import checks, shares
+from triton_norm import checks
 from triton_norm.dispatch import use_triton
 from triton_norm.ops import synchronized
 from triton_norm.ops.channel_plans import Options, saves_bits
-from triton_norm.ops.channels import composed_gradients, counts
 from triton_norm.ops.layout import kind_of
-from triton_norm.ops.saved import Kept, needs_torch, restored, savable, save, shaped
-from triton_norm.shares import Pieces
+from triton_norm.ops.running import counts, move_op
+from triton_norm.ops.saved import savable
+from triton_norm.plain import holds
 
 
 class Group(NamedTuple):
@@ -55,113 +55,6 @@ def gather(packed: Tensor, group: Group) -> Tensor:
     return gathered.view(group.size, -1)
 
 
-class _Total(torch.autograd.Function):
-    """`synchronized.total`, differentiable to any order, in forward mode and in batches: a derivative of a sum over all
-    processes is such a sum."""
-
-    @staticmethod
-    def forward(sums: Tensor, group: Group) -> Tensor:
-        found: Tensor = synchronized.total_op(sums.contiguous(), group.name)
-        return found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Group], output: Tensor) -> None:
-        _, ctx.group = inputs
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Total.apply(gradient, ctx.group), None  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Total.apply(tangent, ctx.group)  # type: ignore[no-any-return, no-untyped-call]
-
-    @staticmethod
-    def vmap(info: Any, axes: tuple[int | None, None], sums: Tensor, group: Group) -> tuple[Tensor, int | None]:
-        return _Total.apply(sums, group), axes[0]  # type: ignore[no-untyped-call]
-
-
-def _pieces(x: Tensor, by_kernels: bool) -> Pieces:
-    """Of x's own share; there is nothing to launch for an empty one."""
-    return synchronized.PIECES if by_kernels and x.numel() else shares.PIECES
-
-
-class Saved(NamedTuple):
-    """The tensors that the backward takes; of bits, residual and bias `ops.channels.Saved` says when."""
-
-    x: Tensor
-    residual: Tensor | None
-    bits: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    merged: Tensor
-
-
-class SyncBatchNormFunction(torch.autograd.Function):
-    """From the batch's statistics on, whose dependence on x the backward knows of. First order through the kernels;
-    `needs_torch` says which backwards go through `shares.batch_norm` instead."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        merged: Tensor,
-        options: Options,
-        group: Group,
-        by_kernels: bool,
-    ) -> Tensor:
-        pieces = _pieces(x, by_kernels)
-        lays_bits = pieces is synchronized.PIECES and saves_bits(residual, options)
-        bits_kind = kind_of(x) if lays_bits else None
-        y, bits = pieces.apply(x, residual, weight, bias, merged, bits_kind, options.activation, options.slope)
-        recomputes = options.activation is not None and bits is None
-        added, shifted = (residual, bias) if recomputes else (None, None)
-        memory: dict[Any, Any] | None = None if torch.compiler.is_compiling() else {}
-        save(ctx, Saved(x, added, bits, weight, shifted, merged), (x, residual, weight, bias), memory)
-        ctx.options, ctx.bits_kind, ctx.group, ctx.by_kernels = options, bits_kind, group, by_kernels
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = restored(ctx, Saved)
-        unasked = (None,) * 4
-        if needs_torch((dy,), saved, intercepted=True):
-            return *_composed_gradients(ctx, dy, saved), *unasked
-        x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
-        options: Options = ctx.options
-        kept: Kept = ctx.kept
-        pieces = _pieces(saved.x, ctx.by_kernels)
-        asked = ctx.bits_kind, options.activation, options.slope
-        dweight_dtype = kept.weight[0] if weight_wanted and kept.weight else None
-        dbias_dtype = kept.bias[0] if bias_wanted and kept.bias else None
-        dweight, dbias, sums = pieces.sums(dy, *saved, dweight_dtype, dbias_dtype, *asked)
-        sums = synchronized.total(sums, ctx.group.name)  # all processes take part, whichever gradients each asks for
-        dx = dresidual = None
-        stored = kept.dresidual if residual_wanted and options.activation is not None else None
-        if x_wanted or stored is not None:
-            dx, dresidual = pieces.gradient(dy, *saved, sums, stored, *asked)
-        if residual_wanted and stored is None:
-            dresidual = dy.to(kept.dresidual)
-        dweight, dbias = shaped(dweight, kept.weight), shaped(dbias, kept.bias)
-        return dx if x_wanted else None, dresidual, dweight, dbias, *unasked
-
-
-def _composed_gradients(ctx: Any, dy: Tensor, saved: Saved) -> list[Tensor | None]:
-    def over_all(sums: Tensor) -> Tensor:
-        return _Total.apply(sums, ctx.group)  # type: ignore[no-any-return, no-untyped-call]
-
-    def function(
-        x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None
-    ) -> Tensor:
-        asked = ctx.options.eps, activation, ctx.options.slope
-        return shares.batch_norm(x, residual, weight, bias, saved.merged, over_all, *asked)
-
-    return composed_gradients(ctx, dy, saved, function)
-
-
 def _merged(
     x: Tensor,
     running_mean: Tensor | None,
@@ -171,19 +64,17 @@ def _merged(
     group: Group,
     by_kernels: bool,
 ) -> Tensor:
-    """The statistics of the whole batch; moves the running ones."""
-    with torch.no_grad():
-        gathered = gather(_pieces(x, by_kernels).moments(x), group)
-        merge = synchronized.PIECES.merge if by_kernels else shares.PIECES.merge
-        running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-        if num_batches_tracked is None or counts(x, num_batches_tracked):
-            counter = [] if num_batches_tracked is None else [num_batches_tracked]
-            return merge(gathered, running, counter, options.momentum, options.eps)
-        momentum = options.momentum
-        if momentum is None:  # to read the counter waits for the GPU
-            momentum = 1.0 / float(num_batches_tracked + 1)
-        merged = merge(gathered, running, [], momentum, options.eps)
-        num_batches_tracked.add_(1)
+    """Returns the statistics of the whole batch; moves the running ones."""
+    gathered = gather(synchronized.moments_op(x.detach(), by_kernels), group)
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    if num_batches_tracked is None or counts(x, num_batches_tracked):
+        counter = [] if num_batches_tracked is None else [num_batches_tracked]
+        return move_op(gathered, running, counter, options.momentum, options.eps, by_kernels)  # type: ignore
+    momentum = options.momentum
+    if momentum is None:  # to read the counter waits for the GPU
+        momentum = 1.0 / float(num_batches_tracked + 1)
+    merged: Tensor = move_op(gathered, running, [], momentum, options.eps, by_kernels)
+    num_batches_tracked.add_(1)
     return merged
 
 
@@ -211,14 +102,17 @@ def sync_batch_norm(
     running = running_mean, running_var
     checks.batch_norm(input, *running, weight, bias, True, momentum, eps, num_batches_tracked, whole=False)
     checks.activated(input, residual, activation, negative_slope)
-    like = input if input.numel() else input.new_empty(1)  # an empty share goes where the others go
+    like = input.new_empty(1) if holds(input.numel() == 0) else input  # an empty share goes where the others go
     by_kernels = use_triton(like, *running, weight, bias, residual)
     share = None if momentum is None else float(momentum)
     options = Options(True, share, float(eps), activation, float(negative_slope))
     merged = _merged(input, *running, num_batches_tracked, options, group, by_kernels)
     tensors = input, residual, weight, bias
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        saved = savable(input, True), None if residual is None else savable(residual, True), weight, bias
-        return SyncBatchNormFunction.apply(*saved, merged, options, group, by_kernels)  # type: ignore
-    apply = _pieces(input, by_kernels).apply
-    return apply(*tensors, merged, None, options.activation, options.slope)[0]
+    needs_gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if needs_gradient:
+        tensors = savable(input, True), None if residual is None else savable(residual, True), weight, bias
+    lays_bits = needs_gradient and by_kernels and saves_bits(residual, options) and not holds(input.numel() == 0)
+    bits_kind = kind_of(input) if lays_bits else None
+    asked = bits_kind, options.eps, options.activation, options.slope, group.name, by_kernels
+    y: Tensor = synchronized.apply_op(*tensors, merged, *asked)[0]
+    return y

@@ -12,9 +12,10 @@ from torch.utils.checkpoint import _StopRecomputationError
 
 from triton_norm import asking, overrides, reference
 from triton_norm.activations import activate
-from triton_norm.dispatch import goes_to_triton
+from triton_norm.dispatch import goes_to_triton, is_fusible
 from triton_norm.ops import channels, rows
 from triton_norm.ops.channel_plans import Options
+from triton_norm.plain import has_known_sizes, holds
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -43,7 +44,7 @@ def normalize(
         arguments = (*arguments[:-1], torch.float32)  # autocast would cast the input; the kernel reads it as it is
     options, reason = asking.of_rows(function, x, arguments)
     if goes_to_triton(reason):
-        return rows.normalize(x, arguments[4], arguments[1], arguments[2], options)
+        return rows.normalize(x, arguments[4], arguments[1], arguments[2], options, is_fusible)
     if instead is not None:
         return instead(x)
     normalized_shape, weight, bias, eps, residual, residual_dtype, _, _, out_dtype = arguments
@@ -256,7 +257,8 @@ def batch_norm(
     fused = residual, activation, negative_slope
     options, reason = asking.of_batch_norm(input, *tensors, training, momentum, eps, num_batches_tracked, *fused)
     counter = num_batches_tracked if training else None
-    if goes_to_triton(reason):
+    has_form = (momentum is not None or counter is None) and has_known_sizes(input)  # of torch's own
+    if goes_to_triton(reason, torch_fuses=has_form):
         return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
     return _torch_batch_norm(input, *tensors, counter, residual, options)
 
@@ -311,7 +313,7 @@ def _torch_batch_norm(
     residual: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """Normalizes by torch's own function where it takes these types and rounds but once, otherwise by `reference`.
+    """Normalizes by torch's own function, of wider tensors where it doesn't take these types or would round twice.
 
     The batch is counted first and the statistics are moved before y is computed: a checkpoint may end its second
     forward as soon as what it needs has been saved.
@@ -323,24 +325,25 @@ def _torch_batch_norm(
         weight = torch.ones_like(bias)  # on CUDA torch's has no backward for a bias alone
     taken = (types <= {x.dtype} and not (fused and halves)) or (halves and types == {torch.float32} and not fused)
     momentum = reference.count(counter, options.momentum)
+    taken = taken and has_known_sizes(x) and isinstance(momentum, float)
     if taken and x.dim() <= 5:  # cuDNN takes no more axes
         parameters = weight, bias, options.batch, momentum, options.eps
         y = _counted_batch_norm(counter, x, running_mean, running_var, *parameters)
         if residual is not None:
             y = y + residual.to(y.dtype)
         return activate(y, options.activation, options.slope)
-    if options.batch and running_mean is not None and running_var is not None and x.numel():
-        reference.move_running_statistics(x, running_mean, running_var, momentum)
+    if options.batch:
+        if running_mean is not None and running_var is not None and not holds(x.numel() == 0):
+            reference.move_running_statistics(x, running_mean, running_var, momentum)
         running_mean = running_var = None  # in training they are not read
-    return reference.batch_norm(
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        options.batch,
-        options.eps,
-        residual=residual,
-        activation=options.activation,
-        negative_slope=options.slope,
+    compute = reference.compute_dtype(x)
+    running_mean, running_var, weight, bias, added = (
+        None if tensor is None else tensor.to(compute) for tensor in (running_mean, running_var, weight, bias, residual)
     )
+    wide = (x if x.dim() <= 5 else x.flatten(2)).to(compute)
+    given = wide, running_mean, running_var, weight, bias, options.batch
+    if has_known_sizes(x):
+        z = F.batch_norm(*given, 0.0, options.eps).view(x.shape)
+    else:  # which torch's own asks for
+        z = reference.batch_norm(*given, options.eps)
+    return activate(z if added is None else z + added, options.activation, options.slope).to(x.dtype)

@@ -17,3 +17,22 @@ a finished transform, and neither has a batch of autograd's `is_grads_batched`."
 def is_plain(tensor: Tensor) -> bool:
     """Returns whether the kernels can read the tensor, or could once a pending negation is applied."""
     return type(tensor) in TYPES and tensor.layout is torch.strided and has_memory(tensor)
+
+
+def holds(of_sizes: bool | torch.SymBool) -> bool:
+    """Returns whether a comparison of sizes holds; of sizes that are not known while a call is recorded, False."""
+    if type(of_sizes) is bool and not torch.compiler.is_compiling():
+        return of_sizes
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # whose import takes as long as torch's
+
+    return guard_or_false(of_sizes)
+
+
+def has_known_sizes(x: Tensor) -> bool:
+    """Returns whether x's number of elements is known. It is not where a call is recorded and it depends on data."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+    is_empty = x.numel() == 0
+    return guard_or_true(is_empty) == guard_or_false(is_empty)

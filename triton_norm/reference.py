@@ -4,6 +4,7 @@ Everything is computed in fp32, in fp64 for fp64 input, and rounded once at the 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float = 0.0) -> Tensor:
+def affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float = 0.0) -> Tensor:
+    """Returns x_hat · (weight + weight_offset) + bias."""
     y = x_hat
     if weight is not None:
         y = y * (weight.to(y.dtype) + weight_offset)
@@ -60,7 +62,7 @@ def normalize(
     if x_hat_dtype is not None:
         rounding = x_hat.to(x_hat_dtype).to(x_hat.dtype) - x_hat
         x_hat = x_hat + rounding.detach()  # exact; a cast would round the gradient too
-    return _affine(x_hat, weight, bias, weight_offset).to(out_dtype or x.dtype)
+    return affine(x_hat, weight, bias, weight_offset).to(out_dtype or x.dtype)
 
 
 def batch_norm(
@@ -93,7 +95,7 @@ def batch_norm(
         var = running_var.to(wide.dtype).view(shape)
     weight = None if weight is None else weight.reshape(shape)
     bias = None if bias is None else bias.reshape(shape)
-    z = _affine(centred * torch.rsqrt(var + eps), weight, bias)
+    z = affine(centred * torch.rsqrt(var + eps), weight, bias)
     if residual is not None:
         z = z + residual.to(wide.dtype)
     y = activate(z, activation, negative_slope).to(x.dtype)
@@ -109,18 +111,20 @@ def check_writable(*tensors: Tensor) -> None:
             raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
 
 
-def count(counter: Tensor | None, momentum: float | None) -> float:
+def count(counter: Tensor | None, momentum: float | None) -> float | Tensor:
     """Counts a batch, if there is a counter, and returns the momentum: where none is given, 1 / the batches so far, to
-    read which waits for the GPU."""
+    read which waits for the GPU; of a call that is recorded, a tensor."""
     if counter is not None:
         check_writable(counter)
         counter.add_(1)
     if momentum is not None:
         return momentum
-    return 0.0 if counter is None else 1.0 / float(counter)
+    if counter is None:
+        return 0.0
+    return 1.0 / counter.double() if torch.compiler.is_compiling() else 1.0 / float(counter)
 
 
-def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
+def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor) -> None:
     """Moves both in place: running = (1 − momentum) · running + momentum · batch, of the variance the unbiased one."""
     if x.dim() > MOST_AXES:
         x = x.flatten(2)
@@ -130,24 +134,35 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
         moved = []
         for running, batch in ((running_mean, mean), (running_var, var)):
             wide = running.to(torch.promote_types(running.dtype, mean.dtype))
-            moved.append((1.0 - momentum) * wide + momentum * batch.view(running.shape))
+            share = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
+            moved.append((1.0 - share) * wide + share * batch.view(running.shape))
         check_writable(running_mean, running_var)
         running_mean.copy_(moved[0])  # all that can fail is done
         running_var.copy_(moved[1])
 
 
+def differentiable(*tensors: Tensor | None) -> list[Any]:
+    """Returns the tensors, those that require no gradient as others that do."""
+    return [
+        tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_() for tensor in tensors
+    ]
+
+
 def gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, wanted: Sequence[bool]
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], dy: Any, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Returns the gradients of function(*inputs) for the inputs wanted, None for the others.
 
     They are differentiable where autograd is on, and in forward mode. Each input is taken by a view of its own, so that
     a tensor that serves as two of them has a gradient as each.
+
+    Args:
+        dy: the gradient of what `function` returns, or of each tensor that it does.
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        y = function(*views)
         targets = [view for view, asked in zip(views, wanted, strict=True) if asked and view is not None]
-        found = iter(torch.autograd.grad(y, targets, dy, create_graph=differentiable))
+        y = function(*views)
+        found = iter(torch.autograd.grad(y, targets, dy, create_graph=differentiable, allow_unused=True))
     return [next(found) if asked and view is not None else None for view, asked in zip(views, wanted, strict=True)]

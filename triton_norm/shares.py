@@ -5,23 +5,12 @@ of a channel's elements. All is computed in fp32, in fp64 for fp64 input, and ro
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_norm import activations, reference
 from triton_norm.activations import activate
-
-
-class Pieces(NamedTuple):
-    """Of one implementation; the functions below say what each takes and does."""
-
-    moments: Callable[[Tensor], Tensor]
-    merge: Callable[..., Tensor]
-    apply: Callable[..., tuple[Tensor, Tensor | None]]
-    sums: Callable[..., tuple[Tensor | None, Tensor | None, Tensor]]
-    gradient: Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def _axes(x: Tensor) -> tuple[int, ...]:
@@ -106,15 +95,12 @@ def apply(
     weight: Tensor | None,
     bias: Tensor | None,
     merged: Tensor,
-    bits_kind: str | None,
     activation: str | None,
     slope: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns y, and no bits: plain torch lays none."""
+) -> Tensor:
+    """Returns y."""
     centred, rstd = _statistics(x, merged)
-    y = activate(_activated(centred * rstd, residual, weight, bias), activation, slope)
-    # Under torch.compile torch 2.11 loses the gradient of a Function that ends in a conversion to what it is already.
-    return y if y.dtype == x.dtype else y.to(x.dtype), None
+    return activate(_activated(centred * rstd, residual, weight, bias), activation, slope).to(x.dtype)
 
 
 def _gradient_of_z(
@@ -134,13 +120,11 @@ def sums(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
-    bits: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     merged: Tensor,
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
-    bits_kind: str | None,
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -160,13 +144,11 @@ def gradient(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
-    bits: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     merged: Tensor,
     sums: Tensor,
     dresidual_dtype: torch.dtype | None,
-    bits_kind: str | None,
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor, Tensor | None]:
@@ -177,9 +159,6 @@ def gradient(
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype).reshape(_by_channel(x))
     dx = (-centred * mean_slope + (dz - mean_dz)) * scale  # in x's layout: it is the first operand
     return dx.to(x.dtype), None if dresidual_dtype is None else dz.to(dresidual_dtype)
-
-
-PIECES = Pieces(moments, merge, apply, sums, gradient)
 
 
 def batch_norm(

@@ -74,6 +74,7 @@ def finalise_statistics(
     rest,
     m2,
     statistics_ptr,
+    moments_ptr,
     running_mean_ptr,
     running_var_ptr,
     num_batches_tracked_ptr,
@@ -88,11 +89,16 @@ def finalise_statistics(
     LOCAL: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Stores the statistics of channels [1, n] with `total` elements each, and moves the running ones; returns rstd."""
+    """Stores the statistics of channels [1, n] with `total` elements each, and their moments where those are asked for,
+    and moves the running ones; returns rstd."""
     rstd = tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS)
     tl.store(statistics_ptr + channels, mean, mask=mask)
     tl.store(statistics_ptr + n_channels + channels, rest, mask=mask)
     tl.store(statistics_ptr + 2 * n_channels + channels, m2 if LOCAL else rstd, mask=mask)
+    if moments_ptr is not None:
+        tl.store(moments_ptr + channels, mean, mask=mask)
+        tl.store(moments_ptr + n_channels + channels, rest, mask=mask)
+        tl.store(moments_ptr + 2 * n_channels + channels, m2, mask=mask)
     if running_mean_ptr is not None:
         if CUMULATIVE:
             factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr) + 1, COMPUTE)
@@ -112,6 +118,7 @@ def channels_forward_kernel(
     weight_ptr,
     bias_ptr,
     statistics_ptr,
+    moments_ptr,
     running_mean_ptr,
     running_var_ptr,
     num_batches_tracked_ptr,
@@ -150,9 +157,10 @@ def channels_forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """STATISTICS: the batch's mean, what rounding it has left, and rstd (M2 if LOCAL), as statistics [3, n_channels],
-    move the running ones. APPLY: y = f(z), z = (x − mean) · rstd · weight + bias + residual, y without gaps in x's
-    layout, and one bit an element for z > 0. Both: in one launch, x's last tile staying in registers while the programs
-    of a channel wait for each other. Without STATISTICS they are given, or else None, and the running ones are used.
+    move the running ones; moments [3, n_channels], if any, are these with M2. APPLY: y = f(z), z = (x − mean) · rstd ·
+    weight + bias + residual, y without gaps in x's layout, and one bit an element for z > 0. Both: in one launch, x's
+    last tile staying in registers while the programs of a channel wait for each other. Without STATISTICS they are
+    given, or else None, and the running ones are used.
 
     The running variance moves by the unbiased one; momentum is momentum + momentum_rest, two fp32 scalars that keep an
     fp64 module's precision, or CUMULATIVE, 1 / (num_batches_tracked + 1), which grows by one when all is done.
@@ -231,6 +239,7 @@ def channels_forward_kernel(
                 rest,
                 m2,
                 statistics_ptr,
+                moments_ptr,
                 running_mean_ptr,
                 running_var_ptr,
                 num_batches_tracked_ptr,

@@ -57,14 +57,16 @@ def _forward(
     applies: bool,
     bits_kind: str | None,
     local: bool = False,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns y if it `applies`, and bits laid as `bits_kind` if that is not None. Fills `statistics`, and moves the
-    running ones, if it `reduces`."""
+    """Returns y if it `applies`, and bits laid as `bits_kind` if that is not None. Fills `statistics`, and `moments` if
+    any, and moves the running statistics, if it `reduces`."""
     weight, bias = contiguous(weight), contiguous(bias)
     moved_mean, moved_var = contiguous(running_mean), contiguous(running_var)
     residual = residual if applies else None
     memory = options.prepared
     key = _where(x), _where(residual), reduces, applies, bits_kind
+    assert memory is None or moments is None
     prepared = None if memory is None else memory.get(key)
     read = x
     if prepared is None:
@@ -72,7 +74,7 @@ def _forward(
         read, lie = as_readable(x, kind)
         added, residual_lie = (None, None) if residual is None else as_readable(residual, kind)
         given = weight, bias, statistics, moved_mean, moved_var, num_batches_tracked
-        types = *_types(read, added, *given), None if bits_kind is None else torch.uint8
+        types = *_types(read, added, *given, moments), None if bits_kind is None else torch.uint8
         what = tuple(x.shape), kind, lie, residual_lie, types, x.device, options._replace(prepared=None)
         prepared = prepare_forward(dense_like(x, kind=kind).stride(), *what, reduces, applies, local)
         if memory is not None and read is x and added is residual:
@@ -86,7 +88,8 @@ def _forward(
         sync = zeros(2 + prepared.n_blocks, x.device) if partials is not None or counter is not None else None
         running = (moved_mean, moved_var) if step.reduces or statistics is None else (None, None)
         swept = (residual, y, bits, weight, bias) if step.applies else (None,) * 5
-        step.launcher(step.integers, read, *swept, statistics, *running, counter, partials, sync)
+        left = moments if step.reduces else None
+        step.launcher(step.integers, read, *swept, statistics, left, *running, counter, partials, sync)
         for running_now, moved in ((running_mean, moved_mean), (running_var, moved_var)):
             if step.reduces and running_now is not None and moved is not None and moved is not running_now:
                 running_now.copy_(moved)  # before a later launch can fail
@@ -103,16 +106,18 @@ def forward(
     num_batches_tracked: Tensor | None,
     options: Options,
     bits_kind: str | None,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns y, the batch's statistics [3, C] if they are used, and, laid as `bits_kind`, one bit an element."""
+    """Returns y, the batch's statistics [3, C] if they are used, and, laid as `bits_kind`, one bit an element. Fills
+    moments [3, C], if any, with the batch's."""
     statistics = _per_channel(x, 3) if options.batch else None
     parameters = residual, weight, bias, statistics, running_mean, running_var, num_batches_tracked
-    y, bits = _forward(x, *parameters, options, options.batch, True, bits_kind)
+    y, bits = _forward(x, *parameters, options, options.batch, True, bits_kind, moments=moments)
     assert y is not None
     return y, statistics, bits
 
 
-def local_statistics(x: Tensor, statistics: Tensor) -> None:
+def local_moments(x: Tensor, statistics: Tensor) -> None:
     """Fills statistics [3, C] with the mean, what rounding it has left, and M2 of this process's share of a batch."""
     _forward(x, None, None, None, statistics, None, None, None, Options(True, 0.0, 0.0), True, False, None, local=True)
 

@@ -146,14 +146,23 @@ def copies(x: Tensor, kind: str) -> bool:
     return not _reads(x, kind, broadcast=False)
 
 
+def _channels_last_strides(shape: Sequence[int]) -> list[int]:
+    """Returns the strides of [samples, channels, *positions] without gaps, with the channels side by side."""
+    strides, stride = [1], max(shape[1], 1)
+    for length in reversed(shape[2:]):
+        strides.insert(1, stride)
+        stride *= max(length, 1)
+    return [stride, *strides]
+
+
 def dense_like(x: Tensor, dtype: torch.dtype | None = None, kind: str | None = None) -> Tensor:
     """Returns an empty tensor of x's shape without gaps, in the layout of `kind`; None is x's own."""
     if x.is_contiguous() and (kind != "last" or math.prod(x.shape[2:]) == 1):
         return torch.empty_like(x, dtype=dtype)
     if not (channels_last(x) if kind is None else kind == "last"):
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    samples, channels, *positions = x.shape
-    return torch.empty((samples, *positions, channels), dtype=dtype or x.dtype, device=x.device).movedim(-1, 1)
+    strides = _channels_last_strides(x.shape)
+    return torch.empty_strided(x.shape, strides, dtype=dtype or x.dtype, device=x.device)  # no view: may be written to
 
 
 def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> tuple[Tensor, Lie]:

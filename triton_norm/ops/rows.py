@@ -1,14 +1,17 @@
-"""LayerNorm and RMSNorm: `torch.library` operators with their fakes, autograd."""
+"""LayerNorm and RMSNorm: `torch.library` operators with their fakes and derivatives, autograd."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_norm import reference
-from triton_norm.ops.library import Wanted, is_intercepted, tuple_operator
+from triton_norm.captures import is_intercepted
+from triton_norm.ops import fusible
+from triton_norm.ops.library import Derivative, Wanted, tuple_operator
 from triton_norm.ops.row_launches import Gradients, Options, Outputs, backward, forward, gradients, outputs
-from triton_norm.ops.saved import bias_like, needs_torch, restored, savable, save, shaped
+from triton_norm.ops.saved import needs_torch, restored, savable, save, shaped
 
 __all__ = ["Options", "RowsFunction", "normalize"]
 
@@ -24,16 +27,28 @@ _BACKWARD = (
 
 
 class Saved(NamedTuple):
-    """The tensors that the backward takes. x is what was normalized: the total, where there is a residual."""
+    """The tensors that the backward takes. x is what was normalized: the total, where there is a residual. Statistics
+    are None where an operator was recorded without gradients, and are computed again."""
 
     x: Tensor
     weight: Tensor | None
-    statistics: Tensor
+    statistics: Tensor | None
+
+
+class SavedTwice(NamedTuple):
+    """The tensors that the derivative of the backward takes."""
+
+    dy: Tensor
+    dtotal: Tensor | None
+    x: Tensor
+    weight: Tensor | None
 
 
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, saves: bool, *options: Any
 ) -> Outputs:
+    if x.numel() == 0:  # of a number of rows that whoever recorded the call could not know
+        return outputs(x, residual, Options(*options), saves)
     return forward(x, residual, weight, bias, Options(*options), saves)
 
 
@@ -41,6 +56,10 @@ def _fake_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, saves: bool, *options: Any
 ) -> Outputs:
     return outputs(x, residual, Options(*options), saves)
+
+
+def _present_forward(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, saves: bool, *_: Any) -> list[bool]:
+    return [True, residual is not None, saves]
 
 
 def _backward(
@@ -56,6 +75,9 @@ def _backward(
     *options: Any,
 ) -> Gradients:
     wanted = Wanted(dx, dresidual, dweight, dbias)
+    if x.numel() == 0:
+        found = gradients(x, Options(*options), wanted)
+        return tuple(None if gradient is None else gradient.zero_() for gradient in found)  # type: ignore[return-value]
     return backward(dy, dtotal, x, weight, statistics, Options(*options), wanted)
 
 
@@ -74,10 +96,134 @@ def _fake_backward(
     return gradients(x, Options(*options), Wanted(dx, dresidual, dweight, dbias))
 
 
-_forward_op = tuple_operator(f"rows_forward({_FORWARD}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward)
-_backward_op = tuple_operator(
-    f"rows_backward({_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)", _backward, _fake_backward
+def _present_backward(*arguments: Any) -> list[bool]:
+    return [dtype is not None for dtype in arguments[5:9]]
+
+
+def _composed(dy: Tensor, dtotal: Tensor | None, saved: Saved, options: Options, wanted: Wanted) -> Gradients:
+    """Returns the gradients of the kernels' backward, composed of torch's own functions."""
+
+    def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = reference.normalize(
+            x.reshape(-1, options.n_cols),
+            (options.n_cols,),
+            weight,
+            bias,
+            options.eps,
+            centred=options.centred,
+            weight_offset=options.weight_offset,
+            x_hat_dtype=options.x_hat_dtype,
+            out_dtype=dy.dtype,
+        )
+        return y.reshape(x.shape)
+
+    x, weight, bias = saved.x, saved.weight, None
+    if weight is not None:
+        weight = weight.reshape(-1)
+    if wanted.dbias is not None:  # on whose values no gradient depends
+        bias = torch.zeros(options.n_cols, dtype=wanted.dbias, device=x.device, requires_grad=True)
+    of_x = wanted.dx is not None or wanted.dresidual is not None
+    asked = of_x, wanted.dweight is not None, bias is not None
+    dx, dweight, dbias = reference.gradients(function, (x, weight, bias), dy, asked)
+    if dx is not None and dtotal is not None:
+        dx = dx + dtotal
+    found = dx, dx, dweight, dbias
+    return tuple(  # type: ignore[return-value]
+        None if dtype is None or gradient is None else gradient.to(dtype)
+        for gradient, dtype in zip(found, wanted, strict=True)
+    )
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...], options: Options) -> None:
+    """Saves for the backward of (x, residual, weight, bias) → (y, total, statistics)."""
+    x, _, weight, _ = inputs
+    _, total, statistics = outputs
+    save(ctx, Saved(x if total is None else total, weight, statistics), inputs, options.launchers)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Gradients:
+    """Returns the gradients of x, residual, weight and bias, each in the shape and type of its own."""
+    saved = restored(ctx, Saved)
+    options, kept = ctx.options, ctx.kept
+    x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
+    twice = x_wanted and residual_wanted and kept.dresidual != kept.dx
+    wanted = Wanted(
+        kept.dx if x_wanted else kept.dresidual if residual_wanted else None,
+        kept.dresidual if twice else None,
+        kept.weight[0] if weight_wanted else None,
+        kept.bias[0] if bias_wanted else None,
+    )
+    intercepted = options.launchers is None or is_intercepted()
+    if dy is None:
+        dx = None if dtotal is None or wanted.dx is None else dtotal.to(wanted.dx)
+        dresidual = None if dtotal is None or wanted.dresidual is None else dtotal.to(wanted.dresidual)
+        dweight = dbias = None
+    elif needs_torch((dy, dtotal), saved, intercepted):
+        dx, dresidual, dweight, dbias = _composed(dy, dtotal, saved, options, wanted)
+    elif intercepted:
+        if saved.statistics is None:
+            saved = saved._replace(statistics=_forward_op(saved.x, None, None, None, True, *_recorded(options))[2])
+        dx, dresidual, dweight, dbias = _backward_op(dy, dtotal, *saved, *wanted, *_recorded(options))
+    else:
+        assert saved.statistics is not None
+        given = saved.x, saved.weight, saved.statistics
+        dx, dresidual, dweight, dbias = backward(dy, dtotal, *given, options, wanted)
+    dweight, dbias = shaped(dweight, kept.weight), shaped(dbias, kept.bias)
+    if residual_wanted and not twice:
+        dresidual = dx
+    return dx if x_wanted else None, dresidual, dweight, dbias
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, saves, *options = inputs
+    y, total, statistics = output
+    there = total if residual is not None else None, statistics if saves else None
+    _remember(ctx, (x, residual, weight, bias), (y, *there), Options(*options))
+    ctx.mark_non_differentiable(*((statistics,) if residual is not None else (total, statistics)))
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None) -> Gradients:
+    return _gradients(ctx, dy, None if ctx.kept.dresidual is None else dtotal)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    dy, dtotal, x, weight, _, *others = inputs
+    ctx.save_for_backward(*SavedTwice(dy, dtotal, x, weight))
+    ctx.wanted, ctx.options = Wanted(*others[:4]), Options(*others[4:])
+
+
+def _differentiate_backward(ctx: Any, *gradients: Tensor) -> list[Tensor | None]:
+    saved = SavedTwice(*ctx.saved_tensors)
+    there = [gradient for gradient, dtype in zip(gradients, ctx.wanted, strict=True) if dtype is not None]
+
+    def function(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
+        x, weight = reference.differentiable(x, weight)
+        found = _composed(dy, dtotal, Saved(x, weight, None), ctx.options, ctx.wanted)
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    return reference.gradients(function, saved, there, ctx.needs_input_grad[:4])
+
+
+_SCHEMA = f"({_FORWARD}) -> (Tensor, Tensor, Tensor)"
+_DERIVATIVE = Derivative(_setup, _differentiate)
+_forward_op = tuple_operator(f"rows_forward{_SCHEMA}", _forward, _fake_forward, _present_forward, _DERIVATIVE)
+_fusible_op = tuple_operator(
+    f"{fusible.NAME}{_SCHEMA}", _forward, fusible.known(_fake_forward), _present_forward, _DERIVATIVE
 )
+_backward_op = tuple_operator(
+    f"rows_backward({_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    _present_backward,
+    Derivative(_setup_backward, _differentiate_backward),
+)
+
+
+def _recorded(options: Options) -> tuple[Any, ...]:
+    """Returns the options as an operator takes them: `launchers` are of eager calls."""
+    return options[:-1]
 
 
 class RowsFunction(torch.autograd.Function):
@@ -87,96 +233,47 @@ class RowsFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options
     ) -> Any:
-        if options.launchers is None:
-            y, total, statistics = _forward_op(x, residual, weight, bias, True, *options[:-1])
-        else:
-            y, total, statistics = forward(x, residual, weight, bias, options, True)
-        saved = Saved(x if total is None else total, weight, statistics)
-        save(ctx, saved, (x, residual, weight, bias), options.launchers)
-        ctx.options = options
-        if total is None:
-            return y
-        ctx.set_materialize_grads(False)
-        return y, total
+        found = forward(x, residual, weight, bias, options, True)
+        _remember(ctx, (x, residual, weight, bias), found, options)
+        y, total, _ = found
+        return y if total is None else (y, total)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        saved = restored(ctx, Saved)
-        options, kept = ctx.options, ctx.kept
-        intercepted = options.launchers is None or is_intercepted()
-        x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
-        dresidual = dweight = dbias = None
-        if dy is None:
-            dx = dtotal
-        elif needs_torch((dy, dtotal), saved, intercepted):
-            dx, dweight, dbias = _composed_gradients(ctx, dy, saved)
-            if dx is not None and dtotal is not None:
-                dx = dx + dtotal
-        else:
-            twice = x_wanted and residual_wanted and kept.dresidual != kept.dx
-            wanted = Wanted(
-                kept.dx if x_wanted else kept.dresidual if residual_wanted else None,
-                kept.dresidual if twice else None,
-                kept.weight[0] if weight_wanted else None,
-                kept.bias[0] if bias_wanted else None,
-            )
-            if intercepted:
-                grads = _backward_op(dy, dtotal, *saved, *wanted, *options[:-1])
-            else:
-                grads = backward(dy, dtotal, *saved, options, wanted)
-            dx, dresidual, dweight, dbias = grads
-            dweight, dbias = shaped(dweight, kept.weight), shaped(dbias, kept.bias)
-        if residual_wanted and dresidual is None and dx is not None:
-            dresidual = dx.to(kept.dresidual)
-        dx = dx.to(kept.dx) if x_wanted and dx is not None else None
-        return dx, dresidual, dweight, dbias, None
+        return *_gradients(ctx, dy, dtotal), None
 
 
 # torch.autograd.Function.apply without its look for torch.func's transforms, which `dispatch` has done.
 _apply: Any = super(torch.autograd.Function, RowsFunction).apply
 
 
-def _composed_gradients(ctx: Any, dy: Tensor, saved: Saved) -> list[Tensor | None]:
-    """Returns dx, dweight and dbias, composed of torch's own functions."""
-    options: Options = ctx.options
-    x_wanted, residual_wanted, *parameters_wanted = ctx.needs_input_grad[:4]
+def normalize(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+    is_fusible: Callable[[], bool] = lambda: False,
+) -> Any:
+    """Returns y, or (y, total) with a residual, through the kernels.
 
-    def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        y = reference.normalize(
-            x.reshape(-1, options.n_cols),
-            (options.n_cols,),
-            None if weight is None else weight.reshape(-1),
-            None if bias is None else bias.reshape(-1),
-            options.eps,
-            centred=options.centred,
-            weight_offset=options.weight_offset,
-            x_hat_dtype=options.x_hat_dtype,
-            out_dtype=options.out_dtype or ctx.kept.dx,
-        )
-        return y.reshape(x.shape)
-
-    wanted = x_wanted or residual_wanted, *parameters_wanted
-    return reference.gradients(function, (saved.x, saved.weight, bias_like(saved.x, ctx.kept)), dy, wanted)
-
-
-def normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options) -> Any:
-    """y, or (y, total) with a residual, through the kernels; without gradients no statistics are written or saved."""
+    Without gradients no statistics are written or saved. A call that is recorded becomes an operator: the one that
+    Inductor takes apart, if it `is_fusible`.
+    """
     intercepted = options.launchers is None or is_intercepted()
-    if intercepted:
-        options = options._replace(launchers=None)
-    if torch.is_grad_enabled() and (
+    saves = torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
-    ):
-        if residual is None:
-            x = savable(x, intercepted)
-        if intercepted:
-            return RowsFunction.apply(x, residual, weight, bias, options)  # type: ignore[no-untyped-call]
-        return _apply(x, residual, weight, bias, options)
+    )
+    if saves and residual is None:
+        x = savable(x, intercepted)
     if intercepted:
-        y, total, _ = _forward_op(x, residual, weight, bias, False, *options[:-1])
+        chosen = _fusible_op if is_fusible() else _forward_op
+        y, total, _ = chosen(x, residual, weight, bias, saves, *_recorded(options))
+    elif saves:
+        return _apply(x, residual, weight, bias, options)
     else:
         y, total, _ = forward(x, residual, weight, bias, options, False)
     return y if total is None else (y, total)

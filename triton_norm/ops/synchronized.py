@@ -1,97 +1,57 @@
-"""BatchNorm of a batch that processes share: the kernels' pieces of it, as `torch.library` operators with their fakes.
+"""BatchNorm of a batch that processes share: its pieces as `torch.library` operators with their fakes and derivatives.
 
-shares.py has the same in plain torch, says what each does, and how statistics are packed.
+shares.py has the pieces in plain torch, says what each does, and how statistics are packed. An operator launches the
+kernels, or calls those functions where it is told to and where a share is empty. The derivative of a call is that of
+its last operator, which knows how the statistics depend on x; the ones before it have none.
 """
 
-import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_norm import tuning
+from triton_norm import shares
+from triton_norm.captures import is_intercepted
 from triton_norm.ops import channel_launches as launches
-from triton_norm.ops.channel_plans import Options, in_two_floats
-from triton_norm.ops.channels import bits_like
-from triton_norm.ops.launch import INTERPRETED, Launcher, zeros
+from triton_norm.ops.channel_operators import Asked, bits_like, composed_gradients
+from triton_norm.ops.channel_plans import Options
 from triton_norm.ops.layout import dense_like
-from triton_norm.ops.library import Wanted, contiguous, operator, triton_dtype, tuple_operator
+from triton_norm.ops.library import Derivative, Wanted, operator, tuple_operator
+from triton_norm.ops.saved import Kept, needs_torch, restored, save, shaped
 from triton_norm.reference import compute_dtype
-from triton_norm.shares import Pieces
 
 
-def _options(activation: str | None = None, slope: float = 0.0) -> Options:
-    return Options(True, 0.0, 0.0, activation, slope)
+class Saved(NamedTuple):
+    """The tensors that the backward takes; of bits, residual and bias `ops.channel_operators.Saved` says when."""
+
+    x: Tensor
+    residual: Tensor | None
+    bits: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    merged: Tensor
+
+
+def _options(activation: str | None = None, slope: float = 0.0, eps: float = 0.0) -> Options:
+    return Options(True, 0.0, eps, activation, slope)
 
 
 def _statistics(merged: Tensor) -> Tensor:
     return merged[:-1].contiguous().view(3, -1)
 
 
-def _moments(x: Tensor) -> Tensor:
+def _moments(x: Tensor, by_kernels: bool) -> Tensor:
+    if not (by_kernels and x.numel()):
+        return shares.moments(x)
     n_channels = x.shape[1]
     packed = torch.full((3 * n_channels + 1,), x.numel() // n_channels, dtype=compute_dtype(x), device=x.device)
-    launches.local_statistics(x, _statistics(packed))
+    launches.local_moments(x, _statistics(packed))
     return packed
 
 
-def _fake_moments(x: Tensor) -> Tensor:
+def _fake_moments(x: Tensor, by_kernels: bool) -> Tensor:
     return x.new_empty(3 * x.shape[1] + 1, dtype=compute_dtype(x))
-
-
-@functools.cache
-def _kernel() -> Any:
-    from triton_norm.kernels.ranks import merge_ranks_kernel
-
-    return merge_ranks_kernel
-
-
-@tuning.remembered
-def _merge_launcher(
-    types: tuple[torch.dtype | None, ...], device: torch.device, momentum: float | None, eps: float
-) -> Launcher:
-    """`types`: of the statistics that are merged, the running ones and the counter."""
-    computed = types[0]
-    assert computed is not None
-
-    def n_programs(config: Mapping[str, Any], n_channels: int, n_ranks: int) -> int:
-        blocks: int = -(-n_channels // config["BLOCK_C"])
-        return blocks
-
-    return Launcher(
-        _kernel(),
-        tuning.merge_ranks(INTERPRETED),
-        device,
-        n_programs,
-        in_two_floats(momentum or 0.0),
-        EPS=eps,
-        CUMULATIVE=momentum is None,
-        COMPUTE=triton_dtype(computed),
-    )
-
-
-def _merge(
-    gathered: Tensor, running: Sequence[Tensor], counter: Sequence[Tensor], momentum: float | None, eps: float
-) -> Tensor:
-    merged = torch.empty_like(gathered[0])
-    n_ranks, n_channels = gathered.shape[0], (gathered.shape[1] - 1) // 3
-    running_mean, running_var = running or (None, None)
-    (num_batches_tracked,) = counter or (None,)
-    moved = contiguous(running_mean), contiguous(running_var)
-    types = tuple(None if tensor is None else tensor.dtype for tensor in (gathered, *moved, num_batches_tracked))
-    launcher = _merge_launcher(types, gathered.device, momentum, eps)
-    n_blocks = -(-n_channels // launcher.space.configs[0]["BLOCK_C"])
-    sync = None if num_batches_tracked is None else zeros(2 + n_blocks, gathered.device)
-    launcher((n_channels, n_ranks), gathered, merged, *moved, num_batches_tracked, sync)
-    for statistic, now in zip((running_mean, running_var), moved, strict=True):
-        if statistic is not None and now is not None and now is not statistic:
-            statistic.copy_(now)
-    return merged
-
-
-def _fake_merge(gathered: Tensor, *_: Any) -> Tensor:
-    return gathered.new_empty(gathered.shape[1])
 
 
 def _apply(
@@ -101,10 +61,17 @@ def _apply(
     bias: Tensor | None,
     merged: Tensor,
     bits_kind: str | None,
+    eps: float,
     activation: str | None,
     slope: float,
+    group_name: str,
+    by_kernels: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    return launches.apply(x, residual, weight, bias, _statistics(merged), _options(activation, slope), bits_kind)
+    if by_kernels and x.numel():
+        return launches.apply(x, residual, weight, bias, _statistics(merged), _options(activation, slope), bits_kind)
+    y = dense_like(x, kind=bits_kind)
+    y.copy_(shares.apply(x, residual, weight, bias, merged, activation, slope))
+    return y, bits_like(x, bits_kind)
 
 
 def _fake_apply(
@@ -132,7 +99,10 @@ def _sums(
     bits_kind: str | None,
     activation: str | None,
     slope: float,
+    by_kernels: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    if not (by_kernels and x.numel()):
+        return shares.sums(dy, x, residual, weight, bias, merged, dweight_dtype, dbias_dtype, activation, slope)
     given = dy, x, residual, bits, weight, bias, _statistics(merged)
     wanted = Wanted(None, None, dweight_dtype, dbias_dtype)
     dweight, dbias, sums = launches.local_sums(*given, _options(activation, slope), wanted, bits_kind)
@@ -168,7 +138,13 @@ def _gradient(
     bits_kind: str | None,
     activation: str | None,
     slope: float,
+    by_kernels: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if not (by_kernels and x.numel()):
+        dx, dresidual = shares.gradient(dy, x, residual, weight, bias, merged, sums, dresidual_dtype, activation, slope)
+        return dense_like(x, kind=bits_kind).copy_(dx), (
+            None if dresidual is None else dense_like(x, dresidual_dtype, bits_kind).copy_(dresidual)
+        )
     means = (sums / merged[-1]).view(2, -1)
     given = dy, x, residual, bits, weight, bias, _statistics(merged), means
     return launches.apply_gradient(*given, _options(activation, slope), dresidual_dtype, bits_kind)
@@ -197,39 +173,131 @@ def total(sums: Tensor, group_name: str) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(sums, "sum", group_name))  # type: ignore[no-any-return]
 
 
+class Total(torch.autograd.Function):
+    """`total`, differentiable to any order, in forward mode and in batches: a derivative of a sum over all processes is
+    such a sum."""
+
+    @staticmethod
+    def forward(sums: Tensor, group_name: str) -> Tensor:
+        found: Tensor = total_op(sums.contiguous(), group_name)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        _, ctx.group_name = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return Total.apply(gradient, ctx.group_name), None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return Total.apply(tangent, ctx.group_name)  # type: ignore[no-any-return, no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, axes: tuple[int | None, None], sums: Tensor, group_name: str) -> tuple[Tensor, int | None]:
+        return Total.apply(sums, group_name), axes[0]  # type: ignore[no-untyped-call]
+
+
+def _setup_total(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    _, ctx.group_name = inputs
+
+
+def _differentiate_total(ctx: Any, gradient: Tensor) -> tuple[Tensor]:
+    found: Tensor = total_op(gradient.contiguous(), ctx.group_name)
+    return (found,)
+
+
+def _setup_apply(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, merged, bits_kind, eps, activation, slope, group_name, by_kernels = inputs
+    bits = None if bits_kind is None else output[1]
+    recomputes = activation is not None and bits is None
+    added, shifted = (residual, bias) if recomputes else (None, None)
+    memory: dict[Any, Any] | None = None if is_intercepted() else {}
+    save(ctx, Saved(x, added, bits, weight, shifted, merged), (x, residual, weight, bias), memory)
+    ctx.options, ctx.bits_kind = _options(activation, slope, eps), bits_kind
+    ctx.group_name, ctx.by_kernels = group_name, by_kernels
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_apply(ctx: Any, dy: Tensor, *_: Any) -> Sequence[Tensor | None]:
+    saved = restored(ctx, Saved)
+    options: Options = ctx.options
+    kept: Kept = ctx.kept
+    wanted = x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
+    if needs_torch((dy,), saved, intercepted=True):
+        return _composed_gradients(Asked(options, ctx.bits_kind, kept, wanted), dy, saved, ctx.group_name)
+    asked = ctx.bits_kind, options.activation, options.slope, ctx.by_kernels
+    dweight_dtype = kept.weight[0] if weight_wanted and kept.weight else None
+    dbias_dtype = kept.bias[0] if bias_wanted and kept.bias else None
+    dweight, dbias, sums = sums_op(dy, *saved, dweight_dtype, dbias_dtype, *asked)
+    sums = total(sums, ctx.group_name)  # all processes take part, whichever gradients each asks for
+    dx = dresidual = None
+    stored = kept.dresidual if residual_wanted and options.activation is not None else None
+    if x_wanted or stored is not None:
+        dx, dresidual = gradient_op(dy, *saved, sums, stored, *asked)
+    if residual_wanted and stored is None:
+        assert kept.dresidual is not None
+        dresidual = dy.to(kept.dresidual)
+    return dx if x_wanted else None, dresidual, shaped(dweight, kept.weight), shaped(dbias, kept.bias)
+
+
+def _composed_gradients(asked: Asked, dy: Tensor, saved: Saved, group_name: str) -> list[Tensor | None]:
+    def over_all(sums: Tensor) -> Tensor:
+        return Total.apply(sums, group_name)  # type: ignore[no-any-return, no-untyped-call]
+
+    def function(
+        x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None
+    ) -> Tensor:
+        options = asked.options.eps, activation, asked.options.slope
+        return shares.batch_norm(x, residual, weight, bias, saved.merged, over_all, *options)
+
+    return composed_gradients(asked, dy, saved, function)
+
+
+def _undifferentiable(name: str) -> Derivative:
+    """Returns the derivative of a backward's operator, which is an error."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            f"triton_norm::{name} can't be differentiated: a backward of SyncBatchNorm was recorded as operators; for "
+            "second derivatives record the forward alone"
+        )
+
+    return Derivative(lambda ctx, inputs, output: None, backward)
+
+
 # In one operator: autograd's batches of gradients take an operator apart into calls, and stack what is not there yet.
-total_op = operator(
+total_op: Any = operator(
     "sync_batch_norm_total(Tensor sums, str group_name) -> Tensor",
     total,
     lambda sums, group_name: sums.new_empty(sums.shape),
+    Derivative(_setup_total, _differentiate_total),
 )
-moments_op = operator("sync_batch_norm_moments(Tensor x) -> Tensor", _moments, _fake_moments)
-merge_op = operator(
-    "sync_batch_norm_merge(Tensor gathered, Tensor(a!)[] running, Tensor(b!)[] counter, float? momentum, float eps) "
-    "-> Tensor",
-    _merge,
-    _fake_merge,
-)
+moments_op = operator("sync_batch_norm_moments(Tensor x, bool by_kernels) -> Tensor", _moments, _fake_moments)
 apply_op = tuple_operator(
     "sync_batch_norm_apply(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor merged, "
-    "str? bits_kind, str? activation, float slope) -> (Tensor, Tensor)",
+    "str? bits_kind, float eps, str? activation, float slope, str group_name, bool by_kernels) -> (Tensor, Tensor)",
     _apply,
     _fake_apply,
+    lambda x, residual, weight, bias, merged, bits_kind, *_: (True, bits_kind is not None),
+    Derivative(_setup_apply, _differentiate_apply),
 )
 sums_op = tuple_operator(
     "sync_batch_norm_sums(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, "
-    "Tensor merged, ScalarType? dweight_dtype, ScalarType? dbias_dtype, str? bits_kind, str? activation, float slope) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor merged, ScalarType? dweight_dtype, ScalarType? dbias_dtype, str? bits_kind, str? activation, float slope, "
+    "bool by_kernels) -> (Tensor, Tensor, Tensor)",
     _sums,
     _fake_sums,
+    lambda *arguments: (arguments[7] is not None, arguments[8] is not None, True),
+    _undifferentiable("sync_batch_norm_sums"),
 )
 gradient_op = tuple_operator(
     "sync_batch_norm_gradient(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, "
-    "Tensor merged, Tensor sums, ScalarType? dresidual_dtype, str? bits_kind, str? activation, float slope) "
-    "-> (Tensor, Tensor)",
+    "Tensor merged, Tensor sums, ScalarType? dresidual_dtype, str? bits_kind, str? activation, float slope, "
+    "bool by_kernels) -> (Tensor, Tensor)",
     _gradient,
     _fake_gradient,
+    lambda *arguments: (True, arguments[8] is not None),
+    _undifferentiable("sync_batch_norm_gradient"),
 )
-
-PIECES = Pieces(moments_op, merge_op, apply_op, sums_op, gradient_op)
-"""Of a share that is not empty, except `merge`, which is of all shares."""

@@ -1,0 +1,80 @@
+"""LayerNorm's and RMSNorm's forward as torch functions for Inductor, which fuses them with what stands beside them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_norm import reference
+from triton_norm.ops.row_launches import Options, Outputs
+
+VERSION = 1
+"""Counts up with every change of `decomposed`: torch's caches of compiled code know an operator by its name alone."""
+
+NAME = f"_rows_forward_v{VERSION}"
+
+
+def _axes(x: Tensor, n_cols: int) -> tuple[int, ...]:
+    """Returns the trailing axes that make a row of n_cols elements."""
+    n_axes, n = 1, x.shape[-1]
+    while n != n_cols:
+        n_axes += 1
+        n = n * x.shape[-n_axes]
+    return tuple(range(-n_axes, 0))
+
+
+def decomposed(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saves: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the operator's (y, total, statistics), the last two of no elements where there are none.
+
+    The moments are computed as torch's own LayerNorm computes them under Inductor, which makes one reduction of both.
+    """
+    asked = Options(*options)
+    normalized, total = x, None
+    if residual is not None:
+        normalized = total = reference.add(x, residual, asked.total_dtype or residual.dtype).contiguous()
+    statistics: tuple[Tensor, ...]
+    axes = _axes(x, asked.n_cols)
+    wide = normalized.to(reference.compute_dtype(x, total))
+    if asked.centred:
+        var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
+        rstd = torch.rsqrt(var + asked.eps)
+        x_hat, statistics = (wide - mean) * rstd, (mean, rstd)
+    else:
+        rstd = torch.rsqrt(wide.square().mean(axes, keepdim=True) + asked.eps)
+        x_hat, statistics = wide * rstd, (rstd,)
+    if asked.x_hat_dtype is not None:
+        x_hat = x_hat.to(asked.x_hat_dtype).to(wide.dtype)
+    y = reference.affine(x_hat, weight, bias, asked.weight_offset).to(asked.out_dtype or x.dtype).contiguous()
+    nothing = x.new_empty(0)
+    packed = torch.cat([statistic.flatten() for statistic in statistics]) if saves else nothing
+    return y, nothing if total is None else total, packed
+
+
+@functools.cache
+def _register() -> None:
+    from torch._inductor import decomposition
+
+    from triton_norm.ops.library import DEFINED
+
+    decomposition.decompositions[DEFINED[NAME]] = decomposed
+    decomposition.fast_random_decomps.cache_clear()  # a copy of the table
+
+
+def known(fake: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """Returns the fake of the operator, which is called before anybody compiles it, and tells Inductor of it first."""
+
+    def told(*arguments: Any) -> Outputs:
+        with torch.utils._python_dispatch._disable_current_modes():
+            _register()
+        return fake(*arguments)
+
+    return told

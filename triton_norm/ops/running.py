@@ -1,0 +1,87 @@
+"""The one operator that moves running statistics, of BatchNorm and SyncBatchNorm, and counts batches."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_norm import shares, tuning
+from triton_norm.ops.channel_plans import in_two_floats
+from triton_norm.ops.launch import INTERPRETED, Launcher, zeros
+from triton_norm.ops.library import contiguous, operator, triton_dtype
+
+
+def counts(x: Tensor, num_batches_tracked: Tensor) -> bool:
+    """Returns whether the kernels can count: integers that do not wrap soon, on x's device."""
+    return num_batches_tracked.device == x.device and num_batches_tracked.dtype in (torch.int64, torch.int32)
+
+
+@functools.cache
+def _kernel() -> Any:
+    from triton_norm.kernels.ranks import merge_ranks_kernel
+
+    return merge_ranks_kernel
+
+
+@tuning.remembered
+def _launcher(
+    types: tuple[torch.dtype | None, ...], device: torch.device, momentum: float | None, eps: float
+) -> Launcher:
+    """`types`: of the moments, the running statistics and the counter."""
+    computed = types[0]
+    assert computed is not None
+
+    def n_programs(config: Mapping[str, Any], n_channels: int, n_ranks: int) -> int:
+        blocks: int = -(-n_channels // config["BLOCK_C"])
+        return blocks
+
+    return Launcher(
+        _kernel(),
+        tuning.merge_ranks(INTERPRETED),
+        device,
+        n_programs,
+        in_two_floats(momentum or 0.0),
+        EPS=eps,
+        CUMULATIVE=momentum is None,
+        COMPUTE=triton_dtype(computed),
+    )
+
+
+def _move(
+    moments: Tensor,
+    running: Sequence[Tensor],
+    counter: Sequence[Tensor],
+    momentum: float | None,
+    eps: float,
+    by_kernels: bool,
+) -> Tensor:
+    """Returns the statistics [3C + 1] of the batch whose shares have these moments [n_ranks, 3C + 1], and moves the
+    running mean and variance by them, and counts, where there are any; `shares.merge` says how both are packed."""
+    if not by_kernels:
+        return shares.merge(moments, running, counter, momentum, eps)
+    moments = moments.contiguous()
+    merged = torch.empty_like(moments[0])
+    n_ranks, n_channels = moments.shape[0], (moments.shape[1] - 1) // 3
+    running_mean, running_var = running or (None, None)
+    (num_batches_tracked,) = counter or (None,)
+    moved = contiguous(running_mean), contiguous(running_var)
+    types = tuple(None if tensor is None else tensor.dtype for tensor in (moments, *moved, num_batches_tracked))
+    launcher = _launcher(types, moments.device, momentum, eps)
+    n_blocks = -(-n_channels // launcher.space.configs[0]["BLOCK_C"])
+    sync = None if num_batches_tracked is None else zeros(2 + n_blocks, moments.device)
+    launcher((n_channels, n_ranks), moments, merged, *moved, num_batches_tracked, sync)
+    for statistic, now in zip((running_mean, running_var), moved, strict=True):
+        if statistic is not None and now is not None and now is not statistic:
+            statistic.copy_(now)
+    return merged
+
+
+# What is moved comes in lists, which may be empty: a mode that follows writes takes no None for a written tensor.
+move_op = operator(
+    "move_running_statistics(Tensor moments, Tensor(a!)[] running, Tensor(b!)[] counter, float? momentum, float eps, "
+    "bool by_kernels) -> Tensor",
+    _move,
+    lambda moments, *_: moments.new_empty(moments.shape[1]),
+)
