@@ -47,7 +47,7 @@ def check_rows(
     """What a call asks for, and why the kernels can't serve it; raises what is to be raised of its arguments."""
     shape = checks.rows(function, x, normalized_shape, weight, bias, eps)
     fused = residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    plain = type(weight_offset) is float and weight_offset == 0.0
+    plain = isinstance(weight_offset, float) and weight_offset == 0.0
     if not plain or any(given is not None for given in (residual, residual_dtype, x_hat_dtype, out_dtype)):
         checks.fused(function, x, weight, residual, *fused)
     if eps is None:

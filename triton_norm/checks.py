@@ -127,7 +127,7 @@ def rows(
     """Raises where torch's layer_norm or rms_norm does; returns normalized_shape as a tuple."""
     _is_tensor(function, "input", x, optional=False)
     shape = _normalized_shape(function, normalized_shape)
-    if type(eps) is not float and not (eps is None and function == "rms_norm"):
+    if not (eps is None and function == "rms_norm"):
         _is_number(function, "eps", eps)
     if x.dim() == 0 and function == "rms_norm":
         raise ValueError("rms_norm(): expected input of at least one dimension, but got input of size []")
@@ -204,7 +204,7 @@ def batch_norm(
     tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, tensor in (*tensors.items(), ("num_batches_tracked", num_batches_tracked)):
         _is_tensor("batch_norm", name, tensor)
-    if type(training) is not bool:
+    if not isinstance(training, bool):
         raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
     _is_number("batch_norm", "eps", eps)
     if momentum is not None:

@@ -87,7 +87,7 @@ def unserved(x: Tensor, *others: Tensor | None, columns: int | None = None) -> s
     for tensor in (x, *others):
         if tensor is None:
             continue
-        if type(tensor) not in plain.TYPES:
+        if plain.is_subclass(tensor):
             return f"{type(tensor).__name__} is a subclass of Tensor"
         if tensor.layout != torch.strided or tensor.is_nested:
             return "a tensor is not strided"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Buffer, Parameter
+from torch.overrides import has_torch_function_unary
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TYPES = {Tensor, Parameter, Buffer, FakeTensor}
@@ -12,6 +13,16 @@ TYPES = {Tensor, Parameter, Buffer, FakeTensor}
 has_memory = torch._C._has_storage
 """Returns whether a tensor has memory. One that a transform of torch.func has made has none, also when it was kept from
 a finished transform, and neither has a batch of autograd's `is_grads_batched`."""
+
+
+def is_subclass(tensor: Tensor) -> bool:
+    """Returns whether the tensor is of a class with behaviour of its own.
+
+    torch.compile can't keep a comparison of classes with what it stores for other processes.
+    """
+    if torch.compiler.is_compiling():
+        return hasattr(tensor, "__tensor_flatten__") or has_torch_function_unary(tensor)
+    return type(tensor) not in TYPES
 
 
 def is_plain(tensor: Tensor) -> bool:
