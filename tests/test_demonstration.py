@@ -16,6 +16,7 @@ from triton_norm.ops import launch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {file: file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
 
 
 def images() -> Tensor:
@@ -106,11 +107,15 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
     assert 20_000 < len(written) < 150_000
 
 
-@pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```", README, re.M | re.S))
-def test_readme_code_runs(code: str) -> None:
+def code_of(document: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document, re.M | re.S)
+
+
+@pytest.mark.parametrize("code", [code for text in (README, *DOCS.values()) for code in code_of(text)])
+def test_printed_code_runs(code: str) -> None:
     """Code that turns the interpreter on runs in a process of its own, as it has to."""
-    if "TRITON_INTERPRET" not in code:
-        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    if "os.environ" not in code:
+        exec(compile(code, "printed", "exec"), {"__name__": "printed"})
     elif not launch.INTERPRETED:
         pytest.skip("the kernels run on a GPU")
     else:
@@ -127,7 +132,12 @@ def test_readme_prints_the_commands_that_ci_runs() -> None:
         assert "-c .ci/constraints.txt" in command
 
 
-def test_readme_points_at_files_that_exist() -> None:
-    paths = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert paths
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("file", [ROOT / "README.md", *DOCS], ids=lambda file: file.name)
+def test_links_point_at_files_and_headings_that_exist(file: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", file.read_text(encoding="utf-8")):
+        path, _, heading = link.partition("#")
+        target = (file.parent / path) if path else file
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link

@@ -6,8 +6,10 @@ from triton_norm.explaining import explain
 from triton_norm.folding import fold_batch_norm
 from triton_norm.functional import batch_norm, layer_norm, rms_norm
 from triton_norm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm, RMSNorm, SyncBatchNorm
+from triton_norm.operators import OPERATORS
 
 __all__ = [
+    "OPERATORS",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",

@@ -1,15 +1,16 @@
 """Decides what becomes of a call that one of torch's tools records or intercepts, instead of running it: one policy.
 
-| who has the call | LayerNorm, RMSNorm | BatchNorm | SyncBatchNorm in a group |
-|---|---|---|---|
-| torch.export | torch's functions | torch's functions | operators |
-| torch.compile | an operator that Inductor takes apart | torch's functions; for `momentum=None` operators | operators |
-| both, with backend "triton" | operators | operators | operators |
-| torch.jit.trace, torch.fx, torch.func, function modes | torch's functions | torch's functions | torch's functions |
-| dispatch modes, as of make_fx and of checkpoint policies | operators | operators | operators |
+| who has the call | LayerNorm, RMSNorm | BatchNorm |
+|---|---|---|
+| torch.export | torch's functions | torch's functions |
+| torch.compile | an operator that Inductor takes apart | torch's functions; operators where torch has no form |
+| both, with backend "triton" | operators | operators |
+| torch.jit.trace, torch.fx, torch.func, modes of functions | torch's functions | torch's functions |
+| modes of operators, such as make_fx and checkpoint policies | operators | operators |
 
 What is recorded is run later, elsewhere and by others. torch's functions go wherever torch goes, and its tools know how
-to switch, fold and fuse them. The operators have derivatives and fakes, and are this library's kernels.
+to switch, fold and fuse them. The operators have derivatives and fakes, and launch this library's kernels. For
+SyncBatchNorm in a group of processes torch has no form: it is operators always. docs/compile-and-export.md says more.
 """
 
 import torch
@@ -18,10 +19,14 @@ _included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
-def records_torch(backend: str, fuses: bool) -> bool:
-    """Returns whether torch's own functions are to be recorded of a call that is compiled: where it is exported, and
-    where Inductor `fuses` them as well as it can."""
-    return backend != "triton" and (fuses or torch.compiler.is_exporting())
+def records_torch(backend: str, exports: bool, compiles: bool) -> bool:
+    """Returns whether torch's own functions are to be recorded of a call that torch.export or torch.compile has.
+
+    Args:
+        exports: whether torch has a form of the call at all.
+        compiles: whether Inductor fuses that form.
+    """
+    return backend != "triton" and (exports if torch.compiler.is_exporting() else compiles)
 
 
 def is_fusible(backend: str) -> bool:

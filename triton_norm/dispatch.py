@@ -117,15 +117,16 @@ def unserved_now() -> str | None:
     return captures.tracer()
 
 
-def goes_to_triton(reason: str | None, torch_fuses: bool = False) -> bool:
+def goes_to_triton(reason: str | None, exports_torch: bool = True, compiles_torch: bool = False) -> bool:
     """Returns whether a call goes to the kernels, or their operators, that `unserved` gave this reason for.
 
     Args:
-        torch_fuses: whether torch.compile is to have the call in torch's own functions, unless "triton" is asked for.
+        exports_torch, compiles_torch: whether torch.export and torch.compile are to have the call in torch's own
+            functions, unless "triton" is asked for.
     """
     compiling = torch.compiler.is_compiling()
     chosen = _newest if compiling else _override.name
-    if chosen == "torch" or (compiling and captures.records_torch(chosen, torch_fuses)):
+    if chosen == "torch" or (compiling and captures.records_torch(chosen, exports_torch, compiles_torch)):
         return False
     reason = reason or unserved_now()
     if reason is not None and chosen == "triton":
@@ -138,15 +139,10 @@ def is_fusible() -> bool:
     return captures.is_fusible(asked_for())
 
 
-def use_triton(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a call on x, the input, and the other tensors goes to the kernels."""
-    return goes_to_triton(unserved(x, *others))
-
-
 def explanation(
     function: str, copies: tuple[str, ...], x: Tensor, *others: Tensor | None, columns: int | None = None
 ) -> Explanation:
-    """What `use_triton` decides, in words; raises nothing."""
+    """Returns in words what `goes_to_triton` decides of a call that is run; raises nothing."""
     chosen = asked_for()
     if chosen == "torch":
         return Explanation(function, "torch", "backend 'torch' was asked for")

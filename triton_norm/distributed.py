@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triton_norm import checks
-from triton_norm.dispatch import use_triton
+from triton_norm.dispatch import goes_to_triton, unserved
 from triton_norm.ops import synchronized
 from triton_norm.ops.channel_plans import Options, saves_bits
 from triton_norm.ops.layout import kind_of
@@ -103,7 +103,7 @@ def sync_batch_norm(
     checks.batch_norm(input, *running, weight, bias, True, momentum, eps, num_batches_tracked, whole=False)
     checks.activated(input, residual, activation, negative_slope)
     like = input.new_empty(1) if holds(input.numel() == 0) else input  # an empty share goes where the others go
-    by_kernels = use_triton(like, *running, weight, bias, residual)
+    by_kernels = goes_to_triton(unserved(like, *running, weight, bias, residual), exports_torch=False)
     share = None if momentum is None else float(momentum)
     options = Options(True, share, float(eps), activation, float(negative_slope))
     merged = _merged(input, *running, num_batches_tracked, options, group, by_kernels)

@@ -258,7 +258,7 @@ def batch_norm(
     options, reason = asking.of_batch_norm(input, *tensors, training, momentum, eps, num_batches_tracked, *fused)
     counter = num_batches_tracked if training else None
     has_form = (momentum is not None or counter is None) and has_known_sizes(input)  # of torch's own
-    if goes_to_triton(reason, torch_fuses=has_form):
+    if goes_to_triton(reason, compiles_torch=has_form):
         return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
     return _torch_batch_norm(input, *tensors, counter, residual, options)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from triton_norm.activations import activate
+from triton_norm.plain import has_known_sizes
 
 MOST_AXES = 64
 """The most that torch's sums can reduce."""
@@ -125,17 +126,24 @@ def count(counter: Tensor | None, momentum: float | None) -> float | Tensor:
 
 
 def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor) -> None:
-    """Moves both in place: running = (1 − momentum) · running + momentum · batch, of the variance the unbiased one."""
+    """Moves both in place: running = (1 − momentum) · running + momentum · batch, of the variance the unbiased one.
+
+    Of a batch whose size is not known while it is recorded, neither moves if it is empty, and no variance if it has one
+    value a channel.
+    """
     if x.dim() > MOST_AXES:
         x = x.flatten(2)
     axes = (0, *range(2, x.dim()))
     with torch.no_grad():
         var, mean = torch.var_mean(x.to(compute_dtype(x)), axes, correction=1)
         moved = []
-        for running, batch in ((running_mean, mean), (running_var, var)):
+        for running, batch, least in ((running_mean, mean, 1), (running_var, var, 2)):
             wide = running.to(torch.promote_types(running.dtype, mean.dtype))
             share = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
-            moved.append((1.0 - share) * wide + share * batch.view(running.shape))
+            now = (1.0 - share) * wide + share * batch.view(running.shape)
+            if not has_known_sizes(x):
+                now = torch.where(mean.new_full((), x.numel() // x.shape[1]) >= least, now, wide)
+            moved.append(now)
         check_writable(running_mean, running_var)
         running_mean.copy_(moved[0])  # all that can fail is done
         running_var.copy_(moved[1])

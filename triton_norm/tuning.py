@@ -269,7 +269,7 @@ def folds(n_samples: int, n_positions: int, itemsize: int) -> bool:
     """Whether samples of so many positions a channel are better read as rows of whole channels."""
     access = vector_width(itemsize, n_positions) * itemsize
     narrow = access < NARROW_BYTES or n_positions * itemsize < SHORT_BYTES
-    return narrow and n_samples >= LEAST_FOLDED_SAMPLES and _fold_unit(n_positions) * n_positions <= MOST_FOLDED
+    return narrow and _fold_unit(n_positions) * n_positions <= MOST_FOLDED and n_samples >= LEAST_FOLDED_SAMPLES
 
 
 def _fold_unit(n_positions: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from triton_norm import tuning
+from triton_norm.plain import holds
 
 MOST_POSITIONS = 2**30
 """Of a sample: the kernels number them, and what a tile reaches past them, in 32 bits."""
@@ -79,9 +80,9 @@ class Layout(NamedTuple):
 
 def beyond(shape: Sequence[int]) -> str | None:
     """What of [samples, channels, *positions] is too much for the kernels to number."""
-    if math.prod(shape[2:]) > MOST_POSITIONS:
+    if holds(math.prod(shape[2:]) > MOST_POSITIONS):
         return f"a sample has more than {MOST_POSITIONS} positions"
-    if len(shape) > 1 and shape[1] > MOST_CHANNELS:
+    if len(shape) > 1 and holds(shape[1] > MOST_CHANNELS):
         return f"there are more than {MOST_CHANNELS} channels"
     return None
 
@@ -106,7 +107,7 @@ def _strides(x: Tensor) -> tuple[int, int, int] | None:
     position_stride = collapsed_stride(shape[2:], strides[2:])
     if position_stride is None:
         return None
-    sample_stride = strides[0] if shape[0] > 1 else math.prod(shape[1:])
+    sample_stride = strides[0] if holds(shape[0] > 1) else math.prod(shape[1:])
     return sample_stride, strides[1] if shape[1] > 1 else 0, position_stride
 
 
@@ -125,7 +126,7 @@ def kind_of(x: Tensor) -> str:
     copied = strides is None or strides[2] != 1
     gapless = copied or n_channels == 1 or (strides is not None and strides[1] == n_positions)
     numbered = n_channels * n_positions < MOST_COLUMNS
-    return "folded" if gapless and numbered and tuning.folds(n_samples, n_positions, x.itemsize) else "flat"
+    return "folded" if gapless and numbered and holds(tuning.folds(n_samples, n_positions, x.itemsize)) else "flat"
 
 
 def _reads(x: Tensor, kind: str, broadcast: bool) -> bool:
@@ -157,9 +158,10 @@ def _channels_last_strides(shape: Sequence[int]) -> list[int]:
 
 def dense_like(x: Tensor, dtype: torch.dtype | None = None, kind: str | None = None) -> Tensor:
     """Returns an empty tensor of x's shape without gaps, in the layout of `kind`; None is x's own."""
-    if x.is_contiguous() and (kind != "last" or math.prod(x.shape[2:]) == 1):
+    if type(x.shape[0]) is int and x.is_contiguous() and (kind != "last" or math.prod(x.shape[2:]) == 1):
         return torch.empty_like(x, dtype=dtype)
-    if not (channels_last(x) if kind is None else kind == "last"):
+    last = channels_last(x) if kind is None else kind == "last"
+    if not last or math.prod(x.shape[2:]) == 1:
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     strides = _channels_last_strides(x.shape)
     return torch.empty_strided(x.shape, strides, dtype=dtype or x.dtype, device=x.device)  # no view: may be written to
