@@ -13,7 +13,7 @@ import triton_norm
 ROOT = Path(triton_norm.__file__).parent
 FLOORS = (
     ("kernels",),
-    ("plain", "activations", "overrides", "tuning", "reference", "shares", "checks", "calls"),
+    ("plain", "activations", "overrides", "tuning", "reference", "shares", "checks", "calls", "symbolic"),
     ("ops",),
     ("dispatch",),
     ("asking",),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from triton_norm import checks, dispatch, plain, reference, tuning
+from triton_norm import captures, checks, dispatch, plain, reference, symbolic, tuning
 from triton_norm.dispatch import unserved
 from triton_norm.ops import channel_plans, rows
 
@@ -100,6 +100,9 @@ def of_rows(function: str, x: Tensor, arguments: Arguments) -> AskedOfRows:
             if type(length) is not int:  # 4.0 equals 4, but is no length
                 return _unremembered(check_rows(function, x, *arguments), x, weight, bias, residual)
         return found
+    if captures.tracer():  # sizes are tensors then, like those of no other call
+        with symbolic.untraced():
+            return check_rows(function, x, *arguments)
     found = _unremembered(check_rows(function, x, *arguments), x, weight, bias, residual)
     if isinstance(eps, Tensor) or isinstance(weight_offset, Tensor):
         return found  # the same tensor may hold another value next time
@@ -168,6 +171,9 @@ def of_batch_norm(
         except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones
             key = None
     fused = residual, activation, negative_slope
+    if captures.tracer():
+        with symbolic.untraced():
+            return check_batch_norm(*tensors[:5], training, momentum, eps, num_batches_tracked, *fused)
     options, reason = check_batch_norm(*tensors[:5], training, momentum, eps, num_batches_tracked, *fused)
     if torch.compiler.is_compiling():
         return options, reason

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from triton_norm import checks, hugging_face, modules
 from triton_norm.calls import norms_called_by
+from triton_norm.symbolic import REVERTED, WAS
 
 Selection = str | type[nn.Module]
 
@@ -26,8 +27,6 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: modules.SyncBatchNorm,
 }
 _NORMS = (*_OURS, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_WAS = "_triton_norm_was"
-"""The attribute of a converted module that holds the class it had."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def convert(
     report, becomes = _planned(named, included, excluded, sync_batch_norm)
 
     def change(module: nn.Module) -> None:
-        module.__dict__.setdefault(_WAS, type(module))
-        module.__dict__.pop(modules.REVERTED, None)
+        module.__dict__.setdefault(WAS, type(module))
+        module.__dict__.pop(REVERTED, None)
         _become(module, becomes[module])
         if becomes[module] is modules.SyncBatchNorm and "process_group" not in module.__dict__:
             module.process_group = process_group
@@ -145,7 +144,7 @@ def revert(model: nn.Module) -> tuple[str, ...]:
     A call that raises has changed nothing.
     """
     _check("revert", model)
-    converted = [pair for pair in model.named_modules(remove_duplicate=False) if _WAS in pair[1].__dict__]
+    converted = [pair for pair in model.named_modules(remove_duplicate=False) if WAS in pair[1].__dict__]
     changed = [(name, type(module).__name__) for name, module in converted if not _is_ours(type(module))]
     if changed:
         each = "; ".join(f"{name!r} was converted, but is a {kind} now" for name, kind in changed)
@@ -155,10 +154,10 @@ def revert(model: nn.Module) -> tuple[str, ...]:
 
 
 def _give_back(module: nn.Module) -> None:
-    original, wrapped = module.__dict__.pop(_WAS), not _forward_is_its_class(module)
+    original, wrapped = module.__dict__.pop(WAS), not _forward_is_its_class(module)
     _become(module, original)
     if wrapped:
-        module.__dict__[modules.REVERTED] = True
+        module.__dict__[REVERTED] = True
     if original in modules.BATCH_NORMS:
         module.__dict__.pop("process_group", None)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from triton_norm import explaining, functional, reference
 from triton_norm.dispatch import Explanation, goes_to_triton
 from triton_norm.modules import LayerNorm
+from triton_norm.symbolic import Scriptable
 
 Type = Literal["input", "weight", "promoted"]
 
@@ -132,7 +133,8 @@ ARITHMETIC = {path: arithmetic for arithmetic, paths in _RMS_NORMS.items() for p
 LAYER_NORMS = frozenset(_LAYER_NORMS.split())
 
 _COMPUTES_ELSE = "the model's own forward computes something else of these arguments"
-_SERVED = (torch.float32, torch.float16, torch.bfloat16)  # of float64 they too compute in float32
+# Of float64 they too compute in float32. A set finds no symbol of torch.fx in it, which a tuple can't be asked for.
+_SERVED = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 def _dtype(kind: Type | None, x: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -143,13 +145,12 @@ def _dtype(kind: Type | None, x: Tensor, weight: Tensor) -> torch.dtype | None:
     return weight.dtype if kind == "weight" else None
 
 
-class _Made:
+class _Made(Scriptable):
     """A class that is made when it is asked for, where copy and pickle can't find it.
 
     `original` is the class that it is made from, `argument` the name that its forward gives the input.
     """
 
-    original: type[nn.Module]
     argument: str
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -9,80 +9,158 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
 
-from triton_norm import checks, distributed, explaining, functional
+from triton_norm import checks, distributed, explaining, functional, symbolic
 from triton_norm.dispatch import Explanation
-
-REVERTED = "_triton_norm_reverted"
-"""An attribute of a module whose class `revert` has exchanged while its forward was wrapped. The wrapper may still call
-the forward of the class before, which then calls that of the class now."""
+from triton_norm.symbolic import REVERTED
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
     """torch.nn.LayerNorm, computed by `triton_norm.layer_norm`, whose keyword arguments forward takes too."""
 
-    def forward(self, input: Tensor, **fused: Any) -> Any:
-        if REVERTED in self.__dict__ and type(self).forward is not LayerNorm.forward:
-            return type(self).forward(self, input, **fused)
-        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **fused)
+    original = nn.LayerNorm
+
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        residual_dtype: torch.dtype | None = None,
+        weight_offset: float = 0.0,
+        x_hat_dtype: torch.dtype | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Any:
+        if REVERTED in self.__dict__ or has_torch_function_unary(input):
+            instead = symbolic.instead(self, LayerNorm.forward, input)
+            if instead is not None:
+                dtypes = {"residual_dtype": residual_dtype, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
+                options = {"residual": residual, "weight_offset": weight_offset, **dtypes}
+                return instead(input, **_changed(LayerNorm.forward, options))
+        return functional.layer_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,
+            residual_dtype=residual_dtype,
+            weight_offset=weight_offset,
+            x_hat_dtype=x_hat_dtype,
+            out_dtype=out_dtype,
+        )
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.bias, self.eps)
         return explaining.explain(functional.layer_norm, input, *arguments, **fused)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
     """torch.nn.RMSNorm, computed by `triton_norm.rms_norm`, whose keyword arguments forward takes too."""
 
-    def forward(self, x: Tensor, **fused: Any) -> Any:
-        if REVERTED in self.__dict__ and type(self).forward is not RMSNorm.forward:
-            return type(self).forward(self, x, **fused)
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, **fused)
+    original = nn.RMSNorm
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        residual_dtype: torch.dtype | None = None,
+        weight_offset: float = 0.0,
+        x_hat_dtype: torch.dtype | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Any:
+        if REVERTED in self.__dict__ or has_torch_function_unary(x):
+            instead = symbolic.instead(self, RMSNorm.forward, x)
+            if instead is not None:
+                dtypes = {"residual_dtype": residual_dtype, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
+                options = {"residual": residual, "weight_offset": weight_offset, **dtypes}
+                return instead(x, **_changed(RMSNorm.forward, options))
+        return functional.rms_norm(
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            residual=residual,
+            residual_dtype=residual_dtype,
+            weight_offset=weight_offset,
+            x_hat_dtype=x_hat_dtype,
+            out_dtype=out_dtype,
+        )
 
     def explain_call(self, x: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.eps)
         return explaining.explain(functional.rms_norm, x, *arguments, **fused)
 
 
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
     """The forward that the three layers share; which ranks they take is torch's own `_check_input_dim`."""
 
-    def _arguments(self, input: Tensor) -> dict[str, Any]:
+    def _arguments(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+    ) -> dict[str, Any]:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         moves = self.training and self.track_running_stats
+        running_mean, running_var = self.running_mean, self.running_var
         uses_running = moves or not self.training
         counter = self.num_batches_tracked if moves else None
         return {
             "input": input,
-            "running_mean": self.running_mean if uses_running else None,
-            "running_var": self.running_var if uses_running else None,
+            "running_mean": running_mean if uses_running else None,
+            "running_var": running_var if uses_running else None,
             "weight": self.weight,
             "bias": self.bias,
-            "training": bool(self.training or (self.running_mean is None and self.running_var is None)),
+            "training": bool(self.training or (running_mean is None and running_var is None)),
             "momentum": 0.0 if self.momentum is None and counter is None else self.momentum,
             "eps": self.eps,
             "num_batches_tracked": counter,
+            "residual": residual,
+            "activation": activation,
+            "negative_slope": negative_slope,
         }
 
-    def forward(self, input: Tensor, **fused: Any) -> Tensor:
-        if REVERTED in self.__dict__ and type(self).forward is not _BatchNorm.forward:
-            return type(self).forward(self, input, **fused)
-        return functional.batch_norm(**self._arguments(input), **fused)
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> Tensor:
+        if REVERTED in self.__dict__ or has_torch_function_unary(input):
+            instead = symbolic.instead(self, _BatchNorm.forward, input)
+            if instead is not None:
+                options = {"residual": residual, "activation": activation, "negative_slope": negative_slope}
+                return instead(input, **_changed(_BatchNorm.forward, options))  # type: ignore[no-any-return]
+        return functional.batch_norm(**self._arguments(input, residual, activation, negative_slope))
 
-    def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
-        return explaining.explain_batch_norm(**self._arguments(input), **fused)
+    def explain_call(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> Explanation:
+        return explaining.explain_batch_norm(**self._arguments(input, residual, activation, negative_slope))
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     """torch.nn.BatchNorm1d, computed by `triton_norm.batch_norm`, whose `residual` and `activation` forward takes."""
 
+    original = nn.BatchNorm1d
+
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d, computed by `triton_norm.batch_norm`, whose `residual` and `activation` forward takes."""
 
+    original = nn.BatchNorm2d
+
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d, computed by `triton_norm.batch_norm`, whose `residual` and `activation` forward takes."""
+
+    original = nn.BatchNorm3d
 
 
 BATCH_NORMS: frozenset[type[nn.Module]] = frozenset(
@@ -122,23 +200,43 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     layers by isinstance finds it. DistributedDataParallel, which refuses torch.nn.SyncBatchNorm on the CPU, takes it.
     """
 
+    original = nn.SyncBatchNorm
+
     def _check_input_dim(self, input: Tensor) -> None:
         super()._check_input_dim(input)
         self._check_non_zero_input_channels(input)
 
-    def forward(self, input: Tensor, **fused: Any) -> Tensor:
-        if REVERTED in self.__dict__ and type(self).forward is not SyncBatchNorm.forward:
-            return type(self).forward(self, input, **fused)
-        arguments = self._arguments(input)
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> Tensor:
+        if REVERTED in self.__dict__ or has_torch_function_unary(input):
+            instead = symbolic.instead(self, SyncBatchNorm.forward, input)
+            if instead is not None:
+                options = {"residual": residual, "activation": activation, "negative_slope": negative_slope}
+                return instead(input, **_changed(SyncBatchNorm.forward, options))  # type: ignore[no-any-return]
+        arguments = self._arguments(input, residual, activation, negative_slope)
         group = distributed.shared_by(self.process_group) if self.training else None
         if group is None:
-            return functional.batch_norm(**arguments, **fused)
+            return functional.batch_norm(**arguments)
         del arguments["training"]
-        return distributed.sync_batch_norm(**arguments, group=group, **fused)
+        return distributed.sync_batch_norm(**arguments, group=group)
 
-    def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
+    def explain_call(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> Explanation:
         whole = not self.training or distributed.shared_by(self.process_group) is None
-        found = explaining.explain_batch_norm(**self._arguments(input), whole=whole, **fused)
+        arguments = self._arguments(input, residual, activation, negative_slope)
+        found = explaining.explain_batch_norm(**arguments, whole=whole)
         return found if whole else dataclasses.replace(found, function="sync_batch_norm")
 
     def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -195,6 +293,11 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         if hasattr(module, "qconfig"):
             converted.qconfig = module.qconfig
         return converted
+
+
+def _changed(forward: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns those of the keyword arguments of a forward that are not its defaults."""
+    return {name: value for name, value in options.items() if value is not forward.__kwdefaults__[name]}
 
 
 def _is_for_refusal(frame: FrameType | None) -> bool:
