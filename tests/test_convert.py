@@ -191,8 +191,9 @@ def test_what_is_skipped_and_why():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is ")  # by torch 2.14 in another category than before
-def test_scripted_modules_are_skipped():
-    report = tn.convert(nn.Sequential(torch.jit.script(nn.LayerNorm(4))))
+@pytest.mark.parametrize("package", [nn, tn])
+def test_scripted_modules_are_skipped(package):
+    report = tn.convert(nn.Sequential(torch.jit.script(package.LayerNorm(4))))
     assert report.converted == {}
     assert list(report.skipped) == ["0"]
 

@@ -136,6 +136,9 @@ def revert(model: nn.Module) -> tuple[str, ...]:
     A forward that was put on such a module since, as by accelerate's hooks or `module.forward = torch.compile(...)`,
     stays; where it calls the forward of before, that calls the one of the class that the module is given back.
 
+    Tools that look up a module's exact class, such as torch.ao.quantization.fuse_modules, need it first;
+    docs/tools-by-class.md lists them.
+
     Raises:
         TypeError: `model` is no module.
         RuntimeError: something else has changed the class of a converted module since, by `fully_shard` or a
