@@ -53,11 +53,10 @@ def _forward_is_its_class(module: nn.Module) -> bool:
 
 
 def instead(module: nn.Module, forward: Any, input: Any) -> Callable[..., Any] | None:
-    """Returns what to call in place of `forward`, which a class of this library has and which is called; None where
-    nothing is.
+    """Returns what to call instead of `forward`, a forward of this library's that is called; None to go on with it.
 
-    That is the forward of the class that a module was given back, and of a layer that torch.fx traces, where it would
-    make torch's own a leaf of its graph, a call of the layer in the graph.
+    A module that was reverted is given the forward of its class. A layer that torch.fx traces is given a node of the
+    graph that calls the layer, where the tracer would make torch's own layer a leaf.
     """
     if type(module).forward is not forward:
         return functools.partial(type(module).forward, module) if REVERTED in module.__dict__ else None
@@ -79,18 +78,18 @@ def _leaf(module: Any, tracer: fx.Tracer) -> Callable[..., Any] | None:
 
 
 def untraced(function: Function) -> Function:
-    """Keeps torch.jit.trace from recording what a function does: sizes are ints in it, which compare without a warning,
-    where they would be tensors."""
+    """Keeps torch.jit.trace from recording in a function: sizes are ints there, which compare without a warning, and no
+    tensors."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **named_arguments: Any) -> Any:
         state = None if torch.compiler.is_compiling() else torch._C._get_tracing_state()
         if state is None:
             return function(*arguments, **named_arguments)
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             return function(*arguments, **named_arguments)
         finally:
-            torch._C._set_tracing_state(state)
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
     return cast(Function, call)
