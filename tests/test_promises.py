@@ -13,11 +13,11 @@ import triton_norm
 ROOT = Path(triton_norm.__file__).parent
 FLOORS = (
     ("kernels",),
-    ("plain", "activations", "overrides", "tuning", "reference", "shares", "checks", "calls", "symbolic"),
+    ("plain", "activations", "overrides", "tuning", "reference", "shares", "checks", "calls", "symbolic", "captures"),
     ("ops",),
     ("dispatch",),
     ("asking",),
-    ("functional", "distributed"),
+    ("functional", "distributed", "operators"),
     ("explaining",),
     ("modules", "hugging_face"),
     ("converting", "folding"),

@@ -57,10 +57,12 @@ def check_rows(
     return options, unserved(x, weight, bias, residual, columns=n_cols)
 
 
-def _unremembered(asked: AskedOfRows, *tensors: Tensor | None) -> AskedOfRows:
-    """Returns what is asked for with room for its launchers, unless the tensors are none of memory."""
-    options, reason = asked
-    fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+def _checked_rows(function: str, x: Tensor, arguments: Arguments) -> AskedOfRows:
+    """Returns `check_rows` of a call that is not compiled, with room for launchers unless the tensors are none of
+    memory."""
+    with symbolic.untraced():
+        options, reason = check_rows(function, x, *arguments)
+    fake = any(isinstance(argument, FakeTensor) for argument in (x, *arguments))
     return (options if fake else options._replace(launchers={})), reason
 
 
@@ -94,18 +96,17 @@ def of_rows(function: str, x: Tensor, arguments: Arguments) -> AskedOfRows:
         )
         found = _rows.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones, a list for a shape
-        return _unremembered(check_rows(function, x, *arguments), x, weight, bias, residual)
+        return _checked_rows(function, x, arguments)
     if found is not None:
         for length in normalized_shape:
             if type(length) is not int:  # 4.0 equals 4, but is no length
-                return _unremembered(check_rows(function, x, *arguments), x, weight, bias, residual)
+                return _checked_rows(function, x, arguments)
         return found
-    if captures.tracer():  # sizes are tensors then, like those of no other call
-        with symbolic.untraced():
-            return check_rows(function, x, *arguments)
-    found = _unremembered(check_rows(function, x, *arguments), x, weight, bias, residual)
+    found = _checked_rows(function, x, arguments)
     if isinstance(eps, Tensor) or isinstance(weight_offset, Tensor):
         return found  # the same tensor may hold another value next time
+    if captures.tracer():  # which makes tensors of sizes
+        return found
     if len(_rows) >= MOST_SERVED:
         _rows.clear()
     _rows[key] = found
@@ -171,15 +172,14 @@ def of_batch_norm(
         except (AttributeError, RuntimeError, TypeError):  # no tensors, nested ones
             key = None
     fused = residual, activation, negative_slope
-    if captures.tracer():
-        with symbolic.untraced():
-            return check_batch_norm(*tensors[:5], training, momentum, eps, num_batches_tracked, *fused)
-    options, reason = check_batch_norm(*tensors[:5], training, momentum, eps, num_batches_tracked, *fused)
+    checked = *tensors[:5], training, momentum, eps, num_batches_tracked, *fused
     if torch.compiler.is_compiling():
-        return options, reason
+        return check_batch_norm(*checked)
+    with symbolic.untraced():
+        options, reason = check_batch_norm(*checked)
     if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
         options = options._replace(prepared={})
-    if key is None:
+    if key is None or captures.tracer():  # which makes tensors of sizes
         return options, reason
     if len(_batch_norms) >= MOST_SERVED:
         _batch_norms.clear()

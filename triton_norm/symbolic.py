@@ -1,15 +1,14 @@
 """How torch.fx and torch.jit find a layer of this library: as torch's own in its place."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 REVERTED = "_triton_norm_reverted"
 """An attribute of a module whose class `revert` has exchanged while its forward was wrapped. The wrapper may still call
@@ -77,19 +76,16 @@ def _leaf(module: Any, tracer: fx.Tracer) -> Callable[..., Any] | None:
     return lambda input, **options: tracer.create_proxy("call_module", name, (input,), options)
 
 
-def untraced(function: Function) -> Function:
-    """Keeps torch.jit.trace from recording in a function: sizes are ints there, which compare without a warning, and no
-    tensors."""
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **named_arguments: Any) -> Any:
-        state = None if torch.compiler.is_compiling() else torch._C._get_tracing_state()
-        if state is None:
-            return function(*arguments, **named_arguments)
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-        try:
-            return function(*arguments, **named_arguments)
-        finally:
-            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
-
-    return cast(Function, call)
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Keeps torch.jit.trace from recording in this context: sizes are ints there, which compare without a warning, and
+    no tensors."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
