@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sync_between
+import sync_captured
 import sync_scenarios
 import triton_norm
 from triton_norm.ops import synchronized
@@ -28,6 +29,7 @@ SCENARIOS = [
     sync_scenarios.a_group_of_its_own,
     sync_scenarios.distributed_data_parallel,
 ]
+RECORDED = [sync_captured.compiled_and_recorded, sync_captured.compiled_without_a_function_of_autograd]
 PATHS = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
 
 
@@ -52,13 +54,18 @@ def test_compiles_without_a_graph_break(scenario, kernels, processes):
     processes(2, kernels, [scenario])
 
 
+@PATHS
+def test_what_is_recorded_trains(kernels, processes):
+    processes(2, kernels, RECORDED)
+
+
 @pytest.mark.gpu
 @PATHS
 def test_over_nccl(kernels, processes):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     compiled = [sync_scenarios.compiled_by_aot_eager, sync_scenarios.compiled_by_inductor]
-    processes(2, kernels, [*SCENARIOS, *compiled], backend="nccl")
+    processes(2, kernels, [*SCENARIOS, *RECORDED, *compiled], backend="nccl")
 
 
 def test_a_failing_process_is_heard_of(processes):

@@ -20,7 +20,7 @@ def is_subclass(tensor: Tensor) -> bool:
 
     torch.compile can't keep a comparison of classes with what it stores for other processes.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return hasattr(tensor, "__tensor_flatten__") or has_torch_function_unary(tensor)
     return type(tensor) not in TYPES
 
