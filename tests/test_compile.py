@@ -187,3 +187,44 @@ def test_opcheck(name, trains, device):
             for tensor, is_floating, name in zip(arguments, floating, names, strict=True)
         ]
     torch.library.opcheck(operator.default, arguments)
+
+
+LAYERS = {
+    "LayerNorm": lambda library: library.LayerNorm(6),
+    "LayerNorm, two axes, no bias": lambda library: library.LayerNorm((3, 6), bias=False),
+    "RMSNorm": lambda library: library.RMSNorm(6),
+    "RMSNorm, no weight": lambda library: library.RMSNorm(6, elementwise_affine=False),
+    "BatchNorm2d": lambda library: library.BatchNorm2d(4),
+    "BatchNorm2d, no parameters": lambda library: library.BatchNorm2d(4, affine=False),
+    "BatchNorm2d, no statistics": lambda library: library.BatchNorm2d(4, track_running_stats=False),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_exported_program_is_torchs_own_call_by_call(name, training, strict, device):
+    """With nothing before or behind it: no view, no cast, no question of a size."""
+    x, shapes = torch.randn(3, 4, 3, 6, device=device), ({0: torch.export.Dim("batch", min=2)},)
+    ours, theirs = (
+        torch.export.export(
+            LAYERS[name](library).to(device).train(training), (x,), dynamic_shapes=shapes, strict=strict
+        )
+        for library in (triton_norm, nn)
+    )
+    calls = [
+        [(str(node.target), str(node.args), node.kwargs) for node in program.graph.nodes if node.op == "call_function"]
+        for program in (ours, theirs)
+    ]
+    assert calls[0] == calls[1]
+    assert ours.range_constraints.keys() == theirs.range_constraints.keys()
+    assert str(list(ours.range_constraints.values())) == str(list(theirs.range_constraints.values()))
+
+
+def test_backend_triton_exports_the_operators(device):
+    x = torch.randn(3, 4, 3, 6, device=device)
+    with triton_norm.backend("triton"):
+        program = torch.export.export(Network().to(device), (x,))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"triton_norm.rows_forward.default", "triton_norm.batch_norm_forward.default"} <= targets
+    assert "triton_norm.move_running_statistics.default" in targets
