@@ -29,7 +29,11 @@ SCENARIOS = [
     sync_scenarios.a_group_of_its_own,
     sync_scenarios.distributed_data_parallel,
 ]
-RECORDED = [sync_captured.compiled_and_recorded, sync_captured.compiled_without_a_function_of_autograd]
+RECORDED = [
+    sync_captured.compiled_and_recorded,
+    sync_captured.compiled_without_a_function_of_autograd,
+    sync_captured.compiled_distributed_tensors,
+]
 PATHS = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
 
 

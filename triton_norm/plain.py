@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Buffer, Parameter
-from torch.overrides import has_torch_function_unary
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TYPES = {Tensor, Parameter, Buffer, FakeTensor}
@@ -16,13 +15,8 @@ a finished transform, and neither has a batch of autograd's `is_grads_batched`."
 
 
 def is_subclass(tensor: Tensor) -> bool:
-    """Returns whether the tensor is of a class with behaviour of its own.
-
-    torch.compile can't keep a comparison of classes with what it stores for other processes.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return hasattr(tensor, "__tensor_flatten__") or has_torch_function_unary(tensor)
-    return type(tensor) not in TYPES
+    """Returns whether the tensor is of a class with behaviour of its own."""
+    return tensor.__class__ not in TYPES  # torch.compile can store no guard on type(tensor) for another process
 
 
 def is_plain(tensor: Tensor) -> bool:
