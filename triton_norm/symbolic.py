@@ -80,7 +80,7 @@ def _leaf(module: Any, tracer: fx.Tracer) -> Callable[..., Any] | None:
 def untraced() -> Iterator[None]:
     """Keeps torch.jit.trace from recording in this context: sizes are ints there, which compare without a warning, and
     no tensors."""
-    state = torch._C._get_tracing_state()
+    state: Any = torch._C._get_tracing_state()
     if state is None:
         yield
         return
