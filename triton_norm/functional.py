@@ -325,25 +325,28 @@ def _torch_batch_norm(
         weight = torch.ones_like(bias)  # on CUDA torch's has no backward for a bias alone
     taken = (types <= {x.dtype} and not (fused and halves)) or (halves and types == {torch.float32} and not fused)
     momentum = reference.count(counter, options.momentum)
-    taken = taken and has_known_sizes(x) and isinstance(momentum, float)
-    if taken and x.dim() <= 5:  # cuDNN takes no more axes
+    is_torchs = has_known_sizes(x) and isinstance(momentum, float)
+    if taken and is_torchs and x.dim() <= 5:  # cuDNN takes no more axes
         parameters = weight, bias, options.batch, momentum, options.eps
         y = _counted_batch_norm(counter, x, running_mean, running_var, *parameters)
         if residual is not None:
             y = y + residual.to(y.dtype)
         return activate(y, options.activation, options.slope)
-    if options.batch:
-        if running_mean is not None and running_var is not None and not holds(x.numel() == 0):
-            reference.move_running_statistics(x, running_mean, running_var, momentum)
-        running_mean = running_var = None  # in training they are not read
     compute = reference.compute_dtype(x)
+    if options.batch and running_mean is not None and running_var is not None:
+        is_empty = holds(x.numel() == 0)
+        if is_empty or not is_torchs or {running_mean.dtype, running_var.dtype} != {compute}:
+            if not is_empty:
+                reference.move_running_statistics(x, running_mean, running_var, momentum)
+            running_mean = running_var = None  # in training they are not read
     running_mean, running_var, weight, bias, added = (
         None if tensor is None else tensor.to(compute) for tensor in (running_mean, running_var, weight, bias, residual)
     )
     wide = (x if x.dim() <= 5 else x.flatten(2)).to(compute)
     given = wide, running_mean, running_var, weight, bias, options.batch
     if has_known_sizes(x):
-        z = F.batch_norm(*given, 0.0, options.eps).view(x.shape)
+        moved_by = momentum if isinstance(momentum, float) else 0.0
+        z = _counted_batch_norm(counter, *given, moved_by, options.eps).view(x.shape)
     else:  # which torch's own asks for
         z = reference.batch_norm(*given, options.eps)
     return activate(z if added is None else z + added, options.activation, options.slope).to(x.dtype)

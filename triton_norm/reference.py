@@ -3,6 +3,7 @@
 Everything is computed in fp32, in fp64 for fp64 input, and rounded once at the end.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,15 +135,18 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
     if x.dim() > MOST_AXES:
         x = x.flatten(2)
     axes = (0, *range(2, x.dim()))
+    n = x.shape[0] * math.prod(x.shape[2:])
     with torch.no_grad():
-        var, mean = torch.var_mean(x.to(compute_dtype(x)), axes, correction=1)
+        # As torch's own batch_norm asks for them: Inductor computes them once then.
+        var, mean = torch.var_mean(x.to(compute_dtype(x)), axes, correction=0, keepdim=True)
         moved = []
-        for running, batch, least in ((running_mean, mean, 1), (running_var, var, 2)):
+        unbiased = n / torch.sym_max(n - 1, 1)
+        for running, batch, factor, least in ((running_mean, mean, 1.0, 1), (running_var, var, unbiased, 2)):
             wide = running.to(torch.promote_types(running.dtype, mean.dtype))
             share = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
-            now = (1.0 - share) * wide + share * batch.view(running.shape)
+            now = (1.0 - share) * wide + share * factor * batch.view(running.shape)
             if not has_known_sizes(x):
-                now = torch.where(mean.new_full((), x.numel() // x.shape[1]) >= least, now, wide)
+                now = torch.where(mean.new_full((), n) >= least, now, wide)
             moved.append(now)
         check_writable(running_mean, running_var)
         running_mean.copy_(moved[0])  # all that can fail is done
