@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_norm
+from triton_norm.ops.fusible import NAME as FUSIBLE
 
 pytestmark = [
     pytest.mark.usefixtures("_fresh_dynamo"),
@@ -109,6 +110,7 @@ def operators(device: str) -> dict[str, tuple]:
     of_residual = (x.dtype, torch.half, x.dtype, None)
     bits = torch.randint(256, (18,), dtype=torch.uint8, device=device)
     ops = torch.ops.triton_norm
+    fusible = getattr(ops, FUSIBLE)
     last = x.mT.contiguous().mT
     return {
         "rows_forward, inference": (
@@ -123,13 +125,25 @@ def operators(device: str) -> dict[str, tuple]:
             ops.rows_forward,
             (x.half(), x, weight, None, True, 6, 1e-5, 1.0, False, None, torch.float64, None),
         ),
+        "rows_forward, fusible": (
+            fusible,
+            (x, None, weight, weight, True, 6, 1e-5, 0.0, True, None, None, torch.half),
+        ),
+        "rows_forward, fusible, residual": (
+            fusible,
+            (x.half(), x, weight, None, True, 6, 1e-5, 1.0, False, None, torch.float64, None),
+        ),
         "rows_backward": (
             ops.rows_backward,
-            (x, None, x + 1, weight, row_statistics, *of_rows, 6, 1e-5, 0.0, True, None, None, None),
+            (x, None, x + 1, weight, row_statistics, None, *of_rows, 6, 1e-5, 0.0, True, None, None, None),
+        ),
+        "rows_backward, statistics apart": (
+            ops.rows_backward,
+            (x, None, x + 1, weight, *row_statistics.view(2, 12), *of_rows, 6, 1e-5, 0.0, True, None, None, None),
         ),
         "rows_backward, residual": (
             ops.rows_backward,
-            (x, x, x + 1, weight, row_statistics, *of_both, 6, 1e-5, 1.0, False, None, None, torch.half),
+            (x, x, x + 1, weight, row_statistics, None, *of_both, 6, 1e-5, 1.0, False, None, None, torch.half),
         ),
         "batch_norm_forward": (
             ops.batch_norm_forward,
@@ -180,7 +194,7 @@ def test_opcheck(name, trains, device):
     operator, arguments = operators(device)[name]
     if trains and "move" not in name:
         floating = [isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in arguments]
-        saved = "statistics" if "backward" in name else "running_"
+        saved = ("statistics", "rstd") if "backward" in name else "running_"
         names = [argument.name for argument in operator.default._schema.arguments]
         arguments = [
             tensor.clone().requires_grad_() if is_floating and not name.startswith(saved) else tensor

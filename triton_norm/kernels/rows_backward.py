@@ -102,6 +102,7 @@ def rows_backward_kernel(
     x_ptr,
     weight_ptr,
     statistics_ptr,
+    rstd_ptr,
     dx_ptr,
     dresidual_ptr,
     dweight_sums_ptr,
@@ -136,6 +137,7 @@ def rows_backward_kernel(
     sums in partials [n_teams, TURNS, 2 or 1, BLOCK_M, n_peers]: those of the next rows before they wait for those of
     the last. Odd and even turns have arrivals of their own; sync is 2 + 2 · n_teams zeros. Grid: n_teams · n_peers.
     2R1W. dtotal, weight, dx, dresidual and the sums may be None, and partials and sync where PEERS is 1 or dx is None.
+    statistics hold the rows' means, if CENTRED, and behind them their rstd, or that apart where rstd [n_rows] is given.
 
     Rows that wait are added to dweight and dbias after the wait. The compiler would do that then anyway, with x_hat, dy
     and wdy of the next rows in registers meanwhile, where x, or x_hat in its place, and dy are enough.
@@ -182,7 +184,10 @@ def rows_backward_kernel(
         mask = row_mask & col_mask
         dy = load_gradient(dy_ptr, rows, dy_row_vecs, cols, mask, V, DY_COLUMN_STRIDE)
         if NEEDS_X:
-            rstd = tl.load(statistics_ptr + (n_rows if CENTRED else 0) + rows, mask=row_mask, other=0.0)
+            if rstd_ptr is not None:
+                rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
+            else:
+                rstd = tl.load(statistics_ptr + (n_rows if CENTRED else 0) + rows, mask=row_mask, other=0.0)
             x = tl.load(at(x_ptr + rows * x_row_vecs * V, cols, V), mask=mask, other=0.0)
             if CENTRED:
                 mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)

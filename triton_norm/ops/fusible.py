@@ -10,7 +10,7 @@ from torch import Tensor
 from triton_norm import reference
 from triton_norm.ops.row_launches import Options, Outputs
 
-VERSION = 1
+VERSION = 2
 """Counts up with every change of `decomposed`: torch's caches of compiled code know an operator by its name alone."""
 
 NAME = f"_rows_forward_v{VERSION}"
@@ -32,31 +32,30 @@ def decomposed(
     bias: Tensor | None,
     saves: bool,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the operator's (y, total, statistics), the last two of no elements where there are none.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the operator's (y, total, statistics, rstd), of which what a call has no use for has no elements.
 
+    Statistics are LayerNorm's means, or RMSNorm's rstd, which is not apart then.
     The moments are computed as torch's own LayerNorm computes them under Inductor, which makes one reduction of both.
     """
     asked = Options(*options)
     normalized, total = x, None
     if residual is not None:
         normalized = total = reference.add(x, residual, asked.total_dtype or residual.dtype).contiguous()
-    statistics: tuple[Tensor, ...]
+    nothing = x.new_empty(0)
     axes = _axes(x, asked.n_cols)
     wide = normalized.to(reference.compute_dtype(x, total))
     if asked.centred:
         var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
         rstd = torch.rsqrt(var + asked.eps)
-        x_hat, statistics = (wide - mean) * rstd, (mean, rstd)
+        x_hat, statistics = (wide - mean) * rstd, (mean.flatten(), rstd.flatten())
     else:
         rstd = torch.rsqrt(wide.square().mean(axes, keepdim=True) + asked.eps)
-        x_hat, statistics = wide * rstd, (rstd,)
+        x_hat, statistics = wide * rstd, (rstd.flatten(), nothing)
     if asked.x_hat_dtype is not None:
         x_hat = x_hat.to(asked.x_hat_dtype).to(wide.dtype)
     y = reference.affine(x_hat, weight, bias, asked.weight_offset).to(asked.out_dtype or x.dtype).contiguous()
-    nothing = x.new_empty(0)
-    packed = torch.cat([statistic.flatten() for statistic in statistics]) if saves else nothing
-    return y, nothing if total is None else total, packed
+    return y, nothing if total is None else total, *(statistics if saves else (nothing, nothing))
 
 
 @functools.cache

@@ -292,10 +292,15 @@ def backward(
     x: Tensor,
     weight: Tensor | None,
     statistics: Tensor,
+    rstd: Tensor | None,
     options: Options,
     wanted: Wanted,
 ) -> Gradients:
-    """Returns what `gradients` says, with its contents; x is what was normalized."""
+    """Returns what `gradients` says, with its contents; x is what was normalized.
+
+    Args:
+        rstd: [n_rows], where `statistics` hold the means alone; of calls without memory of launchers only.
+    """
     dy, dtotal = dy.resolve_neg(), None if dtotal is None else dtotal.resolve_neg()
     dx, dresidual, dweight, dbias = gradients(x, options, wanted)
     n_cols, compute, device = options.n_cols, statistics.dtype, x.device
@@ -320,7 +325,7 @@ def backward(
         None if grad is None else statistics.new_empty((most_teams, n_cols)) for grad in (dweight, dbias)
     )
     # A hook may have given the statistics back with other strides.
-    inputs = dy_rows.tensor, dtotal_rows.tensor, x_rows.tensor, contiguous(weight), statistics.contiguous()
+    inputs = dy_rows.tensor, dtotal_rows.tensor, x_rows.tensor, contiguous(weight), statistics.contiguous(), rstd
     launcher((n_rows,), *inputs, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
     if dweight is not None or dbias is not None:
         n_sums = tuning.rows_backward_teams(launcher.config.keywords, n_rows, n_cols, multiprocessors(device))

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton_norm import reference
 from triton_norm.captures import is_intercepted
 from triton_norm.ops import fusible
-from triton_norm.ops.library import Derivative, Wanted, tuple_operator
+from triton_norm.ops.library import Derivative, Wanted, contiguous, tuple_operator
 from triton_norm.ops.row_launches import Gradients, Options, Outputs, backward, forward, gradients, outputs
 from triton_norm.ops.saved import needs_torch, restored, savable, save, shaped
 
@@ -21,7 +21,7 @@ _OPTIONS = (
 )
 _FORWARD = f"Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool saves, {_OPTIONS}"
 _BACKWARD = (
-    "Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor statistics, ScalarType? dx_dtype, "
+    "Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor statistics, Tensor? rstd, ScalarType? dx_dtype, "
     f"ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype, {_OPTIONS}"
 )
 
@@ -33,6 +33,15 @@ class Saved(NamedTuple):
     x: Tensor
     weight: Tensor | None
     statistics: Tensor | None
+
+
+class SavedApart(NamedTuple):
+    """The same, of the operator that Inductor takes apart: where rstd is there, `statistics` are the means alone."""
+
+    x: Tensor
+    weight: Tensor | None
+    statistics: Tensor | None
+    rstd: Tensor | None
 
 
 class SavedTwice(NamedTuple):
@@ -62,12 +71,34 @@ def _present_forward(x: Tensor, residual: Tensor | None, weight: Any, bias: Any,
     return [True, residual is not None, saves]
 
 
+def _apart(function: Callable[..., Outputs]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Returns the function with LayerNorm's means and rstd as two results, each in memory of its own.
+
+    Inductor so has no copies to make of them, where it finds both for another use too.
+    """
+
+    def call(*arguments: Any) -> tuple[Tensor | None, ...]:
+        y, total, statistics = function(*arguments)
+        if statistics is None or not Options(*arguments[5:]).centred:
+            return y, total, statistics, None
+        mean, rstd = statistics.chunk(2)
+        return y, total, mean.clone(), rstd.clone()
+
+    return call
+
+
+def _present_apart(*arguments: Any) -> list[bool]:
+    saves = arguments[4]
+    return [*_present_forward(*arguments), saves and Options(*arguments[5:]).centred]
+
+
 def _backward(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     statistics: Tensor,
+    rstd: Tensor | None,
     dx: torch.dtype | None,
     dresidual: torch.dtype | None,
     dweight: torch.dtype | None,
@@ -78,7 +109,7 @@ def _backward(
     if x.numel() == 0:
         found = gradients(x, Options(*options), wanted)
         return tuple(None if gradient is None else gradient.zero_() for gradient in found)  # type: ignore[return-value]
-    return backward(dy, dtotal, x, weight, statistics, Options(*options), wanted)
+    return backward(dy, dtotal, x, weight, statistics, contiguous(rstd), Options(*options), wanted)
 
 
 def _fake_backward(
@@ -87,6 +118,7 @@ def _fake_backward(
     x: Tensor,
     weight: Tensor | None,
     statistics: Tensor,
+    rstd: Tensor | None,
     dx: torch.dtype | None,
     dresidual: torch.dtype | None,
     dweight: torch.dtype | None,
@@ -97,10 +129,12 @@ def _fake_backward(
 
 
 def _present_backward(*arguments: Any) -> list[bool]:
-    return [dtype is not None for dtype in arguments[5:9]]
+    return [dtype is not None for dtype in arguments[6:10]]
 
 
-def _composed(dy: Tensor, dtotal: Tensor | None, saved: Saved, options: Options, wanted: Wanted) -> Gradients:
+def _composed(
+    dy: Tensor, dtotal: Tensor | None, saved: Saved | SavedApart, options: Options, wanted: Wanted
+) -> Gradients:
     """Returns the gradients of the kernels' backward, composed of torch's own functions."""
 
     def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -134,18 +168,15 @@ def _composed(dy: Tensor, dtotal: Tensor | None, saved: Saved, options: Options,
     )
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...], options: Options) -> None:
-    """Saves for the backward of (x, residual, weight, bias) → (y, total, statistics)."""
-    x, _, weight, _ = inputs
-    _, total, statistics = outputs
-    save(ctx, Saved(x if total is None else total, weight, statistics), inputs, options.launchers)
+def _remember(ctx: Any, inputs: tuple[Any, ...], saved: Saved | SavedApart, options: Options) -> None:
+    """Saves for the backward of a call with these inputs: x, residual, weight and bias."""
+    save(ctx, saved, inputs, options.launchers)
     ctx.options = options
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Gradients:
+def _gradients(ctx: Any, saved: Saved | SavedApart, dy: Tensor | None, dtotal: Tensor | None) -> Gradients:
     """Returns the gradients of x, residual, weight and bias, each in the shape and type of its own."""
-    saved = restored(ctx, Saved)
     options, kept = ctx.options, ctx.kept
     x_wanted, residual_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
     twice = x_wanted and residual_wanted and kept.dresidual != kept.dx
@@ -163,12 +194,14 @@ def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Gradients:
     elif needs_torch((dy, dtotal), saved, intercepted):
         dx, dresidual, dweight, dbias = _composed(dy, dtotal, saved, options, wanted)
     elif intercepted:
-        if saved.statistics is None:
-            saved = saved._replace(statistics=_forward_op(saved.x, None, None, None, True, *_recorded(options))[2])
-        dx, dresidual, dweight, dbias = _backward_op(dy, dtotal, *saved, *wanted, *_recorded(options))
+        x, weight, statistics = saved[:3]
+        if statistics is None:
+            statistics = _forward_op(x, None, None, None, True, *_recorded(options))[2]
+        given = x, weight, statistics, saved.rstd if isinstance(saved, SavedApart) else None
+        dx, dresidual, dweight, dbias = _backward_op(dy, dtotal, *given, *wanted, *_recorded(options))
     else:
         assert saved.statistics is not None
-        given = saved.x, saved.weight, saved.statistics
+        given = saved.x, saved.weight, saved.statistics, None
         dx, dresidual, dweight, dbias = backward(dy, dtotal, *given, options, wanted)
     dweight, dbias = shaped(dweight, kept.weight), shaped(dbias, kept.bias)
     if residual_wanted and not twice:
@@ -176,20 +209,25 @@ def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Gradients:
     return dx if x_wanted else None, dresidual, dweight, dbias
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, saves, *options = inputs
-    y, total, statistics = output
-    there = total if residual is not None else None, statistics if saves else None
-    _remember(ctx, (x, residual, weight, bias), (y, *there), Options(*options))
-    ctx.mark_non_differentiable(*((statistics,) if residual is not None else (total, statistics)))
+def _derivative(kind: type[Saved] | type[SavedApart], present: Callable[..., list[bool]]) -> Derivative:
+    """Returns the derivative of an operator whose results after y and total are the last fields of `kind`."""
 
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, residual, weight, bias, _, *options = inputs
+        there = present(*inputs)
+        _, total, *statistics = (found if is_there else None for found, is_there in zip(output, there, strict=True))
+        saved = kind(x if total is None else total, weight, *statistics)
+        _remember(ctx, (x, residual, weight, bias), saved, Options(*options))
+        ctx.mark_non_differentiable(*output[1 if total is None else 2 :])
 
-def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None) -> Gradients:
-    return _gradients(ctx, dy, None if ctx.kept.dresidual is None else dtotal)
+    def differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> Gradients:
+        return _gradients(ctx, restored(ctx, kind), dy, None if ctx.kept.dresidual is None else dtotal)
+
+    return Derivative(setup, differentiate)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dy, dtotal, x, weight, _, *others = inputs
+    dy, dtotal, x, weight, _, _, *others = inputs
     ctx.save_for_backward(*SavedTwice(dy, dtotal, x, weight))
     ctx.wanted, ctx.options = Wanted(*others[:4]), Options(*others[4:])
 
@@ -206,11 +244,19 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> list[Tensor | None]
     return reference.gradients(function, saved, there, ctx.needs_input_grad[:4])
 
 
-_SCHEMA = f"({_FORWARD}) -> (Tensor, Tensor, Tensor)"
-_DERIVATIVE = Derivative(_setup, _differentiate)
-_forward_op = tuple_operator(f"rows_forward{_SCHEMA}", _forward, _fake_forward, _present_forward, _DERIVATIVE)
+_forward_op = tuple_operator(
+    f"rows_forward({_FORWARD}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _present_forward,
+    _derivative(Saved, _present_forward),
+)
 _fusible_op = tuple_operator(
-    f"{fusible.NAME}{_SCHEMA}", _forward, fusible.known(_fake_forward), _present_forward, _DERIVATIVE
+    f"{fusible.NAME}({_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _apart(_forward),
+    fusible.known(_apart(_fake_forward)),
+    _present_apart,
+    _derivative(SavedApart, _present_apart),
 )
 _backward_op = tuple_operator(
     f"rows_backward({_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -233,14 +279,14 @@ class RowsFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options
     ) -> Any:
-        found = forward(x, residual, weight, bias, options, True)
-        _remember(ctx, (x, residual, weight, bias), found, options)
-        y, total, _ = found
+        y, total, statistics = forward(x, residual, weight, bias, options, True)
+        saved = Saved(x if total is None else total, weight, statistics)
+        _remember(ctx, (x, residual, weight, bias), saved, options)
         return y if total is None else (y, total)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, dtotal), None
+        return *_gradients(ctx, restored(ctx, Saved), dy, dtotal), None
 
 
 # torch.autograd.Function.apply without its look for torch.func's transforms, which `dispatch` has done.
@@ -271,7 +317,7 @@ def normalize(
         x = savable(x, intercepted)
     if intercepted:
         chosen = _fusible_op if is_fusible() else _forward_op
-        y, total, _ = chosen(x, residual, weight, bias, saves, *_recorded(options))
+        y, total, *_ = chosen(x, residual, weight, bias, saves, *_recorded(options))
     elif saves:
         return _apply(x, residual, weight, bias, options)
     else:
