@@ -105,7 +105,7 @@ def of_rows(function: str, x: Tensor, arguments: Arguments) -> AskedOfRows:
     found = _checked_rows(function, x, arguments)
     if isinstance(eps, Tensor) or isinstance(weight_offset, Tensor):
         return found  # the same tensor may hold another value next time
-    if captures.tracer():  # which makes tensors of sizes
+    if captures.is_traced():  # which makes tensors of sizes
         return found
     if len(_rows) >= MOST_SERVED:
         _rows.clear()
@@ -179,7 +179,7 @@ def of_batch_norm(
         options, reason = check_batch_norm(*checked)
     if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
         options = options._replace(prepared={})
-    if key is None or captures.tracer():  # which makes tensors of sizes
+    if key is None or captures.is_traced():  # which makes tensors of sizes
         return options, reason
     if len(_batch_norms) >= MOST_SERVED:
         _batch_norms.clear()

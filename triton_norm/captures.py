@@ -14,19 +14,29 @@ SyncBatchNorm in a group of processes torch has no form: it is operators always.
 """
 
 import torch
+from torch import Tensor
+
+from triton_norm.plain import has_known_sizes
 
 _included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+is_traced = torch._C._get_tracing_state
+"""Returns whether TorchScript records a call: something true if so."""
 
 
-def records_torch(backend: str, exports: bool, compiles: bool) -> bool:
+def records_torch(backend: str, exports: bool, compiles: Tensor | None) -> bool:
     """Returns whether torch's own functions are to be recorded of a call that torch.export or torch.compile has.
 
     Args:
         exports: whether torch has a form of the call at all.
-        compiles: whether Inductor fuses that form.
+        compiles: the input of a call that Inductor fuses in that form, where its sizes are known.
     """
-    return backend != "triton" and (exports if torch.compiler.is_exporting() else compiles)
+    if backend == "triton":
+        return False
+    if torch.compiler.is_exporting():
+        return exports
+    return compiles is not None and has_known_sizes(compiles)
 
 
 def is_fusible(backend: str) -> bool:
@@ -39,9 +49,4 @@ def is_intercepted() -> bool:
     does."""
     if torch.compiler.is_compiling():
         return True
-    return bool(torch._C._len_torch_dispatch_stack()) or _included(_PRE_DISPATCH)
-
-
-def tracer() -> str | None:
-    """Returns in words who records a call as TorchScript, None where nobody does."""
-    return "torch.jit.trace is recording" if torch._C._get_tracing_state() else None
+    return _dispatch_modes() != 0 or _included(_PRE_DISPATCH)

@@ -114,15 +114,16 @@ def unserved_now() -> str | None:
         return "forward-mode differentiation is active"
     if torch._C._len_torch_function_stack():
         return overrides.active_mode()
-    return captures.tracer()
+    return "torch.jit.trace is recording" if captures.is_traced() else None
 
 
-def goes_to_triton(reason: str | None, exports_torch: bool = True, compiles_torch: bool = False) -> bool:
+def goes_to_triton(reason: str | None, compiles_torch: Tensor | None = None, exports_torch: bool = True) -> bool:
     """Returns whether a call goes to the kernels, or their operators, that `unserved` gave this reason for.
 
     Args:
-        exports_torch, compiles_torch: whether torch.export and torch.compile are to have the call in torch's own
-            functions, unless "triton" is asked for.
+        compiles_torch: the input of a call that torch.compile is to have in torch's own functions, where these can be
+            recorded of its sizes.
+        exports_torch: whether torch.export is to. Backend "triton" keeps the operators in both.
     """
     compiling = torch.compiler.is_compiling()
     chosen = _newest if compiling else _override.name

@@ -257,8 +257,8 @@ def batch_norm(
     fused = residual, activation, negative_slope
     options, reason = asking.of_batch_norm(input, *tensors, training, momentum, eps, num_batches_tracked, *fused)
     counter = num_batches_tracked if training else None
-    has_form = (momentum is not None or counter is None) and has_known_sizes(input)  # of torch's own
-    if goes_to_triton(reason, compiles_torch=has_form):
+    # torch's own has no form for a momentum that depends on the counter.
+    if goes_to_triton(reason, compiles_torch=None if momentum is None and counter is not None else input):
         return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
     return _torch_batch_norm(input, *tensors, counter, residual, options)
 

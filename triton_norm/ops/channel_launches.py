@@ -66,10 +66,10 @@ def _forward(
     residual = residual if applies else None
     memory = options.prepared
     key = _where(x), _where(residual), reduces, applies, bits_kind
-    assert memory is None or moments is None
     prepared = None if memory is None else memory.get(key)
     read = x
     if prepared is None:
+        assert memory is None or moments is None
         kind = bits_kind or kind_of(x)
         read, lie = as_readable(x, kind)
         added, residual_lie = (None, None) if residual is None else as_readable(residual, kind)
@@ -112,7 +112,7 @@ def forward(
     moments [3, C], if any, with the batch's."""
     statistics = _per_channel(x, 3) if options.batch else None
     parameters = residual, weight, bias, statistics, running_mean, running_var, num_batches_tracked
-    y, bits = _forward(x, *parameters, options, options.batch, True, bits_kind, moments=moments)
+    y, bits = _forward(x, *parameters, options, options.batch, True, bits_kind, False, moments)
     assert y is not None
     return y, statistics, bits
 
