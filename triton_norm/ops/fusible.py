@@ -1,6 +1,5 @@
 """LayerNorm's and RMSNorm's forward as torch functions for Inductor, which fuses them with what stands beside them."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,15 @@ def _axes(x: Tensor, n_cols: int) -> tuple[int, ...]:
     return tuple(range(-n_axes, 0))
 
 
+def _stored(x: Tensor) -> Tensor:
+    """Returns a half as memory holds it.
+
+    Inductor computes halves in float32, and may take one unrounded that it stores for the backward: the statistics
+    would be of other values then. It leaves out casts, but not what is done to the bits.
+    """
+    return x.view(torch.int16).bitwise_or(0).view(x.dtype) if x.itemsize == 2 else x
+
+
 def decomposed(
     x: Tensor,
     residual: Tensor | None,
@@ -44,7 +52,7 @@ def decomposed(
         normalized = total = reference.add(x, residual, asked.total_dtype or residual.dtype).contiguous()
     nothing = x.new_empty(0)
     axes = _axes(x, asked.n_cols)
-    wide = normalized.to(reference.compute_dtype(x, total))
+    wide = (_stored(normalized) if saves else normalized).to(reference.compute_dtype(x, total))
     if asked.centred:
         var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
         rstd = torch.rsqrt(var + asked.eps)
@@ -58,14 +66,16 @@ def decomposed(
     return y, nothing if total is None else total, *(statistics if saves else (nothing, nothing))
 
 
-@functools.cache
 def _register() -> None:
+    """Enters `decomposed` in Inductor's table, and in its copy, which another thread may just be making without it."""
     from torch._inductor import decomposition
 
     from triton_norm.ops.library import DEFINED
 
-    decomposition.decompositions[DEFINED[NAME]] = decomposed
-    decomposition.fast_random_decomps.cache_clear()  # a copy of the table
+    operator = DEFINED[NAME]
+    decomposition.decompositions[operator] = decomposed
+    if decomposition.fast_random_decomps().get(operator) is not decomposed:
+        decomposition.fast_random_decomps.cache_clear()
 
 
 def known(fake: Callable[..., Outputs]) -> Callable[..., Outputs]:
