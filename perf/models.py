@@ -143,15 +143,18 @@ class Trained:
     def exact(self) -> dict[str, torch.Tensor]:
         return self.results(copy.deepcopy(self.module).double(), double=True)
 
-    def candidate(self, name: str, module: nn.Module) -> Candidate:
+    def candidate(
+        self, name: str, module: nn.Module, scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> Candidate:
         optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE, fused=True)
 
         def steps(_: Any) -> None:
-            for _ in range(STEPS):
-                optimizer.zero_grad()
-                y = self.output(module, self.x, self.model.autocast)
-                (y * self.target).mean().backward()
-                optimizer.step()
+            with scope():
+                for _ in range(STEPS):
+                    optimizer.zero_grad()
+                    y = self.output(module, self.x, self.model.autocast)
+                    (y * self.target).mean().backward()
+                    optimizer.step()
 
         return Candidate(name, lambda: None, steps)
 
@@ -175,17 +178,23 @@ def compiled(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is trained; `base` is the way of the same model without its norms."""
+    """How a model is trained; `base` is the way of the same model without its norms. Its steps run in `scope`."""
 
     adapt: Callable[[nn.Module], nn.Module]
     base: str
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 WAYS = {
     "torch": Way(lambda module: module, "eager"),
     "triton_norm": Way(converted, "eager"),
     "torch.compile": Way(compiled, "compiled"),
-    "triton_norm, compiled": Way(lambda module: compiled(converted(module)), "compiled"),
+    "triton_norm, compiled": Way(
+        lambda module: compiled(converted(module)), "compiled", lambda: triton_norm.backend("auto")
+    ),
+    "triton_norm, compiled, kernels forced": Way(
+        lambda module: compiled(converted(module)), "compiled", lambda: triton_norm.backend("triton")
+    ),
 }
 """By the names of contenders."""
 BASES: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -216,7 +225,8 @@ def _admitted(trained: Trained, names: Sequence[str]) -> Iterator[tuple[Record, 
         record: Record = {**trained.model.describe(), "contender": name, "norms": trained.norms}
         try:
             module = WAYS[name].adapt(copy.deepcopy(trained.module))
-            distances = _distances(trained.results(module), wanted)
+            with WAYS[name].scope():
+                distances = _distances(trained.results(module), wanted)
         except Exception as error:
             yield record | {"status": "error", "message": in_a_line(error)}, None
             continue
@@ -237,8 +247,9 @@ def measure_step(model: Model, contenders: Collection[str], timer: Timer, second
         admitted = list(_admitted(trained, names))
         modules = {record["contender"]: module for record, module in admitted if module is not None}
         bases = {WAYS[name].base for name in modules}
+        calls = [[trained.candidate(name, module, WAYS[name].scope)] for name, module in modules.items()]
         modules |= {base: BASES[base](copy.deepcopy(trained.module)) for base in bases}
-        calls = [[trained.candidate(name, module)] for name, module in modules.items()]
+        calls += [[trained.candidate(base, modules[base])] for base in bases]
         timings = time_interleaved(calls, timer, seconds, backlog=False) if calls else []
         found = dict(zip(modules, timings, strict=True))
     except Exception as error:

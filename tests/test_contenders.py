@@ -238,7 +238,8 @@ def test_names_are_unique_and_ours_comes_first():
     names = [contender.name for contender in CONTENDERS]
     assert len(names) == len(set(names))
     assert names[:2] == ["triton_norm", "torch"]
-    assert {*STAND_INS, "torch.compile", "torch.compile, max-autotune", "triton_norm, compiled"} <= {*names}
+    compiled = {"triton_norm, compiled", "triton_norm, compiled, kernels forced"}
+    assert {*STAND_INS, "torch.compile", "torch.compile, max-autotune", *compiled} <= {*names}
     assert {c.name.split(",")[0] for c in CONTENDERS if c.accuracy != 1.0} == {"torch", "torch.compile"}
 
 
@@ -375,7 +376,7 @@ def scopes():
 def test_compiled_ones_have_every_op_and_no_graph_break(op, mode, compilations):
     records = measure.measure_point(point_of(op, mode), COMPILED, FakeTimer(), seconds=0)
     assert [(record["contender"], record["status"]) for record in records] == [(c.name, "ok") for c in COMPILED]
-    assert compilations == {None: 2, "max-autotune-no-cudagraphs": 1}
+    assert compilations == {None: 3, "max-autotune-no-cudagraphs": 1}
 
 
 @pytest.mark.usefixtures("scopes")
@@ -393,8 +394,17 @@ def test_each_compiles_once_a_point_and_never_while_it_is_timed(compilations):
 
 @pytest.mark.usefixtures("compilations", "scopes")
 def test_a_compiled_call_that_the_kernels_do_not_serve_is_an_error():
-    functions = BY_NAME["triton_norm, compiled"].load()
+    functions = BY_NAME["triton_norm, compiled, kernels forced"].load()
     x, weight = torch.randn(3, 8), torch.randn(8)
     torch.testing.assert_close(functions.rms_norm(x, (8,), weight, EPS), functional.rms_norm(x, (8,), weight, EPS))
     with pytest.raises(Exception, match="can't serve this call"):
         functions.rms_norm(x[:0], (8,), weight, EPS)
+
+
+@pytest.mark.usefixtures("compilations", "scopes")
+def test_compiled_by_default_policy_whatever_the_others_ask_for():
+    functions = BY_NAME["triton_norm, compiled"].load()
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    for served in (x, x[:0]):
+        found = functions.rms_norm(served, (8,), weight, EPS)
+        torch.testing.assert_close(found, functional.rms_norm(served, (8,), weight, EPS))

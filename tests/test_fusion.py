@@ -304,7 +304,7 @@ def test_a_change_of_what_inductor_is_given_is_a_version_of_its_own():
     parts = fusible.decomposed, fusible._axes, fusible._stored, reference.add, reference.affine, reference.compute_dtype
     digest = hashlib.sha256("\n".join(map(code_of, parts)).encode()).hexdigest()[:16]
     assert DIGESTS.get(fusible.VERSION) == digest, (
-        "What Inductor takes the operator apart into has changed, and torch's caches on disk know it by its name alone. "
+        "What Inductor takes the operator apart into has changed, and torch's caches on disk know it by its name. "
         f"Count fusible.VERSION up, and add the new version to DIGESTS with {digest!r}."
     )
 

@@ -36,6 +36,7 @@ class Style:
 STYLES = {
     "triton_norm": Style(BLUE, "o"),
     "triton_norm, compiled": Style(SKY, "h", 1.1),
+    "triton_norm, compiled, kernels forced": Style("#1F2F6B", "8"),
     "torch": Style(VERMILION, "s"),
     "torch.compile": Style(GREEN, "^"),
     "torch.compile, max-autotune": Style("#00573F", "v"),
