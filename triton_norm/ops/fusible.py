@@ -1,13 +1,15 @@
 """LayerNorm's and RMSNorm's forward as torch functions for Inductor, which fuses them with what stands beside them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from triton_norm import reference
-from triton_norm.ops.row_launches import Options, Outputs
+from triton_norm.ops.row_launches import Options
+
+T = TypeVar("T")
 
 VERSION = 2
 """Counts up with every change of `decomposed`: torch's caches of compiled code know an operator by its name alone."""
@@ -78,10 +80,10 @@ def _register() -> None:
         decomposition.fast_random_decomps.cache_clear()
 
 
-def known(fake: Callable[..., Outputs]) -> Callable[..., Outputs]:
+def known(fake: Callable[..., T]) -> Callable[..., T]:
     """Returns the fake of the operator, which is called before anybody compiles it, and tells Inductor of it first."""
 
-    def told(*arguments: Any) -> Outputs:
+    def told(*arguments: Any) -> T:
         with torch.utils._python_dispatch._disable_current_modes():
             _register()
         return fake(*arguments)
