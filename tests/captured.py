@@ -33,7 +33,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def _norm(norms: Any, kind: str) -> nn.Module:
-    """Returns the layer of this kind, of torch.nn or of triton_norm, with parameters and statistics of no round values."""
+    """Returns the layer of this kind, of torch.nn or of triton_norm; no two channels have the same parameters."""
     name, _, rest = kind.partition(", ")
     norm: nn.Module = getattr(norms, name)(WIDTH, **({"momentum": None} if rest == "cumulative" else {}))
     for place, (key, tensor) in enumerate((*norm.named_parameters(), *norm.named_buffers())):
@@ -97,7 +97,8 @@ def trained(run: Callable[..., Tensor], state: nn.Module, data: Iterable[Batch])
         y.sin().sum().backward()
         found[f"y {step}"] = y.detach().clone()
         for name, leaf in (("x", leaves[0]), ("residual", leaves[1]), *state.named_parameters()):
-            found[f"gradient of {name} {step}"] = leaf.grad.clone()
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()  # of a branch not taken
+            found[f"gradient of {name} {step}"] = gradient
     return found | {name: buffer.detach().clone() for name, buffer in state.named_buffers()}
 
 
@@ -116,6 +117,19 @@ def assert_as_torchs(
     if not training and counter not in found:
         expected.pop(counter, None)
     torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+class Compiled(nn.Module):
+    """A compiled module around a norm, of which it has the parameters and buffers."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Tensor] | None = None, **options: Any) -> None:
+        super().__init__()
+        self.norm = module.norm
+        options = {"backend": "aot_eager", "fullgraph": True, **options}
+        self.run: Callable[..., Tensor] = torch.compile(module if run is None else run, **options)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.run(*inputs)
 
 
 class Traced(nn.Module):
