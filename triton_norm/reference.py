@@ -137,17 +137,21 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
     axes = (0, *range(2, x.dim()))
     n = x.shape[0] * math.prod(x.shape[2:])
     with torch.no_grad():
-        # As torch's own batch_norm asks for them: Inductor computes them once then.
-        var, mean = torch.var_mean(x.to(compute_dtype(x)), axes, correction=0, keepdim=True)
+        x, is_known = x.to(compute_dtype(x)), has_known_sizes(x)
+        if is_known:  # as torch's own batch_norm asks for them: Inductor computes them once then
+            var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+            unbiased = n / max(n - 1, 1)
+        else:  # torch's own warns of too few values
+            n = x.new_full((), n)
+            mean = x.sum(axes, keepdim=True) / n.clamp(min=1)
+            var = (x - mean).square().sum(axes, keepdim=True) / n.clamp(min=1)
+            unbiased = n / (n - 1).clamp(min=1)
         moved = []
-        unbiased = n / torch.sym_max(n - 1, 1)
         for running, batch, factor, least in ((running_mean, mean, 1.0, 1), (running_var, var, unbiased, 2)):
             wide = running.to(torch.promote_types(running.dtype, mean.dtype))
             share = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
             now = (1.0 - share) * wide + share * factor * batch.view(running.shape)
-            if not has_known_sizes(x):
-                now = torch.where(mean.new_full((), n) >= least, now, wide)
-            moved.append(now)
+            moved.append(now if is_known else torch.where(n >= least, now, wide))
         check_writable(running_mean, running_var)
         running_mean.copy_(moved[0])  # all that can fail is done
         running_var.copy_(moved[1])
