@@ -164,7 +164,7 @@ def dense_like(x: Tensor, dtype: torch.dtype | None = None, kind: str | None = N
     if not last or math.prod(x.shape[2:]) == 1:
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     strides = _channels_last_strides(x.shape)
-    return torch.empty_strided(x.shape, strides, dtype=dtype or x.dtype, device=x.device)  # no view: may be written to
+    return x.new_empty_strided(x.shape, strides, dtype=dtype or x.dtype)  # no view, which autograd lets no one write to
 
 
 def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> tuple[Tensor, Lie]:
