@@ -49,7 +49,7 @@ def _normalize(
     if not options.batch:
         y, bits = inference_op(*given, running_mean, running_var, bits_kind, *asked)
         return y, None, bits
-    tracks = bool(moved or counter)
+    tracks = len(moved) + len(counter) > 0
     y, statistics, moments, bits = forward_op(*given, bits_kind, tracks, *asked)
     if tracks:
         move_op(moments[None], moved, counter, options.momentum, options.eps, True)
