@@ -18,6 +18,8 @@ from triton_norm.tuning import MOST_COLUMNS
 INTERPRETED = launch.INTERPRETED
 BACKENDS = ("auto", "triton", "torch")
 VARIABLE = "TRITON_NORM_BACKEND"
+_transforms_active = torch._C._are_functorch_transforms_active
+_function_modes = torch._C._len_torch_function_stack
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -108,11 +110,11 @@ def unserved(x: Tensor, *others: Tensor | None, columns: int | None = None) -> s
 
 def unserved_now() -> str | None:
     """Why the kernels can't serve any call at this moment."""
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch._C._len_torch_function_stack():
+    if _function_modes():
         return overrides.active_mode()
     return "torch.jit.trace is recording" if captures.is_traced() else None
 

@@ -38,9 +38,9 @@ def _partials(x: Tensor, step: Step, kinds: int) -> Tensor | None:
     return x.new_empty((kinds, step.n_splits, x.shape[1]), dtype=_compute_dtype(x))
 
 
-def _where(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """What of a tensor's memory bears on how it is read."""
-    return None if tensor is None else (tensor.stride(), tensor.data_ptr() % tuning.VECTOR_BYTES)
+def _where(tensor: Tensor) -> tuple[Any, ...]:
+    """Returns how a tensor lies in memory, as far as that bears on how it is read."""
+    return tensor.stride(), tensor.data_ptr() % tuning.VECTOR_BYTES
 
 
 def _forward(
@@ -65,7 +65,7 @@ def _forward(
     moved_mean, moved_var = contiguous(running_mean), contiguous(running_var)
     residual = residual if applies else None
     memory = options.prepared
-    key = _where(x), _where(residual), reduces, applies, bits_kind
+    key = _where(x), None if residual is None else _where(residual), reduces, applies, bits_kind
     prepared = None if memory is None else memory.get(key)
     read = x
     if prepared is None:
@@ -255,7 +255,8 @@ def _backward(
     residual = None if options.activation is None or bits is not None else residual
     types = _types(dy, x, residual, bits, dx, dresidual, weight, bias, statistics, *running, dweight, dbias, means)
     memory = options.prepared
-    key = _where(dy), _where(x), _where(residual), types, bits_kind, reduces, applies, constant
+    lie = None if residual is None else _where(residual)
+    key = _where(dy), _where(x), lie, types, bits_kind, reduces, applies, constant
     prepared = None if memory is None else memory.get(key)
     if prepared is None:
         kind = bits_kind or kind_of(x)

@@ -236,7 +236,7 @@ Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, residual, weight, bias"""
 
 
-def remember(ctx: Any, inputs: Inputs, found: Sequence[Any], running: Any, options: Options, kind: Any) -> None:
+def remember(ctx: Any, inputs: Inputs, found: tuple[Any, Any], running: Any, options: Options, kind: Any) -> None:
     """Saves for the backward of `inputs`, of which the forward has found statistics and bits, laid as `kind`."""
     x, residual, weight, bias = inputs
     statistics, bits = found

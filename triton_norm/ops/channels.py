@@ -73,8 +73,9 @@ class BatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         bits_kind = kind_of(x) if saves_bits(residual, options) else None
         running = running_mean, running_var
-        y, *found = _normalize(x, residual, weight, bias, *running, num_batches_tracked, options, bits_kind)
-        remember(ctx, (x, residual, weight, bias), found, running, options, bits_kind)
+        inputs = x, residual, weight, bias
+        y, statistics, bits = _normalize(*inputs, *running, num_batches_tracked, options, bits_kind)
+        remember(ctx, inputs, (statistics, bits), running, options, bits_kind)
         return y
 
     @staticmethod

@@ -168,13 +168,6 @@ def _composed(
     )
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], saved: Saved | SavedApart, options: Options) -> None:
-    """Saves for the backward of a call with these inputs: x, residual, weight and bias."""
-    save(ctx, saved, inputs, options.launchers)
-    ctx.options = options
-    ctx.set_materialize_grads(False)
-
-
 def _gradients(ctx: Any, saved: Saved | SavedApart, dy: Tensor | None, dtotal: Tensor | None) -> Gradients:
     """Returns the gradients of x, residual, weight and bias, each in the shape and type of its own."""
     options, kept = ctx.options, ctx.kept
@@ -217,7 +210,9 @@ def _derivative(kind: type[Saved] | type[SavedApart], present: Callable[..., lis
         there = present(*inputs)
         _, total, *statistics = (found if is_there else None for found, is_there in zip(output, there, strict=True))
         saved = kind(x if total is None else total, weight, *statistics)
-        _remember(ctx, (x, residual, weight, bias), saved, Options(*options))
+        save(ctx, saved, (x, residual, weight, bias), None)
+        ctx.options = Options(*options)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1 if total is None else 2 :])
 
     def differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> Gradients:
@@ -281,8 +276,12 @@ class RowsFunction(torch.autograd.Function):
     ) -> Any:
         y, total, statistics = forward(x, residual, weight, bias, options, True)
         saved = Saved(x if total is None else total, weight, statistics)
-        _remember(ctx, (x, residual, weight, bias), saved, options)
-        return y if total is None else (y, total)
+        save(ctx, saved, (x, residual, weight, bias), options.launchers)
+        ctx.options = options
+        if total is None:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
