@@ -399,12 +399,3 @@ def test_a_compiled_call_that_the_kernels_do_not_serve_is_an_error():
     torch.testing.assert_close(functions.rms_norm(x, (8,), weight, EPS), functional.rms_norm(x, (8,), weight, EPS))
     with pytest.raises(Exception, match="can't serve this call"):
         functions.rms_norm(x[:0], (8,), weight, EPS)
-
-
-@pytest.mark.usefixtures("compilations", "scopes")
-def test_compiled_by_default_policy_whatever_the_others_ask_for():
-    functions = BY_NAME["triton_norm, compiled"].load()
-    x, weight = torch.randn(3, 8), torch.randn(8)
-    for served in (x, x[:0]):
-        found = functions.rms_norm(served, (8,), weight, EPS)
-        torch.testing.assert_close(found, functional.rms_norm(served, (8,), weight, EPS))

@@ -14,6 +14,7 @@ import processes
 import triton_norm
 from inductor import generated, launches, operators, stepped
 from oracle import ulp
+from perf import contenders
 from triton_norm import reference
 from triton_norm.ops import fusible
 from triton_norm.ops.launch import INTERPRETED
@@ -286,6 +287,17 @@ def test_backend_triton_keeps_the_operators(training, device):
         trained(model, torch.compile(model, fullgraph=True), images("float32", False, device), True)
     forward = {"batch_norm_forward", "move_running_statistics"} if training else {"batch_norm_inference"}
     assert [operators(code) for code in codes] == [forward, {"batch_norm_backward"}]
+
+
+@pytest.mark.parametrize(("policy", "called"), [("", set()), (", kernels forced", {"rows_forward"})])
+def test_perf_times_both(policy, called, device):
+    """Also where another contender's scope asks for the kernels alone."""
+    (contender,) = (found for found in contenders.CONTENDERS if found.name == f"triton_norm, compiled{policy}")
+    x, weight = drawn([(6, N), (N,)], torch.float32, device)
+    with triton_norm.backend("triton"), generated() as codes:
+        contender.load().rms_norm(x, (N,), weight, 1e-6)
+    contenders._at_this_point.clear()
+    assert [operators(code) for code in codes] == [called]
 
 
 def code_of(function) -> str:
