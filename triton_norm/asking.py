@@ -53,7 +53,9 @@ def check_rows(
     if eps is None:
         eps = torch.finfo(reference.compute_dtype(x)).eps
     n_cols, centred = math.prod(shape), function == "layer_norm"
-    options = rows.Options(n_cols, float(eps), float(weight_offset), centred, out_dtype, residual_dtype, x_hat_dtype)
+    # By _make: of a NamedTuple's constructor Dynamo guards on an address, which is another one in another process.
+    asked = n_cols, float(eps), float(weight_offset), centred, out_dtype, residual_dtype, x_hat_dtype, None
+    options = rows.Options._make(asked)
     return options, unserved(x, weight, bias, residual, columns=n_cols)
 
 
@@ -139,7 +141,8 @@ def check_batch_norm(
     checks.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, whole)
     checks.activated(x, residual, activation, negative_slope)
     share = None if momentum is None else float(momentum)
-    options = channel_plans.Options(training, share, float(eps), activation, float(negative_slope))
+    asked = training, share, float(eps), activation, float(negative_slope), None
+    options = channel_plans.Options._make(asked)  # as in `check_rows`
     return options, unserved(x, running_mean, running_var, weight, bias, residual)
 
 
