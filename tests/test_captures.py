@@ -3,7 +3,9 @@
 Left out is what torch's own layers can't do under the same tool.
 """
 
+import copy
 import io
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -246,3 +248,51 @@ def test_exported_to_onnx(kind, training):
     (found,) = model.run(None, dict(zip(names, (tensor.numpy() for tensor in batch), strict=True)))
     torch.testing.assert_close(torch.from_numpy(found), theirs(*batch), **TOLERANCE)
     assert found.shape == (6, WIDTH)
+
+
+class Stages(nn.Module):
+    def __init__(self, norms: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norms = nn.Sequential(norms.LayerNorm(WIDTH), norms.RMSNorm(WIDTH), norms.BatchNorm1d(WIDTH))
+        self.double()  # four features may be close together
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.norms[1:](self.second(self.norms[0](self.first(x)).relu())) * residual
+
+
+@RECORDING
+def test_stages_of_a_pipeline(backend):
+    """torch.distributed.pipelining exports and splits the model; the stages train one after the other."""
+    pipelining = pytest.importorskip("torch.distributed.pipelining")
+    theirs = Stages(nn)
+    ours = copy.deepcopy(theirs)
+    triton_norm.convert(ours)
+    example, *data = ([tensor.double() for tensor in batch] for batch in batches(6, 6, 6))
+    with triton_norm.backend(backend):
+        split = {"second": pipelining.SplitPoint.BEGINNING}
+        pipe = pipelining.pipeline(ours, mb_args=tuple(example), split_spec=split)
+        first, second = map(pipe.get_stage_module, range(pipe.num_stages))
+        stages = nn.ModuleList((first, second))
+        found = trained(lambda x, residual: second(first(x), residual), stages, data)
+    graphs = [str(module.graph) for module in stages.modules() if hasattr(module, "graph")]
+    assert any("triton_norm" in graph for graph in graphs) == (backend == "triton")
+    found = {re.sub(r"\b[01]\.(?=first|second|norms)", "", name): tensor for name, tensor in found.items()}
+    torch.testing.assert_close(found, trained(theirs, theirs, data), **TOLERANCE)
+
+
+@RECORDING
+def test_an_exported_llama(backend):
+    """Every parameter of a converted model has the gradient that it has in transformers' own."""
+    models = pytest.importorskip("models")
+    size = models.Size(layers=2, width=16, batch=2, tokens=3, image=16)
+    theirs, inputs = models.llama(size).eval(), models.text(size)
+    ours = copy.deepcopy(theirs)
+    models.convert(ours)
+    models.loss_of(theirs(**inputs).logits).backward()
+    with triton_norm.backend(backend):
+        run = export(ours, (), inputs).module()
+        models.loss_of(run(**inputs).logits).backward()
+    assert ("triton_norm" in run.code) == (backend == "triton")
+    found, expected = ({name: p.grad for name, p in model.named_parameters()} for model in (run, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
