@@ -12,6 +12,7 @@ import test_compile
 import test_sync_batch_norm
 import triton_norm
 from triton_norm import reference
+from triton_norm.ops import fusible
 from triton_norm.ops.layout import empty_bits
 from triton_norm.ops.library import DEFINED
 
@@ -50,7 +51,7 @@ ROWS = [
     pytest.param(
         name, saves, residual, weight_offset, centred, id=f"{name}-{label}{'' if saves else ', saves nothing'}"
     )
-    for name in ("rows_forward", "_rows_forward_v1")
+    for name in ("rows_forward", fusible.NAME)
     for saves in (True, False)
     for label, residual, weight_offset, centred in (
         ("LayerNorm", False, 0.0, True),
@@ -96,7 +97,7 @@ def test_rows_backward(centred, with_total):
     types = torch.float64, None, torch.float64, torch.float64 if centred else None
 
     def ours(x: Tensor, weight: Tensor, dy: Tensor, *others: Tensor) -> Sequence[Tensor]:
-        found = DEFINED["rows_backward"](dy, others[0] if others else None, x, weight, kept, *types, *options)
+        found = DEFINED["rows_backward"](dy, others[0] if others else None, x, weight, kept, None, *types, *options)
         return [gradient for gradient, dtype in zip(found, types, strict=True) if dtype is not None]
 
     def theirs(x: Tensor, weight: Tensor, dy: Tensor, *others: Tensor) -> Sequence[Tensor]:
@@ -205,8 +206,7 @@ def calls() -> dict[str, tuple[Any, Sequence[Any]]]:
     found = {name: (operator.default, given) for name, (operator, given) in rows_and_channels.items()}
     for name, given in synchronized.items():
         found[f"sync_batch_norm_{name}"] = getattr(ops, f"sync_batch_norm_{name.partition(',')[0]}").default, given
-    fusible = found["rows_forward, training"][1]
-    found["_rows_forward_v1"] = ops._rows_forward_v1.default, fusible
+    found[fusible.NAME] = DEFINED[fusible.NAME], found["rows_forward, training"][1]
     return found
 
 

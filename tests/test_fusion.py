@@ -74,7 +74,13 @@ ROWS = {
     "LayerNorm of a sum": (layer_norm_of_sum, (6, 5, N), (6, 5, N), (N,), (N,)),
     "of two axes": (add_layer_norm_gelu, (6, 4, 16), (6, 4, 16), (4, 16), (4, 16)),
 }
-DTYPES = [torch.float32, torch.bfloat16]
+
+
+def thoroughly(value):
+    return pytest.param(value, marks=pytest.mark.thorough)
+
+
+SOME_DTYPES = [thoroughly(torch.float32), torch.bfloat16]
 
 
 def drawn(shapes, dtype, device):
@@ -116,7 +122,7 @@ def assert_fused(function, tensors, training, **options):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SOME_DTYPES)
 @pytest.mark.parametrize("case", ROWS)
 def test_norms_of_rows_are_fused_with_their_neighbours(case, dtype, training, device):
     """But for the backward, which is the library's own, and for which nothing is copied."""
@@ -135,7 +141,7 @@ def of_layout(x, layout):
     return x[:1].expand(x.shape)
 
 
-@pytest.mark.parametrize("layout", ["columns apart", "channels last", "rows apart", "expanded"])
+@pytest.mark.parametrize("layout", ["columns apart", *map(thoroughly, ("channels last", "rows apart", "expanded"))])
 @pytest.mark.parametrize("function", [add_layer_norm_gelu, rms_norm_of_sum])
 def test_whatever_the_layout(function, layout, device):
     x, residual, *parameters = drawn([(2, 3, 4, N)] * 2 + [(N,)] * 2, torch.bfloat16, device)
@@ -177,7 +183,7 @@ def test_what_a_half_s_statistics_are_of_is_what_the_backward_reads(device):
     assert_as_exact(found, torchs, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SOME_DTYPES)
 @pytest.mark.parametrize("function", [layer_norm, rms_norm, layer_norm_of_sum])
 def test_what_is_generated_is_as_exact_as_of_torchs(function, dtype, device):
     """Rows around zero, and rows whose mean is a thousand times their deviation."""
@@ -255,7 +261,7 @@ def trained(model, run, tensors, differentiated):
         ("halves", False, True),
     ],
 )
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, thoroughly(True)])
 def test_batch_norm_is_fused_with_its_neighbours(types, channels_last, training, differentiated, device):
     tensors = images(types, channels_last, device)
     counts, found = {}, {}
@@ -385,7 +391,9 @@ assert decomposition.fast_random_decomps()[DEFINED[fusible.NAME]] is fusible.dec
 }
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    "table", ["filled before", *(thoroughly(table) for table in TABLES if table != "filled before")]
+)
 def test_inductor_knows_the_operator(table):
     """Whatever its table of decompositions, of which it keeps a copy, was filled by before."""
     interpreted = {"TRITON_INTERPRET": "1"} if INTERPRETED else {}

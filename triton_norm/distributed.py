@@ -105,8 +105,8 @@ def sync_batch_norm(
     like = input.new_empty(1) if holds(input.numel() == 0) else input  # an empty share goes where the others go
     by_kernels = goes_to_triton(unserved(like, *running, weight, bias, residual), exports_torch=False)
     share = None if momentum is None else float(momentum)
-    asked = True, share, float(eps), activation, float(negative_slope), None
-    options = Options._make(asked)  # as in `asking.check_rows`
+    # By _make, as in `asking.check_rows`.
+    options = Options._make((True, share, float(eps), activation, float(negative_slope), None))
     merged = _merged(input, *running, num_batches_tracked, options, group, by_kernels)
     tensors = input, residual, weight, bias
     needs_gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

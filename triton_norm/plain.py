@@ -6,8 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Buffer, Parameter
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TYPES = {Tensor, Parameter, Buffer, FakeTensor}
-"""Classes of tensors without behaviour of their own."""
+TYPES = Tensor, Parameter, Buffer, FakeTensor
+"""Classes of tensors without behaviour of their own, in one order: stored code that was compiled has a guard on it."""
 
 has_memory = torch._C._has_storage
 """Returns whether a tensor has memory. One that a transform of torch.func has made has none, also when it was kept from

@@ -135,7 +135,8 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
     if x.dim() > MOST_AXES:
         x = x.flatten(2)
     axes = (0, *range(2, x.dim()))
-    n = x.shape[0] * math.prod(x.shape[2:])
+    n: Any = x.shape[0] * math.prod(x.shape[2:])
+    unbiased: Any
     with torch.no_grad():
         x, is_known = x.to(compute_dtype(x)), has_known_sizes(x)
         if is_known:  # as torch's own batch_norm asks for them: Inductor computes them once then

@@ -87,9 +87,19 @@ def _apart(function: Callable[..., Outputs]) -> Callable[..., tuple[Tensor | Non
     return call
 
 
-def _present_apart(*arguments: Any) -> list[bool]:
-    saves = arguments[4]
-    return [*_present_forward(*arguments), saves and Options(*arguments[5:]).centred]
+def _present_apart(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Any,
+    bias: Any,
+    saves: bool,
+    n_cols: int,
+    eps: float,
+    weight_offset: float,
+    centred: bool,
+    *_: Any,
+) -> list[bool]:
+    return [True, residual is not None, saves, saves and centred]
 
 
 def _backward(
