@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Buffer, Parameter
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TYPES = Tensor, Parameter, Buffer, FakeTensor
+TYPES = Tensor, Parameter, Buffer, FakeTensor, FunctionalTensor
 """Classes of tensors without behaviour of their own, in one order: stored code that was compiled has a guard on it."""
 
 has_memory = torch._C._has_storage
