@@ -81,7 +81,7 @@ def _apart(function: Callable[..., Outputs]) -> Callable[..., tuple[Tensor | Non
         y, total, statistics = function(*arguments)
         if statistics is None or not Options(*arguments[5:]).centred:
             return y, total, statistics, None
-        mean, rstd = statistics.chunk(2)
+        mean, rstd = statistics.view(2, -1)  # which also a number of rows that depends on data allows
         return y, total, mean.clone(), rstd.clone()
 
     return call
