@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import pipelining
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -90,3 +91,30 @@ def compiled_distributed_tensors(world: World) -> None:
         y.square().sum().backward()
         found.append((y.to_local(), norm.weight.grad.to_local()))
     torch.testing.assert_close(*found)
+
+
+def compiled_pipeline(world: World) -> None:
+    """A stage a process, each exported: every parameter has the gradient that it has in one process."""
+    if world.size != 2:
+        return
+    halves = [nn.Sequential(nn.Linear(8, 8), triton_norm.LayerNorm(8), triton_norm.BatchNorm1d(8)) for _ in range(2)]
+    model = nn.Sequential(*halves).to(world.device)
+    exact = copy.deepcopy(model)
+    x, target = torch.randn(2, 4, 8, device=world.device)
+
+    def loss_of(y: Tensor, target: Tensor) -> Tensor:
+        return (y - target).square().sum()
+
+    with triton_norm.backend("auto"):
+        pipe = pipelining.pipeline(model, (x,), split_spec={"1": pipelining.SplitPoint.BEGINNING})
+    schedule = pipelining.ScheduleGPipe(pipe.build_stage(world.rank, torch.device(world.device)), 1, loss_of)
+    if world.rank == 0:
+        schedule.step(x)
+    else:
+        schedule.step(target=target)
+    loss_of(exact(x), target).backward()
+    expected = {name: parameter.grad for name, parameter in exact.named_parameters()}
+    found = {name: parameter.grad for name, parameter in pipe.get_stage_module(world.rank).named_parameters()}
+    assert len(found) == 6
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
