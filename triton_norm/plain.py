@@ -1,5 +1,7 @@
 """Tensors that the kernels can read: whose values lie in memory of their own, at the address that they give."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -25,10 +27,14 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in TYPES and tensor.layout is torch.strided and has_memory(tensor)
 
 
-def holds(of_sizes: bool | torch.SymBool) -> bool:
-    """Returns whether a comparison of sizes holds; of sizes that are not known while a call is recorded, False."""
-    if type(of_sizes) is bool and not torch.compiler.is_compiling():
-        return of_sizes
+def holds(of_sizes: Any) -> bool:
+    """Returns whether a comparison of sizes holds; of sizes that are not known while a call is recorded, False.
+
+    Args:
+        of_sizes: a bool, a SymBool, or a tensor, which sizes give while torch.jit.trace records.
+    """
+    if not (torch.compiler.is_compiling() or isinstance(of_sizes, torch.SymBool)):
+        return bool(of_sizes)
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # whose import takes as long as torch's
 
     return guard_or_false(of_sizes)
