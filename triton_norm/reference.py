@@ -166,7 +166,11 @@ def differentiable(*tensors: Tensor | None) -> list[Any]:
 
 
 def gradients(
-    function: Callable[..., Any], inputs: Sequence[Tensor | None], dy: Any, wanted: Sequence[bool]
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    dy: Any,
+    wanted: Sequence[bool],
+    may_be_unused: bool = False,
 ) -> list[Tensor | None]:
     """Returns the gradients of function(*inputs) for the inputs wanted, None for the others.
 
@@ -175,11 +179,12 @@ def gradients(
 
     Args:
         dy: the gradient of what `function` returns, or of each tensor that it does.
+        may_be_unused: whether what `function` returns may depend on none of an input: its gradient is None then.
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         targets = [view for view, asked in zip(views, wanted, strict=True) if asked and view is not None]
         y = function(*views)
-        found = iter(torch.autograd.grad(y, targets, dy, create_graph=differentiable, allow_unused=True))
+        found = iter(torch.autograd.grad(y, targets, dy, create_graph=differentiable, allow_unused=may_be_unused))
     return [next(found) if asked and view is not None else None for view, asked in zip(views, wanted, strict=True)]

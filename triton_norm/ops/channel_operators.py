@@ -325,7 +325,7 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> Sequence[Tensor | N
             if gradient is not None and dtype is not None
         )
 
-    return reference.gradients(function, saved[:6], there, ctx.needs_input_grad[:6])
+    return reference.gradients(function, saved[:6], there, ctx.needs_input_grad[:6], may_be_unused=True)
 
 
 forward_op = tuple_operator(

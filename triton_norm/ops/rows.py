@@ -246,7 +246,7 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> list[Tensor | None]
         found = _composed(dy, dtotal, Saved(x, weight, None), ctx.options, ctx.wanted)
         return tuple(gradient for gradient in found if gradient is not None)
 
-    return reference.gradients(function, saved, there, ctx.needs_input_grad[:4])
+    return reference.gradients(function, saved, there, ctx.needs_input_grad[:4], may_be_unused=True)
 
 
 _forward_op = tuple_operator(
