@@ -80,11 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         ("traffic", count_traffic, "bytes that the kernels move, counted under the interpreter, against the floor"),
         ("resources", compile_resources, "registers, spills, access widths and occupancy on GPUs that are not here"),
     ):
-        part = verb(name, does, text, shared.points, shared.lines)
-        part.add_argument("--points", type=int, default=None, help="only the first so many points")
-        if does is compile_resources:
-            part.add_argument("--target", action="append", help="only for this GPU, such as sm_90; may be repeated")
-            part.add_argument("--every-config", action="store_true", help="all that a search would try, not the first")
+        options.choose_inspected(verb(name, does, text, shared.points, shared.lines), does is compile_resources)
+    code = verb("code", compare_code, "which kernels no longer compile to the code that they did", shared.points)
+    options.choose_inspected(code, compiled=True)
+    either = code.add_mutually_exclusive_group(required=True)
+    either.add_argument("--save", type=Path, metavar="FILE", help="store hashes of the kernels' code")
+    either.add_argument("--compare", type=Path, metavar="FILE", help="list what differs; exit with 1 if anything does")
     tune = verb(
         "tune", tune_launches, "find the best launches on this machine's GPU, for the library to ship", *timing[:2]
     )
@@ -239,12 +240,29 @@ def compile_resources(given: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from perf import resources
 
-    targets = given.target or list(resources.TARGETS)
-    unknown = [target for target in targets if target not in resources.TARGETS]
-    if unknown:
-        return refuse("resources", f"{unknown[0]!r} is none of the targets {', '.join(resources.TARGETS)}")
+    try:
+        targets = resources.targets_of(given.target or resources.TARGETS)
+    except ValueError as error:
+        return refuse("resources", error)
     points = options.inspected_of(given, workloads.resource_points)
     return _tell(resources.records(points, targets, every_config=given.every_config), resources.line, given.lines)
+
+
+def compare_code(given: argparse.Namespace) -> int:
+    os.environ.pop("TRITON_INTERPRET", None)
+    from perf import code, resources
+
+    try:
+        targets = resources.targets_of(given.target or ["sm_90"])
+        before = code.load(given.compare) if given.compare else {}
+    except (OSError, ValueError) as error:
+        return refuse("code", error)
+    points = options.inspected_of(given, workloads.resource_points)
+    now = code.hashes(points, targets, given.every_config)
+    if given.compare:
+        return int(code.compare(before, now, say) > 0)
+    code.save(given.save, now, say)
+    return 0
 
 
 def time_host(given: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _SASS_WIDTH = re.compile(r"\.[SU]?(8|16|64|128|256)(?=\.|$)")
 _GCN = re.compile(r"^\s+((?:v|s|global|buffer|ds|flat|scratch)_\w+)", re.MULTILINE)
+_DEBUG = re.compile(r"\.(loc|file)\s|[.$]L_*(tmp|func_begin|func_end)\d+:")
 _GCN_NARROW = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16}
 
 
@@ -52,6 +53,23 @@ def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
     for at, name in found:
         code[bisect(ends, at)].append(name)
     return code
+
+
+def without_debug(text: str, comment: str) -> str:
+    """Returns the lines of an assembly without what only debuggers and readers use.
+
+    Args:
+        text: PTX, or AMD's assembly.
+        comment: what a comment begins with, "//" in PTX and ";" in AMD's assembly.
+    """
+    lines, in_debug = [], False
+    for whole in text.splitlines():
+        line = whole.partition(comment)[0].strip()
+        if line.startswith((".section", ".text", ".amdgpu_metadata")):
+            in_debug = line.startswith(".section") and ".debug_" in line
+        if line and not in_debug and not _DEBUG.match(line):
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

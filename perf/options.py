@@ -88,6 +88,14 @@ def parents() -> Parents:
     return Parents(folder, points, timing, lines)
 
 
+def choose_inspected(part: argparse.ArgumentParser, compiled: bool) -> None:
+    """Adds what narrows the points that are looked at without a GPU, and what they are compiled for."""
+    part.add_argument("--points", type=int, default=None, help="only the first so many points")
+    if compiled:
+        part.add_argument("--target", action="append", help="only for this GPU, such as sm_90; may be repeated")
+        part.add_argument("--every-config", action="store_true", help="all that a search would try, not the first")
+
+
 def is_quick(options: argparse.Namespace) -> bool:
     return bool(options.shapes == "quick")
 

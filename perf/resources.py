@@ -6,7 +6,7 @@ function through which they launch is replaced by one that compiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -60,6 +60,13 @@ TARGETS = {
         Target("gfx942", "MI300X", GPUTarget("hip", "gfx942", 64), 304, 4 << 20, 32, 131072, 512, 64 << 10, 0, 32),
     )
 }
+
+
+def targets_of(names: Collection[str]) -> list[str]:
+    """Returns the names; raises ValueError where one is no target's."""
+    if unknown := [name for name in names if name not in TARGETS]:
+        raise ValueError(f"{unknown[0]!r} is none of the targets {', '.join(TARGETS)}")
+    return list(names)
 
 
 def occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple[int, str]:

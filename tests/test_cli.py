@@ -13,7 +13,9 @@ from perf.points import BOTH, FAMILY, MODES, PASSES
 
 pytestmark = pytest.mark.unguarded
 
-VERBS = ("list", "run", "report", "compare", "resources", "traffic", "tune", "numerics", "host", "anatomy", "readme")
+VERBS = (
+    "list", "run", "report", "compare", "resources", "code", "traffic", "tune", "numerics", "host", "anatomy", "readme"
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +158,9 @@ def test_a_file_without_shapes_is_refused(content, said, capsys, tmp_path):
         (("run", "--seconds", "0"), "'0' is no time to measure in"),
         (("run", "--seconds", "nan"), "'nan' is no time to measure in"),
         (("resources", "--target", "sm_20"), "'sm_20' is none of the targets sm_80"),
+        (("code",), "one of the arguments --save --compare is required"),
+        (("code", "--save", "code.json", "--target", "sm_20"), "'sm_20' is none of the targets sm_80"),
+        (("code", "--compare", "absent.json"), "absent.json"),
         (("compare", "one.json"), "required: new"),
     ],
 )
