@@ -96,7 +96,7 @@ rows.load_summed
 rows.load_columns
     weight offset | value | columns += OFFSET -> columns += 0.0
 rows.centred_on
-    off-centre long rows | off-centre | (centred - mean) - rest -> centred - mean
+    off-centre long rows | off-centre | (centred - mean) - mean_lo -> centred - mean
 rows.rounded
     rounded x_hat | different | x_hat.to(ROUNDED).to(x_hat.dtype) -> x_hat
 rows_backward.rows_backward_kernel
@@ -152,11 +152,11 @@ moments.merge_places
     last, two launches | value | m2 + delta * (delta * counts) -> m2 + delta * delta * 0.0
 moments.merge
     long rows | value | delta * (delta * (count_a * share)) -> delta * (delta * (count_b * share))
-    off-centre flat | off-centre | rest = ((mean_a - mean) + step) + (rest_a + (rest_b - rest_a) * share)
-        -> rest = rest_a + (rest_b - rest_a) * share
+    off-centre flat | off-centre | mean_lo = ((mean_a - mean) + step) + (mean_lo_a + (mean_lo_b - mean_lo_a) * share)
+        -> mean_lo = mean_lo_a + (mean_lo_b - mean_lo_a) * share
 moments.merge_all
     last | value | m2s + delta * (delta * counts) -> m2s + delta * delta
-    off-centre flat | off-centre | (means - base) + rests -> means - base
+    off-centre flat | off-centre | (means - base) + means_lo -> means - base
 exchange.take_place
     flat | race | tl.atomic_add(sync_ptr, 1, -> tl.atomic_add(sync_ptr, 0,
 exchange.arrive
@@ -219,7 +219,7 @@ channels.channels_forward_kernel
     last | unwritten | for swept in range(0, end - first, T) -> for swept in range(0, end - first - T, T)
     whole tiles | unwritten | (end - 1 - first) // T * T -> (end - first) // T * T
     folded | value | if not TOGETHER or swept > 0 -> if not TOGETHER
-    off-centre flat | off-centre | (raw.to(COMPUTE) - mean) - rest -> raw.to(COMPUTE) - mean
+    off-centre flat | off-centre | (raw.to(COMPUTE) - mean) - mean_lo -> raw.to(COMPUTE) - mean
 channels_backward.channels_backward_kernel
     last | value | tile_sum(dz * centred, AXIS) -> tile_sum(dz * raw_x.to(COMPUTE), AXIS)
     last, two launches | value | tile_sum(sum_dz_centred, AXIS) -> tile_sum(sum_dz, AXIS)
@@ -227,7 +227,7 @@ channels_backward.channels_backward_kernel
     folded | race | wait(sync_ptr, block, n_splits + 1) -> wait(sync_ptr, block, n_splits)
     last, two launches | value | dx *= scale -> dx *= rstd
     flat, relu of a sum | value | dresidual = dz.to -> dresidual = raw_dy.to
-    off-centre flat | off-centre | (raw_x.to(COMPUTE) - mean) - rest -> raw_x.to(COMPUTE) - mean
+    off-centre flat | off-centre | (raw_x.to(COMPUTE) - mean) - mean_lo -> raw_x.to(COMPUTE) - mean
     whole tiles | unwritten | (end - 1 - first) // T * T -> (end - first) // T * T
 channels_backward.merge_sums
     flat | value | there = (splits < n_splits) & mask -> there = (splits < n_splits - 1) & mask
@@ -249,7 +249,7 @@ activations.gradient_by_side
     flat, relu of a sum | value | tl.where(positive, dy, 0.0) -> dy
     last, leaky_relu of a sum | value | dy * SLOPE -> dy
 activations.exp
-    far silu | different | tl.fma(x, LOG2_E, -t) + x * LOG2_E_REST -> x * 0.0
+    far silu | different | tl.fma(x, LOG2_E, -t) + x * LOG2_E_LO -> x * 0.0
 ranks.first_and_total
     shares of a batch | different | mask=ranks < n_ranks, other=0.0) -> mask=ranks < n_ranks)
 ranks.shares_of
@@ -258,7 +258,7 @@ ranks.merge_ranks_kernel
     shares of a batch | different | delta * (delta * counts) -> delta * delta
     shares of a batch | moved | tl.maximum(total - 1.0, 1.0) -> divisor
     shares of a batch | different | delta += tl.load(slots + n_channels, mask=there, other=0.0)\n -> delta += 0.0\n
-    shares of a batch | different | mask=there, other=0.0) - rest -> mask=there, other=0.0)
+    shares of a batch | different | mask=there, other=0.0) - mean_lo -> mask=there, other=0.0)
     shares of a batch | race | tl.zeros([1, 1], tl.int32) + block -> tl.zeros([1, 1], tl.int32)
     shares of a batch | barrier | tl.debug_barrier() -> pass
 """)

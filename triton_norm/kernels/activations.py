@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOG2_E_REST = tl.constexpr(1.925963033500e-8)  # of LOG2_E in fp32
+LOG2_E_LO = tl.constexpr(1.925963033500e-8)  # what LOG2_E loses when it is rounded to fp32
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -18,7 +18,7 @@ def exp(x):
         power = tl.exp(x)
     else:
         t = x * LOG2_E
-        left = tl.fma(x, LOG2_E, -t) + x * LOG2_E_REST
+        left = tl.fma(x, LOG2_E, -t) + x * LOG2_E_LO
         power = tl.exp2(t)
         power += tl.where(tl.abs(left) < 1.0, left, 0.0) * LN_2 * tl.where(power < float("inf"), power, 0.0)
     return power

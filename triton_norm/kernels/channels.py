@@ -37,26 +37,26 @@ from triton_norm.kernels.tiles import (
 def merge_splits(
     partials_ptr, channels, mask, n_channels, n_splits, split_size, total, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """(mean, rest, M2) [1, n] of whole channels from those of their splits, partials [3, n_splits, n_channels]; the
+    """(mean, mean_lo, M2) [1, n] of whole channels from those of their splits, partials [3, n_splits, n_channels]; the
     last split may be shorter than split_size elements.
     """
     kind = n_splits.to(tl.int64) * n_channels
     mean = tl.zeros(channels.shape, COMPUTE)
-    rest = tl.zeros(channels.shape, COMPUTE)
+    mean_lo = tl.zeros(channels.shape, COMPUTE)
     m2 = tl.zeros(channels.shape, COMPUTE)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
         there = (splits < n_splits) & mask
         slots = partials_ptr + splits * n_channels + channels
         means = tl.load(slots, mask=there, other=0.0, cache_modifier=".cg")
-        rests = tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg")
+        means_lo = tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg")
         m2s = tl.load(slots + 2 * kind, mask=there, other=0.0, cache_modifier=".cg")
         counts = tl.maximum(tl.minimum(total - splits * split_size, split_size), 0).to(COMPUTE)
         seen = to_float(start * split_size, COMPUTE)
         count = to_float(tl.minimum(total - start * split_size, BLOCK_K * split_size), COMPUTE)
-        some_mean, some_rest, some_m2 = merge_all(counts, means, rests, m2s, count, 0)
-        mean, rest, m2 = merge(seen, mean, rest, m2, count, some_mean, some_rest, some_m2)
-    return mean, rest, m2
+        some_mean, some_mean_lo, some_m2 = merge_all(counts, means, means_lo, m2s, count, 0)
+        mean, mean_lo, m2 = merge(seen, mean, mean_lo, m2, count, some_mean, some_mean_lo, some_m2)
+    return mean, mean_lo, m2
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def move_running(ptr, channels, mask, value, momentum, COMPUTE: tl.constexpr):
 @triton.jit
 def finalise_statistics(
     mean,
-    rest,
+    mean_lo,
     m2,
     statistics_ptr,
     moments_ptr,
@@ -93,11 +93,11 @@ def finalise_statistics(
     and moves the running ones; returns rstd."""
     rstd = tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS)
     tl.store(statistics_ptr + channels, mean, mask=mask)
-    tl.store(statistics_ptr + n_channels + channels, rest, mask=mask)
+    tl.store(statistics_ptr + n_channels + channels, mean_lo, mask=mask)
     tl.store(statistics_ptr + 2 * n_channels + channels, m2 if LOCAL else rstd, mask=mask)
     if moments_ptr is not None:
         tl.store(moments_ptr + channels, mean, mask=mask)
-        tl.store(moments_ptr + n_channels + channels, rest, mask=mask)
+        tl.store(moments_ptr + n_channels + channels, mean_lo, mask=mask)
         tl.store(moments_ptr + 2 * n_channels + channels, m2, mask=mask)
     if running_mean_ptr is not None:
         if CUMULATIVE:
@@ -190,7 +190,7 @@ def channels_forward_kernel(
         lanes_per_channel: tl.constexpr = LANES if AXIS is None else 1
         wide: tl.constexpr = 1 if AXIS is None else LANES
         mean = tl.zeros([1, wide], COMPUTE)
-        rest = tl.zeros([1, wide], COMPUTE)
+        mean_lo = tl.zeros([1, wide], COMPUTE)
         m2 = tl.zeros([1, wide], COMPUTE)
         if IN_PLACES:
             shift = mean
@@ -207,28 +207,30 @@ def channels_forward_kernel(
                     _, shift, _ = centre(raw.to(COMPUTE), mask, count, AXIS)
                 mean, m2 = take_in(scaled_from(raw.to(COMPUTE), shift), mask, T / (seen + T), mean, m2)
             else:
-                centred, tile_mean, tile_rest = centre(raw.to(COMPUTE), mask, count, AXIS)
+                centred, tile_mean, tile_mean_lo = centre(raw.to(COMPUTE), mask, count, AXIS)
                 tile_m2 = tile_sum(centred * centred, AXIS)
-                mean, rest, m2 = merge(seen * lanes_per_channel, mean, rest, m2, count, tile_mean, tile_rest, tile_m2)
+                mean, mean_lo, m2 = merge(
+                    seen * lanes_per_channel, mean, mean_lo, m2, count, tile_mean, tile_mean_lo, tile_m2
+                )
         if IN_PLACES:
             counts = tl.cdiv(tl.maximum(end - first - tl.arange(0, T)[:, None], 0), T)
-            mean, rest, m2 = merge_places(to_float(counts, COMPUTE), mean, m2, shift)
+            mean, mean_lo, m2 = merge_places(to_float(counts, COMPUTE), mean, m2, shift)
         per_group = V if AXIS is None else columns_per_channel
         if FOLD:
             rows = to_float(end - first, COMPUTE)
-            mean, rest, m2 = fold_moments(mean, rest, m2, rows, columns_per_channel, LANES, FOLD, WIDTH)
+            mean, mean_lo, m2 = fold_moments(mean, mean_lo, m2, rows, columns_per_channel, LANES, FOLD, WIDTH)
         channels, there = channels_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD)
         total = n_groups.to(tl.int64) * per_group
         if SHARED:
             kind = n_splits.to(tl.int64) * n_channels
             slots = partials_ptr + split.to(tl.int64) * n_channels + channels
             tl.store(slots, mean, mask=there)
-            tl.store(slots + kind, rest, mask=there)
+            tl.store(slots + kind, mean_lo, mask=there)
             tl.store(slots + 2 * kind, m2, mask=there)
             comes_last = arrive(sync_ptr, block) == n_splits - 1
             if comes_last:
                 split_size = groups_per_split.to(tl.int64) * per_group
-                mean, rest, m2 = merge_splits(
+                mean, mean_lo, m2 = merge_splits(
                     partials_ptr, channels, there, n_channels, n_splits, split_size, total, BLOCK_K, COMPUTE
                 )
         else:
@@ -236,7 +238,7 @@ def channels_forward_kernel(
         if comes_last:
             rstd = finalise_statistics(
                 mean,
-                rest,
+                mean_lo,
                 m2,
                 statistics_ptr,
                 moments_ptr,
@@ -265,7 +267,7 @@ def channels_forward_kernel(
                 close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
     if APPLY:
         if SHARED or FOLD or not STATISTICS:
-            mean, rest, rstd = load_statistics(
+            mean, mean_lo, rstd = load_statistics(
                 statistics_ptr, running_mean_ptr, running_var_ptr, lane_channels, in_range, n_channels, EPS, COMPUTE
             )
         scale = rstd * load_parameter(weight_ptr, lane_channels, in_range, 1.0, COMPUTE)
@@ -278,7 +280,7 @@ def channels_forward_kernel(
             if not TOGETHER or swept > 0:
                 offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
                 raw = tl.load(aligned(x_lanes + offsets, V, 1), mask=mask, other=0.0)
-            z = ((raw.to(COMPUTE) - mean) - rest) * scale + bias
+            z = ((raw.to(COMPUTE) - mean) - mean_lo) * scale + bias
             if residual_ptr is not None:
                 residual_lanes = lanes_at(
                     residual_ptr, columns, lane_channels, residual_channel_vecs, V, LANES, 1, AXIS

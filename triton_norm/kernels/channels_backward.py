@@ -143,7 +143,7 @@ def channels_backward_kernel(
     n_channels = n_column_vecs if AXIS is None else n_column_vecs * V // columns_per_channel
     dy_lanes = lanes_at(dy_ptr, columns, lane_channels, dy_channel_vecs, V, LANES, DY_SPREAD, AXIS)
     x_lanes = lanes_at(x_ptr, columns, lane_channels, x_channel_vecs, V, LANES, 1, AXIS)
-    mean, rest, rstd = load_statistics(
+    mean, mean_lo, rstd = load_statistics(
         statistics_ptr, running_mean_ptr, running_var_ptr, lane_channels, in_range, n_channels, EPS, COMPUTE
     )
     scale = rstd * load_parameter(weight_ptr, lane_channels, in_range, 1.0, COMPUTE)
@@ -172,7 +172,7 @@ def channels_backward_kernel(
                     x_offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
                     raw_x = tl.load(aligned(x_lanes + x_offsets, V, 1), mask=mask, other=0.0)
             dz = raw_dy.to(COMPUTE)
-            centred = tl.where(mask, (raw_x.to(COMPUTE) - mean) - rest, 0.0)
+            centred = tl.where(mask, (raw_x.to(COMPUTE) - mean) - mean_lo, 0.0)
             if ACTIVATION is not None:
                 if bits_ptr is not None:
                     places, within = bytes_of(

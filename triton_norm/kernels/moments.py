@@ -33,7 +33,7 @@ def divide(a, b, inverse):
 
 @triton.jit
 def centre(x, mask, count, AXIS: tl.constexpr):
-    """(x − mean, mean, rest) over AXIS, the mean of `count` elements being mean + rest to twice the precision.
+    """(x − mean, mean, mean_lo) over AXIS, the mean of `count` elements being mean + mean_lo to twice the precision.
 
     x must be 0, and the result is 0, outside the mask. The mean of what a first mean leaves is taken off again: a
     constant row centres to exactly 0, and a large mean leaves no rounding error of its own size. Sums are of terms
@@ -66,19 +66,19 @@ def take_in(values, mask, inverse_count, mean, m2):
 
 
 @triton.jit
-def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
-    """(mean, rest, M2) of two disjoint sets together (Chan, Golub, LeVeque 1979); counts are floats, count_b not 0."""
+def merge(count_a, mean_a, mean_lo_a, m2_a, count_b, mean_b, mean_lo_b, m2_b):
+    """(mean, mean_lo, M2) of two disjoint sets (Chan, Golub, LeVeque 1979); counts are floats, count_b not 0."""
     share = count_b / (count_a + count_b)
     step = (mean_b - mean_a) * share
     mean = mean_a + step
-    rest = ((mean_a - mean) + step) + (rest_a + (rest_b - rest_a) * share)
-    delta = (mean_b - mean_a) + (rest_b - rest_a)
-    return mean, rest, m2_a + m2_b + delta * (delta * (count_a * share))
+    mean_lo = ((mean_a - mean) + step) + (mean_lo_a + (mean_lo_b - mean_lo_a) * share)
+    delta = (mean_b - mean_a) + (mean_lo_b - mean_lo_a)
+    return mean, mean_lo, m2_a + m2_b + delta * (delta * (count_a * share))
 
 
 @triton.jit
-def merge_all(counts, means, rests, m2s, total, AXIS: tl.constexpr):
-    """(mean, rest, M2) of all the sets along an axis together; all of a set that isn't there is 0.
+def merge_all(counts, means, means_lo, m2s, total, AXIS: tl.constexpr):
+    """(mean, mean_lo, M2) of all the sets along an axis together; all of a set that isn't there is 0.
 
     Of a vector these are scalars, of a tile the axis stays with length 1. Means are summed as differences from the
     first set's, so that equal ones merge to themselves exactly.
@@ -89,16 +89,16 @@ def merge_all(counts, means, rests, m2s, total, AXIS: tl.constexpr):
         index = tl.expand_dims(index, 1 - AXIS)
     base = tl.sum(tl.where(index == 0, means, 0.0), AXIS, keep_dims=KEEP)
     present = counts > 0
-    shift = tl.sum(tl.where(present, (means - base) + rests, 0.0) * (counts / total), AXIS, keep_dims=KEEP)
+    shift = tl.sum(tl.where(present, (means - base) + means_lo, 0.0) * (counts / total), AXIS, keep_dims=KEEP)
     mean = base + shift
-    rest = (base - mean) + shift
-    delta = tl.where(present, (means - mean) + (rests - rest), 0.0)
-    return mean, rest, tl.sum(m2s + delta * (delta * counts), AXIS, keep_dims=KEEP)
+    mean_lo = (base - mean) + shift
+    delta = tl.where(present, (means - mean) + (means_lo - mean_lo), 0.0)
+    return mean, mean_lo, tl.sum(m2s + delta * (delta * counts), AXIS, keep_dims=KEEP)
 
 
 @triton.jit
 def merge_places(counts, mean, m2, shift):
-    """(mean, rest, M2) of the columns of a tile whose places hold the moments of `counts` [T, 1] values each, as
+    """(mean, mean_lo, M2) of the columns of a tile whose places hold the moments of `counts` [T, 1] values each, as
     `scaled_from` the columns' shift leaves them. As in `centre`, the mean of what a first mean leaves is taken off."""
     share = counts / tl.sum(counts, 0, keep_dims=True)
     first = tl.sum(mean * share, 0, keep_dims=True)

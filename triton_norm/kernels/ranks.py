@@ -70,16 +70,16 @@ def merge_ranks_kernel(
         delta += tl.load(slots + n_channels, mask=there, other=0.0)
         shift += tile_sum(tl.where(there, delta * (counts / divisor), 0.0), 0)
     mean = base + shift
-    rest = (base - mean) + shift
+    mean_lo = (base - mean) + shift
     m2 = tl.zeros_like(base)
     for start in range(0, n_ranks, BLOCK_K):
         slots, there, counts = shares_of(gathered_ptr, start, channels, mask, n_channels, n_ranks, BLOCK_K)
         delta = tl.load(slots, mask=there, other=0.0) - mean
-        delta += tl.load(slots + n_channels, mask=there, other=0.0) - rest
+        delta += tl.load(slots + n_channels, mask=there, other=0.0) - mean_lo
         m2s = tl.load(slots + 2 * n_channels, mask=there, other=0.0)
         m2 += tile_sum(tl.where(there, m2s + delta * (delta * counts), 0.0), 0)
     tl.store(merged_ptr + channels, mean, mask=mask)
-    tl.store(merged_ptr + n_channels + channels, rest, mask=mask)
+    tl.store(merged_ptr + n_channels + channels, mean_lo, mask=mask)
     tl.store(merged_ptr + 2 * n_channels + channels, tl.rsqrt(m2 / divisor + EPS), mask=mask)
     place = tl.zeros([1, 1], tl.int32) + block
     tl.store(merged_ptr + 3 * n_channels + place, total, mask=place == 0)

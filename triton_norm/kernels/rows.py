@@ -44,20 +44,20 @@ def load_summed(
 
 @triton.jit
 def moments(x, mask, count, CENTRED: tl.constexpr):
-    """(x − mean, mean, rest, M2) of a tile's rows, `count` elements each; mean and rest are 0 unless CENTRED."""
+    """(x − mean, mean, mean_lo, M2) of a tile's rows, `count` elements each; mean and mean_lo are 0 unless CENTRED."""
     if CENTRED:
-        centred, mean, rest = centre(x, mask, count, 1)
+        centred, mean, mean_lo = centre(x, mask, count, 1)
     else:
         centred = x
         mean = tl.zeros([x.shape[0], 1], x.dtype)
-        rest = mean
-    return centred, mean, rest, tile_sum(centred * centred, 1)
+        mean_lo = mean
+    return centred, mean, mean_lo, tile_sum(centred * centred, 1)
 
 
 @triton.jit
 def exchange_moments(
     mean,
-    rest,
+    mean_lo,
     m2,
     partials_ptr,
     sync_ptr,
@@ -77,20 +77,20 @@ def exchange_moments(
     tl.store(base + peer, tl.sum(m2))
     if CENTRED:
         tl.store(base + n_peers + peer, tl.sum(mean))
-        tl.store(base + 2 * n_peers + peer, tl.sum(rest))
+        tl.store(base + 2 * n_peers + peer, tl.sum(mean_lo))
     meet(sync_ptr, row, n_peers)
     m2s = tl.load(base + members, mask=there, other=0.0, volatile=True)
     if CENTRED:
         means = tl.load(base + n_peers + members, mask=there, other=0.0, volatile=True)
-        rests = tl.load(base + 2 * n_peers + members, mask=there, other=0.0, volatile=True)
+        means_lo = tl.load(base + 2 * n_peers + members, mask=there, other=0.0, volatile=True)
         counts = tl.where(there, tl.minimum(n_cols - members * SPAN, SPAN), 0).to(m2.dtype)
-        row_mean, row_rest, row_m2 = merge_all(counts, means, rests, m2s, n_cols.to(m2.dtype), 0)
+        row_mean, row_mean_lo, row_m2 = merge_all(counts, means, means_lo, m2s, n_cols.to(m2.dtype), 0)
         mean = to_float(row_mean, m2.dtype)
-        rest = to_float(row_rest, m2.dtype)
+        mean_lo = to_float(row_mean_lo, m2.dtype)
         m2 = to_float(row_m2, m2.dtype)
     else:
         m2 = to_float(tl.sum(m2s, 0), m2.dtype)
-    return mean, rest, m2
+    return mean, mean_lo, m2
 
 
 @triton.jit
@@ -102,11 +102,11 @@ def rounded(x_hat, ROUNDED: tl.constexpr):
 
 
 @triton.jit
-def centred_on(x, mean, rest, CENTRED: tl.constexpr):
-    """x − mean − rest in the mean's type."""
+def centred_on(x, mean, mean_lo, CENTRED: tl.constexpr):
+    """x − mean − mean_lo in the mean's type."""
     centred = x.to(mean.dtype)
     if CENTRED:
-        centred = (centred - mean) - rest
+        centred = (centred - mean) - mean_lo
     return centred
 
 
@@ -181,7 +181,7 @@ def rows_forward_kernel(
     mask = row_mask & (cols < n_cols)
     x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
     count = to_float(tl.minimum(n_cols - begin, BLOCK_N), COMPUTE)
-    centred, mean, rest, m2 = moments(x.to(COMPUTE), mask, count, CENTRED)
+    centred, mean, mean_lo, m2 = moments(x.to(COMPUTE), mask, count, CENTRED)
     if PIECES > 1:
         end = tl.minimum(begin + SPAN, n_cols)
         for start in range(begin + BLOCK_N, end, BLOCK_N):
@@ -189,20 +189,20 @@ def rows_forward_kernel(
             mask = row_mask & (cols < n_cols)
             x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
             count = to_float(tl.minimum(end - start, BLOCK_N), COMPUTE)
-            _, piece_mean, piece_rest, piece_m2 = moments(x.to(COMPUTE), mask, count, CENTRED)
+            _, piece_mean, piece_mean_lo, piece_m2 = moments(x.to(COMPUTE), mask, count, CENTRED)
             if CENTRED:
                 seen = to_float(start - begin, COMPUTE)
-                mean, rest, m2 = merge(seen, mean, rest, m2, count, piece_mean, piece_rest, piece_m2)
+                mean, mean_lo, m2 = merge(seen, mean, mean_lo, m2, count, piece_mean, piece_mean_lo, piece_m2)
             else:
                 m2 += piece_m2
     if PEERS > 1:
-        mean, rest, m2 = exchange_moments(
-            mean, rest, m2, partials_ptr, sync_ptr, group, peer, n_peers, n_cols, SPAN, PEERS, CENTRED
+        mean, mean_lo, m2 = exchange_moments(
+            mean, mean_lo, m2, partials_ptr, sync_ptr, group, peer, n_peers, n_cols, SPAN, PEERS, CENTRED
         )
         row_mask = rows < tl.where(peer == 0, n_rows, 0)
     rstd = tl.rsqrt(m2 / to_float(n_cols, COMPUTE) + EPS)
     if PIECES > 1 or PEERS > 1:
-        centred = centred_on(x, mean, rest, CENTRED)
+        centred = centred_on(x, mean, mean_lo, CENTRED)
     y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
     tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
     if PIECES > 1:
@@ -215,7 +215,7 @@ def rows_forward_kernel(
             cols = last - back + tl.arange(0, BLOCK_N)[None, :]
             mask = (rows < n_rows) & (cols < n_cols)
             x = tl.load(at(swept_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
-            centred = centred_on(x, mean, rest, CENTRED)
+            centred = centred_on(x, mean, mean_lo, CENTRED)
             y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
             tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
     if statistics_ptr is not None:

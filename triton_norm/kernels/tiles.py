@@ -150,16 +150,16 @@ def load_statistics(
     EPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """(mean, rest, rstd) from statistics [3, n_channels], which this launch may have written, or from running ones."""
+    """(mean, mean_lo, rstd) from statistics [3, n_channels], perhaps of this very launch, or from running ones."""
     if statistics_ptr is None:
         mean = tl.load(running_mean_ptr + channels, mask=mask, other=0.0).to(COMPUTE)
-        rest = tl.zeros([1, 1], COMPUTE)
+        mean_lo = tl.zeros([1, 1], COMPUTE)
         rstd = tl.rsqrt(tl.load(running_var_ptr + channels, mask=mask, other=1.0).to(COMPUTE) + EPS)
     else:
         mean = tl.load(statistics_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
-        rest = tl.load(statistics_ptr + n_channels + channels, mask=mask, other=0.0, cache_modifier=".cg")
+        mean_lo = tl.load(statistics_ptr + n_channels + channels, mask=mask, other=0.0, cache_modifier=".cg")
         rstd = tl.load(statistics_ptr + 2 * n_channels + channels, mask=mask, other=1.0, cache_modifier=".cg")
-    return mean, rest, rstd
+    return mean, mean_lo, rstd
 
 
 @triton.jit
@@ -174,14 +174,14 @@ def by_channel(values, columns_per_channel, LANES: tl.constexpr, FOLD: tl.conste
 
 @triton.jit
 def fold_moments(
-    mean, rest, m2, count, columns_per_channel, LANES: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr
+    mean, mean_lo, m2, count, columns_per_channel, LANES: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """(mean, rest, M2) [1, FOLD] of a block's channels from those of its columns, `count` elements each."""
+    """(mean, mean_lo, M2) [1, FOLD] of a block's channels from those of its columns, `count` elements each."""
     means = by_channel(mean, columns_per_channel, LANES, FOLD, WIDTH)
-    rests = by_channel(rest, columns_per_channel, LANES, FOLD, WIDTH)
+    means_lo = by_channel(mean_lo, columns_per_channel, LANES, FOLD, WIDTH)
     m2s = by_channel(m2, columns_per_channel, LANES, FOLD, WIDTH)
     counts = tl.where(tl.arange(0, WIDTH)[:, None] < columns_per_channel, count, 0.0)
-    return merge_all(counts, means, rests, m2s, count * columns_per_channel, 0)
+    return merge_all(counts, means, means_lo, m2s, count * columns_per_channel, 0)
 
 
 @triton.jit
