@@ -74,13 +74,14 @@ rows.rows_forward_kernel
     short rows | bounds | mask = row_mask & (cols < n_cols)\n    x =
         -> mask = row_mask & (cols <= n_cols)\n    x =
     far rows | overflow | group.to(tl.int64) * BLOCK_M -> group * BLOCK_M
-    large eps | value | tl.rsqrt(m2 / to_float(n_cols, COMPUTE) + EPS) -> tl.rsqrt(m2 / to_float(n_cols, COMPUTE)) + EPS
+    large eps | value | tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + EPS)
+        -> tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE)) + EPS
     long rows | value | to_float(start - begin, COMPUTE) -> to_float(start - begin - BLOCK_N, COMPUTE)
     long rows | value | tl.minimum(end - start, BLOCK_N) -> BLOCK_N
-    long rows, no mean | value | m2 += piece_m2 -> m2 = piece_m2
+    long rows, no mean | value | moments.m2 + of_piece.m2 -> of_piece.m2
     long rows | unwritten | range(BLOCK_N, last - begin + 1, BLOCK_N) -> range(BLOCK_N, last - begin, BLOCK_N)
     long sums | barrier | tl.debug_barrier() -> pass
-    short rows | unwritten | tl.store(statistics_ptr + rows, mean, mask=row_mask) -> pass
+    short rows | unwritten | tl.store(statistics_ptr + rows, moments.mean, mask=row_mask) -> pass
     short rows | value | rstd, mask=row_mask)\n        else -> rstd.to(tl.bfloat16), mask=row_mask)\n        else
     shared rows | race | tl.where(peer == 0, n_rows, 0) -> n_rows
 rows.exchange_moments
@@ -88,15 +89,13 @@ rows.exchange_moments
     shared rows | bounds | there = members < n_peers -> there = members <= n_peers
     shared rows | race | row.to(tl.int64) * n_peers * KINDS -> row.to(tl.int64) * n_peers
     shared rows | race | meet(sync_ptr, row, n_peers) -> meet(sync_ptr, row, n_peers - 1)
-rows.moments
-    off-centre sums | value | tile_sum(centred * centred, 1) -> tile_sum(x * x, 1) - count * mean * mean
 rows.load_summed
     short rows | unwritten | mask=mask, other=0.0, eviction_policy=EVICTION -> mask=mask, eviction_policy=EVICTION
     long sums | different | .to(total_rows.dtype.element_ty) ->
 rows.load_columns
     weight offset | value | columns += OFFSET -> columns += 0.0
 rows.centred_on
-    off-centre long rows | off-centre | (centred - mean) - mean_lo -> centred - mean
+    off-centre long rows | off-centre | (centred - moments.mean) - moments.mean_lo -> centred - moments.mean
 rows.rounded
     rounded x_hat | different | x_hat.to(ROUNDED).to(x_hat.dtype) -> x_hat
 rows_backward.rows_backward_kernel
@@ -140,6 +139,9 @@ moments.divide
 moments.centre
     off-centre rows | off-centre | return tl.where(mask, centred - correction, 0.0), mean, -> return centred, mean,
     off-centre long rows | off-centre | (first - mean) + correction -> first * 0.0
+moments.moments_of
+    off-centre sums | value | tile_sum(centred * centred, AXIS) -> tile_sum(x * x, AXIS) - count * mean * mean
+    off-centre flat | off-centre | tile_sum(centred * centred, AXIS) -> tile_sum(x * x, AXIS) - count * mean * mean
 moments.scaled_from
     off-centre last, two launches | off-centre | x * 0.25 - shift * 0.25 -> x * 0.25 - shift * 0.0
 moments.take_in
@@ -152,11 +154,10 @@ moments.merge_places
     last, two launches | value | m2 + delta * (delta * counts) -> m2 + delta * delta * 0.0
 moments.merge
     long rows | value | delta * (delta * (count_a * share)) -> delta * (delta * (count_b * share))
-    off-centre flat | off-centre | mean_lo = ((mean_a - mean) + step) + (mean_lo_a + (mean_lo_b - mean_lo_a) * share)
-        -> mean_lo = mean_lo_a + (mean_lo_b - mean_lo_a) * share
+    off-centre flat | off-centre | mean_lo = ((a.mean - mean) + step) + (a.mean_lo + -> mean_lo = (a.mean_lo +
 moments.merge_all
-    last | value | m2s + delta * (delta * counts) -> m2s + delta * delta
-    off-centre flat | off-centre | (means - base) + means_lo -> means - base
+    last | value | sets.m2 + delta * (delta * counts) -> sets.m2 + delta * delta
+    off-centre flat | off-centre | (sets.mean - base) + sets.mean_lo -> sets.mean - base
 exchange.take_place
     flat | race | tl.atomic_add(sync_ptr, 1, -> tl.atomic_add(sync_ptr, 0,
 exchange.arrive
@@ -199,20 +200,19 @@ channels.merge_splits
 channels.move_running
     running statistics | moved | (1.0 - momentum) * running -> (1.0 - momentum) * (1.0 - momentum) * running
 channels.finalise_statistics
-    running statistics, two launches | moved | m2 / to_float(total - 1, COMPUTE) -> m2 / to_float(total, COMPUTE)
+    running statistics, two launches | moved | moments.m2 / to_float(total - 1, COMPUTE) -> moments.m2 / to_float(total, COMPUTE)
     cumulative statistics | moved | tl.load(num_batches_tracked_ptr) + 1 -> tl.load(num_batches_tracked_ptr) + 2
-    flat | value | tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS) -> tl.rsqrt(m2 / to_float(total, COMPUTE)) + EPS
+    flat | value | tl.rsqrt(moments.m2 / to_float(total, COMPUTE) + EPS)
+        -> tl.rsqrt(moments.m2 / to_float(total, COMPUTE)) + EPS
     fp64 statistics | moved | to_float(momentum_rest, COMPUTE) -> 0.0
 channels.channels_forward_kernel
-    off-centre flat | off-centre | tile_sum(centred * centred, AXIS)
-        -> tile_sum(raw.to(COMPUTE) * raw.to(COMPUTE), AXIS) - count * tile_mean * tile_mean
     folded, two launches | value | to_float(start - first, COMPUTE) -> to_float(start - first + T, COMPUTE)
     last, two launches | value | T / (seen + T) -> T / (seen + T + T)
     flat | value | to_float(tl.minimum(end - start, T), COMPUTE) -> to_float(T, COMPUTE)
     last, two launches | value | tl.maximum(end - first - tl.arange(0, T)[:, None], 0) -> end - first
     last | bounds | n_column_vecs * V // columns_per_channel -> n_column_vecs * V // columns_per_channel + 1
     flat | race | partials_ptr + split.to(tl.int64) * n_channels + channels -> partials_ptr + channels
-    flat | unwritten | tl.store(slots + 2 * kind, m2 -> tl.store(slots + kind, m2
+    flat | unwritten | slots + 2 * kind, moments.m2 -> slots + kind, moments.m2
     last, two launches | race | arrive(sync_ptr, block) == n_splits - 1 -> arrive(sync_ptr, block) == n_splits - 2
     running statistics, two launches | barrier | tl.debug_barrier() -> pass
     flat | race | wait(sync_ptr, block, n_splits + 1) -> wait(sync_ptr, block, n_splits)

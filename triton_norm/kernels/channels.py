@@ -10,13 +10,14 @@ import triton.language as tl
 from triton_norm.kernels.activations import activate, bits_per_byte, bytes_of, pack, side_of_zero
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import (
+    Moments,
     centre,
     merge,
     merge_all,
     merge_places,
+    moments_of,
     scaled_from,
     take_in,
-    tile_sum,
     to_float,
 )
 from triton_norm.kernels.tiles import (
@@ -37,26 +38,24 @@ from triton_norm.kernels.tiles import (
 def merge_splits(
     partials_ptr, channels, mask, n_channels, n_splits, split_size, total, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """(mean, mean_lo, M2) [1, n] of whole channels from those of their splits, partials [3, n_splits, n_channels]; the
+    """Returns the moments [1, n] of whole channels from those of their splits, partials [3, n_splits, n_channels]; the
     last split may be shorter than split_size elements.
     """
     kind = n_splits.to(tl.int64) * n_channels
-    mean = tl.zeros(channels.shape, COMPUTE)
-    mean_lo = tl.zeros(channels.shape, COMPUTE)
-    m2 = tl.zeros(channels.shape, COMPUTE)
+    none = tl.zeros(channels.shape, COMPUTE)
+    moments = Moments(none, none, none)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
         there = (splits < n_splits) & mask
         slots = partials_ptr + splits * n_channels + channels
-        means = tl.load(slots, mask=there, other=0.0, cache_modifier=".cg")
-        means_lo = tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg")
-        m2s = tl.load(slots + 2 * kind, mask=there, other=0.0, cache_modifier=".cg")
+        mean = tl.load(slots, mask=there, other=0.0, cache_modifier=".cg")
+        mean_lo = tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg")
+        m2 = tl.load(slots + 2 * kind, mask=there, other=0.0, cache_modifier=".cg")
         counts = tl.maximum(tl.minimum(total - splits * split_size, split_size), 0).to(COMPUTE)
         seen = to_float(start * split_size, COMPUTE)
         count = to_float(tl.minimum(total - start * split_size, BLOCK_K * split_size), COMPUTE)
-        some_mean, some_mean_lo, some_m2 = merge_all(counts, means, means_lo, m2s, count, 0)
-        mean, mean_lo, m2 = merge(seen, mean, mean_lo, m2, count, some_mean, some_mean_lo, some_m2)
-    return mean, mean_lo, m2
+        moments = merge(seen, moments, count, merge_all(counts, Moments(mean, mean_lo, m2), count, 0))
+    return moments
 
 
 @triton.jit
@@ -70,9 +69,7 @@ def move_running(ptr, channels, mask, value, momentum, COMPUTE: tl.constexpr):
 
 @triton.jit
 def finalise_statistics(
-    mean,
-    mean_lo,
-    m2,
+    moments,
     statistics_ptr,
     moments_ptr,
     running_mean_ptr,
@@ -91,21 +88,21 @@ def finalise_statistics(
 ):
     """Stores the statistics of channels [1, n] with `total` elements each, and their moments where those are asked for,
     and moves the running ones; returns rstd."""
-    rstd = tl.rsqrt(m2 / to_float(total, COMPUTE) + EPS)
-    tl.store(statistics_ptr + channels, mean, mask=mask)
-    tl.store(statistics_ptr + n_channels + channels, mean_lo, mask=mask)
-    tl.store(statistics_ptr + 2 * n_channels + channels, m2 if LOCAL else rstd, mask=mask)
+    rstd = tl.rsqrt(moments.m2 / to_float(total, COMPUTE) + EPS)
+    tl.store(statistics_ptr + channels, moments.mean, mask=mask)
+    tl.store(statistics_ptr + n_channels + channels, moments.mean_lo, mask=mask)
+    tl.store(statistics_ptr + 2 * n_channels + channels, moments.m2 if LOCAL else rstd, mask=mask)
     if moments_ptr is not None:
-        tl.store(moments_ptr + channels, mean, mask=mask)
-        tl.store(moments_ptr + n_channels + channels, mean_lo, mask=mask)
-        tl.store(moments_ptr + 2 * n_channels + channels, m2, mask=mask)
+        tl.store(moments_ptr + channels, moments.mean, mask=mask)
+        tl.store(moments_ptr + n_channels + channels, moments.mean_lo, mask=mask)
+        tl.store(moments_ptr + 2 * n_channels + channels, moments.m2, mask=mask)
     if running_mean_ptr is not None:
         if CUMULATIVE:
             factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr) + 1, COMPUTE)
         else:
             factor = to_float(momentum, COMPUTE) + to_float(momentum_rest, COMPUTE)
-        move_running(running_mean_ptr, channels, mask, mean, factor, COMPUTE)
-        move_running(running_var_ptr, channels, mask, m2 / to_float(total - 1, COMPUTE), factor, COMPUTE)
+        move_running(running_mean_ptr, channels, mask, moments.mean, factor, COMPUTE)
+        move_running(running_var_ptr, channels, mask, moments.m2 / to_float(total - 1, COMPUTE), factor, COMPUTE)
     return rstd
 
 
@@ -189,13 +186,12 @@ def channels_forward_kernel(
     if STATISTICS:
         lanes_per_channel: tl.constexpr = LANES if AXIS is None else 1
         wide: tl.constexpr = 1 if AXIS is None else LANES
-        mean = tl.zeros([1, wide], COMPUTE)
-        mean_lo = tl.zeros([1, wide], COMPUTE)
-        m2 = tl.zeros([1, wide], COMPUTE)
+        none = tl.zeros([1, wide], COMPUTE)
+        moments = Moments(none, none, none)
         if IN_PLACES:
-            shift = mean
             mean = tl.zeros([T, LANES], COMPUTE)
             m2 = tl.zeros([T, LANES], COMPUTE)
+            shift = none
         for start in range(first, end, T):
             mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
             offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
@@ -207,39 +203,34 @@ def channels_forward_kernel(
                     _, shift, _ = centre(raw.to(COMPUTE), mask, count, AXIS)
                 mean, m2 = take_in(scaled_from(raw.to(COMPUTE), shift), mask, T / (seen + T), mean, m2)
             else:
-                centred, tile_mean, tile_mean_lo = centre(raw.to(COMPUTE), mask, count, AXIS)
-                tile_m2 = tile_sum(centred * centred, AXIS)
-                mean, mean_lo, m2 = merge(
-                    seen * lanes_per_channel, mean, mean_lo, m2, count, tile_mean, tile_mean_lo, tile_m2
-                )
+                _, of_tile = moments_of(raw.to(COMPUTE), mask, count, AXIS, CENTRED=True)
+                moments = merge(seen * lanes_per_channel, moments, count, of_tile)
         if IN_PLACES:
             counts = tl.cdiv(tl.maximum(end - first - tl.arange(0, T)[:, None], 0), T)
-            mean, mean_lo, m2 = merge_places(to_float(counts, COMPUTE), mean, m2, shift)
+            moments = merge_places(to_float(counts, COMPUTE), mean, m2, shift)
         per_group = V if AXIS is None else columns_per_channel
         if FOLD:
             rows = to_float(end - first, COMPUTE)
-            mean, mean_lo, m2 = fold_moments(mean, mean_lo, m2, rows, columns_per_channel, LANES, FOLD, WIDTH)
+            moments = fold_moments(moments, rows, columns_per_channel, LANES, FOLD, WIDTH)
         channels, there = channels_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD)
         total = n_groups.to(tl.int64) * per_group
         if SHARED:
             kind = n_splits.to(tl.int64) * n_channels
             slots = partials_ptr + split.to(tl.int64) * n_channels + channels
-            tl.store(slots, mean, mask=there)
-            tl.store(slots + kind, mean_lo, mask=there)
-            tl.store(slots + 2 * kind, m2, mask=there)
+            tl.store(slots, moments.mean, mask=there)
+            tl.store(slots + kind, moments.mean_lo, mask=there)
+            tl.store(slots + 2 * kind, moments.m2, mask=there)
             comes_last = arrive(sync_ptr, block) == n_splits - 1
             if comes_last:
                 split_size = groups_per_split.to(tl.int64) * per_group
-                mean, mean_lo, m2 = merge_splits(
+                moments = merge_splits(
                     partials_ptr, channels, there, n_channels, n_splits, split_size, total, BLOCK_K, COMPUTE
                 )
         else:
             comes_last: tl.constexpr = True
         if comes_last:
             rstd = finalise_statistics(
-                mean,
-                mean_lo,
-                m2,
+                moments,
                 statistics_ptr,
                 moments_ptr,
                 running_mean_ptr,
@@ -266,7 +257,10 @@ def channels_forward_kernel(
             if arrive(sync_ptr, block) == 2 * n_splits:
                 close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
     if APPLY:
-        if SHARED or FOLD or not STATISTICS:
+        if STATISTICS and not (SHARED or FOLD):
+            mean = moments.mean
+            mean_lo = moments.mean_lo
+        else:
             mean, mean_lo, rstd = load_statistics(
                 statistics_ptr, running_mean_ptr, running_var_ptr, lane_channels, in_range, n_channels, EPS, COMPUTE
             )

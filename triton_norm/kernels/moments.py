@@ -4,8 +4,19 @@ A reduction keeps the tile's rank, so that its result broadcasts against the til
 whose columns are channels, None for a tile that is one channel's alone.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Moments(NamedTuple):
+    """Names the moments of sets of values: mean + mean_lo is a set's mean to twice the precision, m2 the sum of the
+    squared deviations from it."""
+
+    mean: tl.tensor
+    mean_lo: tl.tensor
+    m2: tl.tensor
 
 
 @triton.jit
@@ -51,6 +62,18 @@ def centre(x, mask, count, AXIS: tl.constexpr):
 
 
 @triton.jit
+def moments_of(x, mask, count, AXIS: tl.constexpr, CENTRED: tl.constexpr):
+    """Returns (x − mean, moments) of a tile over AXIS, `count` elements each; rows that are not CENTRED have mean 0."""
+    if CENTRED:
+        centred, mean, mean_lo = centre(x, mask, count, AXIS)
+    else:
+        centred = x
+        mean = tl.zeros([x.shape[0], 1], x.dtype)
+        mean_lo = mean
+    return centred, Moments(mean, mean_lo, tile_sum(centred * centred, AXIS))
+
+
+@triton.jit
 def scaled_from(x, shift):
     """(x − shift) / 4: no difference of two of these overflows."""
     return x * 0.25 - shift * 0.25
@@ -66,40 +89,47 @@ def take_in(values, mask, inverse_count, mean, m2):
 
 
 @triton.jit
-def merge(count_a, mean_a, mean_lo_a, m2_a, count_b, mean_b, mean_lo_b, m2_b):
-    """(mean, mean_lo, M2) of two disjoint sets (Chan, Golub, LeVeque 1979); counts are floats, count_b not 0."""
+def merge(count_a, a, count_b, b):
+    """Returns the moments of two disjoint sets together, from those of each (Chan, Golub, LeVeque 1979).
+
+    Counts are floats, and count_b is not 0.
+    """
     share = count_b / (count_a + count_b)
-    step = (mean_b - mean_a) * share
-    mean = mean_a + step
-    mean_lo = ((mean_a - mean) + step) + (mean_lo_a + (mean_lo_b - mean_lo_a) * share)
-    delta = (mean_b - mean_a) + (mean_lo_b - mean_lo_a)
-    return mean, mean_lo, m2_a + m2_b + delta * (delta * (count_a * share))
+    step = (b.mean - a.mean) * share
+    mean = a.mean + step
+    mean_lo = ((a.mean - mean) + step) + (a.mean_lo + (b.mean_lo - a.mean_lo) * share)
+    delta = (b.mean - a.mean) + (b.mean_lo - a.mean_lo)
+    return Moments(mean, mean_lo, a.m2 + b.m2 + delta * (delta * (count_a * share)))
 
 
 @triton.jit
-def merge_all(counts, means, means_lo, m2s, total, AXIS: tl.constexpr):
-    """(mean, mean_lo, M2) of all the sets along an axis together; all of a set that isn't there is 0.
+def merge_all(counts, sets, total, AXIS: tl.constexpr):
+    """Returns the moments of all the sets along an axis together, from those of each; a set of no elements has zeros.
 
-    Of a vector these are scalars, of a tile the axis stays with length 1. Means are summed as differences from the
-    first set's, so that equal ones merge to themselves exactly.
+    The moments of a vector of sets are scalars, of a tile the axis stays with length 1. Means are summed as differences
+    from the first set's, so that equal ones merge to themselves exactly.
     """
-    KEEP: tl.constexpr = len(means.shape) > 1
-    index = tl.arange(0, means.shape[AXIS])
+    KEEP: tl.constexpr = len(sets.mean.shape) > 1
+    index = tl.arange(0, sets.mean.shape[AXIS])
     if KEEP:
         index = tl.expand_dims(index, 1 - AXIS)
-    base = tl.sum(tl.where(index == 0, means, 0.0), AXIS, keep_dims=KEEP)
+    base = tl.sum(tl.where(index == 0, sets.mean, 0.0), AXIS, keep_dims=KEEP)
     present = counts > 0
-    shift = tl.sum(tl.where(present, (means - base) + means_lo, 0.0) * (counts / total), AXIS, keep_dims=KEEP)
+    delta = tl.where(present, (sets.mean - base) + sets.mean_lo, 0.0)
+    shift = tl.sum(delta * (counts / total), AXIS, keep_dims=KEEP)
     mean = base + shift
     mean_lo = (base - mean) + shift
-    delta = tl.where(present, (means - mean) + (means_lo - mean_lo), 0.0)
-    return mean, mean_lo, tl.sum(m2s + delta * (delta * counts), AXIS, keep_dims=KEEP)
+    delta = tl.where(present, (sets.mean - mean) + (sets.mean_lo - mean_lo), 0.0)
+    return Moments(mean, mean_lo, tl.sum(sets.m2 + delta * (delta * counts), AXIS, keep_dims=KEEP))
 
 
 @triton.jit
 def merge_places(counts, mean, m2, shift):
-    """(mean, mean_lo, M2) of the columns of a tile whose places hold the moments of `counts` [T, 1] values each, as
-    `scaled_from` the columns' shift leaves them. As in `centre`, the mean of what a first mean leaves is taken off."""
+    """Returns the moments of a tile's columns from those of its places, of `counts` [T, 1] values each.
+
+    The values are as `scaled_from` the columns' shift leaves them. As in `centre`, the mean of what a first mean leaves
+    is taken off.
+    """
     share = counts / tl.sum(counts, 0, keep_dims=True)
     first = tl.sum(mean * share, 0, keep_dims=True)
     delta = tl.where(counts > 0, mean - first, 0.0)
@@ -109,4 +139,4 @@ def merge_places(counts, mean, m2, shift):
     step = 4.0 * (first + correction)
     moved = shift + step
     taken = moved - shift
-    return moved, (shift - (moved - taken)) + (step - taken), 16.0 * m2
+    return Moments(moved, (shift - (moved - taken)) + (step - taken), 16.0 * m2)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from triton_norm.kernels.exchange import meet, take_place
-from triton_norm.kernels.moments import centre, merge, merge_all, tile_sum, to_float
+from triton_norm.kernels.moments import Moments, merge, merge_all, moments_of, to_float
 
 
 @triton.jit
@@ -43,22 +43,8 @@ def load_summed(
 
 
 @triton.jit
-def moments(x, mask, count, CENTRED: tl.constexpr):
-    """(x − mean, mean, mean_lo, M2) of a tile's rows, `count` elements each; mean and mean_lo are 0 unless CENTRED."""
-    if CENTRED:
-        centred, mean, mean_lo = centre(x, mask, count, 1)
-    else:
-        centred = x
-        mean = tl.zeros([x.shape[0], 1], x.dtype)
-        mean_lo = mean
-    return centred, mean, mean_lo, tile_sum(centred * centred, 1)
-
-
-@triton.jit
 def exchange_moments(
-    mean,
-    mean_lo,
-    m2,
+    moments,
     partials_ptr,
     sync_ptr,
     row,
@@ -69,28 +55,29 @@ def exchange_moments(
     PEERS: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Moments of a whole row from those of the spans that the peers hold, the same bits in each of them."""
+    """Returns the moments of a whole row from those of the spans that the peers hold, the same bits in each of them."""
     KINDS: tl.constexpr = 3 if CENTRED else 1
     members = tl.arange(0, PEERS)
     there = members < n_peers
     base = partials_ptr + row.to(tl.int64) * n_peers * KINDS
-    tl.store(base + peer, tl.sum(m2))
+    tl.store(base + peer, tl.sum(moments.m2))
     if CENTRED:
-        tl.store(base + n_peers + peer, tl.sum(mean))
-        tl.store(base + 2 * n_peers + peer, tl.sum(mean_lo))
+        tl.store(base + n_peers + peer, tl.sum(moments.mean))
+        tl.store(base + 2 * n_peers + peer, tl.sum(moments.mean_lo))
     meet(sync_ptr, row, n_peers)
-    m2s = tl.load(base + members, mask=there, other=0.0, volatile=True)
+    m2 = tl.load(base + members, mask=there, other=0.0, volatile=True)
+    COMPUTE: tl.constexpr = m2.dtype
     if CENTRED:
-        means = tl.load(base + n_peers + members, mask=there, other=0.0, volatile=True)
-        means_lo = tl.load(base + 2 * n_peers + members, mask=there, other=0.0, volatile=True)
-        counts = tl.where(there, tl.minimum(n_cols - members * SPAN, SPAN), 0).to(m2.dtype)
-        row_mean, row_mean_lo, row_m2 = merge_all(counts, means, means_lo, m2s, n_cols.to(m2.dtype), 0)
-        mean = to_float(row_mean, m2.dtype)
-        mean_lo = to_float(row_mean_lo, m2.dtype)
-        m2 = to_float(row_m2, m2.dtype)
+        mean = tl.load(base + n_peers + members, mask=there, other=0.0, volatile=True)
+        mean_lo = tl.load(base + 2 * n_peers + members, mask=there, other=0.0, volatile=True)
+        counts = tl.where(there, tl.minimum(n_cols - members * SPAN, SPAN), 0).to(COMPUTE)
+        of_row = merge_all(counts, Moments(mean, mean_lo, m2), n_cols.to(COMPUTE), 0)
+        mean = to_float(of_row.mean, COMPUTE)
+        mean_lo = to_float(of_row.mean_lo, COMPUTE)
+        m2 = to_float(of_row.m2, COMPUTE)
     else:
-        m2 = to_float(tl.sum(m2s, 0), m2.dtype)
-    return mean, mean_lo, m2
+        mean, mean_lo, m2 = moments.mean, moments.mean_lo, to_float(tl.sum(m2, 0), COMPUTE)
+    return Moments(mean, mean_lo, m2)
 
 
 @triton.jit
@@ -102,11 +89,11 @@ def rounded(x_hat, ROUNDED: tl.constexpr):
 
 
 @triton.jit
-def centred_on(x, mean, mean_lo, CENTRED: tl.constexpr):
-    """x − mean − mean_lo in the mean's type."""
-    centred = x.to(mean.dtype)
+def centred_on(x, moments, CENTRED: tl.constexpr):
+    """Returns x − mean in the mean's type, or x if not CENTRED."""
+    centred = x.to(moments.mean.dtype)
     if CENTRED:
-        centred = (centred - mean) - mean_lo
+        centred = (centred - moments.mean) - moments.mean_lo
     return centred
 
 
@@ -181,7 +168,7 @@ def rows_forward_kernel(
     mask = row_mask & (cols < n_cols)
     x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
     count = to_float(tl.minimum(n_cols - begin, BLOCK_N), COMPUTE)
-    centred, mean, mean_lo, m2 = moments(x.to(COMPUTE), mask, count, CENTRED)
+    centred, moments = moments_of(x.to(COMPUTE), mask, count, 1, CENTRED)
     if PIECES > 1:
         end = tl.minimum(begin + SPAN, n_cols)
         for start in range(begin + BLOCK_N, end, BLOCK_N):
@@ -189,20 +176,17 @@ def rows_forward_kernel(
             mask = row_mask & (cols < n_cols)
             x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
             count = to_float(tl.minimum(end - start, BLOCK_N), COMPUTE)
-            _, piece_mean, piece_mean_lo, piece_m2 = moments(x.to(COMPUTE), mask, count, CENTRED)
+            _, of_piece = moments_of(x.to(COMPUTE), mask, count, 1, CENTRED)
             if CENTRED:
-                seen = to_float(start - begin, COMPUTE)
-                mean, mean_lo, m2 = merge(seen, mean, mean_lo, m2, count, piece_mean, piece_mean_lo, piece_m2)
+                moments = merge(to_float(start - begin, COMPUTE), moments, count, of_piece)
             else:
-                m2 += piece_m2
+                moments = Moments(moments.mean, moments.mean_lo, moments.m2 + of_piece.m2)
     if PEERS > 1:
-        mean, mean_lo, m2 = exchange_moments(
-            mean, mean_lo, m2, partials_ptr, sync_ptr, group, peer, n_peers, n_cols, SPAN, PEERS, CENTRED
-        )
+        moments = exchange_moments(moments, partials_ptr, sync_ptr, group, peer, n_peers, n_cols, SPAN, PEERS, CENTRED)
         row_mask = rows < tl.where(peer == 0, n_rows, 0)
-    rstd = tl.rsqrt(m2 / to_float(n_cols, COMPUTE) + EPS)
+    rstd = tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + EPS)
     if PIECES > 1 or PEERS > 1:
-        centred = centred_on(x, mean, mean_lo, CENTRED)
+        centred = centred_on(x, moments, CENTRED)
     y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
     tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
     if PIECES > 1:
@@ -215,12 +199,12 @@ def rows_forward_kernel(
             cols = last - back + tl.arange(0, BLOCK_N)[None, :]
             mask = (rows < n_rows) & (cols < n_cols)
             x = tl.load(at(swept_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
-            centred = centred_on(x, mean, mean_lo, CENTRED)
+            centred = centred_on(x, moments, CENTRED)
             y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
             tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
     if statistics_ptr is not None:
         if CENTRED:
-            tl.store(statistics_ptr + rows, mean, mask=row_mask)
+            tl.store(statistics_ptr + rows, moments.mean, mask=row_mask)
             tl.store(statistics_ptr + n_rows + rows, rstd, mask=row_mask)
         else:
             tl.store(statistics_ptr + rows, rstd, mask=row_mask)

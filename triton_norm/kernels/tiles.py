@@ -17,7 +17,7 @@ strides undivided. Values that belong to a lane's channel are [1, 1] or [1, LANE
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.moments import merge_all, tile_sum
+from triton_norm.kernels.moments import Moments, merge_all, tile_sum
 
 
 @triton.jit
@@ -173,15 +173,13 @@ def by_channel(values, columns_per_channel, LANES: tl.constexpr, FOLD: tl.conste
 
 
 @triton.jit
-def fold_moments(
-    mean, mean_lo, m2, count, columns_per_channel, LANES: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr
-):
-    """(mean, mean_lo, M2) [1, FOLD] of a block's channels from those of its columns, `count` elements each."""
-    means = by_channel(mean, columns_per_channel, LANES, FOLD, WIDTH)
-    means_lo = by_channel(mean_lo, columns_per_channel, LANES, FOLD, WIDTH)
-    m2s = by_channel(m2, columns_per_channel, LANES, FOLD, WIDTH)
+def fold_moments(moments, count, columns_per_channel, LANES: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr):
+    """Returns the moments [1, FOLD] of a block's channels from those of its columns, `count` elements each."""
+    mean = by_channel(moments.mean, columns_per_channel, LANES, FOLD, WIDTH)
+    mean_lo = by_channel(moments.mean_lo, columns_per_channel, LANES, FOLD, WIDTH)
+    m2 = by_channel(moments.m2, columns_per_channel, LANES, FOLD, WIDTH)
     counts = tl.where(tl.arange(0, WIDTH)[:, None] < columns_per_channel, count, 0.0)
-    return merge_all(counts, means, means_lo, m2s, count * columns_per_channel, 0)
+    return merge_all(counts, Moments(mean, mean_lo, m2), count * columns_per_channel, 0)
 
 
 @triton.jit
