@@ -180,15 +180,17 @@ CHANNELS = _read(r"""
 tiles.span
     flat | bounds | tl.minimum(first + groups_per_split, n_groups) -> (first + groups_per_split)
 tiles.lanes_of
-    last | bounds | in_range = columns < n_column_vecs * V -> in_range = columns <= n_column_vecs * V
+    last | bounds | n_column_vecs * TILE.V // layout.columns_per_channel
+        -> n_column_vecs * TILE.V // layout.columns_per_channel + 1
+    last | bounds | in_range = columns < layout -> in_range = columns <= layout
 tiles.channels_of
-    folded | bounds | (channels < n_column_vecs * V // columns_per_channel)
-        -> (channels <= n_column_vecs * V // columns_per_channel)
+    folded | bounds | (index < lanes.n_channels) -> (index <= lanes.n_channels)
 tiles.group_offsets
-    far samples | overflow | (first_sample + group // groups_per_sample).to(tl.int64)
-        -> first_sample + group // groups_per_sample
-tiles.lanes_at
-    far channels | overflow | channels.to(tl.int64) * channel_vecs * V -> channels * channel_vecs * V
+    far samples | overflow | (first_sample + group // layout.groups_per_sample).to(tl.int64)
+        -> first_sample + group // layout.groups_per_sample
+tiles.view_of
+    far channels | overflow | channels.index.to(tl.int64) * strides.channel * TILE.V
+        -> channels.index * strides.channel * TILE.V
 tiles.by_channel
     folded | value | column < columns_per_channel, gathered -> column <= columns_per_channel, gathered
 tiles.fold_moments
@@ -198,20 +200,19 @@ tiles.load_statistics
 channels.merge_splits
     last | value | tl.minimum(total - splits * split_size, split_size) -> (splits * 0 + split_size)
 channels.move_running
-    running statistics | moved | (1.0 - momentum) * running -> (1.0 - momentum) * (1.0 - momentum) * running
-channels.finalise_statistics
-    running statistics, two launches | moved | moments.m2 / to_float(total - 1, COMPUTE) -> moments.m2 / to_float(total, COMPUTE)
+    running statistics | moved | (1.0 - factor) * running -> (1.0 - factor) * (1.0 - factor) * running
+channels.factor_of
     cumulative statistics | moved | tl.load(num_batches_tracked_ptr) + 1 -> tl.load(num_batches_tracked_ptr) + 2
-    flat | value | tl.rsqrt(moments.m2 / to_float(total, COMPUTE) + EPS)
-        -> tl.rsqrt(moments.m2 / to_float(total, COMPUTE)) + EPS
     fp64 statistics | moved | to_float(momentum_rest, COMPUTE) -> 0.0
+channels.finalise_statistics
+    flat | value | moments.m2.dtype) + EPS) -> moments.m2.dtype)) + EPS
 channels.channels_forward_kernel
+    running statistics, two launches | moved | to_float(total - 1, COMPUTE) -> to_float(total, COMPUTE)
     folded, two launches | value | to_float(start - first, COMPUTE) -> to_float(start - first + T, COMPUTE)
     last, two launches | value | T / (seen + T) -> T / (seen + T + T)
     flat | value | to_float(tl.minimum(end - start, T), COMPUTE) -> to_float(T, COMPUTE)
     last, two launches | value | tl.maximum(end - first - tl.arange(0, T)[:, None], 0) -> end - first
-    last | bounds | n_column_vecs * V // columns_per_channel -> n_column_vecs * V // columns_per_channel + 1
-    flat | race | partials_ptr + split.to(tl.int64) * n_channels + channels -> partials_ptr + channels
+    flat | race | split.to(tl.int64) * channels.n_channels + channels -> channels
     flat | unwritten | slots + 2 * kind, moments.m2 -> slots + kind, moments.m2
     last, two launches | race | arrive(sync_ptr, block) == n_splits - 1 -> arrive(sync_ptr, block) == n_splits - 2
     running statistics, two launches | barrier | tl.debug_barrier() -> pass
@@ -230,11 +231,11 @@ channels_backward.channels_backward_kernel
     off-centre flat | off-centre | (raw_x.to(COMPUTE) - mean) - mean_lo -> raw_x.to(COMPUTE) - mean
     whole tiles | unwritten | (end - 1 - first) // T * T -> (end - first) // T * T
 channels_backward.merge_sums
-    flat | value | there = (splits < n_splits) & mask -> there = (splits < n_splits - 1) & mask
+    flat | value | (splits < n_splits) & -> (splits < n_splits - 1) &
 channels_backward.finalise_sums
     folded | value | dweight * share * rstd -> dweight * share
 activations.bytes_of
-    bits, last | bounds | (column < n_column_vecs * V) -> (column <= n_column_vecs * V)
+    bits, last | bounds | (column < layout -> (column <= layout
     flat, relu of a sum | race | block.to(tl.int64) * per_channel + first -> first
     bits, last | bits | + column // PER_BYTE -> + (column // PER_BYTE + 1) % per_row
 activations.pack
@@ -253,7 +254,7 @@ activations.exp
 ranks.first_and_total
     shares of a batch | different | mask=ranks < n_ranks, other=0.0) -> mask=ranks < n_ranks)
 ranks.shares_of
-    shares of a batch | bounds | (counts > 0.0) & mask -> (counts > -1.0) & mask
+    shares of a batch | bounds | (counts > 0.0) & -> (counts > -1.0) &
 ranks.merge_ranks_kernel
     shares of a batch | different | delta * (delta * counts) -> delta * delta
     shares of a batch | moved | tl.maximum(total - 1.0, 1.0) -> divisor

@@ -81,38 +81,26 @@ def bits_per_byte(LANES, AXIS):
 
 
 @triton.jit
-def bytes_of(
-    ptr,
-    start,
-    end,
-    block,
-    block_vecs,
-    n_column_vecs,
-    n_groups,
-    V: tl.constexpr,
-    LANES: tl.constexpr,
-    AXIS: tl.constexpr,
-    T: tl.constexpr,
-):
+def bytes_of(ptr, start, end, block, layout, TILE: tl.constexpr):
     """(pointers, mask) of the bytes with a tile's bits: a channel's elements follow each other, or a row's columns do.
 
     No byte is two programs'.
     """
-    PER_BYTE: tl.constexpr = bits_per_byte(LANES, AXIS)
-    byte = tl.arange(0, T * LANES // PER_BYTE)
-    if AXIS is None:
-        per_channel = (n_groups.to(tl.int64) * V + 7) // 8
-        first = start.to(tl.int64) * V // 8
+    PER_BYTE: tl.constexpr = bits_per_byte(TILE.LANES, TILE.AXIS)
+    byte = tl.arange(0, TILE.T * TILE.LANES // PER_BYTE)
+    if TILE.AXIS is None:
+        per_channel = (layout.n_groups.to(tl.int64) * TILE.V + 7) // 8
+        first = start.to(tl.int64) * TILE.V // 8
         pointers = ptr + block.to(tl.int64) * per_channel + first + byte
-        mask = (first + byte) * 8 < end.to(tl.int64) * V
+        mask = (first + byte) * 8 < end.to(tl.int64) * TILE.V
     else:
-        BYTES: tl.constexpr = LANES // PER_BYTE
+        BYTES: tl.constexpr = TILE.LANES // PER_BYTE
         row = start.to(tl.int64) + byte // BYTES
         within = byte % BYTES
-        column = block * (block_vecs * V) + within * PER_BYTE
-        per_row = tl.cdiv(n_column_vecs * V, PER_BYTE)
+        column = block * (layout.block_vecs * TILE.V) + within * PER_BYTE
+        per_row = tl.cdiv(layout.n_column_vecs * TILE.V, PER_BYTE)
         pointers = ptr + row * per_row + column // PER_BYTE
-        mask = (row < end) & (within * PER_BYTE < block_vecs * V) & (column < n_column_vecs * V)
+        mask = (row < end) & (within * PER_BYTE < layout.block_vecs * TILE.V) & (column < layout.n_column_vecs * TILE.V)
     return pointers, mask
 
 

@@ -21,33 +21,33 @@ from triton_norm.kernels.moments import (
     to_float,
 )
 from triton_norm.kernels.tiles import (
-    aligned,
+    Layout,
+    Strides,
+    Tile,
     channels_of,
     dense_strides,
     fold_moments,
-    group_offsets,
-    lanes_at,
     lanes_of,
     load_parameter,
     load_statistics,
     span,
+    tile_at,
+    view_of,
 )
 
 
 @triton.jit
-def merge_splits(
-    partials_ptr, channels, mask, n_channels, n_splits, split_size, total, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr
-):
+def merge_splits(partials_ptr, channels, n_splits, split_size, total, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
     """Returns the moments [1, n] of whole channels from those of their splits, partials [3, n_splits, n_channels]; the
     last split may be shorter than split_size elements.
     """
-    kind = n_splits.to(tl.int64) * n_channels
-    none = tl.zeros(channels.shape, COMPUTE)
-    moments = Moments(none, none, none)
+    kind = n_splits.to(tl.int64) * channels.n_channels
+    zero = tl.zeros(channels.index.shape, COMPUTE)
+    moments = Moments(zero, zero, zero)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
-        there = (splits < n_splits) & mask
-        slots = partials_ptr + splits * n_channels + channels
+        there = (splits < n_splits) & channels.in_range
+        slots = partials_ptr + splits * channels.n_channels + channels.index
         mean = tl.load(slots, mask=there, other=0.0, cache_modifier=".cg")
         mean_lo = tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg")
         m2 = tl.load(slots + 2 * kind, mask=there, other=0.0, cache_modifier=".cg")
@@ -59,50 +59,37 @@ def merge_splits(
 
 
 @triton.jit
-def move_running(ptr, channels, mask, value, momentum, COMPUTE: tl.constexpr):
-    """running = (1 − momentum) · running + momentum · value, in place, in the wider of COMPUTE and running's type."""
-    WIDE: tl.constexpr = tl.float64 if ptr.dtype.element_ty == tl.float64 else COMPUTE
-    running, momentum = tl.load(ptr + channels, mask=mask, other=0.0).to(WIDE), momentum.to(WIDE)
-    moved = (1.0 - momentum) * running + momentum * value
-    tl.store(ptr + channels, moved.to(ptr.dtype.element_ty), mask=mask)
+def factor_of(momentum, momentum_rest, num_batches_tracked_ptr, CUMULATIVE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Returns how far running statistics move towards a batch's: by the momentum, or if CUMULATIVE to the average."""
+    if CUMULATIVE:
+        factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr) + 1, COMPUTE)
+    else:
+        factor = to_float(momentum, COMPUTE) + to_float(momentum_rest, COMPUTE)
+    return factor
 
 
 @triton.jit
-def finalise_statistics(
-    moments,
-    statistics_ptr,
-    moments_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    num_batches_tracked_ptr,
-    channels,
-    mask,
-    n_channels,
-    total,
-    momentum,
-    momentum_rest,
-    EPS: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
-    LOCAL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Stores the statistics of channels [1, n] with `total` elements each, and their moments where those are asked for,
-    and moves the running ones; returns rstd."""
-    rstd = tl.rsqrt(moments.m2 / to_float(total, COMPUTE) + EPS)
-    tl.store(statistics_ptr + channels, moments.mean, mask=mask)
-    tl.store(statistics_ptr + n_channels + channels, moments.mean_lo, mask=mask)
-    tl.store(statistics_ptr + 2 * n_channels + channels, moments.m2 if LOCAL else rstd, mask=mask)
+def move_running(ptr, channels, value, factor):
+    """Sets running to (1 − factor) · running + factor · value, in the wider of running's and value's type."""
+    WIDE: tl.constexpr = tl.float64 if ptr.dtype.element_ty == tl.float64 else value.dtype
+    running, factor = tl.load(ptr + channels.index, mask=channels.in_range, other=0.0).to(WIDE), factor.to(WIDE)
+    moved = (1.0 - factor) * running + factor * value
+    tl.store(ptr + channels.index, moved.to(ptr.dtype.element_ty), mask=channels.in_range)
+
+
+@triton.jit
+def finalise_statistics(moments, statistics_ptr, moments_ptr, channels, total, EPS: tl.constexpr, LOCAL: tl.constexpr):
+    """Stores the statistics of channels [1, n] with `total` elements each, and their moments where there is room for
+    them; returns rstd."""
+    index, mask, n_channels = channels.index, channels.in_range, channels.n_channels
+    rstd = tl.rsqrt(moments.m2 / to_float(total, moments.m2.dtype) + EPS)
+    tl.store(statistics_ptr + index, moments.mean, mask=mask)
+    tl.store(statistics_ptr + n_channels + index, moments.mean_lo, mask=mask)
+    tl.store(statistics_ptr + 2 * n_channels + index, moments.m2 if LOCAL else rstd, mask=mask)
     if moments_ptr is not None:
-        tl.store(moments_ptr + channels, moments.mean, mask=mask)
-        tl.store(moments_ptr + n_channels + channels, moments.mean_lo, mask=mask)
-        tl.store(moments_ptr + 2 * n_channels + channels, moments.m2, mask=mask)
-    if running_mean_ptr is not None:
-        if CUMULATIVE:
-            factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr) + 1, COMPUTE)
-        else:
-            factor = to_float(momentum, COMPUTE) + to_float(momentum_rest, COMPUTE)
-        move_running(running_mean_ptr, channels, mask, moments.mean, factor, COMPUTE)
-        move_running(running_var_ptr, channels, mask, moments.m2 / to_float(total - 1, COMPUTE), factor, COMPUTE)
+        tl.store(moments_ptr + index, moments.mean, mask=mask)
+        tl.store(moments_ptr + n_channels + index, moments.mean_lo, mask=mask)
+        tl.store(moments_ptr + 2 * n_channels + index, moments.m2, mask=mask)
     return rstd
 
 
@@ -165,6 +152,7 @@ def channels_forward_kernel(
     Grid: n_blocks · n_splits. SHARED: n_splits > 1, the splits leave partials [3, n_splits, n_channels]; sync:
     2 + n_blocks. 1R, 1R1W, or both in one launch 1R1W of what fits in registers, the rest from cache.
     """
+    TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = STATISTICS and APPLY
     IN_PLACES: tl.constexpr = AXIS == 0 and not FOLD and not TOGETHER  # sums down columns are dear: one at the end
     n_splits = tl.cdiv(n_groups, groups_per_split).to(tl.int32)
@@ -175,27 +163,24 @@ def channels_forward_kernel(
         program = tl.program_id(0) if STATISTICS else tl.num_programs(0) - 1 - tl.program_id(0)
         block = program % n_blocks
         split = program // n_blocks
-    columns, lane_channels, in_range = lanes_of(
-        block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD
-    )
-    n_channels = n_column_vecs if AXIS is None else n_column_vecs * V // columns_per_channel
-    x_lanes = lanes_at(x_ptr, columns, lane_channels, x_channel_vecs, V, LANES, 1, AXIS)
+    layout = Layout(n_groups, n_column_vecs, block_vecs, columns_per_channel, groups_per_sample)
+    columns, lanes = lanes_of(block, layout, TILE)
+    x = view_of(x_ptr, Strides(x_sample_vecs, x_group_vecs, x_channel_vecs), columns, lanes, TILE)
     first, end = span(split, groups_per_split, n_groups, INDEX)
     last = first + (end - 1 - first) // T * T
     raw = tl.zeros([T, LANES], x_ptr.dtype.element_ty)
     if STATISTICS:
         lanes_per_channel: tl.constexpr = LANES if AXIS is None else 1
         wide: tl.constexpr = 1 if AXIS is None else LANES
-        none = tl.zeros([1, wide], COMPUTE)
-        moments = Moments(none, none, none)
+        zero = tl.zeros([1, wide], COMPUTE)
+        moments = Moments(zero, zero, zero)
         if IN_PLACES:
             mean = tl.zeros([T, LANES], COMPUTE)
             m2 = tl.zeros([T, LANES], COMPUTE)
-            shift = none
+            shift = zero
         for start in range(first, end, T):
-            mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
-            offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
-            raw = tl.load(aligned(x_lanes + offsets, V, 1), mask=mask, other=0.0)
+            mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
+            raw = tl.load(tile_at(x, start, layout, TILE), mask=mask, other=0.0)
             seen = to_float(start - first, COMPUTE)
             count = to_float(tl.minimum(end - start, T), COMPUTE) * lanes_per_channel
             if IN_PLACES:
@@ -211,42 +196,27 @@ def channels_forward_kernel(
         per_group = V if AXIS is None else columns_per_channel
         if FOLD:
             rows = to_float(end - first, COMPUTE)
-            moments = fold_moments(moments, rows, columns_per_channel, LANES, FOLD, WIDTH)
-        channels, there = channels_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD)
+            moments = fold_moments(moments, rows, columns_per_channel, TILE)
+        channels = channels_of(block, lanes, layout, TILE)
         total = n_groups.to(tl.int64) * per_group
         if SHARED:
-            kind = n_splits.to(tl.int64) * n_channels
-            slots = partials_ptr + split.to(tl.int64) * n_channels + channels
-            tl.store(slots, moments.mean, mask=there)
-            tl.store(slots + kind, moments.mean_lo, mask=there)
-            tl.store(slots + 2 * kind, moments.m2, mask=there)
+            kind = n_splits.to(tl.int64) * channels.n_channels
+            slots = partials_ptr + split.to(tl.int64) * channels.n_channels + channels.index
+            tl.store(slots, moments.mean, mask=channels.in_range)
+            tl.store(slots + kind, moments.mean_lo, mask=channels.in_range)
+            tl.store(slots + 2 * kind, moments.m2, mask=channels.in_range)
             comes_last = arrive(sync_ptr, block) == n_splits - 1
             if comes_last:
                 split_size = groups_per_split.to(tl.int64) * per_group
-                moments = merge_splits(
-                    partials_ptr, channels, there, n_channels, n_splits, split_size, total, BLOCK_K, COMPUTE
-                )
+                moments = merge_splits(partials_ptr, channels, n_splits, split_size, total, BLOCK_K, COMPUTE)
         else:
             comes_last: tl.constexpr = True
         if comes_last:
-            rstd = finalise_statistics(
-                moments,
-                statistics_ptr,
-                moments_ptr,
-                running_mean_ptr,
-                running_var_ptr,
-                num_batches_tracked_ptr,
-                channels,
-                there,
-                n_channels,
-                total,
-                momentum,
-                momentum_rest,
-                EPS,
-                CUMULATIVE,
-                LOCAL,
-                COMPUTE,
-            )
+            rstd = finalise_statistics(moments, statistics_ptr, moments_ptr, channels, total, EPS, LOCAL)
+            if running_mean_ptr is not None:
+                factor = factor_of(momentum, momentum_rest, num_batches_tracked_ptr, CUMULATIVE, COMPUTE)
+                move_running(running_mean_ptr, channels, moments.mean, factor)
+                move_running(running_var_ptr, channels, moments.m2 / to_float(total - 1, COMPUTE), factor)
             tl.debug_barrier()
             if SHARED and APPLY:
                 arrive(sync_ptr, block)
@@ -262,30 +232,23 @@ def channels_forward_kernel(
             mean_lo = moments.mean_lo
         else:
             mean, mean_lo, rstd = load_statistics(
-                statistics_ptr, running_mean_ptr, running_var_ptr, lane_channels, in_range, n_channels, EPS, COMPUTE
+                statistics_ptr, running_mean_ptr, running_var_ptr, lanes, EPS, COMPUTE
             )
-        scale = rstd * load_parameter(weight_ptr, lane_channels, in_range, 1.0, COMPUTE)
-        bias = load_parameter(bias_ptr, lane_channels, in_range, 0.0, COMPUTE)
-        y_sample_vecs, y_group_vecs, y_channel_vecs = dense_strides(n_column_vecs, groups_per_sample, AXIS)
-        y_lanes = lanes_at(y_ptr, columns, lane_channels, y_channel_vecs, V, LANES, 1, AXIS)
+        scale = rstd * load_parameter(weight_ptr, lanes, 1.0, COMPUTE)
+        bias = load_parameter(bias_ptr, lanes, 0.0, COMPUTE)
+        y = view_of(y_ptr, dense_strides(layout, TILE), columns, lanes, TILE)
         for swept in range(0, end - first, T):
             start = last - swept
-            mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
+            mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
             if not TOGETHER or swept > 0:
-                offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
-                raw = tl.load(aligned(x_lanes + offsets, V, 1), mask=mask, other=0.0)
+                raw = tl.load(tile_at(x, start, layout, TILE), mask=mask, other=0.0)
             z = ((raw.to(COMPUTE) - mean) - mean_lo) * scale + bias
             if residual_ptr is not None:
-                residual_lanes = lanes_at(
-                    residual_ptr, columns, lane_channels, residual_channel_vecs, V, LANES, 1, AXIS
-                )
-                offsets = group_offsets(start, groups_per_sample, residual_sample_vecs, residual_group_vecs, V, 1, T)
-                z += tl.load(aligned(residual_lanes + offsets, V, 1), mask=mask, other=0.0).to(COMPUTE)
+                residual_strides = Strides(residual_sample_vecs, residual_group_vecs, residual_channel_vecs)
+                residual = view_of(residual_ptr, residual_strides, columns, lanes, TILE)
+                z += tl.load(tile_at(residual, start, layout, TILE), mask=mask, other=0.0).to(COMPUTE)
             if bits_ptr is not None:
-                places, within = bytes_of(
-                    bits_ptr, start, end, block, block_vecs, n_column_vecs, n_groups, V, LANES, AXIS, T
-                )
+                places, within = bytes_of(bits_ptr, start, end, block, layout, TILE)
                 tl.store(places, pack(side_of_zero(z, ACTIVATION) & mask, bits_per_byte(LANES, AXIS)), mask=within)
-            y = activate(z, ACTIVATION, SLOPE)
-            offsets = group_offsets(start, groups_per_sample, y_sample_vecs, y_group_vecs, V, 1, T)
-            tl.store(aligned(y_lanes + offsets, V, 1), y.to(y_ptr.dtype.element_ty), mask=mask)
+            activated = activate(z, ACTIVATION, SLOPE)
+            tl.store(tile_at(y, start, layout, TILE), activated.to(y_ptr.dtype.element_ty), mask=mask)

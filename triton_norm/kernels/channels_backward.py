@@ -1,66 +1,67 @@
 """The gradients of BatchNorm, and of what is fused behind it; channels.py says how programs share channels."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from triton_norm.kernels.activations import activate_backward, bits_per_byte, bytes_of, gradient_by_side, unpack
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
-from triton_norm.kernels.moments import tile_sum, to_float
+from triton_norm.kernels.moments import aligned, tile_sum, to_float
 from triton_norm.kernels.tiles import (
-    aligned,
+    Layout,
+    Strides,
+    Tile,
     channels_of,
     dense_strides,
     fold_sum,
     group_offsets,
-    lanes_at,
     lanes_of,
     load_parameter,
     load_statistics,
     span,
+    tile_at,
+    view_of,
 )
 
 
+class Sums(NamedTuple):
+    """Names a channel's sums: of dz, and of dz · (x − mean)."""
+
+    dz: tl.tensor
+    dz_centred: tl.tensor
+
+
 @triton.jit
-def merge_sums(partials_ptr, channels, mask, n_channels, n_splits, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
-    """Both sums [1, n] of whole channels from those of their splits, partials [2, n_splits, n_channels]."""
-    kind = n_splits.to(tl.int64) * n_channels
-    sum_dz = tl.zeros(channels.shape, COMPUTE)
-    sum_dz_centred = tl.zeros(channels.shape, COMPUTE)
+def merge_sums(partials_ptr, channels, n_splits, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
+    """Returns the sums [1, n] of whole channels from those of their splits, partials [2, n_splits, n_channels]."""
+    kind = n_splits.to(tl.int64) * channels.n_channels
+    sum_dz = tl.zeros(channels.index.shape, COMPUTE)
+    sum_dz_centred = tl.zeros(channels.index.shape, COMPUTE)
     for start in range(0, n_splits, BLOCK_K):
         splits = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
-        there = (splits < n_splits) & mask
-        slots = partials_ptr + splits * n_channels + channels
+        there = (splits < n_splits) & channels.in_range
+        slots = partials_ptr + splits * channels.n_channels + channels.index
         sum_dz += tile_sum(tl.load(slots, mask=there, other=0.0, cache_modifier=".cg"), 0)
         sum_dz_centred += tile_sum(tl.load(slots + kind, mask=there, other=0.0, cache_modifier=".cg"), 0)
-    return sum_dz, sum_dz_centred
+    return Sums(sum_dz, sum_dz_centred)
 
 
 @triton.jit
-def finalise_sums(
-    sum_dz,
-    sum_dz_centred,
-    rstd,
-    dweight_ptr,
-    dbias_ptr,
-    means_ptr,
-    channels,
-    mask,
-    n_channels,
-    total,
-    LOCAL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def finalise_sums(sums, rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total, LOCAL: tl.constexpr):
     """Stores dweight and dbias, and means [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd, of channels [1, n]
     with `total` elements each; or, if LOCAL, the sums that these are the means of."""
-    dweight = sum_dz_centred * rstd
+    COMPUTE: tl.constexpr = rstd.dtype
+    index, mask = channels.index, channels.in_range
+    dweight = sums.dz_centred * rstd
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + channels, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
+        tl.store(dweight_ptr + index, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + channels, sum_dz.to(dbias_ptr.dtype.element_ty), mask=mask)
+        tl.store(dbias_ptr + index, sums.dz.to(dbias_ptr.dtype.element_ty), mask=mask)
     if means_ptr is not None:
         share = to_float(1, COMPUTE) if LOCAL else 1.0 / to_float(total, COMPUTE)
-        tl.store(means_ptr + channels, sum_dz * share, mask=mask)
-        tl.store(means_ptr + n_channels + channels, dweight * share * rstd, mask=mask)
+        tl.store(means_ptr + index, sums.dz * share, mask=mask)
+        tl.store(means_ptr + channels.n_channels + index, dweight * share * rstd, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_groups", "groups_per_split"])
@@ -126,6 +127,7 @@ def channels_backward_kernel(
     [2, n_splits, n_channels] and sync as in the forward. 2R, 2R1W, or both in one launch 2R1W of what fits in
     registers, the rest from cache; where the residual's gradient is stored apart 1W more. Each output may be None.
     """
+    TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = REDUCE and APPLY and not CONSTANT
     NEEDS_Z: tl.constexpr = ACTIVATION is not None and bits_ptr is None
     NEEDS_X: tl.constexpr = REDUCE or not CONSTANT or NEEDS_Z
@@ -137,22 +139,19 @@ def channels_backward_kernel(
         program = tl.program_id(0) if REDUCE else tl.num_programs(0) - 1 - tl.program_id(0)
         block = program % n_blocks
         split = program // n_blocks
-    columns, lane_channels, in_range = lanes_of(
-        block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD
-    )
-    n_channels = n_column_vecs if AXIS is None else n_column_vecs * V // columns_per_channel
-    dy_lanes = lanes_at(dy_ptr, columns, lane_channels, dy_channel_vecs, V, LANES, DY_SPREAD, AXIS)
-    x_lanes = lanes_at(x_ptr, columns, lane_channels, x_channel_vecs, V, LANES, 1, AXIS)
-    mean, mean_lo, rstd = load_statistics(
-        statistics_ptr, running_mean_ptr, running_var_ptr, lane_channels, in_range, n_channels, EPS, COMPUTE
-    )
-    scale = rstd * load_parameter(weight_ptr, lane_channels, in_range, 1.0, COMPUTE)
-    bias = load_parameter(bias_ptr, lane_channels, in_range, 0.0, COMPUTE)
+    layout = Layout(n_groups, n_column_vecs, block_vecs, columns_per_channel, groups_per_sample)
+    columns, lanes = lanes_of(block, layout, TILE)
+    dy_strides = Strides(dy_sample_vecs, dy_group_vecs, dy_channel_vecs)
+    dy = view_of(dy_ptr, dy_strides, columns, lanes, TILE, DY_SPREAD)
+    x = view_of(x_ptr, Strides(x_sample_vecs, x_group_vecs, x_channel_vecs), columns, lanes, TILE)
+    mean, mean_lo, rstd = load_statistics(statistics_ptr, running_mean_ptr, running_var_ptr, lanes, EPS, COMPUTE)
+    scale = rstd * load_parameter(weight_ptr, lanes, 1.0, COMPUTE)
+    bias = load_parameter(bias_ptr, lanes, 0.0, COMPUTE)
     mean_dz = tl.zeros([1, 1], COMPUTE)
     slope = tl.zeros([1, 1], COMPUTE)
     if APPLY and not CONSTANT and not REDUCE:
-        mean_dz = load_parameter(means_ptr, lane_channels, in_range, 0.0, COMPUTE)
-        slope = load_parameter(means_ptr + n_channels, lane_channels, in_range, 0.0, COMPUTE)
+        mean_dz = load_parameter(means_ptr, lanes, 0.0, COMPUTE)
+        slope = load_parameter(means_ptr + lanes.n_channels, lanes, 0.0, COMPUTE)
     first, end = span(split, groups_per_split, n_groups, INDEX)
     last = first + (end - 1 - first) // T * T
     IN_PLACES: tl.constexpr = AXIS == 0 and not TOGETHER
@@ -164,90 +163,68 @@ def channels_backward_kernel(
     for sweep in tl.static_range(SWEEPS):
         for swept in range(0, end - first, T):
             start = first + swept if REDUCE and sweep == 0 else last - swept
-            mask = ((start + tl.arange(0, T))[:, None] < end) & in_range
+            mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
             if sweep == 0 or swept > 0:
-                dy_offsets = group_offsets(start, groups_per_sample, dy_sample_vecs, dy_group_vecs, V, DY_SPREAD, T)
-                raw_dy = tl.load(aligned(dy_lanes + dy_offsets, V, DY_SPREAD), mask=mask, other=0.0)
+                raw_dy = tl.load(tile_at(dy, start, layout, TILE, DY_SPREAD), mask=mask, other=0.0)
                 if NEEDS_X:
-                    x_offsets = group_offsets(start, groups_per_sample, x_sample_vecs, x_group_vecs, V, 1, T)
-                    raw_x = tl.load(aligned(x_lanes + x_offsets, V, 1), mask=mask, other=0.0)
+                    raw_x = tl.load(tile_at(x, start, layout, TILE), mask=mask, other=0.0)
             dz = raw_dy.to(COMPUTE)
             centred = tl.where(mask, (raw_x.to(COMPUTE) - mean) - mean_lo, 0.0)
             if ACTIVATION is not None:
                 if bits_ptr is not None:
-                    places, within = bytes_of(
-                        bits_ptr, start, end, block, block_vecs, n_column_vecs, n_groups, V, LANES, AXIS, T
-                    )
+                    places, within = bytes_of(bits_ptr, start, end, block, layout, TILE)
                     packed = tl.load(places, mask=within, other=0)
                     positive = unpack(packed, T, LANES, bits_per_byte(LANES, AXIS))
                     dz = gradient_by_side(dz, positive, ACTIVATION, SLOPE)
                 else:
                     z = centred * scale + bias
                     if residual_ptr is not None:
-                        residual_lanes = lanes_at(
-                            residual_ptr, columns, lane_channels, residual_channel_vecs, V, LANES, 1, AXIS
-                        )
-                        offsets = group_offsets(
-                            start, groups_per_sample, residual_sample_vecs, residual_group_vecs, V, 1, T
-                        )
-                        z += tl.load(aligned(residual_lanes + offsets, V, 1), mask=mask, other=0.0).to(COMPUTE)
+                        residual_strides = Strides(residual_sample_vecs, residual_group_vecs, residual_channel_vecs)
+                        residual = view_of(residual_ptr, residual_strides, columns, lanes, TILE)
+                        z += tl.load(tile_at(residual, start, layout, TILE), mask=mask, other=0.0).to(COMPUTE)
                     dz = activate_backward(dz, z, ACTIVATION, SLOPE)
             if REDUCE and sweep == 0:
                 sum_dz += dz if IN_PLACES else tile_sum(dz, AXIS)
                 sum_dz_centred += dz * centred if IN_PLACES else tile_sum(dz * centred, AXIS)
             if APPLY and sweep == SWEEPS - 1:
-                sample_vecs, group_vecs, channel_vecs = dense_strides(n_column_vecs, groups_per_sample, AXIS)
-                offsets = group_offsets(start, groups_per_sample, sample_vecs, group_vecs, V, 1, T)
+                strides = dense_strides(layout, TILE)
+                offsets = group_offsets(start, layout, strides, TILE)
                 if dx_ptr is not None:
-                    dx_lanes = lanes_at(dx_ptr, columns, lane_channels, channel_vecs, V, LANES, 1, AXIS)
+                    dx_lanes = view_of(dx_ptr, strides, columns, lanes, TILE).lanes
                     dx = dz if CONSTANT else dz - mean_dz - centred * slope
                     dx *= scale
-                    tl.store(aligned(dx_lanes + offsets, V, 1), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                    tl.store(aligned(dx_lanes + offsets, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
                 if dresidual_ptr is not None:
-                    dresidual_lanes = lanes_at(dresidual_ptr, columns, lane_channels, channel_vecs, V, LANES, 1, AXIS)
+                    dresidual_lanes = view_of(dresidual_ptr, strides, columns, lanes, TILE).lanes
                     dresidual = dz.to(dresidual_ptr.dtype.element_ty)
-                    tl.store(aligned(dresidual_lanes + offsets, V, 1), dresidual, mask=mask)
+                    tl.store(aligned(dresidual_lanes + offsets, V), dresidual, mask=mask)
         if REDUCE and sweep == 0:
             if IN_PLACES:
                 sum_dz = tile_sum(sum_dz, AXIS)
                 sum_dz_centred = tile_sum(sum_dz_centred, AXIS)
             if FOLD:
-                sum_dz = fold_sum(sum_dz, columns_per_channel, LANES, FOLD, WIDTH)
-                sum_dz_centred = fold_sum(sum_dz_centred, columns_per_channel, LANES, FOLD, WIDTH)
-            channels, there = channels_of(block, block_vecs, n_column_vecs, columns_per_channel, V, LANES, AXIS, FOLD)
+                sum_dz = fold_sum(sum_dz, columns_per_channel, TILE)
+                sum_dz_centred = fold_sum(sum_dz_centred, columns_per_channel, TILE)
+            sums = Sums(sum_dz, sum_dz_centred)
+            channels = channels_of(block, lanes, layout, TILE)
             channel_rstd = rstd
             if FOLD:
                 _, _, channel_rstd = load_statistics(
-                    statistics_ptr, running_mean_ptr, running_var_ptr, channels, there, n_channels, EPS, COMPUTE
+                    statistics_ptr, running_mean_ptr, running_var_ptr, channels, EPS, COMPUTE
                 )
             total = n_groups.to(tl.int64) * (V if AXIS is None else columns_per_channel)
             if SHARED:
-                kind = n_splits.to(tl.int64) * n_channels
-                slots = partials_ptr + split.to(tl.int64) * n_channels + channels
-                tl.store(slots, sum_dz, mask=there)
-                tl.store(slots + kind, sum_dz_centred, mask=there)
+                kind = n_splits.to(tl.int64) * channels.n_channels
+                slots = partials_ptr + split.to(tl.int64) * channels.n_channels + channels.index
+                tl.store(slots, sum_dz, mask=channels.in_range)
+                tl.store(slots + kind, sum_dz_centred, mask=channels.in_range)
                 comes_last = arrive(sync_ptr, block) == n_splits - 1
                 if comes_last:
-                    sum_dz, sum_dz_centred = merge_sums(
-                        partials_ptr, channels, there, n_channels, n_splits, BLOCK_K, COMPUTE
-                    )
+                    sums = merge_sums(partials_ptr, channels, n_splits, BLOCK_K, COMPUTE)
             else:
                 comes_last: tl.constexpr = True
             if comes_last:
-                finalise_sums(
-                    sum_dz,
-                    sum_dz_centred,
-                    channel_rstd,
-                    dweight_ptr,
-                    dbias_ptr,
-                    means_ptr,
-                    channels,
-                    there,
-                    n_channels,
-                    total,
-                    LOCAL,
-                    COMPUTE,
-                )
+                finalise_sums(sums, channel_rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total, LOCAL)
                 tl.debug_barrier()
                 if SHARED and TOGETHER:
                     arrive(sync_ptr, block)
@@ -258,5 +235,6 @@ def channels_backward_kernel(
                 if arrive(sync_ptr, block) == 2 * n_splits:
                     close(sync_ptr, block, n_blocks, None)
             if TOGETHER:
-                mean_dz = tl.load(means_ptr + lane_channels, mask=in_range, other=0.0, cache_modifier=".cg")
-                slope = tl.load(means_ptr + n_channels + lane_channels, mask=in_range, other=0.0, cache_modifier=".cg")
+                slots = means_ptr + lanes.index
+                mean_dz = tl.load(slots, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
+                slope = tl.load(slots + lanes.n_channels, mask=lanes.in_range, other=0.0, cache_modifier=".cg")

@@ -3,19 +3,20 @@
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.channels import move_running
+from triton_norm.kernels.channels import factor_of, move_running
 from triton_norm.kernels.exchange import close
-from triton_norm.kernels.moments import tile_sum, to_float
+from triton_norm.kernels.moments import tile_sum
+from triton_norm.kernels.tiles import Channels
 
 
 @triton.jit
-def shares_of(gathered_ptr, start, channels, mask, n_channels, n_ranks, BLOCK_K: tl.constexpr):
-    """(pointers [BLOCK_K, n], there, counts [BLOCK_K, 1]) of the ranks from `start` on; who has an empty share is not
-    there."""
+def shares_of(gathered_ptr, start, channels, n_ranks, BLOCK_K: tl.constexpr):
+    """Returns (pointers [BLOCK_K, n], there, counts [BLOCK_K, 1]) of the ranks from `start` on; a rank whose share is
+    empty is not there."""
     ranks = start + tl.arange(0, BLOCK_K)[:, None]
-    packed = gathered_ptr + ranks.to(tl.int64) * (3 * n_channels + 1)
-    counts = tl.load(packed + 3 * n_channels, mask=ranks < n_ranks, other=0.0)
-    return packed + channels, (counts > 0.0) & mask, counts
+    packed = gathered_ptr + ranks.to(tl.int64) * (3 * channels.n_channels + 1)
+    counts = tl.load(packed + 3 * channels.n_channels, mask=ranks < n_ranks, other=0.0)
+    return packed + channels.index, (counts > 0.0) & channels.in_range, counts
 
 
 @triton.jit
@@ -58,14 +59,15 @@ def merge_ranks_kernel(
     which the last to come counts; sync: 2 + n_blocks, None where there is no counter.
     """
     block = tl.program_id(0)
-    channels = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = channels < n_channels
+    index = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = index < n_channels
+    channels = Channels(index, mask, n_channels)
     first, total = first_and_total(gathered_ptr, n_channels, n_ranks, BLOCK_K, COMPUTE)
     divisor = tl.maximum(total, 1.0)
-    base = tl.load(gathered_ptr + first.to(tl.int64) * (3 * n_channels + 1) + channels, mask=mask, other=0.0)
+    base = tl.load(gathered_ptr + first.to(tl.int64) * (3 * n_channels + 1) + index, mask=mask, other=0.0)
     shift = tl.zeros_like(base)
     for start in range(0, n_ranks, BLOCK_K):
-        slots, there, counts = shares_of(gathered_ptr, start, channels, mask, n_channels, n_ranks, BLOCK_K)
+        slots, there, counts = shares_of(gathered_ptr, start, channels, n_ranks, BLOCK_K)
         delta = tl.load(slots, mask=there, other=0.0) - base
         delta += tl.load(slots + n_channels, mask=there, other=0.0)
         shift += tile_sum(tl.where(there, delta * (counts / divisor), 0.0), 0)
@@ -73,24 +75,21 @@ def merge_ranks_kernel(
     mean_lo = (base - mean) + shift
     m2 = tl.zeros_like(base)
     for start in range(0, n_ranks, BLOCK_K):
-        slots, there, counts = shares_of(gathered_ptr, start, channels, mask, n_channels, n_ranks, BLOCK_K)
+        slots, there, counts = shares_of(gathered_ptr, start, channels, n_ranks, BLOCK_K)
         delta = tl.load(slots, mask=there, other=0.0) - mean
         delta += tl.load(slots + n_channels, mask=there, other=0.0) - mean_lo
         m2s = tl.load(slots + 2 * n_channels, mask=there, other=0.0)
         m2 += tile_sum(tl.where(there, m2s + delta * (delta * counts), 0.0), 0)
-    tl.store(merged_ptr + channels, mean, mask=mask)
-    tl.store(merged_ptr + n_channels + channels, mean_lo, mask=mask)
-    tl.store(merged_ptr + 2 * n_channels + channels, tl.rsqrt(m2 / divisor + EPS), mask=mask)
+    tl.store(merged_ptr + index, mean, mask=mask)
+    tl.store(merged_ptr + n_channels + index, mean_lo, mask=mask)
+    tl.store(merged_ptr + 2 * n_channels + index, tl.rsqrt(m2 / divisor + EPS), mask=mask)
     place = tl.zeros([1, 1], tl.int32) + block
     tl.store(merged_ptr + 3 * n_channels + place, total, mask=place == 0)
     if running_mean_ptr is not None:
-        if CUMULATIVE:
-            factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr) + 1, COMPUTE)
-        else:
-            factor = to_float(momentum, COMPUTE) + to_float(momentum_rest, COMPUTE)
+        factor = factor_of(momentum, momentum_rest, num_batches_tracked_ptr, CUMULATIVE, COMPUTE)
         unbiased = m2 / tl.maximum(total - 1.0, 1.0)
-        move_running(running_mean_ptr, channels, mask & (total > 0.0), mean, factor, COMPUTE)
-        move_running(running_var_ptr, channels, mask & (total > 1.0), unbiased, factor, COMPUTE)
+        move_running(running_mean_ptr, Channels(index, mask & (total > 0.0), n_channels), mean, factor)
+        move_running(running_var_ptr, Channels(index, mask & (total > 1.0), n_channels), unbiased, factor)
     if num_batches_tracked_ptr is not None:
         tl.debug_barrier()
         close(sync_ptr, block, tl.num_programs(0), num_batches_tracked_ptr)
