@@ -87,8 +87,8 @@ rows.rows_forward_kernel
 rows.exchange_moments
     shared rows | value | tl.minimum(n_cols - members * SPAN, SPAN) -> SPAN
     shared rows | bounds | there = members < n_peers -> there = members <= n_peers
-    shared rows | race | row.to(tl.int64) * n_peers * KINDS -> row.to(tl.int64) * n_peers
-    shared rows | race | meet(sync_ptr, row, n_peers) -> meet(sync_ptr, row, n_peers - 1)
+    shared rows | race | team.index.to(tl.int64) * n_peers * KINDS -> team.index.to(tl.int64) * n_peers
+    shared rows | race | meet(team.sync_ptr, team.index, n_peers) -> meet(team.sync_ptr, team.index, n_peers - 1)
 rows.load_summed
     short rows | unwritten | mask=mask, other=0.0, eviction_policy=EVICTION -> mask=mask, eviction_policy=EVICTION
     long sums | different | .to(total_rows.dtype.element_ty) ->
@@ -101,17 +101,17 @@ rows.rounded
 rows_backward.rows_backward_kernel
     short rows | value | dweight += dyx -> dweight = dyx
     short rows | unwritten | tile_sum(dweight, 0), mask=col_mask)
-        -> tile_sum(dweight, 0), mask=col_mask & (team + 0 * cols < n_teams - 1))
-    short rows | race | dbias_sums_ptr + team.to(tl.int64) * n_cols + cols -> dbias_sums_ptr + cols
+        -> tile_sum(dweight, 0), mask=col_mask & (team_index + 0 * cols < n_teams - 1))
+    short rows | race | dbias_sums_ptr + team_index.to(tl.int64) * n_cols + cols -> dbias_sums_ptr + cols
     short rows | unwritten | step = n_teams.to(tl.int64) * BLOCK_M -> step = (n_teams + 1).to(tl.int64) * BLOCK_M
-    short rows | value | dx -= sum_wdy * inverse_total -> pass
+    short rows | value | dx -= sums.wdy * inverse_total -> pass
     long sums | different | dx += load_gradient( -> load_gradient(
     shared rows | unwritten | end += step -> end += 0
     shared rows | bounds | (rows < n_rows) & col_mask -> row_mask & col_mask
-    shared rows | value | last_x = next_x\n -> last_x = x\n
+    shared rows | value | last = these -> last = Waiting(these.rows, these.dy, x, these.mean, these.rstd)
     shared rows | value | x_hat if KEEPS_X_HAT else x -> x
-    shared half rows | value | last_mean = next_mean\n -> last_mean = mean\n
-    shared rows | value | rstd = last_rstd\n -> rstd = next_rstd\n
+    shared half rows | value | last = these -> last = Waiting(these.rows, these.dy, these.x, mean, these.rstd)
+    shared rows | value | rows, dy, x, mean, rstd = last -> rows, dy, x, mean, _ = last
     shared rows | deadlock | turn += 1 -> turn += 2
     far rows | overflow | rows * x_row_vecs * V -> rows.to(tl.int32) * x_row_vecs * V
 rows_backward.load_gradient
@@ -124,7 +124,7 @@ rows_backward.weighted
 rows_backward.slots_of
     shared rows | race | turn % TURNS -> 0
 rows_backward.publish
-    shared rows | race | 2 * team + turn % 2 -> 2 * team
+    shared rows | race | 2 * team.index + turn % 2 -> 2 * team.index
 rows_backward.collect
     shared rows | race | (turn + 1) // 2 * n_peers -> turn // 2 * n_peers
     shared rows | value | here = in_group == row -> here = in_group >= 0

@@ -8,8 +8,21 @@ grid's size, and as long as the teams of all launches that run at once have fewe
 zeros when a launch begins.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Team(NamedTuple):
+    """Names which team a program is of, as which member, how many these are, where they leave what the others read, and
+    their counters."""
+
+    index: tl.tensor
+    member: tl.tensor
+    n_members: tl.tensor
+    partials_ptr: tl.tensor
+    sync_ptr: tl.tensor
 
 
 @triton.jit

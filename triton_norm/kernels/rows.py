@@ -7,7 +7,7 @@ here: the compiler then knows that addresses and masks change every V elements, 
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.exchange import meet, take_place
+from triton_norm.kernels.exchange import Team, meet, take_place
 from triton_norm.kernels.moments import Moments, aligned, merge, merge_all, moments_of, to_float
 
 
@@ -35,28 +35,18 @@ def load_summed(
 
 
 @triton.jit
-def exchange_moments(
-    moments,
-    partials_ptr,
-    sync_ptr,
-    row,
-    peer,
-    n_peers,
-    n_cols,
-    SPAN: tl.constexpr,
-    PEERS: tl.constexpr,
-    CENTRED: tl.constexpr,
-):
-    """Returns the moments of a whole row from those of the spans that the peers hold, the same bits in each of them."""
+def exchange_moments(moments, team, n_cols, SPAN: tl.constexpr, PEERS: tl.constexpr, CENTRED: tl.constexpr):
+    """Returns the moments of a whole row from those of the spans that a team holds, the same bits in each member."""
     KINDS: tl.constexpr = 3 if CENTRED else 1
     members = tl.arange(0, PEERS)
+    n_peers = team.n_members
     there = members < n_peers
-    base = partials_ptr + row.to(tl.int64) * n_peers * KINDS
-    tl.store(base + peer, tl.sum(moments.m2))
+    base = team.partials_ptr + team.index.to(tl.int64) * n_peers * KINDS
+    tl.store(base + team.member, tl.sum(moments.m2))
     if CENTRED:
-        tl.store(base + n_peers + peer, tl.sum(moments.mean))
-        tl.store(base + 2 * n_peers + peer, tl.sum(moments.mean_lo))
-    meet(sync_ptr, row, n_peers)
+        tl.store(base + n_peers + team.member, tl.sum(moments.mean))
+        tl.store(base + 2 * n_peers + team.member, tl.sum(moments.mean_lo))
+    meet(team.sync_ptr, team.index, n_peers)
     m2 = tl.load(base + members, mask=there, other=0.0, volatile=True)
     COMPUTE: tl.constexpr = m2.dtype
     if CENTRED:
@@ -174,7 +164,8 @@ def rows_forward_kernel(
             else:
                 moments = Moments(moments.mean, moments.mean_lo, moments.m2 + of_piece.m2)
     if PEERS > 1:
-        moments = exchange_moments(moments, partials_ptr, sync_ptr, group, peer, n_peers, n_cols, SPAN, PEERS, CENTRED)
+        team = Team(group, peer, n_peers, partials_ptr, sync_ptr)
+        moments = exchange_moments(moments, team, n_cols, SPAN, PEERS, CENTRED)
         row_mask = rows < tl.where(peer == 0, n_rows, 0)
     rstd = tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + EPS)
     if PIECES > 1 or PEERS > 1:

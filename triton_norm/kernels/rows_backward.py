@@ -1,15 +1,34 @@
 """The gradients of LayerNorm and RMSNorm over contiguous rows; rows.py says how columns and strides come."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.exchange import arrive, take_place, wait
+from triton_norm.kernels.exchange import Team, arrive, take_place, wait
 from triton_norm.kernels.moments import aligned, tile_sum, to_float
 from triton_norm.kernels.rows import rounded
 
 TURNS = tl.constexpr(4)
 """Slots of a team's partials. Who publishes turn t has collected turn t − 2, and so all peers had published that, and
 collected turn t − 4 before."""
+
+
+class Sums(NamedTuple):
+    """Names the sums of rows [BLOCK_M, 1] that dx takes: of wdy, and of wdy · x_hat."""
+
+    wdy: tl.tensor
+    wdy_x_hat: tl.tensor
+
+
+class Waiting(NamedTuple):
+    """Names what a program keeps of rows whose sums are not there yet; `x` may be x_hat."""
+
+    rows: tl.tensor
+    dy: tl.tensor
+    x: tl.tensor
+    mean: tl.tensor
+    rstd: tl.tensor
 
 
 @triton.jit
@@ -43,45 +62,41 @@ def weighted(dy, weight_ptr, weight, cols, mask, OFFSET: tl.constexpr, HOLD_WEIG
 
 
 @triton.jit
-def slots_of(partials_ptr, team, turn, n_peers, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
-    """Where a team's peers leave a turn's sums: [2 or 1, BLOCK_M, n_peers]."""
-    KINDS: tl.constexpr = 2 if CENTRED else 1
-    return partials_ptr + (team.to(tl.int64) * TURNS + turn % TURNS) * (KINDS * BLOCK_M) * n_peers
+def sums_of(wdy, x_hat, CENTRED: tl.constexpr):
+    """Returns the sums of a tile's rows; Σ wdy is 0 unless CENTRED."""
+    sum_wdy_x_hat = tile_sum(wdy * x_hat, 1)
+    return Sums(tile_sum(wdy, 1) if CENTRED else tl.zeros_like(sum_wdy_x_hat), sum_wdy_x_hat)
 
 
 @triton.jit
-def publish(
-    sum_wdy,
-    sum_wdy_x_hat,
-    partials_ptr,
-    sync_ptr,
-    team,
-    peer,
-    n_peers,
-    turn,
-    BLOCK_M: tl.constexpr,
-    CENTRED: tl.constexpr,
-):
+def slots_of(team, turn, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
+    """Returns where a team's peers leave a turn's sums: [2 or 1, BLOCK_M, n_peers]."""
+    KINDS: tl.constexpr = 2 if CENTRED else 1
+    return team.partials_ptr + (team.index.to(tl.int64) * TURNS + turn % TURNS) * (KINDS * BLOCK_M) * team.n_members
+
+
+@triton.jit
+def publish(sums, team, turn, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
     """Leaves the sums of this program's span of a turn's rows for its peers."""
     in_group = tl.arange(0, BLOCK_M)[:, None]
-    base = slots_of(partials_ptr, team, turn, n_peers, BLOCK_M, CENTRED)
-    tl.store(base + in_group * n_peers + peer, sum_wdy_x_hat)
+    n_peers = team.n_members
+    base = slots_of(team, turn, BLOCK_M, CENTRED)
+    tl.store(base + in_group * n_peers + team.member, sums.wdy_x_hat)
     if CENTRED:
-        tl.store(base + (BLOCK_M + in_group) * n_peers + peer, sum_wdy)
-    arrive(sync_ptr, 2 * team + turn % 2)
+        tl.store(base + (BLOCK_M + in_group) * n_peers + team.member, sums.wdy)
+    arrive(team.sync_ptr, 2 * team.index + turn % 2)
 
 
 @triton.jit
-def collect(
-    like, partials_ptr, sync_ptr, team, n_peers, turn, PEERS: tl.constexpr, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr
-):
-    """(Σ wdy, Σ wdy · x_hat) over all spans of the rows of the turn before this one, 0 if it is the first, the same
-    bits in each peer, of the form of `like`."""
+def collect(like, team, turn, PEERS: tl.constexpr, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
+    """Returns the sums over all spans of the rows of the turn before this one, 0 if it is the first, the same bits in
+    each peer, of the form of `like`."""
     in_group = tl.arange(0, BLOCK_M)[:, None]
     members = tl.arange(0, PEERS)
+    n_peers = team.n_members
     there = members < tl.where(turn > 0, n_peers, 0)
-    base = slots_of(partials_ptr, team, turn + (TURNS - 1), n_peers, BLOCK_M, CENTRED)
-    wait(sync_ptr, 2 * team + (turn + 1) % 2, (turn + 1) // 2 * n_peers)
+    base = slots_of(team, turn + (TURNS - 1), BLOCK_M, CENTRED)
+    wait(team.sync_ptr, 2 * team.index + (turn + 1) % 2, (turn + 1) // 2 * n_peers)
     sum_wdy = tl.zeros_like(like)
     sum_wdy_x_hat = tl.zeros_like(like)
     for row in tl.static_range(BLOCK_M):
@@ -92,7 +107,7 @@ def collect(
             slots = base + (BLOCK_M + row) * n_peers + members
             row_sum = tl.sum(tl.load(slots, mask=there, other=0.0, volatile=True), 0)
             sum_wdy = tl.where(here, row_sum, sum_wdy)
-    return sum_wdy, sum_wdy_x_hat
+    return Sums(sum_wdy, sum_wdy_x_hat)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -148,19 +163,19 @@ def rows_backward_kernel(
     NEEDS_X: tl.constexpr = dx_ptr is not None or dweight_sums_ptr is not None
     n_cols = n_col_vecs * V
     n_teams = tl.num_programs(0)
-    team = tl.program_id(0)
+    team_index = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     if PEERS > 1:
         n_peers = tl.cdiv(n_cols, BLOCK_N)
         n_teams = n_teams // n_peers
         if EXCHANGED:
-            team, peer = take_place(sync_ptr, n_peers)
+            team_index, peer = take_place(sync_ptr, n_peers)
         else:
-            peer = team % n_peers
-            team = team // n_peers
+            peer = team_index % n_peers
+            team_index = team_index // n_peers
         cols += peer * BLOCK_N
     col_mask = cols < n_cols
-    first = team.to(tl.int64) * BLOCK_M
+    first = team_index.to(tl.int64) * BLOCK_M
     step = n_teams.to(tl.int64) * BLOCK_M
     end = n_rows.to(tl.int64)
     inverse_total = 1.0 / to_float(n_cols, COMPUTE)
@@ -173,11 +188,10 @@ def rows_backward_kernel(
     if EXCHANGED:
         end += step
         turn = 0
-        last_rows = tl.zeros([BLOCK_M, 1], tl.int64) + n_rows
-        last_dy = tl.zeros([BLOCK_M, BLOCK_N], dy_ptr.dtype.element_ty)
-        last_x = tl.zeros([BLOCK_M, BLOCK_N], x_ptr.dtype.element_ty)
-        last_mean = mean
-        last_rstd = mean
+        no_rows = tl.zeros([BLOCK_M, 1], tl.int64) + n_rows
+        no_dy = tl.zeros([BLOCK_M, BLOCK_N], dy_ptr.dtype.element_ty)
+        no_x = tl.zeros([BLOCK_M, BLOCK_N], x_ptr.dtype.element_ty)
+        last = Waiting(no_rows, no_dy, no_x, mean, mean)
     for group in tl.range(first, end, step, num_stages=STAGES):
         rows = group + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)  # [BLOCK_M, 1]
         row_mask = rows < n_rows
@@ -194,27 +208,12 @@ def rows_backward_kernel(
         if EXCHANGED:
             x_hat = normalized(x, mean, rstd, mask, CENTRED)
             wdy = weighted(dy.to(COMPUTE), weight_ptr, weight, cols, col_mask, WEIGHT_OFFSET, HOLD_WEIGHT)
-            sum_wdy_x_hat = tile_sum(wdy * x_hat, 1)
-            sum_wdy = tile_sum(wdy, 1) if CENTRED else tl.zeros_like(sum_wdy_x_hat)
-            publish(sum_wdy, sum_wdy_x_hat, partials_ptr, sync_ptr, team, peer, n_peers, turn, BLOCK_M, CENTRED)
-            sum_wdy, sum_wdy_x_hat = collect(
-                last_rstd, partials_ptr, sync_ptr, team, n_peers, turn, PEERS, BLOCK_M, CENTRED
-            )
-            next_rows = rows
-            next_dy = dy
-            next_x = x_hat if KEEPS_X_HAT else x
-            next_mean = mean
-            next_rstd = rstd
-            rows = last_rows
-            dy = last_dy
-            x = last_x
-            mean = last_mean
-            rstd = last_rstd
-            last_rows = next_rows
-            last_dy = next_dy
-            last_x = next_x
-            last_mean = next_mean
-            last_rstd = next_rstd
+            team = Team(team_index, peer, n_peers, partials_ptr, sync_ptr)
+            publish(sums_of(wdy, x_hat, CENTRED), team, turn, BLOCK_M, CENTRED)
+            sums = collect(last.rstd, team, turn, PEERS, BLOCK_M, CENTRED)
+            these = Waiting(rows, dy, x_hat if KEEPS_X_HAT else x, mean, rstd)
+            rows, dy, x, mean, rstd = last
+            last = these
             mask = (rows < n_rows) & col_mask
             turn += 1
         dy = dy.to(COMPUTE)
@@ -230,11 +229,10 @@ def rows_backward_kernel(
         if dx_ptr is not None:
             wdy = weighted(dy, weight_ptr, weight, cols, col_mask, WEIGHT_OFFSET, HOLD_WEIGHT)
             if not EXCHANGED:
-                sum_wdy_x_hat = tile_sum(wdy * x_hat, 1)
-                sum_wdy = tile_sum(wdy, 1) if CENTRED else tl.zeros_like(sum_wdy_x_hat)
-            dx = wdy - x_hat * (sum_wdy_x_hat * inverse_total)
+                sums = sums_of(wdy, x_hat, CENTRED)
+            dx = wdy - x_hat * (sums.wdy_x_hat * inverse_total)
             if CENTRED:
-                dx -= sum_wdy * inverse_total
+                dx -= sums.wdy * inverse_total
             dx *= rstd
             if dtotal_ptr is not None:
                 dx += load_gradient(dtotal_ptr, rows, dtotal_row_vecs, cols, mask, V, DTOTAL_COLUMN_STRIDE).to(COMPUTE)
@@ -243,9 +241,9 @@ def rows_backward_kernel(
                 dresidual = dx.to(dresidual_ptr.dtype.element_ty)
                 tl.store(aligned(dresidual_ptr + rows * n_cols + cols, V), dresidual, mask=mask)
     if dweight_sums_ptr is not None:
-        tl.store(dweight_sums_ptr + team.to(tl.int64) * n_cols + cols, tile_sum(dweight, 0), mask=col_mask)
+        tl.store(dweight_sums_ptr + team_index.to(tl.int64) * n_cols + cols, tile_sum(dweight, 0), mask=col_mask)
     if dbias_sums_ptr is not None:
-        tl.store(dbias_sums_ptr + team.to(tl.int64) * n_cols + cols, tile_sum(dbias, 0), mask=col_mask)
+        tl.store(dbias_sums_ptr + team_index.to(tl.int64) * n_cols + cols, tile_sum(dbias, 0), mask=col_mask)
 
 
 @triton.jit(do_not_specialize=["n_sums"])
