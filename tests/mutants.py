@@ -82,7 +82,7 @@ rows.rows_forward_kernel
     long rows | unwritten | range(BLOCK_N, last - begin + 1, BLOCK_N) -> range(BLOCK_N, last - begin, BLOCK_N)
     long sums | barrier | tl.debug_barrier() -> pass
     short rows | unwritten | tl.store(statistics_ptr + rows, moments.mean, mask=row_mask) -> pass
-    short rows | value | rstd, mask=row_mask)\n        else -> rstd.to(tl.bfloat16), mask=row_mask)\n        else
+    short rows | value | rstd, mask=row_mask) -> rstd.to(tl.bfloat16), mask=row_mask)
     shared rows | race | tl.where(peer == 0, n_rows, 0) -> n_rows
 rows.exchange_moments
     shared rows | value | tl.minimum(n_cols - members * SPAN, SPAN) -> SPAN

@@ -13,7 +13,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def exp(x):
-    """e^x; in fp32 from 2^t, with what rounding t has left out put back."""
+    """Returns e^x; in fp32 from 2^t, with what rounding t has left out put back."""
     if x.dtype == tl.float64:
         power = tl.exp(x)
     else:
@@ -76,16 +76,14 @@ def activate_backward(dy, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 @triton.constexpr_function
 def bits_per_byte(LANES, AXIS):
-    """Eight, but for a row of fewer columns."""
+    """Returns eight, or the number of a row's columns if it has fewer."""
     return 8 if AXIS is None or LANES >= 8 else LANES
 
 
 @triton.jit
 def bytes_of(ptr, start, end, block, layout, TILE: tl.constexpr):
-    """(pointers, mask) of the bytes with a tile's bits: a channel's elements follow each other, or a row's columns do.
-
-    No byte is two programs'.
-    """
+    """Returns (pointers, mask) of the bytes with a tile's bits: a channel's elements follow each other, or a row's
+    columns do. No two programs share a byte."""
     PER_BYTE: tl.constexpr = bits_per_byte(TILE.LANES, TILE.AXIS)
     byte = tl.arange(0, TILE.T * TILE.LANES // PER_BYTE)
     if TILE.AXIS is None:
@@ -106,7 +104,7 @@ def bytes_of(ptr, start, end, block, layout, TILE: tl.constexpr):
 
 @triton.jit
 def pack(positive, PER_BYTE: tl.constexpr):
-    """Booleans [T, LANES] as bytes, PER_BYTE of them each."""
+    """Returns booleans [T, LANES] as bytes, PER_BYTE of them each."""
     N_BYTES: tl.constexpr = positive.shape[0] * positive.shape[1] // PER_BYTE
     bits = tl.reshape(positive.to(tl.int32), [N_BYTES, PER_BYTE]) << tl.arange(0, PER_BYTE)[None, :]
     return tl.sum(bits, 1).to(tl.uint8)
@@ -114,6 +112,6 @@ def pack(positive, PER_BYTE: tl.constexpr):
 
 @triton.jit
 def unpack(packed, T: tl.constexpr, LANES: tl.constexpr, PER_BYTE: tl.constexpr):
-    """What `pack` packed."""
+    """Returns the booleans [T, LANES] that `pack` has packed."""
     bits = packed.to(tl.int32)[:, None] >> tl.arange(0, PER_BYTE)[None, :]
     return tl.reshape(bits & 1, [T, LANES]) != 0

@@ -1,7 +1,7 @@
 """BatchNorm over the channels of [samples, channels, positions]; tiles.py says how they become tiles.
 
-A block of channels is shared by n_splits programs, each of which has the `groups_per_split` groups of a span. Whichever
-of them comes last merges, in fixed order, what all have found: one launch normalizes, or one reduces and one applies.
+n_splits programs share a block of channels, and each has a span of groups_per_split groups. Whichever of them comes
+last merges, in fixed order, what all have found: one launch normalizes, or one reduces and one applies.
 """
 
 import triton
@@ -38,9 +38,8 @@ from triton_norm.kernels.tiles import (
 
 @triton.jit
 def merge_splits(partials_ptr, channels, n_splits, split_size, total, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns the moments [1, n] of whole channels from those of their splits, partials [3, n_splits, n_channels]; the
-    last split may be shorter than split_size elements.
-    """
+    """Returns the moments [1, n] of whole channels, `total` elements each, from those of their splits, partials
+    [3, n_splits, n_channels], split_size elements each; the last may have fewer."""
     kind = n_splits.to(tl.int64) * channels.n_channels
     zero = tl.zeros(channels.index.shape, COMPUTE)
     moments = Moments(zero, zero, zero)
@@ -79,8 +78,7 @@ def move_running(ptr, channels, value, factor):
 
 @triton.jit
 def finalise_statistics(moments, statistics_ptr, moments_ptr, channels, total, EPS: tl.constexpr, LOCAL: tl.constexpr):
-    """Stores the statistics of channels [1, n] with `total` elements each, and their moments where there is room for
-    them; returns rstd."""
+    """Stores the statistics of channels of `total` elements each, and their moments unless None; returns rstd."""
     index, mask, n_channels = channels.index, channels.in_range, channels.n_channels
     rstd = tl.rsqrt(moments.m2 / to_float(total, moments.m2.dtype) + EPS)
     tl.store(statistics_ptr + index, moments.mean, mask=mask)
@@ -140,17 +138,26 @@ def channels_forward_kernel(
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """STATISTICS: the batch's mean, what rounding it has left, and rstd (M2 if LOCAL), as statistics [3, n_channels],
-    move the running ones; moments [3, n_channels], if any, are these with M2. APPLY: y = f(z), z = (x − mean) · rstd ·
-    weight + bias + residual, y without gaps in x's layout, and one bit an element for z > 0. Both: in one launch, x's
-    last tile staying in registers while the programs of a channel wait for each other. Without STATISTICS they are
-    given, or else None, and the running ones are used.
+    """Reduces x to statistics of its channels (STATISTICS), normalizes it by them (APPLY), or does both in one launch.
 
-    The running variance moves by the unbiased one; momentum is momentum + momentum_rest, two fp32 scalars that keep an
-    fp64 module's precision, or CUMULATIVE, 1 / (num_batches_tracked + 1), which grows by one when all is done.
-    Applying goes through x in the reverse of the statistics' order, and so begins with what is still in cache.
-    Grid: n_blocks · n_splits. SHARED: n_splits > 1, the splits leave partials [3, n_splits, n_channels]; sync:
-    2 + n_blocks. 1R, 1R1W, or both in one launch 1R1W of what fits in registers, the rest from cache.
+    STATISTICS: stores the batch's statistics and moves the running ones, the variance by the unbiased one. They move by
+    momentum + momentum_rest, two fp32 scalars that keep an fp64 module's precision; or, if CUMULATIVE, by
+    1 / (num_batches_tracked + 1), which grows by one when all is done.
+
+    APPLY: y = f(z) with z = (x − mean) · rstd · weight + bias + residual. Without STATISTICS it takes those at
+    statistics_ptr, or where that is None the running ones. It goes through x in the reverse of the reduction's order,
+    and so begins with what is still in cache. In one launch x's last tile stays in registers, while the programs of a
+    channel wait for each other. Grid: n_blocks · n_splits. Each half reads x once; in one launch the second reads
+    what fits in no register, from cache.
+
+    Args:
+        x_ptr, residual_ptr: [samples, channels, positions], with the strides that follow; residual may be None.
+        y_ptr, bits_ptr: without gaps in x's layout; bits, if any, one for each element, say where z > 0.
+        weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr: [n_channels], or None.
+        statistics_ptr, moments_ptr: [3, n_channels], mean, mean_lo and rstd; or M2 in rstd's place, which statistics
+            have if LOCAL. moments may be None.
+        num_batches_tracked_ptr: one integer, or None.
+        partials_ptr, sync_ptr: moments [3, n_splits, n_channels] if SHARED, n_splits > 1; and 2 + n_blocks zeros.
     """
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = STATISTICS and APPLY

@@ -49,8 +49,10 @@ def merge_sums(partials_ptr, channels, n_splits, BLOCK_K: tl.constexpr, COMPUTE:
 
 @triton.jit
 def finalise_sums(sums, rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total, LOCAL: tl.constexpr):
-    """Stores dweight and dbias, and means [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd, of channels [1, n]
-    with `total` elements each; or, if LOCAL, the sums that these are the means of."""
+    """Stores dweight and dbias, and means [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd; each may be None.
+
+    `total` is the number of a channel's elements. If LOCAL, the means stay undivided.
+    """
     COMPUTE: tl.constexpr = rstd.dtype
     index, mask = channels.index, channels.in_range
     dweight = sums.dz_centred * rstd
@@ -116,16 +118,25 @@ def channels_backward_kernel(
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dz = dy · f'(z) is the gradient of what is activated, and of the residual.
+    """Computes dx, dresidual, dweight and dbias, each of which may be None, from dz = dy · f'(z).
 
-    REDUCE: dbias = Σ dz and dweight = Σ dz · x_hat, and their means (sums if LOCAL) for the other half. APPLY:
-    dx = (dz − mean(dz) − (x − mean) · mean(dz · x_hat) · rstd) · rstd · weight, without gaps in x's layout. Both: in
-    one launch, the last tiles of x and dy staying in registers while the programs of a channel wait for each other; or,
-    where the statistics are CONSTANT, with dx = dz · rstd · weight and nothing to wait for.
+    dz is the residual's gradient too. z is positive where bits, if any, say so, and otherwise computed again from x,
+    and from the residual.
 
-    z is positive where bits, if any, say so, and otherwise computed again from x, and from the residual. Grid, partials
-    [2, n_splits, n_channels] and sync as in the forward. 2R, 2R1W, or both in one launch 2R1W of what fits in
-    registers, the rest from cache; where the residual's gradient is stored apart 1W more. Each output may be None.
+    REDUCE: dbias = Σ dz and dweight = Σ dz · x_hat, and their means, or sums if LOCAL, for the other half. APPLY:
+    dx = (dz − mean(dz) − (x − mean) · mean(dz · x_hat) · rstd) · rstd · weight. Both in one launch: the last tiles of x
+    and dy stay in registers, while the programs of a channel wait for each other; or, where the statistics are
+    CONSTANT, dx = dz · rstd · weight, and nothing waits. Grid and bytes as in the forward; reads x and dy, and writes
+    dx and dresidual.
+
+    Args:
+        dy_ptr, x_ptr, residual_ptr: [samples, channels, positions], with the strides that follow.
+        bits_ptr: as the forward has left them. bits and residual may be None.
+        dx_ptr, dresidual_ptr: without gaps in x's layout.
+        weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, running_mean_ptr, running_var_ptr: [n_channels], or None.
+        statistics_ptr: [3, n_channels], mean, mean_lo and rstd, or None where the running ones are used.
+        means_ptr: [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd; None where nothing needs them.
+        partials_ptr, sync_ptr: sums [2, n_splits, n_channels] if SHARED, n_splits > 1; and 2 + n_blocks zeros.
     """
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = REDUCE and APPLY and not CONSTANT

@@ -1,4 +1,4 @@
-"""Programs of one launch that wait for each other, with no cooperative launch and no occupancy query.
+"""Lets programs of one launch wait for each other, with no cooperative launch and no occupancy query.
 
 A program takes its place by ticket, so places are held in the order in which programs started. The members of the first
 unfinished team have then started or are the next to start, and no program waits for one that can't: whatever the
@@ -27,7 +27,7 @@ class Team(NamedTuple):
 
 @triton.jit
 def take_place(sync_ptr, n_members):
-    """(team, member) of this program."""
+    """Takes this program's ticket; returns its team, and its place there."""
     ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed", scope="gpu")
     return ticket // n_members, ticket % n_members
 
@@ -41,7 +41,7 @@ def arrive(sync_ptr, team):
 
 @triton.jit
 def wait(sync_ptr, team, arrivals):
-    """Until the team has arrived that often; what was stored before is visible then, to volatile loads."""
+    """Waits until the team has arrived that often; what was stored before is then visible, to volatile loads."""
     while tl.atomic_add(sync_ptr + 2 + team, 0, sem="acquire", scope="gpu") < arrivals:
         pass
     tl.debug_barrier()
@@ -49,14 +49,16 @@ def wait(sync_ptr, team, arrivals):
 
 @triton.jit
 def meet(sync_ptr, team, arrivals):
+    """Arrives, and waits until the team has arrived that often."""
     arrive(sync_ptr, team)
     wait(sync_ptr, team, arrivals)
 
 
 @triton.jit
 def close(sync_ptr, team, n_teams, count_ptr):
-    """By the last member of a team to come: leaves its arrivals as they were found, and, when all teams have closed,
-    the rest, and adds one to *count_ptr, if any.
+    """Leaves a team's counter as it was found; the last member to arrive calls this.
+
+    The last team to close leaves the others as they were found, too, and adds one to *count_ptr, if any.
     """
     tl.store(sync_ptr + 2 + team, 0)
     if tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel", scope="gpu") == n_teams - 1:

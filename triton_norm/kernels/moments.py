@@ -1,4 +1,4 @@
-"""What both families share: sums, centring and merging of the moments of a 2-D tile.
+"""Sums and centres a 2-D tile, and merges moments, for both families of kernels.
 
 A reduction keeps the tile's rank, so that its result broadcasts against the tile: AXIS is 1 for rows, 0 for a matrix
 whose columns are channels, None for a tile that is one channel's alone.
@@ -21,13 +21,13 @@ class Moments(NamedTuple):
 
 @triton.jit
 def to_float(count, COMPUTE: tl.constexpr):
-    """A count, be it a run-time integer or one the compiler has specialised, as a [1, 1] tile of COMPUTE."""
+    """Returns a count, which the compiler may have specialised, as a [1, 1] tile of COMPUTE."""
     return tl.zeros([1, 1], COMPUTE) + count
 
 
 @triton.jit
 def tile_sum(tile, AXIS: tl.constexpr):
-    """Sum over AXIS, or over the whole tile where AXIS is None; reduced axes stay with length 1."""
+    """Returns the sum over AXIS, or over the whole tile where AXIS is None; reduced axes stay with length 1."""
     if AXIS is None:
         total = tl.sum(tl.sum(tile, 1, keep_dims=True), 0, keep_dims=True)
     else:
@@ -45,14 +45,14 @@ def aligned(pointers, V: tl.constexpr):
 
 @triton.jit
 def divide(a, b, inverse):
-    """a / b, correctly rounded but for rare cases, from a rounded inverse of b."""
+    """Returns a / b, correctly rounded but for rare cases, from a rounded inverse of b."""
     quotient = a * inverse
     return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
 
 
 @triton.jit
 def centre(x, mask, count, AXIS: tl.constexpr):
-    """(x − mean, mean, mean_lo) over AXIS, the mean of `count` elements being mean + mean_lo to twice the precision.
+    """Returns (x − mean, mean, mean_lo) over AXIS, of `count` elements; mean + mean_lo has twice the precision.
 
     x must be 0, and the result is 0, outside the mask. The mean of what a first mean leaves is taken off again: a
     constant row centres to exactly 0, and a large mean leaves no rounding error of its own size. Sums are of terms
@@ -83,14 +83,16 @@ def moments_of(x, mask, count, AXIS: tl.constexpr, CENTRED: tl.constexpr):
 
 @triton.jit
 def scaled_from(x, shift):
-    """(x − shift) / 4: no difference of two of these overflows."""
+    """Returns (x − shift) / 4: no difference of two of these overflows."""
     return x * 0.25 - shift * 0.25
 
 
 @triton.jit
 def take_in(values, mask, inverse_count, mean, m2):
-    """(mean, M2) of each place of a tile with one more value there (Welford 1962), where the mask is set; the inverse
-    is of how many there are now."""
+    """Returns (mean, M2) of each place of a tile after one more value there (Welford 1962), where the mask is set.
+
+    `inverse_count` is one over the number of values that the place then has.
+    """
     delta = tl.where(mask, values - mean, 0.0)
     mean += delta * inverse_count
     return mean, m2 + delta * (values - mean)
@@ -98,10 +100,7 @@ def take_in(values, mask, inverse_count, mean, m2):
 
 @triton.jit
 def merge(count_a, a, count_b, b):
-    """Returns the moments of two disjoint sets together, from those of each (Chan, Golub, LeVeque 1979).
-
-    Counts are floats, and count_b is not 0.
-    """
+    """Returns the moments of two sets together (Chan, Golub, LeVeque 1979). Counts are floats, and count_b is not 0."""
     share = count_b / (count_a + count_b)
     step = (b.mean - a.mean) * share
     mean = a.mean + step

@@ -1,4 +1,4 @@
-"""The statistics of a batch that processes share, from those of their shares."""
+"""Merges the statistics of a batch that processes share, from those of their shares."""
 
 import triton
 import triton.language as tl
@@ -21,7 +21,7 @@ def shares_of(gathered_ptr, start, channels, n_ranks, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def first_and_total(gathered_ptr, n_channels, n_ranks, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
-    """The first rank that has a share, and the number of a channel's elements in all of them; [1, 1]."""
+    """Returns the first rank whose share is not empty, and the number of a channel's elements in all shares; [1, 1]."""
     first = tl.zeros([1, 1], tl.int32) + (n_ranks - 1)
     total = tl.zeros([1, 1], COMPUTE)
     for start in range(0, n_ranks, BLOCK_K):
@@ -51,12 +51,18 @@ def merge_ranks_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """merged [3 · n_channels + 1]: mean, what rounding it has left, rstd, and the number of a channel's elements, from
-    gathered [n_ranks, 3 · n_channels + 1], with M2 in rstd's place. Moves the running statistics, and counts.
+    """Merges the moments of n_ranks shares of a batch, moves the running statistics by them, and counts.
 
     Means are summed as differences from the first, so that equal ones merge to themselves exactly. A batch of one value
-    a channel has no unbiased variance: the running one stays; of an empty batch both do. Grid: blocks of channels, of
-    which the last to come counts; sync: 2 + n_blocks, None where there is no counter.
+    a channel has no unbiased variance: the running one stays; of an empty batch both do.
+
+    Grid: blocks of channels, of which the last to come counts.
+
+    Args:
+        gathered_ptr: [n_ranks, 3 · n_channels + 1]: mean, mean_lo and M2, and the number of a channel's elements.
+        merged_ptr: [3 · n_channels + 1], the same of the whole batch, with rstd in M2's place.
+        running_mean_ptr, running_var_ptr, num_batches_tracked_ptr: [n_channels] both, and one integer; or None.
+        sync_ptr: 2 + n_blocks zeros; None where there is no counter.
     """
     block = tl.program_id(0)
     index = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]

@@ -13,7 +13,7 @@ from triton_norm.kernels.moments import Moments, aligned, merge, merge_all, mome
 
 @triton.jit
 def load_columns(ptr, cols, n_cols, OFFSET: tl.constexpr, COMPUTE: tl.constexpr):
-    """OFFSET + a parameter's columns as a row to broadcast, read by every program and so kept in cache."""
+    """Returns OFFSET + a parameter's columns as a row to broadcast. Every program reads them: they stay in cache."""
     columns = tl.load(ptr + cols, mask=cols < n_cols, other=0.0, eviction_policy="evict_last").to(COMPUTE)
     if OFFSET != 0.0:
         columns += OFFSET
@@ -24,7 +24,7 @@ def load_columns(ptr, cols, n_cols, OFFSET: tl.constexpr, COMPUTE: tl.constexpr)
 def load_summed(
     x_rows, residual_rows, total_rows, cols, mask, V: tl.constexpr, EVICTION: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """x, or x + residual rounded once to the total's type and stored."""
+    """Returns x; or x + residual, rounded once to the total's type, and stores it."""
     x = tl.load(aligned(x_rows + cols, V), mask=mask, other=0.0, eviction_policy=EVICTION)
     if residual_rows is not None:
         residual = tl.load(aligned(residual_rows + cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
@@ -64,7 +64,7 @@ def exchange_moments(moments, team, n_cols, SPAN: tl.constexpr, PEERS: tl.conste
 
 @triton.jit
 def rounded(x_hat, ROUNDED: tl.constexpr):
-    """x_hat rounded to the type ROUNDED, in its own; as it is where that is None."""
+    """Returns x_hat rounded to the type ROUNDED, in its own type; x_hat itself where that is None."""
     if ROUNDED is not None:
         x_hat = x_hat.to(ROUNDED).to(x_hat.dtype)
     return x_hat
@@ -81,7 +81,7 @@ def centred_on(x, moments, CENTRED: tl.constexpr):
 
 @triton.jit
 def normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
-    """x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = centred · rstd; either parameter may be None."""
+    """Returns x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = centred · rstd; either parameter may be None."""
     y = rounded(centred * rstd, ROUNDED)
     if weight_ptr is not None:
         y *= load_columns(weight_ptr, cols, n_cols, WEIGHT_OFFSET, rstd.dtype)
@@ -116,16 +116,22 @@ def rows_forward_kernel(
     PIECES: tl.constexpr,
     PEERS: tl.constexpr,
 ):
-    """x [n_rows, n_cols] with rows x_row_vecs · V apart → y [n_rows, n_cols] contiguous; statistics are the rows'
-    means [n_rows], if CENTRED, and then their rstds [n_rows]. ROUNDED is the type that x_hat = (x − mean) · rstd is
-    rounded to before the weight, or None.
+    """Normalizes rows: y = x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = (x − mean) · rstd.
 
-    With a residual, likewise strided, what is normalized is total = x + residual, contiguous and rounded to its own
-    type. A span of a row is PIECES pieces of BLOCK_N columns, the last of which stays in registers: the others are
-    swept again, backwards, so that they come from cache. Where a row has several spans, as many as PEERS programs share
-    it and exchange their moments in partials [n_rows, 3 or 1, n_peers]; BLOCK_M is 1 then, and sync 2 + n_rows zeros.
-    Grid: cdiv(n_rows, BLOCK_M) · n_peers, n_peers = cdiv(n_cols, PIECES · BLOCK_N). 1R1W where PIECES is 1, with a
-    residual 2R2W. residual, total, weight, bias and statistics may be None, and partials and sync where PEERS is 1.
+    The mean is 0 unless CENTRED. x_hat is rounded to the type ROUNDED before the weight, unless that is None. With a
+    residual, what is normalized is total = x + residual, rounded to its own type.
+
+    A span of a row is PIECES pieces of BLOCK_N columns. The last piece stays in registers; the others are swept again,
+    backwards, so that they come from cache. Where a row has several spans, as many programs, at most PEERS, share it
+    and exchange their moments; BLOCK_M is 1 then. Grid: cdiv(n_rows, BLOCK_M) · n_peers, n_peers = cdiv(n_cols,
+    PIECES · BLOCK_N). Reads x and residual, and writes y and total, once where PIECES is 1.
+
+    Args:
+        x_ptr, residual_ptr: [n_rows, n_cols], with rows x_row_vecs · V and residual_row_vecs · V apart.
+        y_ptr, total_ptr: [n_rows, n_cols] without gaps. residual and total may be None.
+        weight_ptr, bias_ptr: [n_cols], or None.
+        statistics_ptr: the rows' means [n_rows], if CENTRED, and then their rstds [n_rows]; or None.
+        partials_ptr, sync_ptr: [n_rows, 3 or 1, n_peers], and 2 + n_rows zeros; None where PEERS is 1.
     """
     SPAN: tl.constexpr = BLOCK_N * PIECES
     EVICTION: tl.constexpr = "evict_last" if PIECES > 1 and residual_ptr is None else "evict_first"
@@ -188,6 +194,4 @@ def rows_forward_kernel(
     if statistics_ptr is not None:
         if CENTRED:
             tl.store(statistics_ptr + rows, moments.mean, mask=row_mask)
-            tl.store(statistics_ptr + n_rows + rows, rstd, mask=row_mask)
-        else:
-            tl.store(statistics_ptr + rows, rstd, mask=row_mask)
+        tl.store(statistics_ptr + (n_rows if CENTRED else 0) + rows, rstd, mask=row_mask)

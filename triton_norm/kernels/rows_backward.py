@@ -10,8 +10,8 @@ from triton_norm.kernels.moments import aligned, tile_sum, to_float
 from triton_norm.kernels.rows import rounded
 
 TURNS = tl.constexpr(4)
-"""Slots of a team's partials. Who publishes turn t has collected turn t − 2, and so all peers had published that, and
-collected turn t − 4 before."""
+"""Slots of a team's partials, a ring. A program writes turn t only after all peers have read turn t − 4 from that slot:
+it has collected turn t − 2, so every peer had published that, and had collected turn t − 4 before."""
 
 
 class Sums(NamedTuple):
@@ -33,7 +33,7 @@ class Waiting(NamedTuple):
 
 @triton.jit
 def load_gradient(ptr, rows, row_vecs, cols, mask, V: tl.constexpr, COLUMN_STRIDE: tl.constexpr):
-    """A tile of a gradient whose rows lie row_vecs · V apart, or row_vecs where a row is one element expanded."""
+    """Returns a tile of a gradient whose rows are row_vecs · V apart, or row_vecs if a row is one element expanded."""
     if COLUMN_STRIDE == 1:
         gradient = tl.load(aligned(ptr + rows * row_vecs * V + cols, V), mask=mask, other=0.0)
     else:
@@ -43,7 +43,7 @@ def load_gradient(ptr, rows, row_vecs, cols, mask, V: tl.constexpr, COLUMN_STRID
 
 @triton.jit
 def normalized(x, mean, rstd, mask, CENTRED: tl.constexpr):
-    """x_hat, 0 outside the mask, in the type of rstd."""
+    """Returns x_hat, 0 outside the mask, in the type of rstd."""
     x_hat = x.to(rstd.dtype)
     if CENTRED:
         x_hat = tl.where(mask, x_hat - mean, 0.0)
@@ -52,7 +52,7 @@ def normalized(x, mean, rstd, mask, CENTRED: tl.constexpr):
 
 @triton.jit
 def weighted(dy, weight_ptr, weight, cols, mask, OFFSET: tl.constexpr, HOLD_WEIGHT: tl.constexpr):
-    """dy · (weight + OFFSET); the weight is loaded where it is not held."""
+    """Returns dy · (weight + OFFSET); loads the weight unless HOLD_WEIGHT."""
     if weight_ptr is not None:
         if not HOLD_WEIGHT:
             weight = tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last")
@@ -89,8 +89,7 @@ def publish(sums, team, turn, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
 
 @triton.jit
 def collect(like, team, turn, PEERS: tl.constexpr, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
-    """Returns the sums over all spans of the rows of the turn before this one, 0 if it is the first, the same bits in
-    each peer, of the form of `like`."""
+    """Returns the sums, shaped as `like`, over all spans of the last turn's rows; the same bits in each peer."""
     in_group = tl.arange(0, BLOCK_M)[:, None]
     members = tl.arange(0, PEERS)
     n_peers = team.n_members
@@ -142,20 +141,27 @@ def rows_backward_kernel(
     STAGES: tl.constexpr,
     HOLD_WEIGHT: tl.constexpr,
 ):
-    """dx = (wdy − mean(wdy) − x_hat · mean(wdy · x_hat)) · rstd + dtotal with wdy = dy · (weight + WEIGHT_OFFSET), and
-    each team's share of dweight = Σ dy · x_hat and dbias = Σ dy over the rows. mean(wdy) is 0 unless CENTRED; dweight's
-    x_hat is rounded to the type ROUNDED where that is not None, as the forward's was.
+    """Computes dx = (wdy − mean(wdy) − x_hat · mean(wdy · x_hat)) · rstd + dtotal, and sums of dweight and dbias.
 
-    dy, dtotal and x [n_rows, n_cols] → dx and dresidual, of equal values, [n_rows, n_cols] contiguous, dweight_sums and
-    dbias_sums [n_teams, n_cols]. A team takes every n_teams-th group of BLOCK_M rows; its n_peers = cdiv(n_cols,
-    BLOCK_N) programs, at most PEERS, own a span of columns each, keep their sums in registers, and exchange the rows'
-    sums in partials [n_teams, TURNS, 2 or 1, BLOCK_M, n_peers]: those of the next rows before they wait for those of
-    the last. Odd and even turns have arrivals of their own; sync is 2 + 2 · n_teams zeros. Grid: n_teams · n_peers.
-    2R1W. dtotal, weight, dx, dresidual and the sums may be None, and partials and sync where PEERS is 1 or dx is None.
-    statistics hold the rows' means, if CENTRED, and behind them their rstd, or that apart where rstd [n_rows] is given.
+    wdy = dy · (weight + WEIGHT_OFFSET), and mean(wdy) is 0 unless CENTRED. dbias = Σ dy and dweight = Σ dy · x_hat over
+    the rows, with x_hat rounded to the type ROUNDED, if any, as the forward's was.
 
-    Rows that wait are added to dweight and dbias after the wait. The compiler would do that then anyway, with x_hat, dy
-    and wdy of the next rows in registers meanwhile, where x, or x_hat in its place, and dy are enough.
+    A team takes every n_teams-th group of BLOCK_M rows. Its n_peers = cdiv(n_cols, BLOCK_N) programs, at most PEERS,
+    own a span of columns each, keep the sums of dweight and dbias in registers, and exchange the rows' sums: those of
+    the next rows before they wait for those of the last. Odd and even turns have arrivals of their own. Rows that wait
+    are added to dweight and dbias after the wait. The compiler would do that then anyway, with x_hat, dy and wdy of the
+    next rows in registers meanwhile, where x, or x_hat in its place, and dy are enough. Grid: n_teams · n_peers. Reads
+    x, dy and dtotal, and writes dx and dresidual, once.
+
+    Args:
+        dy_ptr, dtotal_ptr, x_ptr: [n_rows, n_cols], with the strides that follow; dtotal may be None.
+        weight_ptr: [n_cols], or None.
+        statistics_ptr: the rows' means [n_rows], if CENTRED, and then their rstds [n_rows], unless rstd_ptr has these.
+        rstd_ptr: the rows' rstds [n_rows], or None.
+        dx_ptr, dresidual_ptr: [n_rows, n_cols] without gaps, of equal values; or None.
+        dweight_sums_ptr, dbias_sums_ptr: [n_teams, n_cols], or None.
+        partials_ptr, sync_ptr: [n_teams, TURNS, 2 or 1, BLOCK_M, n_peers], and 2 + 2 · n_teams zeros; None where PEERS
+            is 1 or dx is None.
     """
     KEPT: tl.constexpr = BLOCK_M if PEERS == 1 else 1
     EXCHANGED: tl.constexpr = PEERS > 1 and dx_ptr is not None
@@ -186,6 +192,7 @@ def rows_backward_kernel(
     dbias = tl.zeros([KEPT, BLOCK_N], COMPUTE)
     mean = tl.zeros([BLOCK_M, 1], COMPUTE)
     if EXCHANGED:
+        team = Team(team_index, peer, n_peers, partials_ptr, sync_ptr)
         end += step
         turn = 0
         no_rows = tl.zeros([BLOCK_M, 1], tl.int64) + n_rows
@@ -208,7 +215,6 @@ def rows_backward_kernel(
         if EXCHANGED:
             x_hat = normalized(x, mean, rstd, mask, CENTRED)
             wdy = weighted(dy.to(COMPUTE), weight_ptr, weight, cols, col_mask, WEIGHT_OFFSET, HOLD_WEIGHT)
-            team = Team(team_index, peer, n_peers, partials_ptr, sync_ptr)
             publish(sums_of(wdy, x_hat, CENTRED), team, turn, BLOCK_M, CENTRED)
             sums = collect(last.rstd, team, turn, PEERS, BLOCK_M, CENTRED)
             these = Waiting(rows, dy, x_hat if KEEPS_X_HAT else x, mean, rstd)
@@ -259,7 +265,7 @@ def rows_backward_finalise_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dweight and dbias [n_cols], rounded once, from the teams' sums [n_sums, n_cols] in fixed order.
+    """Sums the teams' sums [n_sums, n_cols] to dweight and dbias [n_cols], in fixed order and rounded once.
 
     Grid: cdiv(n_cols, BLOCK_N). Either pair of pointers may be None.
     """

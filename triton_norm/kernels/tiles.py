@@ -1,4 +1,4 @@
-"""Where the elements of a channel lie in [samples, channels, positions], in any layout.
+"""Finds the elements of a channel in [samples, channels, positions], in any layout.
 
 A channel's elements come in groups, and a tile is T groups of LANES elements that lie side by side:
 
@@ -74,7 +74,7 @@ class View(NamedTuple):
 
 @triton.jit
 def lanes_of(block, layout, TILE: tl.constexpr):
-    """Returns the columns of a block's lanes and their channels, [1, 1] or [1, LANES]; flat, columns mean nothing."""
+    """Returns the columns of a block's lanes, and their channels; [1, 1] or [1, LANES]."""
     if TILE.AXIS is None:
         index = tl.zeros([1, 1], tl.int32) + block
         columns = index
@@ -104,8 +104,10 @@ def channels_of(block, lanes, layout, TILE: tl.constexpr):
 
 @triton.jit
 def span(split, groups_per_split, n_groups, INDEX: tl.constexpr):
-    """Returns the first group of a split, and the one after its last; INDEX is int32 where all groups and a tile more
-    fit in it."""
+    """Returns the first group of a split, and the one after its last.
+
+    INDEX is int32 where all groups and a tile more fit in it.
+    """
     first = split.to(INDEX) * groups_per_split
     return first, tl.minimum(first + groups_per_split, n_groups).to(INDEX)
 
@@ -164,8 +166,10 @@ def load_parameter(ptr, channels, default: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_statistics(statistics_ptr, mean_ptr, var_ptr, channels, EPS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns (mean, mean_lo, rstd) from statistics [3, n_channels], which this launch may have written, or where these
-    are None from a mean and a variance [n_channels]."""
+    """Returns (mean, mean_lo, rstd) from statistics [3, n_channels], or if that is None from a mean and a variance.
+
+    This very launch may have written the statistics: they are not read from a multiprocessor's own cache.
+    """
     index, mask = channels.index, channels.in_range
     if statistics_ptr is None:
         mean = tl.load(mean_ptr + index, mask=mask, other=0.0).to(COMPUTE)
