@@ -27,9 +27,10 @@ import triton.language as tl
 from triton_norm.kernels.moments import Moments, aligned, merge_all, tile_sum
 
 
+# Constants have a tuple of their own: in one that a compiled kernel assigns they would turn into run-time values.
 class Tile(NamedTuple):
-    """Names a tile's constants: its groups and lanes, how many elements are aligned, and the axis of a channel's sums;
-    and how many channels a block folds into, each of at most WIDTH columns, or 0."""
+    """Names a tile's constants: T groups of LANES elements, each V of which are aligned; the AXIS that a channel's sums
+    go over; and where a block is folded, for how many channels of how many columns at most it has room, else 0."""
 
     T: int
     V: int
@@ -40,7 +41,8 @@ class Tile(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Names the sizes that the tensors of a launch share; flat, `n_column_vecs` is the number of channels."""
+    """Names the sizes that all tensors of a launch share; _vecs are columns, of all channels and of a block's, divided
+    by V. Flat, n_column_vecs is the number of channels."""
 
     n_groups: tl.tensor
     n_column_vecs: tl.tensor
@@ -50,7 +52,7 @@ class Layout(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Names a tensor's strides, divided by V."""
+    """Names a tensor's strides, divided by V, from one sample, group or channel to the next."""
 
     sample: tl.tensor
     group: tl.tensor
@@ -58,7 +60,7 @@ class Strides(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """Names some channels' indices, [1, n], which of them there are, and the number of all channels."""
+    """Names the indices [1, n] of some channels, which of these there are, and the number of all channels."""
 
     index: tl.tensor
     in_range: tl.tensor
