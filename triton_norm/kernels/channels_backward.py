@@ -7,11 +7,12 @@ import triton.language as tl
 
 from triton_norm.kernels.activations import activate_backward, bits_per_byte, bytes_of, gradient_by_side, unpack
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
-from triton_norm.kernels.moments import aligned, tile_sum, to_float
+from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.tiles import (
     Layout,
     Strides,
     Tile,
+    aligned,
     channels_of,
     dense_strides,
     fold_sum,

@@ -36,14 +36,6 @@ def tile_sum(tile, AXIS: tl.constexpr):
 
 
 @triton.jit
-def aligned(pointers, V: tl.constexpr):
-    """Returns pointers [m, n] of which each V are known to be aligned, whatever lies in their base's last bits."""
-    ITEMSIZE: tl.constexpr = pointers.dtype.scalar.element_ty.primitive_bitwidth // 8
-    ALIGNMENT: tl.constexpr = V * ITEMSIZE if V * ITEMSIZE < 16 else 16
-    return tl.multiple_of(pointers, [1, ALIGNMENT])
-
-
-@triton.jit
 def divide(a, b, inverse):
     """Returns a / b, correctly rounded but for rare cases, from a rounded inverse of b."""
     quotient = a * inverse

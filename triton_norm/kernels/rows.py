@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from triton_norm.kernels.exchange import Team, meet, take_place
-from triton_norm.kernels.moments import Moments, aligned, merge, merge_all, moments_of, to_float
+from triton_norm.kernels.moments import Moments, merge, merge_all, moments_of, to_float
 
 
 @triton.jit
@@ -21,16 +21,27 @@ def load_columns(ptr, cols, n_cols, OFFSET: tl.constexpr, COMPUTE: tl.constexpr)
 
 
 @triton.jit
+def at(rows_ptr, cols, V: tl.constexpr):
+    """Returns pointers to these columns of rows [BLOCK_M, 1], of which each V are known to be aligned.
+
+    The sum stands in here: what is known of an argument is lost where the compiler puts the function in its caller.
+    """
+    ITEMSIZE: tl.constexpr = rows_ptr.dtype.scalar.element_ty.primitive_bitwidth // 8
+    ALIGNMENT: tl.constexpr = V * ITEMSIZE if V * ITEMSIZE < 16 else 16
+    return tl.multiple_of(rows_ptr + cols, [1, ALIGNMENT])
+
+
+@triton.jit
 def load_summed(
     x_rows, residual_rows, total_rows, cols, mask, V: tl.constexpr, EVICTION: tl.constexpr, COMPUTE: tl.constexpr
 ):
     """Returns x; or x + residual, rounded once to the total's type, and stores it."""
-    x = tl.load(aligned(x_rows + cols, V), mask=mask, other=0.0, eviction_policy=EVICTION)
+    x = tl.load(at(x_rows, cols, V), mask=mask, other=0.0, eviction_policy=EVICTION)
     if residual_rows is not None:
-        residual = tl.load(aligned(residual_rows + cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
+        residual = tl.load(at(residual_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
         WIDE: tl.constexpr = tl.float64 if residual.dtype == tl.float64 else COMPUTE
         x = (x.to(WIDE) + residual.to(WIDE)).to(total_rows.dtype.element_ty)
-        tl.store(aligned(total_rows + cols, V), x, mask=mask)
+        tl.store(at(total_rows, cols, V), x, mask=mask)
     return x
 
 
@@ -177,7 +188,7 @@ def rows_forward_kernel(
     if PIECES > 1 or PEERS > 1:
         centred = centred_on(x, moments, CENTRED)
     y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
-    tl.store(aligned(y_rows + cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
     if PIECES > 1:
         swept_rows = x_rows
         if residual_ptr is not None:
@@ -187,10 +198,10 @@ def rows_forward_kernel(
         for back in range(BLOCK_N, last - begin + 1, BLOCK_N):
             cols = last - back + tl.arange(0, BLOCK_N)[None, :]
             mask = (rows < n_rows) & (cols < n_cols)
-            x = tl.load(aligned(swept_rows + cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
+            x = tl.load(at(swept_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
             centred = centred_on(x, moments, CENTRED)
             y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
-            tl.store(aligned(y_rows + cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
     if statistics_ptr is not None:
         if CENTRED:
             tl.store(statistics_ptr + rows, moments.mean, mask=row_mask)

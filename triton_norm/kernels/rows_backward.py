@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from triton_norm.kernels.exchange import Team, arrive, take_place, wait
-from triton_norm.kernels.moments import aligned, tile_sum, to_float
-from triton_norm.kernels.rows import rounded
+from triton_norm.kernels.moments import tile_sum, to_float
+from triton_norm.kernels.rows import at, rounded
 
 TURNS = tl.constexpr(4)
 """Slots of a team's partials, a ring. A program writes turn t only after all peers have read turn t − 4 from that slot:
@@ -35,7 +35,7 @@ class Waiting(NamedTuple):
 def load_gradient(ptr, rows, row_vecs, cols, mask, V: tl.constexpr, COLUMN_STRIDE: tl.constexpr):
     """Returns a tile of a gradient whose rows are row_vecs · V apart, or row_vecs if a row is one element expanded."""
     if COLUMN_STRIDE == 1:
-        gradient = tl.load(aligned(ptr + rows * row_vecs * V + cols, V), mask=mask, other=0.0)
+        gradient = tl.load(at(ptr + rows * row_vecs * V, cols, V), mask=mask, other=0.0)
     else:
         gradient = tl.load(ptr + rows * row_vecs + cols * 0, mask=mask, other=0.0)
     return gradient
@@ -209,7 +209,7 @@ def rows_backward_kernel(
                 rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
             else:
                 rstd = tl.load(statistics_ptr + (n_rows if CENTRED else 0) + rows, mask=row_mask, other=0.0)
-            x = tl.load(aligned(x_ptr + rows * x_row_vecs * V + cols, V), mask=mask, other=0.0)
+            x = tl.load(at(x_ptr + rows * x_row_vecs * V, cols, V), mask=mask, other=0.0)
             if CENTRED:
                 mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
         if EXCHANGED:
@@ -242,10 +242,10 @@ def rows_backward_kernel(
             dx *= rstd
             if dtotal_ptr is not None:
                 dx += load_gradient(dtotal_ptr, rows, dtotal_row_vecs, cols, mask, V, DTOTAL_COLUMN_STRIDE).to(COMPUTE)
-            tl.store(aligned(dx_ptr + rows * n_cols + cols, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(at(dx_ptr + rows * n_cols, cols, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
             if dresidual_ptr is not None:
                 dresidual = dx.to(dresidual_ptr.dtype.element_ty)
-                tl.store(aligned(dresidual_ptr + rows * n_cols + cols, V), dresidual, mask=mask)
+                tl.store(at(dresidual_ptr + rows * n_cols, cols, V), dresidual, mask=mask)
     if dweight_sums_ptr is not None:
         tl.store(dweight_sums_ptr + team_index.to(tl.int64) * n_cols + cols, tile_sum(dweight, 0), mask=col_mask)
     if dbias_sums_ptr is not None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.moments import Moments, aligned, merge_all, tile_sum
+from triton_norm.kernels.moments import Moments, merge_all, tile_sum
 
 
 # Constants have a tuple of their own: in one that a compiled kernel assigns they would turn into run-time values.
@@ -135,6 +135,14 @@ def group_offsets(start, layout, strides, TILE: tl.constexpr, SPREAD: tl.constex
     sample = (first_sample + group // layout.groups_per_sample).to(tl.int64)
     position = (group % layout.groups_per_sample).to(tl.int64)
     return sample * strides.sample * UNIT + position * strides.group * UNIT
+
+
+@triton.jit
+def aligned(pointers, V: tl.constexpr):
+    """Returns pointers [T, LANES] of which each V are known to be aligned, whatever lies in their base's last bits."""
+    ITEMSIZE: tl.constexpr = pointers.dtype.scalar.element_ty.primitive_bitwidth // 8
+    ALIGNMENT: tl.constexpr = V * ITEMSIZE if V * ITEMSIZE < 16 else 16
+    return tl.multiple_of(pointers, [1, ALIGNMENT])
 
 
 @triton.jit
