@@ -247,6 +247,6 @@ def channels_backward_kernel(
                 if arrive(sync_ptr, block) == 2 * n_splits:
                     close(sync_ptr, block, n_blocks, None)
             if TOGETHER:
-                slots = means_ptr + lanes.index
-                mean_dz = tl.load(slots, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
-                slope = tl.load(slots + lanes.n_channels, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
+                mean_dz = tl.load(means_ptr + lanes.index, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
+                slopes = means_ptr + lanes.n_channels + lanes.index
+                slope = tl.load(slopes, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
