@@ -198,11 +198,11 @@ def tune_launches(given: argparse.Namespace) -> int:
     if not environment.has_gpu():
         return refuse("tune", NO_GPU)
     from perf import planning, tune
-    from triton_norm import tuning
+    from triton_norm.tuning.choices import TUNED
 
     seconds = float("inf") if given.seconds is None else given.seconds
     try:
-        found = tune.run(planning.points_of(given), tuning.TUNED, given.out, seconds, say, fresh=given.fresh)
+        found = tune.run(planning.points_of(given), TUNED, given.out, seconds, say, fresh=given.fresh)
     except OSError as error:
         return refuse("tune", error)
     if found.get("stopped") == "interrupted":

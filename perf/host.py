@@ -17,6 +17,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,16 +31,16 @@ from triton.backends.nvidia import driver as nvidia
 
 import triton_norm
 from perf.findings import in_a_line
-from perf.stand_in import as_on_gpu
-from triton_norm import dispatch, functional
+from perf.stand_in import H100, as_on_gpu
+from triton_norm import functional
 from triton_norm.ops import launch
 
 Record = dict[str, Any]
 Call = Callable[[], object]
 
 STUB = Path(__file__).with_name("stub_cuda.c")
-GPU = GPUTarget("cuda", 90, 32)
-MULTIPROCESSORS = 132
+TARGET = GPUTarget("cuda", 90, 32)
+GPU = replace(H100, name="stub")
 SHAPE = (8, 1024)
 IMAGES = (8, 64, 16, 16)
 BATCHES, CALLS = 300, 20  # the shorter a batch, the more run undisturbed on a busy machine
@@ -83,7 +84,7 @@ class StubDriver:
         self.launcher_cls = nvidia.CudaLauncher
 
     def get_current_target(self) -> GPUTarget:
-        return GPU
+        return TARGET
 
     def get_current_device(self) -> int:
         return 0
@@ -96,11 +97,9 @@ class StubDriver:
 def served_as_on_gpu() -> Iterator[None]:
     """CPU tensors go where CUDA's go; what asks torch.cuda is replaced by what takes as long to answer."""
     with ExitStack() as replaced:
-        replaced.enter_context(as_on_gpu(MULTIPROCESSORS, GPU.warp_size))
+        replaced.enter_context(as_on_gpu(GPU))
         for module, name, stand_in in (
-            (dispatch, "INTERPRETED", True),
             (functional, "_autocasts", lambda operator, x: x.is_cpu and torch.is_autocast_enabled("cuda")),
-            (launch, "gpu_name", functools.cache(lambda device: "stub")),
             (launch, "current_device", lambda: -1),  # the index of a device without one, to launch.Launcher
             (launch, "current_stream", lambda device: 0),
             (launch, "search", lambda kernel, space, *arguments: space.configs[0]),

@@ -22,9 +22,10 @@ from perf.calls import bind, candidate, make_inputs
 from perf.findings import in_a_line
 from perf.points import Point
 from perf.stand_in import OPS, as_on_gpu
-from triton_norm import tuning
 from triton_norm.ops.launch import COMPILE_OPTIONS
-from triton_norm.tuning import Config, Space
+from triton_norm.tuning import choices
+from triton_norm.tuning.configs import Config, Space
+from triton_norm.tuning.limits import Gpu
 
 Record = dict[str, Any]
 NARROWER = ("SHARED", "LANES", "WIDTH")  # constants of launches, other values of which leave no more to do
@@ -166,8 +167,8 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
     before = driver._active
     driver.set_active(CompileOnlyDriver(target))
     try:
-        on_gpu = as_on_gpu(target.multiprocessors, target.gpu.warp_size, list_only, target.cache)
-        with on_gpu, mock.patch.object(tuning, "chosen", choose_first):
+        gpu = Gpu(None, target.multiprocessors, target.cache, target.gpu.warp_size)
+        with as_on_gpu(gpu, start=list_only), mock.patch.object(choices, "chosen", choose_first):
             yield launches
     finally:
         driver._active = before

@@ -21,8 +21,8 @@ from perf.findings import Record
 from perf.ledger import GPU_LOST, Ledger, Results
 from perf.models import Model
 from perf.points import Point
-from triton_norm import tuning
-from triton_norm.ops import launch
+from triton_norm.tuning.choices import chosen_so_far
+from triton_norm.tuning.limits import gpu_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_SHARE = 0.55
@@ -128,7 +128,7 @@ def _measure(plan: Plan, ledger: Ledger, reached: set[str], deadline: float, say
                 raise
             ledger.add(records, kind)
             reached.add(str(task))
-            results["choices"] = tuning.choices(launch.gpu_name(torch.device(timer.device)))
+            results["choices"] = chosen_so_far(gpu_of(torch.device(timer.device)).name)
             if records:
                 say(f"[{number}/{len(tasks)}] {task}: {_line(records)}")
 

@@ -15,8 +15,7 @@ loads it: the launch was chosen for it to be still in cache.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,8 +28,7 @@ from perf.calls import Inputs, bind, candidate, make_inputs
 from perf.findings import in_a_line
 from perf.gate import TOLERANCE, errors, expected, named, verdict
 from perf.points import BITS, BULK, PARAMETERS, STATISTICS, Point
-from perf.stand_in import OPS, as_on_gpu
-from triton_norm import tuning
+from perf.stand_in import H100, OPS, as_on_gpu
 from triton_norm.ops.layout import Layout, as_readable, kind_of, layout_of
 from triton_norm.testing.interleave import interleaved
 from triton_norm.testing.interpreter import (
@@ -42,16 +40,19 @@ from triton_norm.testing.interpreter import (
     fast_launches,
     observe,
 )
+from triton_norm.tuning import channel_spaces, row_spaces
+from triton_norm.tuning.channel_spaces import ChannelWork, Plan
+from triton_norm.tuning.configs import Space
+from triton_norm.tuning.limits import Gpu, assumed
 
 Record = dict[str, Any]
 GROUPS = ("bulk", "bits", "parameters", "statistics", "partials")
 ONE_PROGRAMS = ("bulk", "bits")  # no two programs of a launch load the same of these
-MULTIPROCESSORS = 132
 RESIDENT = 2  # programs of a multiprocessor
 COUNTED_TILE = 16384  # elements
-ONE_SPLIT = tuning.Plan(0, 1 << 30)
+ONE_SPLIT = Plan(0, 1 << 30)
 TEAMS_LAUNCH = 0  # of a call's launches, the one whose programs are the teams
-PARTS = (1, 12, 24, 48, 96, MULTIPROCESSORS)
+PARTS = (1, 12, 24, 48, 96)  # of a GPU, in multiprocessors
 FEWEST_ROWS, MOST_ELEMENTS = 1024, 1 << 26  # of tensors that no kernel touches: enough rows for every team
 WAYS: dict[AccessKind, tuple[str, ...]] = {"load": ("loaded",), "store": ("stored",), "atomic": ("loaded", "stored")}
 
@@ -244,41 +245,31 @@ def _grouped(counter: Counter, known: dict[int, str]) -> Counts:
     return counts
 
 
-def _called_with(function: Callable[..., Any], **others: Any) -> Callable[..., Any]:
-    """`function`, with other arguments than its caller's."""
-    signature = inspect.signature(function)
-
-    def call(*arguments: Any) -> Any:
-        given = signature.bind(*arguments).arguments
-        return function(**(given | others))
-
-    return call
-
-
 @contextmanager
 def _as_the_interpreter_likes() -> Iterator[None]:
     """What changes no count: few programs add up the teams' sums, each of which is loaded by one of them, and what is
     gone through once is gone through in large tiles."""
-    space = tuning.channels
+    space, finalise = channel_spaces.channels, row_spaces.rows_backward_finalise
 
-    def channels(*arguments: Any) -> tuning.Space:
-        found = space(*arguments)
-        given = inspect.signature(space).bind(*arguments).arguments
-        if given["held"]:
+    def channels(work: ChannelWork, gpu: Gpu) -> Space:
+        found = space(work, gpu)
+        if work.held:
             return found
-        blocks = dict(found.configs[0].blocks) | {"T": max(1, COUNTED_TILE // given["lanes"])}
+        blocks = dict(found.configs[0].blocks) | {"T": max(1, COUNTED_TILE // work.lanes)}
         return replace(found, configs=(replace(found.configs[0], blocks=tuple(blocks.items())),))
 
-    finalise = _called_with(tuning.rows_backward_finalise, interpreted=True)
+    def rows_backward_finalise(gpu: Gpu) -> Space:
+        return finalise(replace(gpu, interpreted=True))
+
     with (
-        mock.patch.object(tuning, "rows_backward_finalise", finalise),
-        mock.patch.object(tuning, "channels", channels),
+        mock.patch.object(row_spaces, "rows_backward_finalise", rows_backward_finalise),
+        mock.patch.object(channel_spaces, "channels", channels),
     ):
         yield
 
 
-def counted(point: Point, multiprocessors: int, plan: tuning.Plan | None = None) -> tuple[Counts, str]:
-    """One call under the interpreter, launched as on so many multiprocessors, and what is wrong with its results.
+def counted(point: Point, gpu: Gpu, plan: Plan | None = None) -> tuple[Counts, str]:
+    """One call under the interpreter, launched as on a GPU, and what is wrong with its results.
 
     `plan`: how programs share channels, if not as the library would choose.
     """
@@ -287,8 +278,8 @@ def counted(point: Point, multiprocessors: int, plan: tuning.Plan | None = None)
     forward = bind(point, OPS, inputs)
     assert forward is not None
     counter = Counter()
-    resident = RESIDENT * multiprocessors
-    with as_on_gpu(multiprocessors), _as_the_interpreter_likes(), fast_launches(), correct_rounding():
+    resident = RESIDENT * gpu.multiprocessors
+    with as_on_gpu(gpu), _as_the_interpreter_likes(), fast_launches(), correct_rounding():
         inputs.reset()
         whole = candidate("triton_norm", point, forward, inputs)
         with interleaved(resident), _planned(ONE_SPLIT) if plan else nullcontext():
@@ -305,7 +296,7 @@ def _with_rows(point: Point, rows: int) -> Point:
     return replace(point, workload=replace(point.workload, shape=(rows, point.workload.features)))
 
 
-def _launches(point: Point, multiprocessors: int) -> list[tuple[Any, int]]:
+def _launches(point: Point, gpu: Gpu) -> list[tuple[Any, int]]:
     """The config and the number of programs of each launch; nothing is run."""
     launches: list[tuple[Any, int]] = []
 
@@ -316,19 +307,20 @@ def _launches(point: Point, multiprocessors: int) -> list[tuple[Any, int]]:
     forward = bind(point, OPS, inputs)
     assert forward is not None
     call = candidate("triton_norm", point, forward, inputs)
-    with as_on_gpu(multiprocessors, start=note):
+    with as_on_gpu(gpu, start=note):
         state = call.prepare()
         launches.clear()
         call.run(state)
     return launches
 
 
-def _counted_rows(point: Point) -> tuple[Counts, str]:
+def _counted_rows(point: Point, gpu: Gpu) -> tuple[Counts, str]:
     rows, n_cols = point.workload.shape
     untouched = _with_rows(point, min(rows, max(FEWEST_ROWS, MOST_ELEMENTS // n_cols)))
-    whole = _launches(untouched, MULTIPROCESSORS)
+    whole = _launches(untouched, gpu)
     config, programs = whole[0]
-    part = next(n for n in PARTS if [c for c, _ in _launches(untouched, n)] == [c for c, _ in whole])
+    parts = [replace(gpu, multiprocessors=n) for n in PARTS if n < gpu.multiprocessors]
+    part = next(p for p in (*parts, gpu) if [c for c, _ in _launches(untouched, p)] == [c for c, _ in whole])
     part_programs = _launches(untouched, part)[0][1]
     n_peers = -(-n_cols // (config["BLOCK_N"] * config.keywords.get("PIECES", 1)))
     turn = config["BLOCK_M"] * (part_programs // n_peers if point.mode == "backward" else 1)
@@ -343,30 +335,30 @@ def _layout(point: Point) -> Layout:
     return layout_of(x.shape, kind, as_readable(x, kind)[1])
 
 
-def _plan(point: Point) -> tuning.Plan:
+def _plan(point: Point, gpu: Gpu) -> Plan:
     """How programs share the channels of a point on the whole GPU."""
-    found: list[tuning.Plan | None] = []
+    found: list[Plan | None] = []
 
     def noting(name: str) -> Any:
-        plan = getattr(tuning, name)
+        plan = getattr(channel_spaces, name)
 
-        def note(*arguments: Any) -> tuning.Plan | None:
+        def note(*arguments: Any) -> Plan | None:
             found.append(plan(*arguments))
             return found[-1]
 
-        return mock.patch.object(tuning, name, note)
+        return mock.patch.object(channel_spaces, name, note)
 
     with noting("plan_channels"), noting("plan_channels_apart"):
-        _launches(point, MULTIPROCESSORS)
+        _launches(point, gpu)
     assert found[-1] is not None
     return found[-1]
 
 
 @contextmanager
-def _planned(plan: tuning.Plan) -> Iterator[None]:
+def _planned(plan: Plan) -> Iterator[None]:
     with (
-        mock.patch.object(tuning, "plan_channels", lambda *_: plan if plan.tile else None),
-        mock.patch.object(tuning, "plan_channels_apart", lambda *_: plan),
+        mock.patch.object(channel_spaces, "plan_channels", lambda *_: plan if plan.tile else None),
+        mock.patch.object(channel_spaces, "plan_channels_apart", lambda *_: plan),
     ):
         yield
 
@@ -393,8 +385,8 @@ def _part(point: Point, layout: Layout, n_blocks: int, n_groups: int) -> Point |
     return None
 
 
-def _counted_channels(point: Point) -> tuple[Counts, str]:
-    layout, plan = _layout(point), _plan(point)
+def _counted_channels(point: Point, gpu: Gpu) -> tuple[Counts, str]:
+    layout, plan = _layout(point), _plan(point, gpu)
     n_groups, each = point.workload.shape[0] * layout.groups_per_sample, plan.groups_per_split
     n_blocks, n_before = layout.n_columns // layout.block_columns, (n_groups - 1) // each
     few_blocks, few_before = ((n,) if n <= 2 else (1, 2) for n in (n_blocks, n_before))
@@ -406,7 +398,7 @@ def _counted_channels(point: Point) -> tuple[Counts, str]:
     def part(n_blocks: int, n_before: int) -> Counts:
         smaller = _part(point, layout, n_blocks, n_before * each + last)
         assert smaller is not None
-        counts, message = counted(smaller, MULTIPROCESSORS, plan)
+        counts, message = counted(smaller, gpu, plan)
         messages.append(message)
         return counts
 
@@ -418,17 +410,18 @@ def _counted_channels(point: Point) -> tuple[Counts, str]:
     return counts[0].along(counts[-1], n_blocks - few_blocks[0]), "".join(messages)
 
 
-def count(point: Point) -> Record:
+def count(point: Point, gpu: Gpu = H100) -> Record:
     """Right, and this many bytes."""
-    counts, message = (_counted_rows if point.workload.family == "rows" else _counted_channels)(point)
+    with assumed(gpu):
+        counts, message = (_counted_rows if point.workload.family == "rows" else _counted_channels)(point, gpu)
     status = "wrong" if message else "ok"
     return {**point.describe(), "status": status, "message": message, **counts.record()}
 
 
-def records(points: Sequence[Point]) -> Iterator[Record]:
+def records(points: Sequence[Point], gpu: Gpu = H100) -> Iterator[Record]:
     for point in points:
         try:
-            yield count(point)
+            yield count(point, gpu)
         except Exception as error:
             yield {**point.describe(), "status": "error", "message": in_a_line(error)}
 

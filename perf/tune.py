@@ -17,8 +17,9 @@ from perf.findings import in_a_line
 from perf.measure import CudaTimer, Timer
 from perf.points import Point
 from perf.tuner import Tuner
-from triton_norm import tuning
-from triton_norm.ops import launch
+from triton_norm.tuning import choices as tuned_choices
+from triton_norm.tuning.configs import config
+from triton_norm.tuning.limits import INTERPRETED, gpu_of
 
 Results = dict[str, Any]
 Say = Callable[[str], None]
@@ -59,7 +60,7 @@ class TunedFile:
             found: Results = json.loads(self.path.read_text())
             for keys in found["choices"].values():
                 for choice in keys.values():
-                    tuning.config(**choice)
+                    config(**choice)
             return found
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"{self.path} holds no choices that could be kept: {in_a_line(error)}"
@@ -113,29 +114,28 @@ def _require_writable(folder: Path) -> None:
 
 def run(
     points: Sequence[Point],
-    folder: Path | None,
+    folder: Path,
     out: Path,
     seconds: float,
     say: Say,
     timer: Timer | None = None,
     fresh: bool = False,
 ) -> Results:
-    """Measure until `seconds` are spent, the points in their order. Whatever happens, the choices that were found are
-    in `folder`/<gpu>.json (None: the library's own folder), and all that was measured is in `out`/tune.json, which is
-    returned. CannotTune is raised before anything is measured."""
+    """Measures until `seconds` are spent, the points in their order. Whatever happens, the choices that were found are
+    in `folder`/<gpu>.json, and all that was measured is in `out`/tune.json, which is returned. CannotTune is raised
+    before anything is measured."""
     began = time.monotonic()
     if timer is None:
-        if launch.INTERPRETED or not environment.has_gpu():
-            reason = "Triton's interpreter is on" if launch.INTERPRETED else "this machine has no GPU"
+        if INTERPRETED or not environment.has_gpu():
+            reason = "Triton's interpreter is on" if INTERPRETED else "this machine has no GPU"
             raise CannotTune(f"{reason}: there is nothing to search")
         timer = CudaTimer()
-    gpu = launch.gpu_name(torch.device(timer.device))
+    gpu = gpu_of(torch.device(timer.device)).name
     if gpu is None:
         raise CannotTune(f"launches on {timer.device} are not searched for")
-    folder = tuning.TUNED if folder is None else folder
     for written in (folder, out):
         _require_writable(written)
-    tuned = TunedFile(folder / tuning.tuned_file(gpu).name, fresh)
+    tuned = TunedFile(folder / tuned_choices.file_name(gpu), fresh)
     results: Results = {
         "kind": "tuning",
         "format": 1,
@@ -159,7 +159,7 @@ def run(
     finally:
         results["unreached"] = [str(point) for point in points[results["reached"] :]]
         ledger.save(now=True)
-    tuning.measured.cache_clear()
+    tuned_choices.read_again()
     say(_summary(results, tuner, tuned.path))
     return results
 

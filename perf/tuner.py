@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -23,9 +23,9 @@ from perf.functions import triton_norm_functions
 from perf.gate import TOLERANCE, errors, expected, outputs, verdict
 from perf.measure import Stopped, Timer, time_interleaved
 from perf.points import Point
-from triton_norm import tuning
 from triton_norm.ops import launch
-from triton_norm.tuning import Config, Space
+from triton_norm.tuning.choices import begun_anew, choose_only
+from triton_norm.tuning.configs import Config, Space
 
 Key = tuple[str, str]
 """A kernel, and what decides its choice."""
@@ -141,26 +141,14 @@ class Tuner:
     @contextmanager
     def scope(self) -> Iterator[None]:
         """The library knows no choice but those that are in force here, and asks for every other one."""
-        with ExitStack() as replaced:
-            replaced.callback(tuning.forget)
-            replaced.enter_context(triton_norm.backend("triton"))
-            for module, name, stand_in in (
-                (tuning, "_chosen", {}),
-                (tuning, "measured", lambda gpu: {}),
-                (launch, "search", self._search),
-            ):
-                replaced.enter_context(mock.patch.object(module, name, stand_in))
+        search = mock.patch.object(launch, "search", self._search)
+        with triton_norm.backend("triton"), begun_anew(folder=None), search:
             yield
 
     @property
     def choices(self) -> dict[Key, Config]:
         found = ((key, trial.choice) for key, trial in self.trials.items())
         return {key: choice for key, choice in found if choice is not None}
-
-    def _put_in_force(self, choices: Choices) -> None:
-        tuning._chosen.clear()
-        tuning._chosen.update({(self._gpu, *key): config for key, config in choices.items()})
-        tuning.forget()
 
     def _search(
         self,
@@ -200,7 +188,7 @@ class Tuner:
         self._point, self._launches = point, {}
         inputs = make_inputs(point, self._timer.device)
         wanted = expected(point, inputs)
-        self._put_in_force({})
+        choose_only(self._gpu, {})
         outputs(point, self._call(point, inputs), inputs)
         self._timer.synchronize()
         launches = self._launches
@@ -232,7 +220,7 @@ class Tuner:
     def check(self, point: Point, inputs: Inputs, wanted: dict[str, torch.Tensor], choices: Choices) -> str:
         """What is wrong with the point's results with these choices; nothing if all is well. What a kernel leaves
         unwritten is NaN, not what an earlier call left in the same memory."""
-        self._put_in_force(choices)
+        choose_only(self._gpu, choices)
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(True)  # fills new memory
         try:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 import triton_norm
 from oracle import assert_within, compute_dtype, widen
-from triton_norm.ops import launch, layout
+from triton_norm.ops import layout
+from triton_norm.tuning.limits import INTERPRETED
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -43,12 +44,12 @@ SHAPES = [
 ]
 
 SHARED = {
-    "INTERPRETED_SMS": 6,  # two programs a channel
-    "MIN_HELD_ELEMENTS": 1,
-    "LANES": 16,
-    "MOST_FOLDED": 512,
-    "CHANNEL_PROGRAMS_PER_SM": 1,
-    "MIN_SPLIT_ELEMENTS": 1,
+    "multiprocessors": 6,  # two programs a channel
+    "min_held_elements": 1,
+    "channels_last_lanes": 16,
+    "most_folded_columns": 512,
+    "channel_programs_per_sm": 1,
+    "min_split_elements": 1,
 }
 """Numbers with which a few programs share channels of a few hundred elements."""
 
@@ -61,17 +62,16 @@ SPLIT = {
 
 
 def share(numbers: Callable[..., None], tile: int, one_launch: bool = True, **others: Any) -> None:
-    """Sets these numbers, and the tile of either form; whoever does clears `launch.multiprocessors` in the end."""
-    form = {"INTERPRETED_TILE": tile, "ONE_LAUNCH_BYTES": 2**62}
+    """Sets these numbers, and the tile of either form."""
+    form = {"interpreted_tile_elements": tile, "one_launch_bytes": 2**62}
     if not one_launch:
-        form = {"INTERPRETED_TILE": 4 * tile, "ONE_LAUNCH_BYTES": 0}
+        form = {"interpreted_tile_elements": 4 * tile, "one_launch_bytes": 0}
     numbers(**SHARED | form | others)
-    launch.multiprocessors.cache_clear()
 
 
 def taking_turns() -> AbstractContextManager[None]:
     """Where programs wait for each other."""
-    if not launch.INTERPRETED:
+    if not INTERPRETED:
         return contextlib.nullcontext()
     from triton_norm.testing.interleave import interleaved
 

@@ -1,9 +1,10 @@
+import contextlib
 import os
 import random
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import numpy as np
@@ -95,18 +96,17 @@ def _no_search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def numbers(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Callable[..., None]]":
-    """Sets numbers of `triton_norm.tuning` by name where the kernels are interpreted; a GPU keeps its own. With smaller
-    tiles there are no more programs, each of which so has several."""
-    from triton_norm import tuning
+def numbers() -> "Iterator[Callable[..., None]]":
+    """Sets numbers of `tuning.limits.Gpu` and its limits by name where the kernels are interpreted; a GPU keeps its
+    own. With smaller tiles there are no more programs, each of which so has several."""
+    from gpus import with_numbers
 
-    def use(**values: int) -> None:
-        if INTERPRETED:
-            if "INTERPRETED_TILE" in values:
-                values.setdefault("ROWS_BACKWARD_ELEMENTS", values["INTERPRETED_TILE"])
-            for name, value in values.items():
-                monkeypatch.setattr(tuning, name, value)
-            tuning.forget()
+    with contextlib.ExitStack() as assumed:
 
-    yield use
-    tuning.forget()
+        def use(**values: Any) -> None:
+            if INTERPRETED:
+                if "interpreted_tile_elements" in values:
+                    values.setdefault("rows_backward_elements_per_sm", values["interpreted_tile_elements"])
+                assumed.enter_context(with_numbers(**values))
+
+        yield use

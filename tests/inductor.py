@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from triton_norm.ops.launch import INTERPRETED
+from triton_norm.tuning.limits import INTERPRETED
 
 Function = Callable[..., Any]
 

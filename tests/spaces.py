@@ -4,40 +4,46 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from triton_norm import tuning
-from triton_norm.ops import launch
+import pytest
+
+from gpus import with_numbers
+from triton_norm.tuning import row_spaces
+from triton_norm.tuning.choices import begun_anew
+from triton_norm.tuning.configs import Config, Space
+from triton_norm.tuning.limits import Gpu
+from triton_norm.tuning.memory import forget
 
 GPU = "NVIDIA Unheard-Of 9"
 
-
-def on_a_gpu(space: str) -> Callable[..., tuning.Space]:
-    made = getattr(tuning, space)
-    return lambda *arguments: made(*arguments[:-1], False)
+MakesSpace = Callable[[Any, Gpu], Space]
 
 
-def first_of(space: Callable[..., tuning.Space], count: int = 1) -> Callable[..., tuning.Space]:
-    def first(*arguments: Any) -> tuning.Space:
-        found = space(*arguments)
-        return tuning.Space(found.kernel, found.key, found.configs[:count])
+def first_of(space: MakesSpace, count: int) -> MakesSpace:
+    """Returns a space of the first configs of another one."""
+
+    def first(work: Any, gpu: Gpu) -> Space:
+        found = space(work, gpu)
+        return Space(found.kernel, found.key, found.configs[:count])
 
     return first
+
+
+def only(kernel: str, config: Config) -> Space:
+    """Returns the space of one config."""
+    return Space(kernel, "", (config,))
+
+
+def force_rows(monkeypatch: pytest.MonkeyPatch, forward: Config, backward: Config) -> None:
+    """Has rows launched with these configs, whatever the work, until the monkeypatch is undone."""
+    for name, config in (("rows_forward", forward), ("rows_backward", backward)):
+        space = only(f"{name}_kernel", config)
+        monkeypatch.setattr(row_spaces, name, lambda work, gpu, space=space: space)
+    forget()
 
 
 @contextlib.contextmanager
 def unknown_gpu(folder: Path) -> Iterator[None]:
     """Launches are those of a GPU that nothing is known of, whose tuned file would be in `folder`."""
-    patches = {"_chosen": {}, "_with_foreign_choices": set(), "TUNED": folder}
-    patches |= {
-        space: on_a_gpu(space) for space in ("rows_forward", "rows_backward", "rows_backward_finalise", "channels")
-    }
-    with contextlib.ExitStack() as stack:
-        stack.callback(tuning.forget)
-        stack.callback(tuning.measured.cache_clear)
-        stack.enter_context(mock.patch.object(launch, "gpu_name", return_value=GPU))
-        for name, value in patches.items():
-            stack.enter_context(mock.patch.object(tuning, name, value))
-        tuning.measured.cache_clear()
-        tuning.forget()
+    with with_numbers(name=GPU, interpreted=False), begun_anew(folder):
         yield

@@ -15,12 +15,17 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+import spaces
 import triton_norm
 from channel_norms import ACTIVATIONS, SHARED, taking_turns
+from gpus import with_numbers
 from oracle import batch_norm_on_cpu
 from row_norms import NORMS, Norm
-from triton_norm import reference, tuning
-from triton_norm.ops import launch
+from triton_norm import reference
+from triton_norm.tuning import row_spaces
+from triton_norm.tuning.configs import Space, config
+from triton_norm.tuning.limits import INTERPRETED, Gpu
+from triton_norm.tuning.row_spaces import RowWork
 
 Shape = tuple[int, ...]
 Type = torch.dtype | None
@@ -33,16 +38,17 @@ EPSILONS = (1e-5, 1e-3, 1.0, 1e-12)  # beside the last fp16 can't hold the gradi
 SPAN = 32  # columns of a program, where several share a row
 
 ROWS = {
-    "whole": {"INTERPRETED_TILE": 512},
-    "pieces": {"INTERPRETED_TILE": 16, "WHOLE_ROW_BYTES": 128, "INTERPRETED_SMS": 2},
-    "peers": {"INTERPRETED_TILE": 512, "INTERPRETED_SMS": 6},
-    "peers of two pieces": {"INTERPRETED_TILE": 512, "INTERPRETED_SMS": 6},
+    "whole": {"interpreted_tile_elements": 512},
+    "pieces": {"interpreted_tile_elements": 16, "whole_row_bytes": 128, "multiprocessors": 2},
+    "peers": {"interpreted_tile_elements": 512, "multiprocessors": 6},
+    "peers of two pieces": {"interpreted_tile_elements": 512, "multiprocessors": 6},
 }
+FOLDED = {"least_folded_samples": 2, "most_folded_columns": 128}
 CHANNELS = {
-    "whole": {"INTERPRETED_TILE": 1024, "LEAST_FOLDED_SAMPLES": 2, "MOST_FOLDED": 512, "LANES": 8},
-    "splits": SHARED | {"INTERPRETED_TILE": 256, "ONE_LAUNCH_BYTES": 0, "LEAST_FOLDED_SAMPLES": 2, "MOST_FOLDED": 128},
-    "waiting": SHARED | {"INTERPRETED_TILE": 64, "LEAST_FOLDED_SAMPLES": 2, "MOST_FOLDED": 128},
-    "holding": SHARED | {"INTERPRETED_TILE": 512, "LEAST_FOLDED_SAMPLES": 2, "MOST_FOLDED": 128},
+    "whole": FOLDED | {"interpreted_tile_elements": 1024, "most_folded_columns": 512, "channels_last_lanes": 8},
+    "splits": SHARED | FOLDED | {"interpreted_tile_elements": 256, "one_launch_bytes": 0},
+    "waiting": SHARED | FOLDED | {"interpreted_tile_elements": 64},
+    "holding": SHARED | FOLDED | {"interpreted_tile_elements": 512},
 }
 """Numbers with which small inputs are cut up as large ones are on a GPU."""
 
@@ -62,17 +68,16 @@ class Given(NamedTuple):
 
 
 def _spaces(pieces: int) -> dict[str, Any]:
-    """Instead of `tuning`'s, by which interpreted rows are never shared."""
+    """Instead of `row_spaces`'s, by which interpreted rows are never shared."""
 
-    def space(kernel: str, n_cols: int, span: int, **blocks: Any) -> tuning.Space:
-        peers = max(1, tuning.next_power_of_2(n_cols) // span)
-        return tuning.Space(kernel, "", (tuning.config(4, BLOCK_N=SPAN, PEERS=peers, **blocks),))
+    def space(kernel: str, work: RowWork, span: int, **blocks: Any) -> Space:
+        return spaces.only(kernel, config(4, BLOCK_N=SPAN, PEERS=max(1, work.width // span), **blocks))
 
-    def forward(n_cols: int, *_: Any) -> tuning.Space:
-        return space("rows_forward_kernel", n_cols, SPAN * pieces, BLOCK_M=1, PIECES=pieces)
+    def forward(work: RowWork, gpu: Gpu) -> Space:
+        return space("rows_forward_kernel", work, SPAN * pieces, BLOCK_M=1, PIECES=pieces)
 
-    def backward(n_cols: int, *_: Any) -> tuning.Space:
-        return space("rows_backward_kernel", n_cols, SPAN, BLOCK_M=pieces, STAGES=1, HOLD_WEIGHT=False)
+    def backward(work: RowWork, gpu: Gpu) -> Space:
+        return space("rows_backward_kernel", work, SPAN, BLOCK_M=pieces, STAGES=1, HOLD_WEIGHT=False)
 
     return {"rows_forward": forward, "rows_backward": backward}
 
@@ -80,19 +85,18 @@ def _spaces(pieces: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def cut(name: str, numbers: dict[str, dict[str, int]]) -> Iterator[None]:
     """With the numbers of that name where kernels are interpreted; a GPU keeps its own."""
-    if not launch.INTERPRETED:
+    if not INTERPRETED:
         yield
         return
-    finalise = tuning.Space("rows_backward_finalise_kernel", "", (tuning.config(4, BLOCK_M=4, BLOCK_N=32),))
-    patches = numbers[name] | {"rows_backward_finalise": lambda *_: finalise, "MERGED_ELEMENTS": 128}
+    finalise = spaces.only("rows_backward_finalise_kernel", config(4, BLOCK_M=4, BLOCK_N=32))
+    patches = {"rows_backward_finalise": lambda gpu: finalise}
     if name.startswith("peers"):
         patches |= _spaces(2 if name.endswith("pieces") else 1)
     waits = name in ("waiting", "holding") or name.startswith("peers")
     with contextlib.ExitStack() as stack:
-        stack.callback(tuning.forget)
-        for attribute, value in patches.items():
-            stack.enter_context(mock.patch.object(tuning, attribute, value))
-        tuning.forget()
+        for space, value in patches.items():
+            stack.enter_context(mock.patch.object(row_spaces, space, value))
+        stack.enter_context(with_numbers(**numbers[name], merged_elements=128))
         stack.enter_context(taking_turns() if waits else contextlib.nullcontext())
         yield
 

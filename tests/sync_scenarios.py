@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import processes
 import triton_norm
 from channel_norms import SHARED, Call, Found, drawn, laid, taking_turns
+from gpus import with_numbers
 from patience import LIMIT_S
-from triton_norm import dispatch, tuning
-from triton_norm.ops import launch
+from triton_norm import dispatch
+from triton_norm.tuning.limits import INTERPRETED
 
 EVEN = {2: (3, 3), 3: (2, 2, 2)}
 UNEVEN = {2: (5, 2), 3: (1, 4, 2)}
@@ -63,23 +64,9 @@ class CollectiveCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def small_tiles() -> Iterator[None]:
+def small_tiles() -> contextlib.AbstractContextManager[None]:
     """Interpreted with several programs a channel."""
-    before = {name: getattr(tuning, name) for name in SHARED}
-    try:
-        _set(SHARED)
-        yield
-    finally:
-        _set(before)
-
-
-def _set(numbers: dict[str, int]) -> None:
-    if launch.INTERPRETED:
-        for name, value in numbers.items():
-            setattr(tuning, name, value)
-        tuning.forget()
-        launch.multiprocessors.cache_clear()
+    return with_numbers(**SHARED) if INTERPRETED else contextlib.nullcontext()
 
 
 def module_of(call: Call, momentum: float | None = 0.1, **options: Any) -> triton_norm.SyncBatchNorm:
@@ -404,7 +391,7 @@ def enter(
     limit = timedelta(seconds=LIMIT_S)
     dist.init_process_group(backend, init_method=f"file://{file}", timeout=limit, rank=rank, world_size=size)
     guarded: Any = contextlib.nullcontext
-    if kernels and launch.INTERPRETED:
+    if kernels and INTERPRETED:
         from triton_norm.testing.guards import guarded
     try:
         for scenario in scenarios:

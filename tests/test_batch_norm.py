@@ -23,7 +23,7 @@ def _through_the_kernels():
 @pytest.fixture
 def small_tiles(numbers):
     """Interpreted with so small tiles and so many programs that channels are split, and splits are swept in steps."""
-    numbers(INTERPRETED_TILE=256, INTERPRETED_SMS=2, MIN_SPLIT_ELEMENTS=64, LANES=16)
+    numbers(interpreted_tile_elements=256, multiprocessors=2, min_split_elements=64, channels_last_lanes=16)
 
 
 def laid(x: Tensor, layout: str) -> Tensor:

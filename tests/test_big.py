@@ -19,13 +19,15 @@ from torch import Tensor
 import triton_norm
 from bars import records
 from channel_norms import share
-from perf.stand_in import as_on_gpu
+from perf.stand_in import H100, as_on_gpu
 from row_norms import NORMS
-from triton_norm import tuning
 from triton_norm.ops import launch, layout
+from triton_norm.tuning import choices
+from triton_norm.tuning.configs import next_power_of_2
+from triton_norm.tuning.limits import INTERPRETED, MOST_COLUMNS
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU runs all programs, in memory of its own")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs all programs, in memory of its own")
 
 FACTORIES = [
     *((torch, name) for name in ("empty", "empty_like", "zeros")),
@@ -70,7 +72,6 @@ def _reserving(monkeypatch):
         monkeypatch.setattr(owner, name, reserving(getattr(owner, name)))
     with triton_norm.backend("triton"):
         yield
-    launch.multiprocessors.cache_clear()
     assert touched() - before < MOST_TOUCHED
 
 
@@ -128,8 +129,8 @@ ROWS = {
 def test_rows(what, norm, numbers, run_only):
     """With a residual, and a gradient of the sum, whose rows lie as far apart; of the backward each group is a team."""
     n_rows, n_cols, stride = ROWS[what]
-    numbers(INTERPRETED_TILE=256, INTERPRETED_SMS=2**40)
-    block = 256 // tuning.next_power_of_2(n_cols)
+    numbers(interpreted_tile_elements=256, multiprocessors=2**40)
+    block = 256 // next_power_of_2(n_cols)
     places = BOTH_SIDES + [place // unit for place in BOTH_SIDES for unit in (n_cols, stride)]
     groups = parts_around(places, block, -(-n_rows // block))
     launched = run_only(lambda launch: [] if "finalise" in launch["kernel"] else groups)
@@ -209,7 +210,7 @@ def test_channels(what, numbers, run_only):
     count = n_samples * n_positions
     kind = what.split(",")[0]
     programs = max(16, count // PER_SPLIT[kind]) * (n_channels if kind == "flat" else 1)
-    share(numbers, 2**16, one_launch=False, MOST_FOLDED=64, INTERPRETED_SMS=programs)
+    share(numbers, 2**16, one_launch=False, most_folded_columns=64, multiprocessors=programs)
     places = [place for place in BOTH_SIDES if place < count] + positions_of(BOTH_SIDES, full[0].shape, lie)
     q = torch.cat([torch.arange(max(0, place - FILLED), min(place + FILLED, count)) for place in (*places, 0, count)])
     q = q.unique()
@@ -282,13 +283,13 @@ def test_no_grid_is_larger_than_cuda_takes(shape, strides, least, monkeypatch):
     """Listed, as an H100 would launch them: along one axis, so many programs as `named` allows."""
     if least:
         smallest = functools.partial(min, key=lambda config: math.prod(dict(config.blocks).values()))
-        monkeypatch.setattr(tuning, "chosen", lambda space, gpu: smallest(space.configs))
+        monkeypatch.setattr(choices, "chosen", lambda space, gpu_name: smallest(space.configs))
     launched: list[Named] = []
     x = reserved(shape, strides).requires_grad_()
     dy = reserved(shape, strides)
-    with as_on_gpu(132, start=lambda *launch: launched.append(named(*launch))):
+    with as_on_gpu(H100, start=lambda *launch: launched.append(named(*launch))):
         norms = [lambda: triton_norm.batch_norm(x, None, None, training=True, residual=dy, activation="relu")]
-        if shape[-1] <= tuning.MOST_COLUMNS and x.stride(-1) == 1:
+        if shape[-1] <= MOST_COLUMNS and x.stride(-1) == 1:
             weight = torch.ones(shape[-1], requires_grad=True)
             norms.append(lambda: triton_norm.layer_norm(x, shape[-1:], weight))
         for norm in norms:

@@ -13,15 +13,15 @@ from math import gcd, prod
 import pytest
 
 from bars import moved, records, wanting
+from gpus import H100
 from perf import findings, workloads
 from perf.points import ITEMSIZE, LAYOUTS, MODES
 from perf.workloads import CHANNEL_OPS
-from triton_norm import tuning
+from triton_norm.tuning import channel_spaces
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.unguarded
 
-MULTIPROCESSORS = 132
 BAR = 1.02
 EXCHANGED = 0.06
 _SPILLS = "sm_90 {} forward bf16 {}, channels_forward_kernel"
@@ -49,25 +49,28 @@ found = resources.records(points, [target], at_once=len(points))
 """
 
 TRAFFIC = """
+from dataclasses import replace
+
 from perf import traffic, workloads
 from perf.workloads import CHANNEL_BARS
-from triton_norm import tuning
+from perf.stand_in import H100
 
-tuning.ONE_LAUNCH_BYTES = 2**62
+gpu = replace(H100, limits=replace(H100.limits, one_launch_bytes=2**62))
 
 points = []
 for ops, dtype, shapes in json.loads(sys.argv[1]):
     chosen = [workload for workload in CHANNEL_BARS if list(workload.shape) in shapes]
     points += workloads.channel_bars(ops, dtypes=(dtype,), workloads=chosen)
-found = traffic.records(points)
+found = traffic.records(points, gpu)
 """
 
 EXTENDED = """
+from dataclasses import replace
+
 from perf import traffic
 from perf.points import Point, Workload
-from triton_norm import tuning
+from perf.stand_in import H100
 
-traffic.MULTIPROCESSORS = 14
 direct, sizes, found = traffic.counted, [], []
 
 
@@ -76,14 +79,15 @@ def noted(point, *rest):
     return direct(point, *rest)
 
 
-for shape, layout, tuning.ONE_LAUNCH_BYTES in json.loads(sys.argv[1]):
+for shape, layout, most in json.loads(sys.argv[1]):
+    gpu = replace(H100, multiprocessors=14, limits=replace(H100.limits, one_launch_bytes=most))
     workload = Workload("channels", "", tuple(shape), "", layout)
     for mode in ("forward", "backward"):
         point = Point("batch_norm_add_relu", mode, "bf16", workload)
         traffic.counted = noted
-        extended = traffic.count(point)
+        extended = traffic.count(point, gpu)
         traffic.counted = direct
-        found.append([extended, direct(point, 14)[0].record(), max(sizes) / workload.elements])
+        found.append([extended, direct(point, gpu)[0].record(), max(sizes) / workload.elements])
         sizes.clear()
 """
 
@@ -172,7 +176,7 @@ def inspected(target, ops, dtypes, shapes=()):
 def in_flight(record):
     """Bytes that the programs that run at once will read again."""
     (launch,) = record["launches"]
-    at_once = tuning.HOLDING_PROGRAMS_PER_SM * MULTIPROCESSORS
+    at_once = H100.limits.holding_programs_per_sm * H100.multiprocessors
     return record["again_bytes"] * min(1, at_once / launch["programs"])
 
 
@@ -195,7 +199,7 @@ def excess(record):
         found.append(f"{over:.4f} of the floor of {len(record['launches'])} launches")
     if not exchanged <= EXCHANGED:
         found.append(f"{exchanged:.4f} of that floor are exchanged")
-    if record["again_bytes"] and in_flight(record) * tuning.CACHED_SHARE > tuning.INTERPRETED_CACHE:
+    if record["again_bytes"] and in_flight(record) * H100.limits.cache_bytes_per_reread_byte > H100.l2_bytes:
         found.append(f"{in_flight(record)} bytes are read again at once")
     return found
 
@@ -219,8 +223,8 @@ def test_launches_of_a_training_step_and_of_evaluation(monkeypatch):
     from perf import resources
 
     plans = []
-    plan = tuning.plan_channels
-    monkeypatch.setattr(tuning, "plan_channels", lambda *arguments: plans.append(plan(*arguments)) or plans[-1])
+    plan = channel_spaces.plan_channels
+    monkeypatch.setattr(channel_spaces, "plan_channels", lambda work, gpu: plans.append(plan(work, gpu)) or plans[-1])
     counts = {}
     for point in workloads.channel_bars():
         plans.clear()

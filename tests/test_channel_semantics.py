@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import triton_norm
 from channel_norms import KINDS, MODES, SPLIT, drawn, laid, running_statistics
 from triton_norm.ops import launch
+from triton_norm.tuning.limits import INTERPRETED
 
 HALF = torch.bfloat16
 
@@ -140,7 +141,7 @@ def test_a_penalty_on_the_gradient(kind, training, device):
 @MODES
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_autocast_on_the_cpu(dtype, training):
-    if not launch.INTERPRETED:
+    if not INTERPRETED:
         pytest.skip("the kernels don't run on the CPU")
     theirs, ours = (norms.BatchNorm1d(6).train(training) for norms in (nn, triton_norm))
     x = torch.randn(8, 6, 4).to(dtype)
@@ -167,7 +168,7 @@ def test_calls_alike_but_for_how_a_tensor_lies(of, device):
         call.of(**{of: lie(getattr(call, of))}).against_oracle()
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU not every launch goes that way")
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU not every launch goes that way")
 @pytest.mark.parametrize(("of", "widths"), [("x", [1, 1]), ("residual", [1, 1]), ("dy", [4, 1])])
 def test_what_lies_unaligned_is_not_taken_for_aligned(of, widths, monkeypatch, device):
     """Elements an access, forward and backward: the interpreter would forgive wide accesses anywhere, a GPU not."""
@@ -232,7 +233,7 @@ SIZES = [
 @pytest.mark.parametrize(("kind", "shape"), SIZES)
 def test_sizes(kind, shape, numbers, device):
     if shape[1] == 100_000:
-        numbers(LANES=8192)  # fewer programs
+        numbers(channels_last_lanes=8192)  # fewer programs
     drawn(shape, kind, device).against_oracle()
 
 

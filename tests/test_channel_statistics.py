@@ -9,8 +9,11 @@ from torch.nn import functional as F
 
 import triton_norm
 from channel_norms import KINDS, SPLIT, differentiated, drawn, running_statistics, same_bits, share, taking_turns
-from triton_norm import tuning
-from triton_norm.ops import launch
+from gpus import with_numbers
+from spaces import GPU
+from triton_norm.tuning import channel_spaces
+from triton_norm.tuning.choices import begun_anew
+from triton_norm.tuning.limits import INTERPRETED
 
 HALF = torch.bfloat16
 
@@ -19,7 +22,6 @@ HALF = torch.bfloat16
 def _through_the_kernels():
     with triton_norm.backend("triton"):
         yield
-    launch.multiprocessors.cache_clear()
 
 
 @pytest.fixture(params=["one program", "one launch", "two launches"])
@@ -110,21 +112,14 @@ def searched(monkeypatch, tmp_path):
         (found, *_) = space.configs
         return dataclasses.replace(space, configs=(found, dataclasses.replace(found, num_warps=2 * found.num_warps)))
 
-    channels = tuning.channels
+    channels = channel_spaces.channels
     monkeypatch.setattr(Autotuner, "do_bench", staticmethod(bench))
-    monkeypatch.setattr(launch, "gpu_name", lambda device: "NVIDIA Unheard-Of 9")
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "TUNED", tmp_path)
-    monkeypatch.setattr(tuning, "channels", lambda *arguments: two(channels(*arguments)))
-    tuning.measured.cache_clear()
-    tuning.forget()
-    yield timed
-    monkeypatch.undo()
-    tuning.measured.cache_clear()
-    tuning.forget()
+    monkeypatch.setattr(channel_spaces, "channels", lambda work, gpu: two(channels(work, gpu)))
+    with with_numbers(name=GPU), begun_anew(tmp_path):
+        yield timed
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the search times for real")
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the search times for real")
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("kind", ["flat", "last"])
 def test_a_search_moves_nothing(kind, momentum, form, searched, device):
@@ -178,7 +173,7 @@ def hard(kind: str) -> Tensor:
     ["normal", "mean 1e6 times std", "an outlier in the first tile", "an outlier in the last tile", "drift", "a step"],
 )
 def test_moments_of_many_tiles_are_those_of_all(kind, numbers, device):
-    numbers(ONE_LAUNCH_BYTES=0, INTERPRETED_TILE=256, LANES=8)
+    numbers(one_launch_bytes=0, interpreted_tile_elements=256, channels_last_lanes=8)
     x = hard(kind).to(device)
     exact = F.batch_norm(x.double().cpu(), None, None, training=True)
     y = triton_norm.batch_norm(x, None, None, training=True).double().cpu()
@@ -187,7 +182,7 @@ def test_moments_of_many_tiles_are_those_of_all(kind, numbers, device):
 
 
 def test_constant_channels_of_many_tiles_are_exactly_zero(numbers, device):
-    numbers(ONE_LAUNCH_BYTES=0, INTERPRETED_TILE=256, LANES=8)
+    numbers(one_launch_bytes=0, interpreted_tile_elements=256, channels_last_lanes=8)
     x = torch.linspace(0.1, 1e6, 8, device=device).view(1, 8, 1, 1).expand(32, 8, 4, 8)
     x = x.contiguous(memory_format=torch.channels_last)
     assert not triton_norm.batch_norm(x, None, None, training=True).any()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import processes
 import triton_norm as tn
 from perf import anatomy
-from triton_norm.ops import launch
+from triton_norm.tuning.limits import INTERPRETED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def test_printed_code_runs(code: str) -> None:
     """Code that turns the interpreter on runs in a process of its own, as it has to."""
     if "os.environ" not in code:
         exec(compile(code, "printed", "exec"), {"__name__": "printed"})
-    elif not launch.INTERPRETED:
+    elif not INTERPRETED:
         pytest.skip("the kernels run on a GPU")
     else:
         done = processes.run("-W", "error", "-c", code)

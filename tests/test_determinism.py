@@ -16,19 +16,23 @@ import torch
 from torch import Tensor
 
 import processes
+import spaces
 import triton_norm
 from channel_norms import drawn, running_statistics, share
 from row_norms import NORMS, Norm
-from triton_norm import tuning
+from spaces import GPU
 from triton_norm.ops import launch
+from triton_norm.tuning.choices import chosen_so_far, file_name
+from triton_norm.tuning.configs import Config, config
+from triton_norm.tuning.limits import INTERPRETED
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.unguarded
 
-if launch.INTERPRETED:
+if INTERPRETED:
     from triton_norm.testing.interleave import interleaved
 
-TIMES = 3 if launch.INTERPRETED else 20  # interpreted, each time in another order
+TIMES = 3 if INTERPRETED else 20  # interpreted, each time in another order
 ROWS, COLUMNS = 3, 40
 SMALL = {"flat": ((2, 2, 4, 8), 32), "last": ((2, 8, 3, 4), 64), "folded": ((9, 3, 3, 3), 512)}
 """Shapes by kind, and tiles with which two programs share a channel."""
@@ -40,7 +44,6 @@ Step = Callable[[], list[Tensor]]
 def _through_the_kernels():
     with triton_norm.backend("triton"):
         yield
-    launch.multiprocessors.cache_clear()
 
 
 def rows_step(norm: Norm, device: str, residual: bool = False) -> Step:
@@ -94,22 +97,20 @@ def use(numbers, monkeypatch):
     """Has several programs share each row and channel of a step of that name, channels in one launch or in two."""
 
     def set_for(name: str, one_launch: bool) -> None:
-        if not launch.INTERPRETED:
+        if not INTERPRETED:
             return
         kind = name.rpartition(", ")[2]
         share(numbers, SMALL.get(kind, SMALL["flat"])[1], one_launch)
-        options = {"BLOCK_M": 1, "BLOCK_N": 32, "PEERS": 2}
-        for which, others in (("forward", {"PIECES": 1}), ("backward", {"STAGES": 1, "HOLD_WEIGHT": False})):
-            space = tuning.Space(f"rows_{which}_kernel", "", (tuning.config(4, **options, **others),))
-            monkeypatch.setattr(tuning, f"rows_{which}", functools.partial(lambda space, *_: space, space))
-        tuning.forget()
+        forward = config(4, BLOCK_M=1, BLOCK_N=32, PEERS=2, PIECES=1)
+        backward = config(4, BLOCK_M=1, BLOCK_N=32, PEERS=2, STAGES=1, HOLD_WEIGHT=False)
+        spaces.force_rows(monkeypatch, forward, backward)
 
     return set_for
 
 
 def taking_turns(seed: int | None = None) -> contextlib.AbstractContextManager[None]:
     """The programs in their order, or in one that is drawn."""
-    if not launch.INTERPRETED:
+    if not INTERPRETED:
         return contextlib.nullcontext()
     return interleaved(order=None if seed is None else lambda n: random.Random(seed).sample(range(n), n))
 
@@ -152,31 +153,11 @@ def test_torchs_deterministic_algorithms_change_no_bit(name, device):
         assert same(step(), expected)
 
 
-GPU = "NVIDIA Unheard-Of 9"
-
-
 @contextlib.contextmanager
-def tuned(folder: Path, search: Callable[..., tuning.Config]) -> Iterator[None]:
+def tuned(folder: Path, search: Callable[..., Config]) -> Iterator[None]:
     """The interpreter with a GPU's configs, and choices from a file in that folder."""
-    with contextlib.ExitStack() as replaced:
-        replaced.callback(tuning.measured.cache_clear)
-        replaced.callback(tuning.forget)
-        for module, attribute, stand_in in (
-            (launch, "gpu_name", lambda device: GPU),
-            (launch, "search", search),
-            (tuning, "_chosen", {}),
-            (tuning, "TUNED", folder),
-            *((tuning, space, on_a_gpu(space)) for space in ("rows_forward", "rows_backward", "channels")),
-        ):
-            replaced.enter_context(mock.patch.object(module, attribute, stand_in))
-        tuning.measured.cache_clear()
-        tuning.forget()
+    with mock.patch.object(launch, "search", search), spaces.unknown_gpu(folder):
         yield
-
-
-def on_a_gpu(space: str) -> Callable[..., tuning.Space]:
-    made = getattr(tuning, space)
-    return lambda *arguments: made(*arguments[:-1], False)
 
 
 def digests() -> dict[str, str]:
@@ -203,12 +184,12 @@ with test_determinism.tuned(Path(sys.argv[1]), search):
 """
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the search times for real")
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the search times for real")
 def test_processes_with_the_same_file_have_the_same_bits(tmp_path):
     with tuned(tmp_path, lambda kernel, space, *_: space.configs[-1]):
         expected = digests()
-        file = tuning.tuned_file(GPU)
-        file.write_text(json.dumps({"choices": tuning.choices(GPU)}, sort_keys=True))
+        file = tmp_path / file_name(GPU)
+        file.write_text(json.dumps({"choices": chosen_so_far(GPU)}, sort_keys=True))
     command = "-c", ANOTHER_PROCESS, str(tmp_path)
     environment = {"PYTHONPATH": "tests", "TRITON_INTERPRET": "1"}
     with contextlib.ExitStack() as stack:

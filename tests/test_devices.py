@@ -9,15 +9,18 @@ from torch import nn
 
 import triton_norm
 from at_once import at_once
+from gpus import H100, changed
 from test_compiled import run_over_a_stub
-from triton_norm import tuning
 from triton_norm.ops import launch
+from triton_norm.tuning.choices import begun_anew
+from triton_norm.tuning.configs import Space, config
+from triton_norm.tuning.limits import assumed
 
 pytest.importorskip("triton")
 
 STREAMS = {0: 100, 1: 101}
 """Each device's current stream."""
-CONFIGS = tuning.config(4, BLOCK=16), tuning.config(8, BLOCK=16)
+CONFIGS = config(4, BLOCK=16), config(8, BLOCK=16)
 
 
 class Devices:
@@ -54,16 +57,15 @@ def devices(monkeypatch):
     for owner, name in ((torch.cuda, "current_device"), (launch, "current_device")):
         monkeypatch.setattr(owner, name, lambda: devices.current)
     monkeypatch.setattr(launch, "current_stream", STREAMS.get)
-    monkeypatch.setattr(launch, "gpu_name", lambda device: "two of them")
     monkeypatch.setattr(launch, "start", devices.start)
     monkeypatch.setattr(launch, "search", lambda kernel, space, *arguments: space.configs[0])
-    monkeypatch.setattr(tuning, "_chosen", {})
-    return devices
+    with assumed(changed(H100, name="two of them")), begun_anew(folder=None):
+        yield devices
 
 
 def launcher_on(index: int) -> launch.Launcher:
     kernel = SimpleNamespace(arg_names=["x_ptr", "n", "scalar", "BLOCK"], pre_run_hooks=[])
-    space = tuning.Space("kernel", "", CONFIGS)
+    space = Space("kernel", "", CONFIGS)
     return launch.Launcher(kernel, space, torch.device("cuda", index), lambda config, n: n, (1.0,))
 
 

@@ -44,7 +44,7 @@ def gradients(outputs, leaves, grads):
 @pytest.mark.parametrize(("dtype", "residual_dtype", "total_dtype"), TYPES)
 @pytest.mark.parametrize("columns", [40, 33, 300])
 def test_is_the_sum_and_the_norm_of_the_rounded_sum(norm, dtype, residual_dtype, total_dtype, columns, numbers, device):
-    numbers(INTERPRETED_TILE=128, INTERPRETED_SMS=3, WHOLE_ROW_BYTES=512)
+    numbers(interpreted_tile_elements=128, multiprocessors=3, whole_row_bytes=512)
     x, residual, weight, bias, dy, dtotal = parts(norm, dtype, residual_dtype, device, (6, columns))
     total_dtype_wanted = total_dtype or residual_dtype
     leaves = [tensor.requires_grad_() for tensor in (x, residual, weight)]
@@ -181,7 +181,7 @@ def test_x_hat_is_rounded_before_the_weight(
     norm, dtype, x_hat_dtype, weight_dtype, out_dtype, columns, numbers, device
 ):
     """Bits are those of the steps, but where fp32 roundoff moves x_hat over the middle between two neighbours."""
-    numbers(INTERPRETED_TILE=128, INTERPRETED_SMS=3, WHOLE_ROW_BYTES=512)
+    numbers(interpreted_tile_elements=128, multiprocessors=3, whole_row_bytes=512)
     x, weight, bias, dy = norm.drawn((12, columns), 1, torch.float32, device)
     x, weight, dy = x.to(dtype), weight.to(weight_dtype), dy.to(out_dtype)
     bias = None if bias is None else bias.to(weight_dtype)

@@ -22,9 +22,9 @@ from channel_norms import (
     laid,
 )
 from oracle import assert_same_but_for_order
-from triton_norm.ops import launch
+from triton_norm.tuning.limits import INTERPRETED
 
-if launch.INTERPRETED:
+if INTERPRETED:
     from triton_norm.testing import interpreter
 
 HALF = torch.bfloat16
@@ -157,7 +157,7 @@ def test_gradients_of_both_orders(activation, residual, training, device):
     def function(x, *others):
         return call.ours(x, *(others if residual else (None, *others)))
 
-    with interpreter.fast_launches() if launch.INTERPRETED else contextlib.nullcontext():
+    with interpreter.fast_launches() if INTERPRETED else contextlib.nullcontext():
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 

@@ -18,7 +18,7 @@ from oracle import ulp
 from perf import contenders
 from triton_norm import reference
 from triton_norm.ops import fusible
-from triton_norm.ops.launch import INTERPRETED
+from triton_norm.tuning.limits import INTERPRETED
 
 pytestmark = [
     pytest.mark.unguarded,  # Inductor's workspaces are its own
@@ -382,7 +382,7 @@ fused()
 import importlib
 from torch._inductor import decomposition
 from triton_norm.ops import fusible
-from triton_norm.ops.launch import INTERPRETED
+from triton_norm.tuning.limits import INTERPRETED
 from triton_norm.ops.library import DEFINED
 importlib.reload(fusible)
 fused()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm
-from triton_norm import tuning
 from triton_norm.ops import launch
+from triton_norm.tuning.limits import INTERPRETED
+from triton_norm.tuning.memory import forget
 
 # make_graphed_callables keeps the graph of its last warm-up, in another stream, while it captures; torch says so once.
 pytestmark = pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
@@ -223,13 +224,12 @@ def test_inference_in_a_graph(name):
 
 SHARED = (64, 16, 28, 28)
 """Of a BatchNorm in one launch, in which several programs share each channel, on a GPU of 132 multiprocessors."""
-MULTIPROCESSORS = 132
 
 
 def test_programs_share_the_channels_of_that_shape():
-    if not launch.INTERPRETED:
+    if not INTERPRETED:
         pytest.skip("the plan is that of a GPU: it is made where there is none")
-    from perf.stand_in import as_on_gpu
+    from perf.stand_in import H100, as_on_gpu
 
     launches = []
 
@@ -237,7 +237,7 @@ def test_programs_share_the_channels_of_that_shape():
         launches.append((kernel.__name__, constants["SHARED"], count))
 
     x = torch.randn(SHARED, requires_grad=True)
-    with as_on_gpu(MULTIPROCESSORS, start=note):
+    with as_on_gpu(H100, start=note):
         y = triton_norm.batch_norm(x, None, None, training=True)
         torch.autograd.grad(y, x, torch.ones_like(y))
     assert [name for name, *_ in launches] == ["channels_forward_kernel", "channels_backward_kernel"]
@@ -309,7 +309,7 @@ def test_kernels_run_in_the_current_stream(name, first):
     module, source = norm(width, device="cuda"), torch.randn(shape, device="cuda")
     expected = trained(copy.deepcopy(module), source, 1)
     if first:
-        tuning.forget()  # the launchers go, and Triton looks its kernels up again
+        forget()  # the launchers go, and Triton looks its kernels up again
     x, side = torch.full_like(source, torch.nan), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

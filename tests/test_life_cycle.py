@@ -15,12 +15,16 @@ import triton_norm
 from allocations import allocations
 from at_once import at_once
 from channel_norms import taking_turns
-from triton_norm import distributed, tuning
+from triton_norm import distributed
 from triton_norm.ops import channel_launches, launch, running, synchronized
+from triton_norm.tuning import channel_spaces
+from triton_norm.tuning.choices import choose_only
+from triton_norm.tuning.configs import Config, Space
+from triton_norm.tuning.limits import INTERPRETED
 
 pytest.importorskip("triton")
 
-interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU for real")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="on a GPU for real")
 pytestmark = pytest.mark.unguarded
 
 
@@ -110,7 +114,7 @@ class Zeros:
 @pytest.fixture
 def zeros(monkeypatch) -> Zeros:
     zeros = Zeros()
-    if launch.INTERPRETED:
+    if INTERPRETED:
         monkeypatch.setattr(channel_launches, "zeros", zeros)
         monkeypatch.setattr(running, "zeros", zeros)
     return zeros
@@ -125,23 +129,18 @@ def make(numbers, monkeypatch, device, zeros):
     def made(name: str) -> Step:
         most = 0 if name in ("training in two launches", "training, statistics with gaps") else 2**62
         numbers(
-            INTERPRETED_SMS=6,
-            MIN_HELD_ELEMENTS=1,
-            MIN_SPLIT_ELEMENTS=1,
-            ONE_LAUNCH_BYTES=most,
-            INTERPRETED_TILE=256,
+            multiprocessors=6,
+            min_held_elements=1,
+            min_split_elements=1,
+            one_launch_bytes=most,
+            interpreted_tile_elements=256,
         )
-        if name == "rows of several programs" and launch.INTERPRETED:
-            numbers(WHOLE_ROW_BYTES=64, FORWARD_PIECE_BYTES=256, BACKWARD_SPAN_BYTES=128)
-            for space in ("rows_forward", "rows_backward"):
-                monkeypatch.setattr(tuning, space, spaces.first_of(spaces.on_a_gpu(space)))
-        launch.multiprocessors.cache_clear()
-        tuning.forget()
+        if name == "rows of several programs":
+            numbers(interpreted=False, whole_row_bytes=64, forward_piece_bytes=256, backward_span_bytes=128)
         return (STEPS | {"training, statistics with gaps": functools.partial(batch_norm, spread=True)})[name](device)
 
     with triton_norm.backend("triton"), taking_turns():
         yield made
-    launch.multiprocessors.cache_clear()
 
 
 def assert_unlocked() -> None:
@@ -236,7 +235,7 @@ def test_any_timing_of_a_search_fails(make, zeros, unknown_gpu, monkeypatch):
 
     search, given = launch.search, [zeros.kept[:0]]
 
-    def noting(kernel: Any, space: tuning.Space, n_programs: Any, arguments: Any, constants: Any) -> tuning.Config:
+    def noting(kernel: Any, space: Space, n_programs: Any, arguments: Any, constants: Any) -> Config:
         sync = dict(zip(kernel.arg_names, arguments, strict=False)).get("sync_ptr")
         given[0] = zeros.kept[:0] if sync is None else sync
         return search(kernel, space, n_programs, arguments, constants)
@@ -254,8 +253,7 @@ def test_any_timing_of_a_search_fails(make, zeros, unknown_gpu, monkeypatch):
                 raise
             return [1.0] * 3
 
-        tuning._chosen.clear()
-        tuning.forget()
+        choose_only(spaces.GPU, {})
         with monkeypatch.context() as patch:
             patch.setattr(Autotuner, "do_bench", staticmethod(bench))
             yield
@@ -263,6 +261,6 @@ def test_any_timing_of_a_search_fails(make, zeros, unknown_gpu, monkeypatch):
     step = make("training in two launches")
     with monkeypatch.context() as patch:  # undone before the unknown GPU is
         patch.setattr(launch, "search", noting)
-        patch.setattr(tuning, "channels", spaces.first_of(tuning.channels, 2))
+        patch.setattr(channel_spaces, "channels", spaces.first_of(channel_spaces.channels, 2))
         patch.setattr(Autotuner, "do_bench", staticmethod(lambda call, quantiles: [1.0] * 3))
         assert fail_everywhere(step, zeros, failing, RuntimeError) >= 4

@@ -16,12 +16,13 @@ import triton_norm
 from allocations import allocations
 from channel_norms import ACTIVATIONS, MODES, running_statistics
 from row_norms import NORMS
-from triton_norm import asking, distributed, tuning
+from triton_norm import asking, distributed
 from triton_norm.ops import launch
+from triton_norm.tuning import memory
 
 pytest.importorskip("triton")
 
-from perf.stand_in import as_on_gpu
+from perf.stand_in import H100, as_on_gpu
 
 pytestmark = pytest.mark.unguarded
 
@@ -164,7 +165,7 @@ def test_only_what_is_kept_outlives_the_call(name, device):
 
 # What a call takes beside its results and what is kept, on a GPU of 132 multiprocessors.
 
-SMS = 132
+SMS = H100.multiprocessors
 ROW_SHAPES = [  # rows, columns, type; bytes forward and backward
     (16384, 4096, torch.bfloat16, 0, 2 * 264 * 4096 * 4),
     (100, 1000, torch.float32, 0, 2 * 100 * 1000 * 4),
@@ -194,7 +195,7 @@ def workspace() -> Iterator[Callable[[Sequence[Tensor]], int]]:
     def note(tensor: Tensor) -> None:
         made[storage(tensor)] = tensor
 
-    with as_on_gpu(SMS, start=lambda *_: None), allocations(after=note):
+    with as_on_gpu(H100, start=lambda *_: None), allocations(after=note):
         yield bytes_beside
 
 
@@ -250,7 +251,7 @@ def steps() -> dict[str, Callable[[], Any]]:
 @pytest.fixture
 def launched():
     """Nothing is launched, as if on a GPU."""
-    with as_on_gpu(SMS, start=lambda *_: None):
+    with as_on_gpu(H100, start=lambda *_: None):
         yield
 
 
@@ -300,13 +301,13 @@ NEVER_SEEN = {
 @pytest.mark.parametrize("name", NEVER_SEEN)
 def test_thousands_of_shapes_are_not_all_remembered(name, launched):
     before = {where: size for where, size, _ in tables()}
-    assert max(tuning.MOST_REMEMBERED, asking.MOST_SERVED) < SHAPES
+    assert max(memory.MOST_REMEMBERED, asking.MOST_SERVED) < SHAPES
     for n in range(4, SHAPES + 4):
         NEVER_SEEN[name](n)
     for where, size, most in tables():
         assert size <= (most or max(asking.MOST_SERVED, before.get(where, 0))), where
-    assert launchers() <= 4 * tuning.MOST_REMEMBERED
-    tuning.forget()
+    assert launchers() <= 4 * memory.MOST_REMEMBERED
+    memory.forget()
     assert launchers() <= 8
 
 
@@ -317,7 +318,7 @@ def remembered_of_one_kind(served: dict[Any, Any]) -> int:
 
 @pytest.mark.parametrize("name", ["rows", "channels"])
 def test_ever_new_strides_are_not_all_remembered(name, launched, monkeypatch):
-    monkeypatch.setattr(tuning, "MOST_REMEMBERED", 20)
+    monkeypatch.setattr(memory, "MOST_REMEMBERED", 20)
     for stride in range(4, 104):
         x = torch.empty(2 * stride).as_strided((2, 4), (stride, 1))
         if name == "rows":
@@ -339,4 +340,4 @@ def test_no_more_streams_have_zeros_than_numbers_say(monkeypatch):
         monkeypatch.setattr(launch, "current_stream", lambda device, stream=stream: stream)
         kept = launch.zeros(3, torch.device("cuda", 0))
         assert launch.zeros(2, torch.device("cuda", 0)) is kept
-        assert len(launch._zeros) <= tuning.MOST_STREAMS
+        assert len(launch._zeros) <= launch.MOST_STREAMS

@@ -31,7 +31,7 @@ def _fresh_dynamo() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _few_programs(numbers: Callable[..., None]) -> None:
     """The interpreter's cost is by the program."""
-    numbers(LANES=8192)
+    numbers(channels_last_lanes=8192)
 
 
 class Recorder:

@@ -40,7 +40,7 @@ def classes(model: nn.Module) -> dict[str, type]:
 @pytest.fixture(autouse=True)
 def _few_programs(numbers: Callable[..., None]) -> None:
     """The interpreter's cost is by the program."""
-    numbers(LANES=8192)
+    numbers(channels_last_lanes=8192)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "resnet", "convnext"])

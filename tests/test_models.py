@@ -30,7 +30,7 @@ modes = pytest.mark.parametrize(("name", "training"), MODES)
 @pytest.fixture(autouse=True)
 def _few_programs(numbers: Callable[..., None]) -> None:
     """The interpreter's cost is by the program."""
-    numbers(LANES=8192)
+    numbers(channels_last_lanes=8192)
 
 
 @by_name

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import spaces
 import triton_norm
 from channel_norms import SPLIT, drawn, running_statistics, share
 from oracle import run, ulp
 from row_norms import LAYER_NORM, RMS_NORM, Norm
-from triton_norm import tuning
-from triton_norm.ops import channel_launches, channel_plans, launch, layout, running
+from triton_norm.ops import channel_launches, channel_plans, layout, running
+from triton_norm.tuning.configs import config
+from triton_norm.tuning.limits import INTERPRETED
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the guards are the interpreter's")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the guards are the interpreter's")
 
-if launch.INTERPRETED:
+if INTERPRETED:
     from mutants import MUTANTS, mutated
     from triton_norm.testing import interleave, interpreter
     from triton_norm.testing.guards import Extent, RaceError
@@ -34,7 +36,7 @@ class BarrierError(AssertionError):
     """A program's threads use what other threads of it have stored, or tell other programs of it, with no barrier."""
 
 
-class _Barriers(interpreter.Observer if launch.INTERPRETED else object):
+class _Barriers(interpreter.Observer if INTERPRETED else object):
     """Between a program's store and its load of the same place, or its next atomic that releases, there is a barrier.
 
     One thread alone stores to `sync_ptr` and does the atomics.
@@ -71,13 +73,11 @@ def _checked(monkeypatch):
     monkeypatch.setattr(interpreter.BUILDER, "create_barrier", lambda builder: barriers.barrier(builder))
     with triton_norm.backend("triton"), interpreter.observe(barriers), interleaved(delayed=1):
         yield
-    launch.multiprocessors.cache_clear()
 
 
 def small_rows(numbers: Callable[..., None]) -> None:
     """Several rows a tile, several tiles a program, and several tiles a long row."""
-    numbers(INTERPRETED_TILE=128, INTERPRETED_SMS=2, WHOLE_ROW_BYTES=512)
-    launch.multiprocessors.cache_clear()
+    numbers(interpreted_tile_elements=128, multiprocessors=2, whole_row_bytes=512)
 
 
 def rows(numbers, monkeypatch, norm: Norm = LAYER_NORM, columns: int = 33, **changed: float) -> None:
@@ -90,13 +90,10 @@ def rows(numbers, monkeypatch, norm: Norm = LAYER_NORM, columns: int = 33, **cha
 
 def shared_rows(numbers, monkeypatch, dtype: torch.dtype = torch.float32) -> None:
     """Three programs a row, which exchange sums of two rows at a time; two teams."""
-    forward = tuning.config(4, BLOCK_M=1, BLOCK_N=32, PIECES=1, PEERS=4)
-    backward = tuning.config(4, BLOCK_M=2, BLOCK_N=32, PEERS=4, STAGES=1, HOLD_WEIGHT=False)
-    for name, config in (("rows_forward", forward), ("rows_backward", backward)):
-        space = tuning.Space(f"{name}_kernel", "", (config,))
-        monkeypatch.setattr(tuning, name, functools.partial(lambda space, *_: space, space))
-    numbers(INTERPRETED_SMS=6)
-    launch.multiprocessors.cache_clear()
+    forward = config(4, BLOCK_M=1, BLOCK_N=32, PIECES=1, PEERS=4)
+    backward = config(4, BLOCK_M=2, BLOCK_N=32, PEERS=4, STAGES=1, HOLD_WEIGHT=False)
+    spaces.force_rows(monkeypatch, forward, backward)
+    numbers(multiprocessors=6)
     LAYER_NORM.against_oracle(*LAYER_NORM.drawn((5, 90), 1, dtype, "cpu"))
 
 

@@ -14,27 +14,33 @@ import torch
 import processes
 import spaces
 import triton_norm
+from gpus import H100
 from spaces import GPU
 from test_compiled import skip_beside_a_driver
-from triton_norm import tuning
 from triton_norm.ops import launch
+from triton_norm.tuning.channel_spaces import ChannelWork, channels
+from triton_norm.tuning.choices import chosen, file_name
+from triton_norm.tuning.configs import Config, Space
+from triton_norm.tuning.limits import INTERPRETED
+from triton_norm.tuning.row_spaces import RowWork, rows_forward
 
 pytest.importorskip("triton")
 
 from perf import host, tune
 
-interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU for real")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="on a GPU for real")
 pytestmark = pytest.mark.unguarded
 
 
 @pytest.fixture
 def unknown_gpu(tmp_path):
+    """A GPU that nothing is known of; returns where its file would be."""
     with spaces.unknown_gpu(tmp_path):
-        yield
+        yield tmp_path / file_name(GPU)
 
 
-def space_of_40() -> tuning.Space:
-    return tuning.rows_forward(40, "float32", 4, 4, tuning.INTERPRETED_SMS, False)
+def space_of_40() -> Space:
+    return rows_forward(RowWork(40, ("float32",), 4, 4), H100)
 
 
 def choice(**others: Any) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def called(monkeypatch) -> tuple[list[str], list[str]]:
     """The kernels that were searched for, and the warnings, of calls of one type and several shapes; checks results."""
     searched: list[str] = []
 
-    def search(kernel: Any, space: tuning.Space, *arguments: Any) -> tuning.Config:
+    def search(kernel: Any, space: Space, *arguments: Any) -> Config:
         searched.append(space.kernel)
         return space.configs[0]
 
@@ -90,7 +96,7 @@ def called(monkeypatch) -> tuple[list[str], list[str]]:
 def test_a_choice_that_is_none_of_its_configs_is_never_launched(name, unknown_gpu, monkeypatch):
     space = space_of_40()
     keys = {space.key: FOREIGN_CHOICES[name], space.key.replace("64", "128"): FOREIGN_CHOICES[name]}
-    tuning.tuned_file(GPU).write_text(json.dumps({"choices": {space.kernel: keys, "unknown_kernel": keys}}))
+    unknown_gpu.write_text(json.dumps({"choices": {space.kernel: keys, "unknown_kernel": keys}}))
     searched, (warning,) = called(monkeypatch)
     assert searched == [space.kernel] * 2
     assert "nvidia-unheard-of-9.json has choices that can't be launched" in warning
@@ -101,18 +107,18 @@ def test_a_choice_that_is_none_of_its_configs_is_never_launched(name, unknown_gp
 def test_a_choice_is_known_whatever_the_order_of_its_keys(unknown_gpu, monkeypatch):
     space = space_of_40()
     choices = {space.kernel: {space.key: space.configs[1].keywords, "columns 128, float32": choice(BLOCK_N=1)}}
-    tuning.tuned_file(GPU).write_text(json.dumps({"choices": choices}, sort_keys=True))
+    unknown_gpu.write_text(json.dumps({"choices": choices}, sort_keys=True))
     searched, warned = called(monkeypatch)
     assert searched == [space.kernel]
     assert len(warned) == 1
-    assert tuning.chosen(space, GPU) is space.configs[1]
+    assert chosen(space, GPU) == space.configs[1]
 
 
 @interpreted
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_file_that_can_not_be_used_is_as_none(name, unknown_gpu, monkeypatch):
     content = UNUSABLE[name]
-    tuning.tuned_file(GPU).write_bytes(content if isinstance(content, bytes) else content.encode())
+    unknown_gpu.write_bytes(content if isinstance(content, bytes) else content.encode())
     searched, (warning,) = called(monkeypatch)
     assert len(searched) == 2
     assert "nvidia-unheard-of-9.json is left out" in warning
@@ -120,7 +126,7 @@ def test_a_file_that_can_not_be_used_is_as_none(name, unknown_gpu, monkeypatch):
 
 @interpreted
 def test_a_folder_in_the_files_place_is_as_none(unknown_gpu, monkeypatch):
-    tuning.tuned_file(GPU).mkdir()
+    unknown_gpu.mkdir()
     searched, (warning,) = called(monkeypatch)
     assert len(searched) == 2
     assert "is left out" in warning
@@ -128,11 +134,11 @@ def test_a_folder_in_the_files_place_is_as_none(unknown_gpu, monkeypatch):
 
 def test_spaces_of_one_key_are_the_same():
     """A choice that one of them has made is among the configs of every other."""
-    found: dict[tuple[str, str], tuple[tuning.Config, ...]] = {}
+    found: dict[tuple[str, str], tuple[Config, ...]] = {}
     for kind, lanes, widths in (("flat", 4, (1,)), ("last", 32, (32,)), ("folded", 2048, (16, 32, 64, 256, 1024))):
         for width, held, vector in itertools.product(widths, (0, 4096), (1, 4)):
-            where = "channels_forward_kernel", "waits", kind, lanes, vector, width, "float32", held, 4, False, False
-            space = tuning.channels(*where)
+            work = ChannelWork("channels_forward_kernel", "waits", kind, lanes, vector, width, ("float32",), held, 4)
+            space = channels(work, H100)
             assert found.setdefault((space.kernel, space.key), space.configs) == space.configs
 
 
@@ -146,16 +152,16 @@ from triton.runtime.cache import FileCacheManager
 
 import triton_norm
 from perf import host
-from triton_norm import tuning
 from triton_norm.kernels import rows
 from triton_norm.ops import launch
+from triton_norm.tuning.choices import choose_only, chosen_so_far
+from triton_norm.tuning.row_spaces import RowWork, rows_forward
 
 search, folder = launch.search, Path(sys.argv[1])
 
 def call():
     # The warnings of first calls, which search.
-    tuning._chosen.clear()
-    tuning.forget()
+    choose_only("stub", {})
     launch._told.clear()
     rows.rows_forward_kernel.device_caches.clear()
     with warnings.catch_warnings(record=True) as warned:
@@ -164,9 +170,9 @@ def call():
         for n_rows in (3, 4, 5):
             triton_norm.layer_norm(torch.randn(n_rows, 40), (40,))
         assert launches() >= before + 3
-    ((_, keys),) = tuning.choices("stub").items()
+    ((_, keys),) = chosen_so_far("stub").items()
     (keywords,) = keys.values()
-    assert tuning.rows_forward(40, "float32", 4, 4, 132, False).find(keywords)
+    assert rows_forward(RowWork(40, ("float32",), 4, 4), host.GPU).find(keywords)
     return [str(warning.message) for warning in warned]
 
 def full(manager, data, filename, **options):
@@ -243,10 +249,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from perf import tune
-from triton_norm import tuning
+from triton_norm.tuning.configs import config
 
 file, warps = tune.TunedFile(Path(sys.argv[1]), fresh=True), int(sys.argv[2])
-choices = {("kernel", f"key {n}"): tuning.config(warps, BLOCK=n) for n in range(200)}
+choices = {("kernel", f"key {n}"): config(warps, BLOCK=n) for n in range(200)}
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(200):

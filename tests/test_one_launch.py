@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 import triton_norm
 from channel_norms import KINDS, drawn, running_statistics, same_bits, share
-from triton_norm.ops import channel_launches, channel_plans, launch
+from triton_norm.ops import channel_launches
+from triton_norm.tuning.limits import INTERPRETED
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU starts its programs in its own order")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU starts its programs in its own order")
 
-if launch.INTERPRETED:
+if INTERPRETED:
     import triton.language as tl
 
     from triton_norm.kernels import channels, channels_backward
@@ -66,13 +67,12 @@ def shuffled(n: int) -> list[int]:
 def _through_the_kernels():
     with triton_norm.backend("triton"):
         yield
-    launch.multiprocessors.cache_clear()
 
 
 @pytest.fixture
 def use(numbers):
     """Sets the tile of four programs that share a channel, and other numbers."""
-    return functools.partial(share, numbers, INTERPRETED_SMS=12)
+    return functools.partial(share, numbers, multiprocessors=12)
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_two_launches_give_the_same_bits_from_the_same_tiles(kind, use, guard, d
     use(tile)
     with interleaved():
         one = call.run()
-    use(tile, one_launch=False, INTERPRETED_SMS=8)  # eight programs for two blocks
+    use(tile, one_launch=False, multiprocessors=8)  # eight programs for two blocks
     assert same_bits(one, call.run())
     partials = {launched.arguments["partials_ptr"].text for launched in guard.launches if shared(launched)}
     assert len(partials) == 2  # as many splits in both forms: forward's and backward's
@@ -278,9 +278,8 @@ def test_a_large_mean_leaves_no_error_of_its_own_size(kind, use, device):
 
 
 @pytest.mark.parametrize("cache", [0, 256])
-def test_two_launches_where_the_cache_is_too_small(cache, use, numbers, monkeypatch, guard, device):
-    monkeypatch.setattr(channel_plans, "cache_bytes", lambda device: cache)
-    use(256)
+def test_two_launches_where_the_cache_is_too_small(cache, use, guard, device):
+    use(256, l2_bytes=cache)
     with interleaved():
         drawn((5, 2, 16, 33), "flat", device).against_oracle()
     assert guard.kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]

@@ -7,16 +7,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import spaces
 import triton_norm
+from gpus import H100, changed
 from oracle import run
 from row_norms import LAYER_NORM, NORMS
-from triton_norm import tuning
-from triton_norm.ops import launch
+from triton_norm.tuning import row_spaces
+from triton_norm.tuning.configs import config, next_power_of_2
+from triton_norm.tuning.limits import INTERPRETED
+from triton_norm.tuning.row_spaces import RowWork
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU starts its programs in its own order")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU starts its programs in its own order")
 
-if launch.INTERPRETED:
+if INTERPRETED:
     import triton.language as tl
 
     from triton_norm.kernels import rows as forward_kernels
@@ -42,27 +46,20 @@ ORDERS = {"in order": None, "backwards": backwards, "shuffled": shuffled}
 
 
 @pytest.fixture
-def share(monkeypatch):
+def share(numbers, monkeypatch):
     """Sets how rows are shared: pieces of 32 columns, as many a program as said, rows exchanged so many at a time."""
 
     def use(columns: int, pieces: int = 1, at_once: int = 1, multiprocessors: int = 6) -> None:
-        width = tuning.next_power_of_2(columns)
+        width = next_power_of_2(columns)
         peers = width // (SPAN * pieces)
-        forward = tuning.config(4, BLOCK_M=1, BLOCK_N=SPAN, PIECES=pieces, PEERS=peers)
-        backward = tuning.config(4, BLOCK_M=at_once, BLOCK_N=SPAN, PEERS=width // SPAN, STAGES=1, HOLD_WEIGHT=False)
-        for name, config in (("rows_forward", forward), ("rows_backward", backward)):
-            space = tuning.Space(f"{name}_kernel", "", (config,))
-            monkeypatch.setattr(tuning, name, functools.partial(lambda space, *_: space, space))
-        monkeypatch.setattr(tuning, "INTERPRETED_SMS", multiprocessors)
-        monkeypatch.setattr(tuning, "ROWS_BACKWARD_ELEMENTS", 1)  # a program a multiprocessor, for many turns
-        launch.multiprocessors.cache_clear()
-        tuning.forget()
+        forward = config(4, BLOCK_M=1, BLOCK_N=SPAN, PIECES=pieces, PEERS=peers)
+        backward = config(4, BLOCK_M=at_once, BLOCK_N=SPAN, PEERS=width // SPAN, STAGES=1, HOLD_WEIGHT=False)
+        spaces.force_rows(monkeypatch, forward, backward)
+        # A program a multiprocessor, for many turns.
+        numbers(multiprocessors=multiprocessors, rows_backward_elements_per_sm=1)
 
     with triton_norm.backend("triton"):
         yield use
-    monkeypatch.undo()
-    launch.multiprocessors.cache_clear()
-    tuning.forget()
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=repr)
@@ -161,11 +158,13 @@ def test_nothing_is_shared_that_one_program_can_hold(guard, share, device):
 @pytest.mark.parametrize("multiprocessors", [1, 8, 20, 46, 108, 132, 304])
 @pytest.mark.parametrize("compute_bytes", [4, 8])
 def test_a_rows_peers_leave_most_multiprocessors_to_others(multiprocessors, compute_bytes):
+    gpu = changed(H100, multiprocessors=multiprocessors)
     for n_cols in (40000, 65536, 262144, 2**20):
+        work = RowWork(n_cols, ("x",), compute_bytes, compute_bytes)
         for space in (
-            tuning.rows_forward(n_cols, "x", compute_bytes, compute_bytes, multiprocessors, False),
-            tuning.rows_backward(n_cols, "x", compute_bytes, compute_bytes, multiprocessors, False),
+            row_spaces.rows_forward(work, gpu),
+            row_spaces.rows_backward(work, gpu),
         ):
-            for config in space.configs:
-                assert config["PEERS"] * config["BLOCK_N"] * config.keywords.get("PIECES", 1) >= n_cols
-                assert config["PEERS"] <= max(1, multiprocessors // tuning.PEERS_SHARE)
+            for found in space.configs:
+                assert found["PEERS"] * found.span >= n_cols
+                assert found["PEERS"] <= max(1, multiprocessors // gpu.limits.sms_per_peer)

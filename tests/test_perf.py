@@ -17,7 +17,7 @@ from perf import calls, findings, gate, measure, workloads
 from perf.contenders import Contender, Functions, torch_functions
 from perf.points import BOTH, FAMILY, FLOORS, MODES, PASSES, Point, Workload, floor_of
 from timers import FakeTimer
-from triton_norm import tuning
+from triton_norm.tuning.choices import TUNED
 
 pytestmark = pytest.mark.unguarded
 
@@ -349,7 +349,7 @@ def test_traffic_of_layer_norm_reads_x_once_and_writes_y_once():
         assert sum(launch["loaded"] + launch["stored"] for launch in record["launches"]) == record["total_bytes"]
 
 
-@pytest.mark.parametrize("file", sorted(tuning.TUNED.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(TUNED.glob("*.json")), ids=lambda file: file.stem)
 def test_shipped_choices_are_of_their_spaces_and_serve_the_quick_shapes(file):
     """In bf16, and the landmarks in fp32: on that GPU no call of theirs searches, or warns. All GPUs with a file have
     as many multiprocessors."""

@@ -20,7 +20,7 @@ from oracle import FACTOR, ulp, widen
 from row_norms import LAYER_NORM, NORMS
 from strategies import BF16, CHANNELS, F16, F32, F64, ROWS, Case, Channels, Given, Lie, Rows, channels, cut, rows
 from triton_norm import reference
-from triton_norm.ops.launch import INTERPRETED
+from triton_norm.tuning.limits import INTERPRETED
 
 SMOOTH = 1.5  # more than a derivative of silu, or of the slopes drawn up to 1, is
 BENT = 0.5  # silu's second derivative

@@ -46,15 +46,19 @@ found = traffic.records(points)
 """
 
 EXTENDED = """
+from dataclasses import replace
+
 from perf import traffic
 from perf.points import Point, Workload
+from perf.stand_in import H100
 
+traffic.PARTS = (1,)
 found = []
 for columns, rows, multiprocessors in (1024, 3 * 12 * 4, 12), (96, 992, 3):
-    traffic.MULTIPROCESSORS, traffic.PARTS = multiprocessors, (1, multiprocessors)
+    gpu = replace(H100, multiprocessors=multiprocessors)
     for mode in ("forward", "backward"):
         point = Point("layer_norm", mode, "bf16", Workload("rows", "", (rows, columns), ""))
-        found.append([traffic.count(point), traffic.counted(point, multiprocessors)[0].record()])
+        found.append([traffic.count(point, gpu), traffic.counted(point, gpu)[0].record()])
 """
 
 

@@ -28,7 +28,7 @@ def norm(request):
 @pytest.fixture
 def small_tiles(numbers):
     """Interpreted with tiles as small, against these rows, as a GPU's are against real ones."""
-    numbers(INTERPRETED_TILE=128, INTERPRETED_SMS=3, WHOLE_ROW_BYTES=512)
+    numbers(interpreted_tile_elements=128, multiprocessors=3, whole_row_bytes=512)
 
 
 SHAPES = [

@@ -3,7 +3,7 @@
 import pytest
 
 import processes
-from triton_norm.ops import launch
+from triton_norm.tuning.limits import INTERPRETED
 
 pytestmark = [pytest.mark.unguarded, pytest.mark.long]
 
@@ -64,7 +64,7 @@ with triton_norm.backend(BACKEND), importer.import_module("triton_norm.dispatch"
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("code", [IMPORTED_AGAIN, PACKAGED], ids=["imported again", "in a torch.package"])
 def test_each_trains(code, backend):
-    if backend == "triton" and not launch.INTERPRETED:
+    if backend == "triton" and not INTERPRETED:
         pytest.skip("the kernels are interpreted here")
     done = processes.run("-c", f"{SETUP}BACKEND = {backend!r}\n{code}", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from at_once import at_once
 from test_compiled import run_over_a_stub
 from triton_norm import asking
 from triton_norm.ops import launch
+from triton_norm.tuning.limits import INTERPRETED
 
 THREADS, TIMES = 8, 2
 
@@ -92,7 +93,7 @@ def test_each_thread_gets_its_own_results(name, backend, guard, device):
         assert bool(launches) == (backend != "torch")
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels need no turns")
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels need no turns")
 def test_one_thread_at_a_time_is_interpreted(monkeypatch):
     start, inside, most = launch.start, [], []
 
@@ -111,7 +112,7 @@ def test_one_thread_at_a_time_is_interpreted(monkeypatch):
     assert set(most) == {1}
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels are started without the lock")
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels are started without the lock")
 def test_a_call_that_raises_leaves_the_others_their_turn(monkeypatch):
     module, inputs = module_and_inputs("LayerNorm", "cpu")
     expected = results(module, inputs[0])
@@ -202,8 +203,8 @@ from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 
 from at_once import at_once
-from triton_norm import tuning
 from triton_norm.kernels import channels, channels_backward
+from triton_norm.tuning.memory import forget
 
 THREADS = 8
 JITTED = {
@@ -284,7 +285,7 @@ mock.patch.object(nvidia.CudaLauncher, "__call__", note).start()
 MANY_FIRST_CALLS = """
 def forget_often(done):
     while len(done) < THREADS:
-        tuning.forget()
+        forget()
         time.sleep(1e-4)
 
 in_threads(256, 40)

@@ -10,8 +10,8 @@ import tuners
 from perf import tune, tuner
 from perf.calls import make_inputs
 from perf.points import Point, Workload
-from triton_norm import tuning
 from triton_norm.ops import launch
+from triton_norm.tuning.limits import INTERPRETED
 from tuners import (
     ALONE,
     BACKWARD,
@@ -32,10 +32,10 @@ from tuners import (
 
 triton = pytest.importorskip("triton")
 
-if launch.INTERPRETED:
+if INTERPRETED:
     from triton_norm.testing.interleave import interleaved
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU this is for real")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU this is for real")
 
 
 @pytest.fixture
@@ -77,10 +77,9 @@ OF_CHANNELS = {"channels_forward_kernel", "channels_backward_kernel"}
     ],
 )
 def test_both_directions_are_tuned_once_for_each_workload(
-    op, workload, one_launch, kernels, unknown_gpu, monkeypatch, tmp_path
+    op, workload, one_launch, kernels, unknown_gpu, numbers, tmp_path
 ):
-    monkeypatch.setattr(tuning, "ONE_LAUNCH_BYTES", 2**62 if one_launch else 0)
-    tuning.forget()
+    numbers(one_launch_bytes=2**62 if one_launch else 0)
     points = [Point(op, mode, "fp32", workload) for mode in ("forward", "backward")]
     results = tuned(points, tmp_path)
     assert results["problems"] == []
@@ -102,12 +101,10 @@ def test_a_backward_alone_tunes_the_forward_that_it_needs(unknown_gpu, tmp_path)
 @pytest.mark.parametrize(
     ("op", "workload"), [("layer_norm", Workload("rows", "", (2, 900), "")), ("batch_norm", IMAGES)]
 )
-def test_peers_begin_with_zeros_each_time(op, workload, unknown_gpu, monkeypatch, tmp_path):
+def test_peers_begin_with_zeros_each_time(op, workload, unknown_gpu, numbers, monkeypatch, tmp_path):
     """Programs that share a row or channel wait for arrivals that are counted from zero."""
-    small = dict.fromkeys(("WHOLE_ROW_BYTES", "FORWARD_PIECE_BYTES", "BACKWARD_SPAN_BYTES"), 1024)
-    for number, value in {**small, "INTERPRETED_SMS": 12, "MIN_SPLIT_ELEMENTS": 16, "ONE_LAUNCH_BYTES": 0}.items():
-        monkeypatch.setattr(tuning, number, value)
-    tuning.forget()
+    small = dict.fromkeys(("whole_row_bytes", "forward_piece_bytes", "backward_span_bytes"), 1024)
+    numbers(**small, multiprocessors=12, min_split_elements=16, one_launch_bytes=0)
     begun = []
 
     def noted(given):

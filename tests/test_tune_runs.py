@@ -13,8 +13,11 @@ from perf import tune, tuner
 from perf.points import Point, Workload
 from row_norms import LAYER_NORM
 from spaces import GPU
-from triton_norm import tuning
 from triton_norm.ops import launch
+from triton_norm.tuning.choices import choose, choose_only, chosen, chosen_so_far
+from triton_norm.tuning.configs import config
+from triton_norm.tuning.limits import INTERPRETED
+from triton_norm.tuning.memory import forget
 from tuners import (
     ALONE,
     BACKWARD,
@@ -34,7 +37,7 @@ from tuners import (
 
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU this is for real")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU this is for real")
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def raising(*_):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_choices_of_other_keys_stay_unless_a_fresh_file_is_asked_for(fresh, unknown_gpu, tmp_path):
-    choice = tuning.config(4, BLOCK_M=1, BLOCK_N=64).keywords
+    choice = config(4, BLOCK_M=1, BLOCK_N=64).keywords
     space = forward_space()
     old = {FORWARD: {"columns 8, float32": choice, space.key: choice}, "another_kernel": {"": choice}}
     unknown_gpu.write_text(json.dumps({"environment": {"date": "earlier"}, "choices": old}))
@@ -101,7 +104,7 @@ def test_an_interrupted_run_leaves_what_is_done(unknown_gpu, monkeypatch, tmp_pa
             return super()._of(name)
 
     said = []
-    results = tune.run(ROWS, None, tmp_path, 60.0, said.append, Interrupted(times_of(ALONE)))
+    results = tune.run(ROWS, unknown_gpu.parent, tmp_path, 60.0, said.append, Interrupted(times_of(ALONE)))
     assert results["stopped"] == "interrupted"
     assert results["unreached"] == [str(ROWS[1])]
     assert choices_in(unknown_gpu) == {FORWARD: {forward_space().key: forward_space().configs[0].keywords}}
@@ -119,14 +122,14 @@ def test_a_run_that_is_killed_leaves_whole_files(unknown_gpu, monkeypatch, tmp_p
         if line.startswith("[2/2]"):
             found.append((json.loads(unknown_gpu.read_text()), json.loads((tmp_path / "tune.json").read_text())))
 
-    tune.run(ROWS, None, tmp_path, 60.0, say, MadeUpTimes())
+    tune.run(ROWS, unknown_gpu.parent, tmp_path, 60.0, say, MadeUpTimes())
     ((tuned_file, results),) = found
     assert tuned_file["choices"][FORWARD]
     assert results["reached"] == 1
 
 
 def test_a_run_ends_with_its_time(unknown_gpu, monkeypatch, tmp_path):
-    results = tune.run(ROWS, None, tmp_path, -1.0, lambda line: None, MadeUpTimes())
+    results = tune.run(ROWS, unknown_gpu.parent, tmp_path, -1.0, lambda line: None, MadeUpTimes())
     assert results["unreached"] == [str(point) for point in ROWS]
     assert not unknown_gpu.exists()
     measure = tuner.Tuner.measure
@@ -138,7 +141,7 @@ def test_a_run_ends_with_its_time(unknown_gpu, monkeypatch, tmp_path):
 
     monkeypatch.setattr(tuner.Tuner, "measure", slow)
     monkeypatch.setattr(tune, "time", type("Time", (), {"monotonic": staticmethod(lambda: clock[0])}))
-    results = tune.run(ROWS, None, tmp_path, 60.0, lambda line: None, MadeUpTimes())
+    results = tune.run(ROWS, unknown_gpu.parent, tmp_path, 60.0, lambda line: None, MadeUpTimes())
     assert (results["reached"], results["confirmed"]) == (1, 1)
     assert results["unreached"] == [str(ROWS[1])]
 
@@ -182,10 +185,10 @@ def test_the_library_uses_the_file_and_searches_nothing(unknown_gpu, monkeypatch
     with pytest.MonkeyPatch.context() as before:
         before.setattr(launch, "search", lambda kernel, space, *_: space.configs[-1])
         LAYER_NORM.against_oracle(*inputs)
-    tuning._chosen.clear()
+    choose_only(GPU, {})
     points = [Point("layer_norm", mode, "fp32", SMALL) for mode in ("forward", "backward")]
     tuned(points, tmp_path, MadeUpTimes({(FORWARD, tuner.text(forward_space().configs[1])): 1.0}))
-    assert not tuning._chosen
+    assert not chosen_so_far(GPU)
     monkeypatch.setattr(launch, "search", raising)
     configs = launched_with(monkeypatch)
     choices = choices_in(unknown_gpu)
@@ -196,7 +199,7 @@ def test_the_library_uses_the_file_and_searches_nothing(unknown_gpu, monkeypatch
             next(iter(choices[kernel].values())) for kernel in (FORWARD, BACKWARD, "rows_backward_finalise_kernel")
         ]
         configs.clear()
-        tuning.forget()
+        forget()
 
 
 PROCESS = """
@@ -204,14 +207,10 @@ import json
 import sys
 from pathlib import Path
 import torch
+import spaces
 import triton_norm
-from triton_norm import tuning
 from triton_norm.ops import launch
 
-launch.gpu_name = lambda device: "NVIDIA Unheard-Of 9"
-tuning.TUNED = Path(sys.argv[1])
-rows_forward = tuning.rows_forward
-tuning.rows_forward = lambda *arguments: rows_forward(*arguments[:-1], False)
 start = launch.start
 
 def search(*arguments):
@@ -222,14 +221,15 @@ def noted(kernel, count, arguments, constants, config):
     return start(kernel, count, arguments, constants, config)
 
 launch.search, launch.start = search, noted
-triton_norm.layer_norm(torch.randn(7, 40), (40,))
+with spaces.unknown_gpu(Path(sys.argv[1])):
+    triton_norm.layer_norm(torch.randn(7, 40), (40,))
 """
 
 
 def test_a_fresh_process_uses_the_file_and_searches_nothing(unknown_gpu, tmp_path):
     tuned(ROWS[:1], tmp_path, MadeUpTimes({("", tuner.text(forward_space().configs[1])): 1.0}))
     command = "-W", "error::UserWarning", "-c", PROCESS, str(unknown_gpu.parent)
-    done = processes.run(*command, TRITON_INTERPRET="1")
+    done = processes.run(*command, PYTHONPATH="tests", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == choices_in(unknown_gpu)[FORWARD][forward_space().key]
 
@@ -237,12 +237,12 @@ def test_a_fresh_process_uses_the_file_and_searches_nothing(unknown_gpu, tmp_pat
 def test_a_known_gpus_file_and_the_users_choices_play_no_part_and_stay(unknown_gpu, monkeypatch, tmp_path):
     space = forward_space()
     unknown_gpu.write_text(json.dumps({"choices": {FORWARD: {space.key: space.configs[2].keywords}}}))
-    tuning.choose(space, GPU, space.configs[3])
+    choose(space, GPU, space.configs[3])
     monkeypatch.setattr(launch, "search", raising)
     results = tuned(ROWS[:1], tmp_path)
     assert len(record_of(results, FORWARD)["workloads"]) == 1
     assert choices_in(unknown_gpu) == {FORWARD: {space.key: space.configs[0].keywords}}
-    assert tuning.chosen(space, GPU) == space.configs[3]
+    assert chosen(space, GPU) == space.configs[3]
     assert launch.search is raising
 
 

@@ -15,6 +15,7 @@ import processes
 import triton_norm
 from patience import LIMIT_S
 from triton_norm.ops import launch
+from triton_norm.tuning.limits import INTERPRETED
 
 pytestmark = [
     pytest.mark.unguarded,  # as a process that is spawned
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning"),  # on one core
 ]
-interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="a process that has used a GPU can't be forked")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="a process that has used a GPU can't be forked")
 NORMS = (triton_norm.LayerNorm, (5, 24)), (triton_norm.RMSNorm, (3, 24)), (triton_norm.BatchNorm1d, (6, 24))
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from unittest import mock
 
 import spaces
+from gpus import H100
 from perf import measure, tune, tuner
 from perf.points import Point, Workload
-from triton_norm import tuning
 from triton_norm.ops import launch
+from triton_norm.tuning.row_spaces import RowWork, rows_forward
 
 FILE = "nvidia-unheard-of-9.json"
 SMALL, LARGE = (Workload("rows", "", (n_rows, 40), "") for n_rows in (3, 9))
@@ -56,11 +57,11 @@ def unknown_gpu(folder: Path) -> Iterator[Path]:
 
 
 def tuned(points, out, timer=None, **options):
-    return tune.run(points, None, out, math.inf, lambda line: None, timer or MadeUpTimes(), **options)
+    return tune.run(points, out / "tuned", out, math.inf, lambda line: None, timer or MadeUpTimes(), **options)
 
 
 def forward_space():
-    return tuning.rows_forward(40, "float32", 4, 4, tuning.INTERPRETED_SMS, False)
+    return rows_forward(RowWork(40, ("float32",), 4, 4), H100)
 
 
 def times_of(rows):

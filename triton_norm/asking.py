@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from triton_norm import captures, checks, dispatch, plain, reference, symbolic, tuning
+from triton_norm import captures, checks, dispatch, plain, reference, symbolic
 from triton_norm.dispatch import unserved
 from triton_norm.ops import channel_plans, rows
+from triton_norm.tuning.memory import when_forgotten
 
 MOST_SERVED = 4096
 AskedOfRows = tuple[rows.Options, str | None]
@@ -23,7 +24,7 @@ _batch_norms: dict[Any, AskedOfBatchNorm] = {}
 """Calls found right, by the kinds of their arguments."""
 
 for _remembered in (_rows, _batch_norms):
-    tuning.when_forgotten(_remembered.clear)
+    when_forgotten(_remembered.clear)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from triton_norm import captures, overrides, plain
-from triton_norm.ops import launch, layout
-from triton_norm.tuning import MOST_COLUMNS
+from triton_norm.ops import layout
+from triton_norm.tuning import limits
+from triton_norm.tuning.limits import MOST_COLUMNS
 
-INTERPRETED = launch.INTERPRETED
+INTERPRETED = limits.INTERPRETED
 BACKENDS = ("auto", "triton", "torch")
 VARIABLE = "TRITON_NORM_BACKEND"
 _transforms_active = torch._C._are_functorch_transforms_active

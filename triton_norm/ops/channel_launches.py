@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_norm import tuning
 from triton_norm.ops.channel_plans import Options, Prepared, Step, Types, prepare_backward, prepare_forward
 from triton_norm.ops.launch import zeros
 from triton_norm.ops.layout import as_readable, dense_like, empty_bits, kind_of
 from triton_norm.ops.library import Wanted, contiguous
+from triton_norm.tuning import memory as tuning_memory
+from triton_norm.tuning.limits import VECTOR_BYTES
 
 
 def _types(*tensors: Tensor | None) -> Types:
@@ -18,7 +19,7 @@ def _types(*tensors: Tensor | None) -> Types:
 
 def _keep(memory: dict[Any, Prepared], key: Any, prepared: Prepared) -> None:
     """For the next calls like this one; calls of ever new strides don't fill the memory."""
-    if len(memory) >= tuning.MOST_REMEMBERED:
+    if len(memory) >= tuning_memory.MOST_REMEMBERED:
         memory.clear()
     memory[key] = prepared
 
@@ -40,7 +41,7 @@ def _partials(x: Tensor, step: Step, kinds: int) -> Tensor | None:
 
 def _where(tensor: Tensor) -> tuple[Any, ...]:
     """Returns how a tensor lies in memory, as far as that bears on how it is read."""
-    return tensor.stride(), tensor.data_ptr() % tuning.VECTOR_BYTES
+    return tensor.stride(), tensor.data_ptr() % VECTOR_BYTES
 
 
 def _forward(

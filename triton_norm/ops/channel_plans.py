@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_norm import tuning
 from triton_norm.activations import check as check_activation
 from triton_norm.activations import has_side
-from triton_norm.ops.launch import INT32_END, INTERPRETED, Launcher, cache_bytes, multiprocessors
+from triton_norm.ops.launch import INT32_END, Launcher
 from triton_norm.ops.layout import Layout, Lie, layout_of
 from triton_norm.ops.library import name_of, triton_dtype
+from triton_norm.tuning import channel_spaces
+from triton_norm.tuning.channel_spaces import ChannelWork, Plan, SharedChannels
+from triton_norm.tuning.limits import gpu_of
+from triton_norm.tuning.memory import remembered
 
 
 class Options(NamedTuple):
@@ -71,7 +74,7 @@ def _step(
     kind: str,
     layout: Layout,
     n_groups: int,
-    plan: tuning.Plan,
+    plan: Plan,
     held: int,
     swept: Sequence[torch.dtype | None],
     wide: bool,
@@ -89,21 +92,21 @@ def _step(
 
     n_splits = -(-n_groups // plan.groups_per_split)
     width = layout.fold or (1 if layout.axis is None else layout.lanes)
+    work = ChannelWork(
+        f"channels_{kernel}_kernel",
+        "waits" if plan.tile else "reduces" if reduces else "applies",
+        kind,
+        layout.lanes,
+        layout.vector,
+        width,
+        types=tuple(name_of(dtype) for dtype in swept if dtype is not None),
+        held=plan.tile,
+        held_bytes=held,
+        adds=kernel == "forward" and len(swept) > 1 and swept[1] is not None,
+    )
     launcher = Launcher(
         _kernels()[kernel],
-        tuning.channels(
-            f"channels_{kernel}_kernel",
-            "waits" if plan.tile else "reduces" if reduces else "applies",
-            kind,
-            layout.lanes,
-            layout.vector,
-            width,
-            ", ".join(name_of(dtype) for dtype in swept if dtype is not None),
-            plan.tile,
-            held,
-            kernel == "forward" and len(swept) > 1 and swept[1] is not None,
-            INTERPRETED,
-        ),
+        channel_spaces.channels(work, gpu_of(device)),
         device,
         n_programs,
         scalars,
@@ -129,28 +132,31 @@ def _layout_and_plan(
     beside: float,
     adds: bool,
     device: torch.device,
-) -> tuple[Layout, int, tuning.Plan]:
+) -> tuple[Layout, int, Plan]:
     """`held`: bytes of an element of what one launch would keep and read again, 0 where nothing waits; `beside`:
     of what it would read twice and not keep; `adds`: a residual."""
+    gpu = gpu_of(device)
     layout = layout_of(shape, kind, *(lie for lie in lies if lie is not None))
-    n_groups, sms = shape[0] * layout.groups_per_sample, multiprocessors(device)
-    lanes, n_blocks = layout.lanes, layout.n_blocks
-    plan = None
-    if held:
-        cache, crowded = cache_bytes(device), tuning.crowds(kind, layout.vector, adds)
-        plan = tuning.plan_channels(kind, n_groups, lanes, n_blocks, held, beside, crowded, sms, cache, INTERPRETED)
-    return (
-        layout,
-        n_groups,
-        plan or tuning.plan_channels_apart(n_groups, lanes, layout.elements_per_group, n_blocks, sms),
+    work = SharedChannels(
+        kind,
+        layout.lanes,
+        layout.vector,
+        n_groups=shape[0] * layout.groups_per_sample,
+        elements_per_group=layout.elements_per_group,
+        n_blocks=layout.n_blocks,
+        held_bytes=held,
+        beside_bytes=beside,
+        adds=adds,
     )
+    plan = channel_spaces.plan_channels(work, gpu) if held else None
+    return layout, work.n_groups, plan or channel_spaces.plan_channels_apart(work, gpu)
 
 
 Types = tuple[torch.dtype | None, ...]
 """Of all tensors that a kernel may be given, None for those that it isn't."""
 
 
-@tuning.remembered
+@remembered
 def prepare_forward(
     strides: tuple[int, ...],
     shape: tuple[int, ...],
@@ -196,7 +202,7 @@ def prepare_forward(
     return Prepared(tuple(steps), layout.n_blocks, strides)
 
 
-@tuning.remembered
+@remembered
 def prepare_backward(
     shape: tuple[int, ...],
     kind: str,

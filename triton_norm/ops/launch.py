@@ -15,13 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from triton_norm import tuning
-from triton_norm.tuning import Config, Space
+from triton_norm.tuning import choices
+from triton_norm.tuning.configs import Config, Space, config, next_power_of_2
+from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
 
 T = TypeVar("T")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-"""Whether Triton interprets kernels in this process; read once, as Triton itself reads it."""
 
 INT32_END = 2**31
 
@@ -38,28 +36,12 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda:
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
-@functools.cache
-def gpu_name(device: torch.device) -> str | None:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return tuning.INTERPRETED_SMS
-
-
-@functools.cache
-def cache_bytes(device: torch.device) -> int:
-    """Of the cache that all multiprocessors share."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    return tuning.INTERPRETED_CACHE
-
-
-for _remembers in (multiprocessors, cache_bytes):
-    tuning.when_forgotten(_remembers.cache_clear)
+# Zeros that are kept for a stream are at least so many, so that most launches find enough of them.
+LEAST_ZEROS = 4096
+# Zeros are kept for at most so many streams: a process may make streams without end.
+MOST_STREAMS = 1024
+# A search runs each config for so long before it times it, and then for so long.
+SEARCH_WARMUP_MS, SEARCH_MS = 10, 40
 
 _zeros: dict[tuple[int, int], Tensor] = {}
 
@@ -97,8 +79,8 @@ def zeros(n: int, device: torch.device) -> Tensor:
     stream = current_stream(device.index)
     kept = _zeros.get((device.index, stream))
     if kept is None or kept.numel() < n:
-        size = tuning.next_power_of_2(max(n, tuning.LEAST_ZEROS))
-        if len(_zeros) >= tuning.MOST_STREAMS:
+        size = next_power_of_2(max(n, LEAST_ZEROS))
+        if len(_zeros) >= MOST_STREAMS:
             _zeros.clear()  # what comes to lie in their memory is their own streams', and so comes after their kernels
         kept = _zeros[device.index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept
@@ -129,9 +111,9 @@ class Launcher:
     ) -> None:
         self.space, self._scalars = space, tuple(scalars)
         self._kernel, self._device, self._n_programs, self._constants = kernel, device, n_programs, constants
-        self._gpu = gpu_name(device)
+        self._gpu = gpu_of(device).name
         self._index = -1 if device.index is None else device.index
-        self._config = tuning.chosen(space, self._gpu)
+        self._config = choices.chosen(space, self._gpu)
         self._ready: tuple[Any, ...] | None = None
 
     @property
@@ -161,7 +143,7 @@ class Launcher:
                     address = tensor.data_ptr()
                     bits |= address
                     addresses.append(address)
-            if not (bits % tuning.VECTOR_BYTES or hooks[0] or hooks[1]):
+            if not (bits % VECTOR_BYTES or hooks[0] or hooks[1]):
                 count = self._n_programs(keywords, *integers)
                 stream = current_stream(self._index)
                 run(count, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *behind)
@@ -179,7 +161,7 @@ class Launcher:
         with _starting:
             compiled = _with_a_cache(self._kernel, lambda: self._choose_and_start(integers, arguments))
         assert self._config is not None
-        aligned = all(tensor is None or tensor.data_ptr() % tuning.VECTOR_BYTES == 0 for tensor in tensors)
+        aligned = all(tensor is None or tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
         if aligned and integers[0] < INT32_END and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
             named = {**self._constants, **self._config.keywords}
             constants = (named[name] for name in self._kernel.arg_names[len(arguments) :])
@@ -189,14 +171,14 @@ class Launcher:
 
     def _choose_and_start(self, integers: tuple[int, ...], arguments: Sequence[Any]) -> Any:
         if self._config is None:
-            self._config = tuning.chosen(self.space, self._gpu)  # which another launcher may have found by now
+            self._config = choices.chosen(self.space, self._gpu)  # which another launcher may have found by now
         if self._config is None:
             assert self._gpu is not None
             count_of = self._n_programs
             self._config = search(
                 self._kernel, self.space, lambda config: count_of(config, *integers), arguments, self._constants
             )
-            tuning.choose(self.space, self._gpu, self._config)
+            choices.choose(self.space, self._gpu, self._config)
         count = self._n_programs(self._config.keywords, *integers)
         return start(self._kernel, count, arguments, self._constants, self._config)
 
@@ -270,7 +252,7 @@ def search(
     import triton
     from triton.testing import do_bench
 
-    timed = functools.partial(do_bench, warmup=tuning.SEARCH_WARMUP_MS, rep=tuning.SEARCH_MS)
+    timed = functools.partial(do_bench, warmup=SEARCH_WARMUP_MS, rep=SEARCH_MS)
     candidates = [
         triton.Config(
             dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg
@@ -284,7 +266,7 @@ def search(
     zeros = [name for name in ("sync_ptr",) if given.get(name) is not None]
 
     def known(chosen: Any) -> Config:
-        keywords = tuning.config(chosen.num_warps, chosen.num_stages, chosen.maxnreg, **chosen.kwargs).keywords
+        keywords = config(chosen.num_warps, chosen.num_stages, chosen.maxnreg, **chosen.kwargs).keywords
         found = space.find(keywords)
         if found is None:
             raise ValueError(f"{keywords} is none of the configs of {space.kernel}")

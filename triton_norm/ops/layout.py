@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_norm import tuning
 from triton_norm.plain import holds
+from triton_norm.tuning import channel_spaces
+from triton_norm.tuning.configs import next_power_of_2, vector_width
+from triton_norm.tuning.limits import VECTOR_BYTES, limits_in_force
 
 MOST_POSITIONS = 2**30
 """Of a sample: the kernels number them, and what a tile reaches past them, in 32 bits."""
@@ -126,7 +128,9 @@ def kind_of(x: Tensor) -> str:
     copied = strides is None or strides[2] != 1
     gapless = copied or n_channels == 1 or (strides is not None and strides[1] == n_positions)
     numbered = n_channels * n_positions < MOST_COLUMNS
-    return "folded" if gapless and numbered and holds(tuning.folds(n_samples, n_positions, x.itemsize)) else "flat"
+    limits = limits_in_force()
+    folds = gapless and numbered and holds(channel_spaces.folds(n_samples, n_positions, x.itemsize, limits))
+    return "folded" if folds else "flat"
 
 
 def _reads(x: Tensor, kind: str, broadcast: bool) -> bool:
@@ -173,12 +177,12 @@ def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> tuple[Tensor, 
         x = dense_like(x, x.dtype, kind).copy_(x)
     strides = _strides(x)
     assert strides is not None
-    return x, Lie(*strides, x.itemsize, x.data_ptr() % tuning.VECTOR_BYTES)
+    return x, Lie(*strides, x.itemsize, x.data_ptr() % VECTOR_BYTES)
 
 
 def _vector(lies: Sequence[Lie], *extents: int) -> int:
     """Elements an access can move: 16 bytes' worth of the narrowest type, or what bases and extents allow."""
-    vector = tuning.vector_width(min(lie.itemsize for lie in lies), *extents)
+    vector = vector_width(min(lie.itemsize for lie in lies), *extents)
     for lie in lies:
         if lie.misaligned:
             vector = min(vector, max(1, (lie.misaligned & -lie.misaligned) // lie.itemsize))
@@ -191,15 +195,16 @@ def layout_of(shape: Sequence[int], kind: str, *lies: Lie) -> Layout:
     if kind == "last":
         spread = [lie for lie in lies if lie.channel_stride or n_channels == 1]
         strides = [stride for lie in spread for stride in (lie.sample_stride, lie.position_stride)]
-        vector, lanes = _vector(spread or lies, n_channels, *strides), tuning.channel_lanes(n_channels)
+        lanes = channel_spaces.channel_lanes(n_channels, limits_in_force())
+        vector = _vector(spread or lies, n_channels, *strides)
         return Layout(0, vector, lanes, 0, 1, n_channels, n_channels, lanes, 1, n_positions)
     spread = [lie for lie in lies if lie.position_stride]
     strides = [lie.sample_stride for lie in spread]
     if kind == "folded":
         n_columns = n_channels * n_positions
-        lanes, channels = tuning.fold(n_channels, n_positions)
+        lanes, channels = channel_spaces.fold(n_channels, n_positions, limits_in_force())
         vector = _vector(spread or lies, n_columns, channels * n_positions, *strides)
-        fold, width = tuning.next_power_of_2(channels), tuning.next_power_of_2(n_positions)
+        fold, width = next_power_of_2(channels), next_power_of_2(n_positions)
         return Layout(0, vector, lanes, fold, width, n_channels, n_columns, channels * n_positions, n_positions, 1)
     strides += [lie.channel_stride for lie in spread]
     vector = _vector(spread or lies, n_positions, *strides)

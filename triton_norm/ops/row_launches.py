@@ -7,10 +7,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from triton_norm import tuning
-from triton_norm.ops.launch import INTERPRETED, Launcher, multiprocessors
+from triton_norm.ops.launch import Launcher
 from triton_norm.ops.library import Wanted, contiguous, name_of, triton_dtype
 from triton_norm.reference import compute_dtype
+from triton_norm.tuning import memory, row_spaces
+from triton_norm.tuning.configs import vector_width
+from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
+from triton_norm.tuning.row_spaces import RowWork
 
 
 class Options(NamedTuple):
@@ -79,13 +82,13 @@ def _misaligned(*tensors: Tensor | None) -> int:
     for tensor in tensors:
         if tensor is not None:
             bits |= tensor.data_ptr()
-    return bits % tuning.VECTOR_BYTES
+    return bits % VECTOR_BYTES
 
 
 def _vector(misaligned: int, extents: int, tensors: Sequence[Tensor | None]) -> int:
     """Columns an access can move: 16 bytes' worth of the narrowest type, or what bases and extents, or'ed, allow."""
     itemsizes = [tensor.itemsize for tensor in tensors if tensor is not None]
-    vector = tuning.vector_width(min(itemsizes), extents)
+    vector = vector_width(min(itemsizes), extents)
     return min(vector, max(1, (misaligned & -misaligned) // max(itemsizes))) if misaligned else vector
 
 
@@ -95,8 +98,8 @@ def _rounded(options: Options, compute: torch.dtype) -> Any:
     return None if dtype is None or dtype.itemsize >= compute.itemsize else triton_dtype(dtype)
 
 
-def _names(*tensors: Tensor | None) -> str:
-    return ", ".join(name_of(tensor.dtype) for tensor in tensors if tensor is not None)
+def _names(*tensors: Tensor | None) -> tuple[str, ...]:
+    return tuple(name_of(tensor.dtype) for tensor in tensors if tensor is not None)
 
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
@@ -118,7 +121,7 @@ UNLIMITED = 2**62  # rows
 
 def _keep(launchers: dict[Any, T], key: Any, launcher: T) -> T:
     """For the next calls like this one; calls of ever new strides don't fill the memory."""
-    if len(launchers) >= tuning.MOST_REMEMBERED:
+    if len(launchers) >= memory.MOST_REMEMBERED:
         launchers.clear()
     launchers[key] = launcher
     return launcher
@@ -139,9 +142,7 @@ def _forward_launcher(
     vector = _vector(misaligned, n_cols | x_stride | residual_stride, (x, residual, y, total))
     compute, device = compute_dtype(x, total), x.device
     stored = max(tensor.itemsize for tensor in (x, residual, total) if tensor is not None)
-    space = tuning.rows_forward(
-        n_cols, _names(x, residual, total), stored, compute.itemsize, multiprocessors(device), INTERPRETED
-    )
+    work = RowWork(n_cols, _names(x, residual, total), stored, compute.itemsize, name_of(y.dtype))
 
     def n_programs(config: Mapping[str, Any], n_rows: int) -> int:
         groups: int = -(-n_rows // config["BLOCK_M"])
@@ -149,7 +150,7 @@ def _forward_launcher(
 
     return Launcher(
         _kernels().rows_forward_kernel,
-        space,
+        row_spaces.rows_forward(work, gpu_of(device)),
         device,
         n_programs,
         (n_cols // vector, x_stride // vector, residual_stride // vector),
@@ -201,7 +202,7 @@ def forward(
     if residual is not None:
         residual_rows, residual_stride, _ = as_rows(residual, n_cols)
         bases |= residual_rows.data_ptr()
-    misaligned = bases % tuning.VECTOR_BYTES
+    misaligned = bases % VECTOR_BYTES
     launchers: dict[Any, Launcher] = {} if options.launchers is None else options.launchers
     key = saves, x_stride, residual_stride, misaligned
     launcher = launchers.get(key)
@@ -228,18 +229,18 @@ def _backward(
     device: torch.device,
     misaligned: int,
 ) -> Backward:
-    n_cols, n_sms = options.n_cols, multiprocessors(device)
+    n_cols, gpu = options.n_cols, gpu_of(device)
     read = [rows for rows in (dy, dtotal, x) if rows.tensor is not None and rows.column]
     extents = functools.reduce(int.__or__, (rows.stride for rows in read), n_cols)
     vector = _vector(misaligned, extents, [*(rows.tensor for rows in read), dx, dresidual])
-    types = _names(dy.tensor, dtotal.tensor, x.tensor)
     stored = max(rows.tensor.itemsize for rows in (dy, dtotal, x) if rows.tensor is not None)
+    work = RowWork(n_cols, _names(dy.tensor, dtotal.tensor, x.tensor), stored, compute.itemsize)
     strides = (rows.stride // (vector if rows.column else 1) for rows in (dy, dtotal, x))
     launcher = Launcher(
         _backward_kernels().rows_backward_kernel,
-        tuning.rows_backward(n_cols, types, stored, compute.itemsize, n_sms, INTERPRETED),
+        row_spaces.rows_backward(work, gpu),
         device,
-        functools.partial(tuning.rows_backward_programs, n_cols=n_cols, multiprocessors=n_sms),
+        functools.partial(row_spaces.rows_backward_programs, n_cols=n_cols, gpu=gpu),
         (n_cols // vector, *strides),
         DY_COLUMN_STRIDE=dy.column,
         DTOTAL_COLUMN_STRIDE=dtotal.column,
@@ -252,20 +253,20 @@ def _backward(
     candidates = [config.keywords for config in launcher.candidates]
     return Backward(
         launcher,
-        max(tuning.rows_backward_teams(config, UNLIMITED, n_cols, n_sms) for config in candidates),
+        max(row_spaces.rows_backward_teams(config, UNLIMITED, n_cols, gpu) for config in candidates),
         max(config["BLOCK_M"] for config in candidates),
     )
 
 
-@tuning.remembered
+@memory.remembered
 def _finalise_launcher(
     device: torch.device, dweight: torch.dtype | None, dbias: torch.dtype | None, n_cols: int, compute: torch.dtype
 ) -> Launcher:
     """Its "rows" are those of the sums."""
-    vector = tuning.vector_width(compute.itemsize, n_cols)
+    vector = vector_width(compute.itemsize, n_cols)
     return Launcher(
         _backward_kernels().rows_backward_finalise_kernel,
-        tuning.rows_backward_finalise(INTERPRETED),
+        row_spaces.rows_backward_finalise(gpu_of(device)),
         device,
         lambda config, n_sums: -(-n_cols // config["BLOCK_N"]),
         (n_cols // vector,),
@@ -328,7 +329,7 @@ def backward(
     inputs = dy_rows.tensor, dtotal_rows.tensor, x_rows.tensor, contiguous(weight), statistics.contiguous(), rstd
     launcher((n_rows,), *inputs, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
     if dweight is not None or dbias is not None:
-        n_sums = tuning.rows_backward_teams(launcher.config.keywords, n_rows, n_cols, multiprocessors(device))
+        n_sums = row_spaces.rows_backward_teams(launcher.config.keywords, n_rows, n_cols, gpu_of(device))
         finalise = _finalise_launcher(device, wanted.dweight, wanted.dbias, n_cols, compute)
         finalise((n_sums,), dweight_sums, dbias_sums, dweight, dbias)
     return dx, dresidual, dweight, dbias

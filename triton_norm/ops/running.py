@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_norm import shares, tuning
+from triton_norm import shares
 from triton_norm.ops.channel_plans import in_two_floats
-from triton_norm.ops.launch import INTERPRETED, Launcher, zeros
+from triton_norm.ops.launch import Launcher, zeros
 from triton_norm.ops.library import contiguous, operator, triton_dtype
+from triton_norm.tuning.channel_spaces import merge_ranks
+from triton_norm.tuning.limits import gpu_of
+from triton_norm.tuning.memory import remembered
 
 
 def counts(x: Tensor, num_batches_tracked: Tensor) -> bool:
@@ -25,7 +28,7 @@ def _kernel() -> Any:
     return merge_ranks_kernel
 
 
-@tuning.remembered
+@remembered
 def _launcher(
     types: tuple[torch.dtype | None, ...], device: torch.device, momentum: float | None, eps: float
 ) -> Launcher:
@@ -39,7 +42,7 @@ def _launcher(
 
     return Launcher(
         _kernel(),
-        tuning.merge_ranks(INTERPRETED),
+        merge_ranks(gpu_of(device)),
         device,
         n_programs,
         in_two_floats(momentum or 0.0),

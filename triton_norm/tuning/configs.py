@@ -1,0 +1,73 @@
+"""Configs: what a launch is specialised by; and spaces: the configs that one kernel may have."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from triton_norm.tuning.limits import MOST_THREADS, VECTOR_BYTES, Gpu
+
+
+@dataclass(frozen=True)
+class Config:
+    """The kernel's block sizes, how many warps and stages run them, and how many registers a thread may have, where
+    that is limited."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int = 1
+    maxnreg: int | None = None
+
+    def __getitem__(self, block: str) -> int:
+        return self.keywords[block]
+
+    @functools.cached_property
+    def span(self) -> int:
+        """Columns that a program owns of a row."""
+        return self["BLOCK_N"] * self.keywords.get("PIECES", 1)
+
+    @functools.cached_property
+    def keywords(self) -> dict[str, int]:
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+
+
+def config(num_warps: int, num_stages: int = 1, maxnreg: int | None = None, **blocks: int) -> Config:
+    """Returns the config that has these keywords."""
+    return Config(tuple(blocks.items()), num_warps, num_stages, maxnreg)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The configs that one kernel may be launched with for one key, the best guess first."""
+
+    kernel: str
+    key: str
+    configs: tuple[Config, ...]
+
+    def find(self, keywords: Mapping[str, int]) -> Config | None:
+        """Returns the config that has these keywords, in whatever order, or None: no other config is ever launched."""
+        return next((config for config in self.configs if config.keywords == keywords), None)
+
+
+def space_of(kernel: str, key: str, configs: Sequence[Config]) -> Space:
+    """Returns the space of these configs, each of them once."""
+    return Space(kernel, key, tuple(dict.fromkeys(configs)))
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def vector_width(itemsize: int, *extents: int) -> int:
+    """Returns how many elements an access can move: the largest power of two that divides every extent, up to 16
+    bytes."""
+    width = VECTOR_BYTES // itemsize
+    for extent in extents:
+        while extent % width:
+            width //= 2
+    return width
+
+
+def warps_for(elements: int, per_thread: int, gpu: Gpu) -> int:
+    """Returns how many warps have so many elements, with at most so many for each thread if the threads suffice."""
+    return min(MOST_THREADS, max(gpu.warp, next_power_of_2(elements) // per_thread)) // gpu.warp

@@ -1,0 +1,166 @@
+"""The configs of LayerNorm's and RMSNorm's kernels, and how their programs share rows."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from triton_norm.tuning.configs import Config, Space, config, next_power_of_2, space_of, warps_for
+from triton_norm.tuning.limits import MOST_REGISTERS_PER_THREAD, MOST_THREADS, REGISTERS_PER_SM, Gpu
+from triton_norm.tuning.memory import remembered
+
+
+class RowWork(NamedTuple):
+    """Rows that a kernel goes through.
+
+    Args:
+        n_cols: columns of a row.
+        types: names of the types of the tensors of whole rows that are there: of the forward x, the residual and the
+            total; of the backward dy, dtotal and x.
+        stored_bytes: of an element in the widest of these types.
+        compute_bytes: of an element in the type that the kernel computes in.
+        output: name of the type of the forward's y.
+    """
+
+    n_cols: int
+    types: tuple[str, ...]
+    stored_bytes: int
+    compute_bytes: int
+    output: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Columns of a tile that holds a row."""
+        return next_power_of_2(self.n_cols)
+
+    @property
+    def key(self) -> str:
+        """Names the output's type only where it is not x's: choices that were measured before it was part of the key
+        are those of calls whose out_dtype was not given."""
+        named = f"columns {self.width}, {', '.join(self.types)}"
+        return named if self.output in (None, self.types[0]) else f"{named} to {self.output}"
+
+
+def _shared(width: int, block: int, peers: int) -> dict[str, int]:
+    """Returns pieces of `block` columns, and programs to share them, for a row of `width` columns; powers of two."""
+    members = min(peers, width // block)
+    return {"PIECES": width // block // members, "PEERS": members}
+
+
+@remembered
+def rows_forward(work: RowWork, gpu: Gpu) -> Space:
+    """Returns the configs of a forward: several short rows a program, one row in registers, or spans of a long one for
+    programs that exchange moments."""
+    width, limits = work.width, gpu.limits
+    whole = width * work.stored_bytes <= limits.whole_row_bytes
+    if gpu.interpreted:
+        most = limits.interpreted_tile_elements
+        block = width if whole else most
+        configs = [config(4, BLOCK_M=max(1, most // block), BLOCK_N=block, **_shared(width, block, 1))]
+    elif whole:
+        tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)}, reverse=True)
+        configs = [
+            config(warps_for(tile, per_thread, gpu), BLOCK_M=tile // width, BLOCK_N=width, **_shared(width, width, 1))
+            for per_thread in ((32, 16) if width <= 8192 else (16, 32))  # else the first would spill a register
+            for tile in tiles
+            if tile <= MOST_THREADS * per_thread
+        ]
+    else:
+        piece = limits.forward_piece_bytes // work.compute_bytes
+        configs = [
+            config(warps_for(block, per_thread, gpu), BLOCK_M=1, BLOCK_N=block, **_shared(width, block, gpu.most_peers))
+            for block, per_thread in ((piece // 2, 32), (piece // 4, 32), (piece, 32), (piece // 2, 16))
+        ]
+    return space_of("rows_forward_kernel", work.key, configs)
+
+
+def _backward_config(elements: int, per_thread: int, gpu: Gpu, **blocks: Any) -> Config:
+    """Returns a config whose threads have as many registers as leave a multiprocessor room for all that it is to run
+    at once."""
+    n_warps = warps_for(elements, per_thread, gpu)
+    share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread
+    limit = min(share, REGISTERS_PER_SM // (n_warps * gpu.warp), MOST_REGISTERS_PER_THREAD)
+    return config(n_warps, maxnreg=limit if gpu.limits_registers else None, **blocks)
+
+
+def _whole_rows_backward(width: int, span: int, gpu: Gpu) -> list[Config]:
+    """Returns configs of programs that have whole rows; more than one stage fetches the next rows through shared memory
+    while these are computed."""
+    tiles = ((span // 4, 16), (span // 2, 16), (span // 8, 8), (span // 2, 8)) if width < span else ((span, 8),)
+    return [
+        _backward_config(
+            tile,
+            per_thread,
+            gpu,
+            BLOCK_M=tile // width,
+            BLOCK_N=width,
+            PEERS=1,
+            STAGES=stages,
+            HOLD_WEIGHT=tile < span,
+        )
+        for tile, per_thread in tiles
+        if tile >= width
+        for stages in ((3, 1) if 256 < width < span else (1, 3))
+    ]
+
+
+def _shared_rows_backward(work: RowWork, span: int, gpu: Gpu) -> list[Config]:
+    """Returns configs of programs that share each row, and exchange its sums."""
+    width = work.width
+    narrowest = width // gpu.most_peers
+    # Addresses of wide blocks take registers of every thread: with 16 elements each, unless they are stored in
+    # fewer bytes than they are computed in, 5 to 26 registers were spilled (sm_90, Triton 3.7.1 to 3.9.0).
+    spills = span // 4 < narrowest <= span and work.stored_bytes >= work.compute_bytes
+    fewer_threads = ((4, 32),) if spills else ()
+    configs = [
+        _backward_config(
+            block,
+            per_thread,
+            gpu,
+            BLOCK_M=1,
+            BLOCK_N=block,
+            PEERS=width // block,
+            STAGES=1,
+            HOLD_WEIGHT=False,
+        )
+        for share, per_thread in (*fewer_threads, (4, 16), (4, 8), (2, 16), (2, 8), (1, 8))
+        for block in [max(narrowest, span // share)]
+    ]
+    if width == 2 * span:  # which spills, and is faster in 16-bit types even so
+        configs += [config(32, BLOCK_M=1, BLOCK_N=width, PEERS=1, STAGES=1, HOLD_WEIGHT=False)]
+    return configs
+
+
+@remembered
+def rows_backward(work: RowWork, gpu: Gpu) -> Space:
+    """Returns the configs of a backward."""
+    width, span = work.width, gpu.limits.backward_span_bytes // work.compute_bytes
+    if gpu.interpreted:
+        n_rows = max(1, gpu.limits.interpreted_tile_elements // width)
+        configs = [config(4, BLOCK_M=n_rows, BLOCK_N=width, PEERS=1, STAGES=1, HOLD_WEIGHT=True)]
+    elif width <= span:
+        configs = _whole_rows_backward(width, span, gpu)
+    else:
+        configs = _shared_rows_backward(work, span, gpu)
+    return space_of("rows_backward_kernel", work.key, configs)
+
+
+def rows_backward_teams(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu: Gpu) -> int:
+    """Returns how many teams share the rows, each of which leaves a row of sums: as many as run at once."""
+    elements = config["BLOCK_M"] * config["BLOCK_N"]
+    per_sm: int = max(1, gpu.limits.rows_backward_elements_per_sm // elements)
+    n_peers: int = -(-n_cols // config["BLOCK_N"])
+    n_groups: int = -(-n_rows // config["BLOCK_M"])
+    return max(1, min(n_groups, gpu.multiprocessors * per_sm // n_peers))
+
+
+def rows_backward_programs(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu: Gpu) -> int:
+    """Returns how many programs share the rows: every team's peers."""
+    n_peers: int = -(-n_cols // config["BLOCK_N"])
+    return rows_backward_teams(config, n_rows, n_cols, gpu) * n_peers
+
+
+@remembered
+def rows_backward_finalise(gpu: Gpu) -> Space:
+    """Returns the configs of the launch that adds up what a backward's teams have left."""
+    shapes = ((4, 64, 512),) if gpu.interpreted else ((4, 128, 16), (4, 256, 8), (8, 128, 16), (8, 256, 16))
+    configs = [config(n_warps, BLOCK_M=rows, BLOCK_N=columns) for n_warps, rows, columns in shapes]
+    return space_of("rows_backward_finalise_kernel", "", configs)
