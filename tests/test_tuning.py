@@ -3,6 +3,7 @@
 import contextlib
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from triton_norm.ops import launch
 from triton_norm.tuning import channel_spaces, choices, row_spaces
 from triton_norm.tuning.channel_spaces import ChannelWork
 from triton_norm.tuning.configs import vector_width
-from triton_norm.tuning.limits import INTERPRETED, STAND_IN, assumed, gpu_of
+from triton_norm.tuning.limits import INTERPRETED, STAND_IN, Gpu, assumed, gpu_of
 from triton_norm.tuning.memory import forget
 from triton_norm.tuning.row_spaces import RowWork, rows_backward, rows_forward
 
@@ -249,6 +250,21 @@ def test_outputs_of_other_types_have_choices_of_their_own(unknown_gpu, device):
         triton_norm.rms_norm(x, (40,), weight, out_dtype=out_dtype)
     keys = "columns 64, bfloat16", "columns 64, bfloat16 to float32", "columns 64, bfloat16 to float16"
     assert tuple(choices.chosen_so_far(GPU)["rows_forward_kernel"]) == keys
+
+
+def test_a_cuda_devices_gpu_is_asked_for_once(monkeypatch):
+    asked = []
+    properties = SimpleNamespace(multi_processor_count=114, L2_cache_size=2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    device = torch.device("cuda", 3)
+    forget()
+    gpu = gpu_of(device)
+    assert gpu_of(device) is gpu
+    assert asked == [device]
+    assert gpu == Gpu(GPU, 114, 2**20, STAND_IN.warp, INTERPRETED)
+    monkeypatch.undo()
+    forget()
 
 
 def test_an_assumed_gpu_is_every_devices_until_the_last_that_assumes_one_leaves():

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from triton_norm.tuning import choices
-from triton_norm.tuning.configs import Config, Space, config, next_power_of_2
+from triton_norm.tuning import choices, configs
+from triton_norm.tuning.configs import Config, Space, next_power_of_2
 from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
 
 T = TypeVar("T")
@@ -36,11 +36,11 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda:
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
-# Zeros that are kept for a stream are at least so many, so that most launches find enough of them.
+# A stream keeps at least this many zeros, enough for most launches.
 LEAST_ZEROS = 4096
-# Zeros are kept for at most so many streams: a process may make streams without end.
+# At most this many streams keep zeros: a process may make streams without end.
 MOST_STREAMS = 1024
-# A search runs each config for so long before it times it, and then for so long.
+# A search runs each config for the first of these times before it times it for the second.
 SEARCH_WARMUP_MS, SEARCH_MS = 10, 40
 
 _zeros: dict[tuple[int, int], Tensor] = {}
@@ -266,7 +266,7 @@ def search(
     zeros = [name for name in ("sync_ptr",) if given.get(name) is not None]
 
     def known(chosen: Any) -> Config:
-        keywords = config(chosen.num_warps, chosen.num_stages, chosen.maxnreg, **chosen.kwargs).keywords
+        keywords = configs.config(chosen.num_warps, chosen.num_stages, chosen.maxnreg, **chosen.kwargs).keywords
         found = space.find(keywords)
         if found is None:
             raise ValueError(f"{keywords} is none of the configs of {space.kernel}")

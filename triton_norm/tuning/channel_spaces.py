@@ -23,7 +23,7 @@ def channel_lanes(n_channels: int, limits: Limits) -> int:
 
 
 def folds(n_samples: int, n_positions: int, itemsize: int, limits: Limits) -> bool:
-    """Returns whether samples of so many positions a channel are better read as rows of whole channels."""
+    """Returns whether samples are better read as rows of whole channels, of which each has few positions."""
     access = vector_width(itemsize, n_positions) * itemsize
     narrow = access < limits.narrow_access_bytes or n_positions * itemsize < limits.short_channel_bytes
     fits = _fold_unit(n_positions) * n_positions <= limits.most_folded_columns
@@ -69,8 +69,8 @@ class SharedChannels(NamedTuple):
         n_groups: groups of each block.
         elements_per_group: of one channel.
         n_blocks: blocks of all channels.
-        held_bytes: of an element of what programs keep in registers; 0 where none waits for others.
-        beside_bytes: of an element of what they read twice and don't keep.
+        held_bytes: of an element of the tensors that programs keep in registers; 0 where none waits for others.
+        beside_bytes: of an element of the tensors that they read twice and don't keep.
         adds: the forward adds a residual.
     """
 
@@ -106,8 +106,11 @@ def _crowds(work: "SharedChannels | ChannelWork") -> bool:
 
 
 def plan_channels(work: SharedChannels, gpu: Gpu) -> Plan | None:
-    """Returns the plan of one launch whose programs wait for each other: if there is little to read, if the programs
-    fill the GPU, and if what all that run at once can't keep will still be in cache when they read it again."""
+    """Returns the plan of one launch whose programs wait for each other, or None where two launches are better.
+
+    One launch is for tensors that are small, by programs that fill the GPU, where the elements that they can't keep
+    will still be in cache when they read them again.
+    """
     limits, lanes, held = gpu.limits, work.lanes, work.held_bytes
     elements = work.n_groups * lanes
     tile = limits.interpreted_tile_elements

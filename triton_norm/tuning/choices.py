@@ -1,4 +1,4 @@
-"""Chooses among a space's configs on a GPU.
+"""Chooses among the configs of a space.
 
 A choice is found in this order: made before in this process; `<gpu>.json`, measured by the project; a search by
 `triton.autotune` among the space's configs, which keeps its result on disk. A file that can't be used, and a choice in
@@ -43,8 +43,8 @@ _in_force = _Choices(TUNED)
 
 @contextlib.contextmanager
 def begun_anew(folder: Path | None) -> Iterator[None]:
-    """Within this context, in all threads, no choice has been made yet, and measured ones are read from files in
-    `folder`; from none where it is None."""
+    """Begins with no choice made, within this context and in all threads. Measured choices are read from the files in
+    `folder`, or from none where it is None."""
     global _in_force
     before, _in_force = _in_force, _Choices(folder)
     forget()
@@ -116,7 +116,7 @@ def measured(gpu_name: str) -> Mapping[str, Mapping[str, Config]]:
 
 
 def read_again() -> None:
-    """Has `measured` read the files once more: they may have changed."""
+    """Has `measured` read the files anew: they may have changed."""
     _in_force.shipped.clear()
 
 

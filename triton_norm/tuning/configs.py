@@ -69,5 +69,6 @@ def vector_width(itemsize: int, *extents: int) -> int:
 
 
 def warps_for(elements: int, per_thread: int, gpu: Gpu) -> int:
-    """Returns how many warps have so many elements, with at most so many for each thread if the threads suffice."""
+    """Returns the number of warps that have `elements`, of which each thread has `per_thread`; each has more where a
+    program can't have as many threads."""
     return min(MOST_THREADS, max(gpu.warp, next_power_of_2(elements) // per_thread)) // gpu.warp

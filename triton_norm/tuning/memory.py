@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar, cast
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Results that a memory holds, before it begins anew or drops the oldest: calls of ever new shapes must not fill it.
+# A memory holds at most this many results: calls of ever new shapes must not fill it.
 MOST_REMEMBERED = 4096
 
 _forgets: list[Callable[[], object]] = []
