@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -32,8 +32,10 @@ from triton.backends.nvidia import driver as nvidia
 import triton_norm
 from perf.findings import in_a_line
 from perf.stand_in import H100, as_on_gpu
-from triton_norm import functional
-from triton_norm.ops import launch
+from triton_norm import dispatch, launch
+from triton_norm.rows import operator
+from triton_norm.rows.backward import RowBackwardTensors
+from triton_norm.specs import RowSpec, RowTensors, Wanted
 
 Record = dict[str, Any]
 Call = Callable[[], object]
@@ -99,8 +101,10 @@ def served_as_on_gpu() -> Iterator[None]:
     with ExitStack() as replaced:
         replaced.enter_context(as_on_gpu(GPU))
         for module, name, stand_in in (
-            (functional, "_autocasts", lambda operator, x: x.is_cpu and torch.is_autocast_enabled("cuda")),
-            (launch, "current_device", lambda: -1),  # the index of a device without one, to launch.Launcher
+            (dispatch, "_is_on_gpu", lambda x: x.is_cpu),
+            (launch, "current_device", lambda: None),  # the index of a device without one
+            (launch, "_has_streams", lambda device: True),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
             (launch, "current_stream", lambda device: 0),
             (launch, "search", lambda kernel, space, *arguments: space.configs[0]),
         ):
@@ -108,31 +112,90 @@ def served_as_on_gpu() -> Iterator[None]:
         yield
 
 
-def cases() -> Iterator[tuple[str, Call]]:
-    """The public functions by what is asked of them."""
+class Case(NamedTuple):
+    """One way of calling a norm.
+
+    bare: an autograd.Function, forward and backward, that allocates and saves as much; None of a forward alone.
+    direct: the case that the same work is when nothing records it; None where this is that.
+    """
+
+    name: str
+    call: Call
+    bare: Call | None = None
+    direct: str | None = None
+
+
+def cases() -> Iterator[Case]:
+    """Yields the functions and modules by what is asked of them, and the operators that stand for them."""
     x, dy = torch.randn(2, *SHAPE).bfloat16()
+    width = SHAPE[1]
     for name, parameters in (("layer_norm", 2), ("rms_norm", 1)):
         function: Any = getattr(triton_norm, name)
-        weights = torch.randn(parameters, SHAPE[1]).bfloat16()
-        yield from _cases_of(name, lambda x, *weights, f=function: f(x, SHAPE[1:], *weights), x, weights, dy)
-    x, dy = torch.randn(2, *IMAGES).bfloat16()
+        weights = torch.randn(parameters, width).bfloat16()
+        yield from _cases_of(name, lambda x, *weights, f=function: f(x, (width,), *weights), (x, *weights), dy)
+        yield from _operators(name, x, weights, dy)
+    for layer in (triton_norm.LayerNorm, triton_norm.RMSNorm):
+        yield from _cases_of_module(layer(width).bfloat16(), x, dy)
+    images, dy = torch.randn(2, *IMAGES).bfloat16()
     mean, var, counter = torch.zeros(IMAGES[1]), torch.ones(IMAGES[1]), torch.tensor(0)
 
     def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return triton_norm.batch_norm(x, mean, var, weight, bias, True, num_batches_tracked=counter)
 
-    yield from _cases_of("batch_norm", batch_norm, x, torch.randn(2, IMAGES[1]), dy)
+    yield from _cases_of("batch_norm", batch_norm, (images, *torch.randn(2, IMAGES[1])), dy)
+    yield from _cases_of_module(triton_norm.BatchNorm2d(IMAGES[1]), images, dy)
+    yield from _cases_of_module(triton_norm.BatchNorm2d(IMAGES[1]).eval(), images, dy, " in evaluation")
 
 
-def _cases_of(
-    name: str, function: Callable[..., Tensor], x: Tensor, weights: Tensor, dy: Tensor
-) -> Iterator[tuple[str, Call]]:
-    leaves = [tensor.clone().requires_grad_() for tensor in (x, *weights)]
-    forward = functools.partial(function, x, *weights)
-    recorded = functools.partial(function, *leaves)
-    yield f"{name} forward", forward
-    yield f"{name} forward with gradients", recorded
-    yield f"{name} forward and backward", lambda: torch.autograd.grad(recorded(), leaves, dy)
+def _cases_of(name: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Iterator[Case]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+
+    def recorded() -> Tensor:
+        return function(*leaves)
+
+    yield Case(f"{name} forward", functools.partial(function, *inputs))
+    yield Case(f"{name} forward with gradients", recorded)
+    yield Case(f"{name} forward and backward", _both(recorded, leaves, dy), _bare(leaves, dy))
+
+
+def _cases_of_module(module: Any, x: Tensor, dy: Tensor, how: str = "") -> Iterator[Case]:
+    name, leaves = f"{type(module).__name__}{how}", [x.clone().requires_grad_(), *module.parameters()]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return module(x)  # type: ignore[no-any-return]
+
+    yield Case(f"{name} forward", forward)
+    yield Case(f"{name} forward and backward", _both(lambda: module(leaves[0]), leaves, dy), _bare(leaves, dy))
+
+
+def _both(forward: Callable[[], Tensor], leaves: Sequence[Tensor], dy: Tensor) -> Call:
+    return lambda: torch.autograd.grad(forward(), leaves, dy)
+
+
+def _bare(leaves: Sequence[Tensor], dy: Tensor) -> Call:
+    return _both(functools.partial(Bare.apply, *leaves), leaves, dy)
+
+
+def _operators(name: str, x: Tensor, weights: Tensor, dy: Tensor) -> Iterator[Case]:
+    """Yields the calls that compiled code makes: of the operators, below autograd."""
+    weight, bias = (*weights, None)[:2]
+    spec = RowSpec(SHAPE[1], 1e-5, 0.0, name == "layer_norm")
+    tensors = RowTensors(x, None, weight, bias)
+    wanted = Wanted(x.dtype, None, x.dtype, None if bias is None else x.dtype)
+
+    def both() -> None:
+        with torch.no_grad():
+            _, _, statistics = operator.forward_op(operator.ForwardCall(tensors, True, spec))
+            read = RowBackwardTensors(dy, None, x, weight, statistics)
+            operator.backward_op(operator.BackwardCall(read, wanted, spec))
+
+    yield Case(
+        f"{name} operator forward",
+        lambda: operator.forward_op(operator.ForwardCall(tensors, False, spec)),
+        direct=f"{name} forward",
+    )
+    yield Case(f"{name} operators forward and backward", both, direct=f"{name} forward and backward")
 
 
 def launches_of(call: Call) -> list[Call]:
@@ -163,39 +226,39 @@ def fastest(calls: Sequence[Call]) -> list[float]:
 
 
 class Bare(torch.autograd.Function):
-    """Allocates and saves as much as a norm's forward does, and does nothing else."""
+    """Allocates and saves as much as a norm does, and does nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         y, statistics = torch.empty_like(x), x.new_empty(2, 8)
-        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.save_for_backward(x, *parameters, statistics)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
-        return None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        *inputs, _ = ctx.saved_tensors
+        return tuple(torch.empty_like(tensor) for tensor in inputs)
 
 
-def yardsticks() -> tuple[Call, Call]:
-    """What this machine needs for one call of a function of torch's, LayerNorm of 8 elements on the CPU, and for one of
-    an autograd.Function that computes nothing."""
-    x, weight, bias = torch.randn(1, 8), torch.ones(8), torch.zeros(8)
-    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-    return functools.partial(F.layer_norm, x, (8,), weight, bias), functools.partial(Bare.apply, *leaves)
+def yardstick() -> Call:
+    """Returns a call by which machines compare: torch's LayerNorm of 8 elements on the CPU."""
+    return functools.partial(F.layer_norm, torch.randn(1, 8), (8,), torch.ones(8), torch.zeros(8))
 
 
-def measure(call: Call, launches: Callable[[], int]) -> Record:
+def measure(case: Case, launches: Callable[[], int]) -> Record:
     for _ in range(WARMUPS):
-        call()
+        case.call()
     before = launches()
-    call()
+    case.call()
     count = launches() - before
-    started = launches_of(call)
+    started = launches_of(case.call)
     if len(started) != count:
         raise RuntimeError(f"of {count} launches {len(started)} went through Triton's launcher")
-    call_us, torch_us, function_us, *launch_us = fastest([call, *yardsticks(), *started])
-    figures = {"call_us": call_us, "launch_us": sum(launch_us), "library_us": call_us - sum(launch_us)}
-    return {"launches": count, **figures, "torch_us": torch_us, "function_us": function_us}
+    bare = [] if case.bare is None else [case.bare]
+    torch_us, call_us, *rest = fastest([yardstick(), case.call, *bare, *started])
+    bare_us, launch_us = (rest[0] if bare else None), sum(rest[len(bare) :])
+    figures = {"call_us": call_us, "launch_us": launch_us, "library_us": call_us - launch_us, "bare_us": bare_us}
+    return {"launches": count, **figures, "torch_us": torch_us, "direct": case.direct}
 
 
 def records(folder: Path) -> Iterator[Record]:
@@ -208,18 +271,25 @@ def records(folder: Path) -> Iterator[Record]:
     launches = load_stub(folder)
     triton.runtime.driver.set_active(StubDriver())
     with served_as_on_gpu():
-        for name, call in cases():
+        for case in cases():
             try:
-                yield {"case": name, "status": "ok", "message": "", **measure(call, launches)}
+                yield {"case": case.name, "status": "ok", "message": "", **measure(case, launches)}
             except Exception as error:
-                yield {"case": name, "status": "error", "message": in_a_line(error)}
+                yield {"case": case.name, "status": "error", "message": in_a_line(error)}
+
+
+def ratio(record: Record) -> float | None:
+    """Returns the time of a forward and backward over that of the bare autograd.Function; None of other cases."""
+    bare_us = record["bare_us"]
+    return None if bare_us is None else record["call_us"] / bare_us
 
 
 def line(record: Record) -> str:
     if record["status"] != "ok":
         return f"{record['case']}: {record['status']}, {record['message']}"
+    over = ratio(record)
+    bare = "" if over is None else f"; {over:.2f} times an autograd.Function that only allocates and saves as much"
     return (
         f"{record['case']}: {record['library_us']:.1f} µs and {record['launch_us']:.1f} for {record['launches']} bare "
-        f"launch{'es' * (record['launches'] != 1)}; F.layer_norm on the CPU takes {record['torch_us']:.1f}, an "
-        f"autograd.Function that does nothing {record['function_us']:.1f}"
+        f"launch{'es' * (record['launches'] != 1)}{bare}; F.layer_norm on the CPU takes {record['torch_us']:.1f}"
     )

@@ -20,7 +20,7 @@ from perf.contenders import Functions, torch_functions, triton_norm_functions
 from perf.environment import has_gpu
 from perf.findings import OUTPUTS, OVERFLOWING, in_a_line, ulps_text
 from perf.points import FAMILY, Point, Workload
-from triton_norm.ops import launch
+from triton_norm import launch
 
 Record = dict[str, Any]
 Draw = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]

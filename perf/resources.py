@@ -22,7 +22,7 @@ from perf.calls import bind, candidate, make_inputs
 from perf.findings import in_a_line
 from perf.points import Point
 from perf.stand_in import OPS, as_on_gpu
-from triton_norm.ops.launch import COMPILE_OPTIONS
+from triton_norm.launch import COMPILE_OPTIONS
 from triton_norm.tuning import choices
 from triton_norm.tuning.configs import Config, Space
 from triton_norm.tuning.limits import Gpu

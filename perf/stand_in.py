@@ -9,8 +9,7 @@ from unittest import mock
 
 import triton_norm
 from perf.contenders import triton_norm_functions
-from triton_norm import dispatch
-from triton_norm.ops import launch
+from triton_norm import dispatch, launch
 from triton_norm.tuning.limits import Gpu, assumed
 
 OPS = triton_norm_functions()
@@ -22,7 +21,7 @@ def as_on_gpu(gpu: Gpu, start: Callable[..., Any] | None = None) -> Iterator[Non
     """Serves CPU tensors within this context, with the launches that are chosen for a GPU.
 
     Args:
-        start: replaces `triton_norm.ops.launch.start`, through which every launch goes.
+        start: replaces `triton_norm.launch.start`, through which every launch goes.
     """
     with ExitStack() as replaced:
         replaced.enter_context(triton_norm.backend("triton"))

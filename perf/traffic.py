@@ -29,7 +29,7 @@ from perf.findings import in_a_line
 from perf.gate import TOLERANCE, errors, expected, named, verdict
 from perf.points import BITS, BULK, PARAMETERS, STATISTICS, Point
 from perf.stand_in import H100, OPS, as_on_gpu
-from triton_norm.ops.layout import Layout, as_readable, kind_of, layout_of
+from triton_norm.channels.layout import Layout, as_readable, kind_of, layout_of
 from triton_norm.testing.interleave import interleaved
 from triton_norm.testing.interpreter import (
     AccessKind,

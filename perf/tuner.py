@@ -23,7 +23,7 @@ from perf.functions import triton_norm_functions
 from perf.gate import TOLERANCE, errors, expected, outputs, verdict
 from perf.measure import Stopped, Timer, time_interleaved
 from perf.points import Point
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.choices import begun_anew, choose_only
 from triton_norm.tuning.configs import Config, Space
 

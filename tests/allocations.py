@@ -19,6 +19,8 @@ ALLOCATE = (
     (Tensor, "contiguous"),
 )
 
+OF_LAUNCHES = tuple(f"triton_norm.{name}" for name in ("rows.", "channels.", "sync.", "launch", "library", "saved"))
+
 
 @contextlib.contextmanager
 def allocations(
@@ -28,7 +30,7 @@ def allocations(
 
     def telling(name: str, allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def told(*arguments: Any, **options: Any) -> Tensor:
-            own = sys._getframe(1).f_globals["__name__"].startswith("triton_norm.ops.")
+            own = sys._getframe(1).f_globals["__name__"].startswith(OF_LAUNCHES)
             if not own or (name == "contiguous" and arguments[0].is_contiguous()):
                 return allocate(*arguments, **options)
             before()

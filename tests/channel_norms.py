@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import triton_norm
 from oracle import assert_within, compute_dtype, widen
-from triton_norm.ops import layout
+from triton_norm.channels import layout
 from triton_norm.tuning.limits import INTERPRETED
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")

@@ -90,7 +90,7 @@ def guard(request: pytest.FixtureRequest) -> "Iterator[Guard | None]":
 def _no_search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU launches are the best guesses: searching for each of the tests' shapes would take most of their time."""
     if not INTERPRETED and not request.node.get_closest_marker("searches"):
-        from triton_norm.ops import launch
+        from triton_norm import launch
 
         monkeypatch.setattr(launch, "search", lambda kernel, space, *arguments: space.configs[0])
 

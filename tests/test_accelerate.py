@@ -62,15 +62,15 @@ HOOKING = pytest.mark.parametrize("hook", [follow, count, count_and_follow])
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels launched since it was last cleared."""
-    from triton_norm.ops import launch
+    from triton_norm import launch
 
-    names, call = [], launch.Launcher.__call__
+    names, call = [], launch.Launch.__call__
 
-    def note(launcher, *arguments):
-        names.append(launcher.space.kernel)
-        call(launcher, *arguments)
+    def note(started, *arguments):
+        names.append(started.launcher.space.kernel)
+        call(started, *arguments)
 
-    monkeypatch.setattr(launch.Launcher, "__call__", note)
+    monkeypatch.setattr(launch.Launch, "__call__", note)
     return names
 
 

@@ -7,9 +7,10 @@ from torch.nn import functional as F
 import triton_norm
 from triton_norm import activations, reference
 from triton_norm.activations import ACTIVATIONS
-from triton_norm.ops import channel_launches, running, synchronized
-from triton_norm.ops.channel_plans import Options
-from triton_norm.ops.library import Wanted
+from triton_norm.channels import plan, running
+from triton_norm.channels.plan import BackwardTensors, Part
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, Phase, Wanted
+from triton_norm.sync import operator as synchronized
 
 NAMES = pytest.mark.parametrize("name", ACTIVATIONS)
 HARD = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1.0, -1.0, 30.0, -30.0, float("inf"), -float("inf"), float("nan")])
@@ -59,20 +60,20 @@ def test_an_unknown_one_is_an_error_wherever_it_arrives(device):
     x = torch.randn(6, 4, device=device)
     merged = running.move_op(synchronized.moments_op(x, True)[None], [], [], 0.1, 1e-5, True)
     statistics = merged[:-1].view(3, -1)
-    options = Options(True, 0.1, 1e-5, "tanhh", 0.0)
+    spec, tensors = BatchNormSpec(True, 0.1, 1e-5, "tanhh", 0.0), BatchNormTensors(x)
     nothing = (None,) * 2
-    wanted = Wanted(x.dtype, None, None, None)
+    wanted, read = Wanted(x.dtype, None, None, None), BackwardTensors(x, x, *nothing, *nothing, statistics, *nothing)
     forward_op, backward_op = torch.ops.triton_norm.batch_norm_forward, torch.ops.triton_norm.batch_norm_backward
-    apply_op, sums_op = synchronized.apply_op, synchronized.sums_op
+    apply_op, sums_op = torch.ops.triton_norm.sync_batch_norm_apply, torch.ops.triton_norm.sync_batch_norm_sums
     calls = [
         lambda: triton_norm.batch_norm(x, None, None, training=True, activation="tanhh"),
         lambda: triton_norm.BatchNorm1d(4, device=device)(x, activation="tanhh"),
         lambda: triton_norm.explain(triton_norm.batch_norm, x, None, None, training=True, activation="tanhh"),
-        lambda: reference.batch_norm(x, None, None, training=True, activation="tanhh"),
+        lambda: reference.batch_norm(tensors, spec),
         lambda: activations.gradient(x, x, "tanhh", 0.0),
         lambda: activations.has_side("tanhh"),
-        lambda: channel_launches.forward(x, *nothing, None, *nothing, None, options, None),
-        lambda: channel_launches.backward(x, x, *nothing, *nothing, statistics, *nothing, options, wanted, None),
+        lambda: plan.forward(spec, tensors, None),
+        lambda: plan.backward_plan_of(spec, wanted, Part(Phase.FUSED), read)(read),
         lambda: forward_op(x, None, None, None, None, False, 1e-5, "tanhh", 0.0),
         lambda: backward_op(
             *(x, x, *nothing, *nothing, statistics, *nothing, *wanted),

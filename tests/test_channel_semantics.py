@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import triton_norm
 from channel_norms import KINDS, MODES, SPLIT, drawn, laid, running_statistics
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.limits import INTERPRETED
 
 HALF = torch.bfloat16

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import triton_norm
-from triton_norm.ops.fusible import NAME as FUSIBLE
-from triton_norm.ops.library import DEFINED
+from triton_norm.library import DEFINED
+from triton_norm.rows.fusible import NAME as FUSIBLE
 
 pytestmark = [
     pytest.mark.usefixtures("_fresh_dynamo"),

@@ -21,7 +21,7 @@ if host.missing():
     sys.exit(77)
 import triton_norm
 from triton_norm.kernels import rows, rows_backward
-from triton_norm.ops import launch
+from triton_norm import launch
 
 KERNELS = rows.rows_forward_kernel, rows_backward.rows_backward_kernel, rows_backward.rows_backward_finalise_kernel
 

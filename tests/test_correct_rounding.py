@@ -17,7 +17,7 @@ import triton_norm
 from at_once import at_once
 from oracle import Results
 from row_norms import LAYER_NORM, RMS_NORM
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.limits import INTERPRETED
 
 if not INTERPRETED:

@@ -12,9 +12,10 @@ import test_compile
 import test_sync_batch_norm
 import triton_norm
 from triton_norm import reference
-from triton_norm.ops import fusible
-from triton_norm.ops.layout import empty_bits
-from triton_norm.ops.library import DEFINED
+from triton_norm.channels.layout import empty_bits
+from triton_norm.library import DEFINED
+from triton_norm.rows import fusible
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, RowSpec
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 Function = Callable[..., Sequence[Tensor]]
@@ -63,7 +64,7 @@ ROWS = [
 
 
 def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, weight_offset: float, centred: bool) -> Tensor:
-    return reference.normalize(x, (5,), weight, bias, 1e-5, centred=centred, weight_offset=weight_offset)
+    return reference.normalize(x, (5,), weight, bias, RowSpec(5, 1e-5, weight_offset, centred))
 
 
 @pytest.mark.parametrize(("name", "saves", "residual", "weight_offset", "centred"), ROWS)
@@ -127,9 +128,8 @@ SLOPE = 0.2
 
 def channels(training: bool, activation: str | None) -> Callable[..., Tensor]:
     def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        return reference.batch_norm(
-            x, *RUNNING, weight, bias, training, residual=residual, activation=activation, negative_slope=SLOPE
-        )
+        tensors = BatchNormTensors(x, residual, weight, bias, *RUNNING)
+        return reference.batch_norm(tensors, BatchNormSpec(training, 0.0, 1e-5, activation, SLOPE))
 
     return function
 

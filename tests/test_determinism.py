@@ -21,7 +21,7 @@ import triton_norm
 from channel_norms import drawn, running_statistics, share
 from row_norms import NORMS, Norm
 from spaces import GPU
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.choices import chosen_so_far, file_name
 from triton_norm.tuning.configs import Config, config
 from triton_norm.tuning.limits import INTERPRETED

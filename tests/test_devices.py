@@ -11,7 +11,7 @@ import triton_norm
 from at_once import at_once
 from gpus import H100, changed
 from test_compiled import run_over_a_stub
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.choices import begun_anew
 from triton_norm.tuning.configs import Space, config
 from triton_norm.tuning.limits import assumed
@@ -30,8 +30,8 @@ class Devices:
         self.current, self.switches, self.starts = 0, 0, []
 
     @contextlib.contextmanager
-    def device(self, device: torch.device):
-        before, self.current = self.current, device.index
+    def device(self, index: int):
+        before, self.current = self.current, index
         self.switches += 1
         try:
             yield
@@ -69,13 +69,17 @@ def launcher_on(index: int) -> launch.Launcher:
     return launch.Launcher(kernel, space, torch.device("cuda", index), lambda config, n: n, (1.0,))
 
 
+def launched(launcher: launch.Launcher, x: torch.Tensor) -> None:
+    launch.Launch(launcher, 3)(x)
+
+
 ASIDE = pytest.mark.parametrize(("own", "current"), [(1, 0), (0, 1)])
 
 
 @ASIDE
 def test_a_first_call_makes_its_device_current(own, current, devices):
     devices.current = current
-    launcher_on(own)((3,), torch.zeros(4))
+    launched(launcher_on(own), torch.zeros(4))
     assert devices.starts == [(own, STREAMS[own], "first")]
     assert (devices.current, devices.switches) == (current, 1)
 
@@ -84,14 +88,14 @@ def test_a_first_call_makes_its_device_current(own, current, devices):
 def test_a_compiled_kernel_is_started_directly_on_its_own_device_only(own, current, devices):
     launcher, x = launcher_on(own), torch.zeros(4)
     devices.current = own
-    launcher((3,), x)
-    launcher((3,), x)
+    launched(launcher, x)
+    launched(launcher, x)
     devices.current = current
-    launcher((3,), x)
-    launcher((3,), x)
+    launched(launcher, x)
+    launched(launcher, x)
     assert devices.current == current
     devices.current = own
-    launcher((3,), x)
+    launched(launcher, x)
     assert devices.starts == [(own, STREAMS[own], kind) for kind in ("first", *["again"] * 4)]
     assert devices.switches == 2
 
@@ -100,9 +104,9 @@ def test_a_compiled_kernel_is_started_directly_on_its_own_device_only(own, curre
 def test_a_kernel_compiled_from_elsewhere_is_started_directly_at_home(own, current, devices):
     launcher, x = launcher_on(own), torch.zeros(4)
     devices.current = current
-    launcher((3,), x)
+    launched(launcher, x)
     devices.current = own
-    launcher((3,), x)
+    launched(launcher, x)
     assert devices.starts == [(own, STREAMS[own], kind) for kind in ("first", "again")]
 
 
@@ -117,9 +121,9 @@ def test_a_launch_that_raises_restores_the_device(devices, monkeypatch):
         failing.setattr(launch, "start", out_of_memory)
         for _ in range(2):
             with pytest.raises(MemoryError):
-                launcher((3,), x)
+                launched(launcher, x)
             assert devices.current == 0
-    at_once([lambda: launcher((3,), x)])  # the lock is free
+    at_once([lambda: launched(launcher, x)])  # the lock is free
     assert devices.starts == [(1, STREAMS[1], "first")]
 
 
@@ -135,12 +139,12 @@ def test_a_search_times_on_the_tensors_device(devices, monkeypatch):
     monkeypatch.setattr(launch, "search", search)
     launcher, x = launcher_on(1), torch.zeros(4)
     with pytest.raises(MemoryError):
-        launcher((3,), x)
+        launched(launcher, x)
     assert devices.current == 0
-    launcher((3,), x)
+    launched(launcher, x)
     assert launcher.config == CONFIGS[1]
     assert (devices.current, seen) == (0, [1, 1])
-    launcher_on(0)((3,), x)
+    launched(launcher_on(0), x)
     assert seen == [1, 1]  # one GPU is as fast as another of its name
 
 
@@ -161,15 +165,16 @@ import contextlib
 import functools
 from triton.backends.nvidia import driver as nvidia
 from triton_norm.kernels import channels, channels_backward
-from triton_norm.ops import channel_plans, row_launches
+from triton_norm.channels import launches
+from triton_norm.rows import backward, plan
 
 current, switched, started = [0], [], []
 real = nvidia.CudaLauncher.__call__
 
 @contextlib.contextmanager
-def device(device):
-    switched.append(device.index)
-    before, current[0] = current[0], device.index
+def device(index):
+    switched.append(index)
+    before, current[0] = current[0], index
     yield
     current[0] = before
 
@@ -188,8 +193,9 @@ for owner, name, stand_in in (
     (torch.cuda, "current_device", lambda: current[0]),
     (launch, "current_device", lambda: current[0]),
     (launch, "current_stream", lambda device: 100 + device),
-    (row_launches, "Launcher", on_the_second),
-    (channel_plans, "Launcher", on_the_second),
+    (plan, "Launcher", on_the_second),
+    (backward, "Launcher", on_the_second),
+    (launches, "Launcher", on_the_second),
     (nvidia.CudaLauncher, "__call__", note),
 ):
     mock.patch.object(owner, name, stand_in).start()

@@ -1,6 +1,8 @@
 """Which calls go to the kernels, which to torch, and what is said about it."""
 
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,22 +13,22 @@ from torch.nn import functional as F
 import processes
 import triton_norm
 from at_once import at_once
-from triton_norm import asking, dispatch
+from triton_norm import checks, dispatch, plans
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels launched since."""
-    from triton_norm.ops import launch
+    from triton_norm import launch
 
     names = []
-    call = launch.Launcher.__call__
+    call = launch.Launch.__call__
 
-    def spy(launcher, *arguments):
-        names.append(launcher._kernel.__name__)
-        call(launcher, *arguments)
+    def spy(started, *arguments):
+        names.append(started.launcher._kernel.__name__)
+        call(started, *arguments)
 
-    monkeypatch.setattr(launch.Launcher, "__call__", spy)
+    monkeypatch.setattr(launch.Launch, "__call__", spy)
     return names
 
 
@@ -45,16 +47,35 @@ def test_backends(launched, device):
 def test_the_backend_is_restored_after_an_error_and_nests():
     with pytest.raises(KeyError), triton_norm.backend("torch"):
         raise KeyError
-    assert dispatch._override.name == "auto"
+    assert dispatch.override.name == "auto"
     with triton_norm.backend("torch"):
         with triton_norm.backend("triton"):
-            assert dispatch._override.name == "triton"
-        assert dispatch._override.name == "torch"
+            assert dispatch.override.name == "triton"
+        assert dispatch.override.name == "torch"
 
 
 def test_the_backend_is_each_threads_own():
     with triton_norm.backend("torch"):
-        assert at_once([lambda: dispatch._override.name]) == ["auto"]
+        assert at_once([lambda: dispatch.override.name]) == ["auto"]
+
+
+def test_threads_leave_their_backends_in_any_order():
+    first, second = triton_norm.backend("triton"), triton_norm.backend("torch")
+
+    def within(context, leave):
+        with context:
+            entered.wait()
+            leave.wait()
+            return dispatch._newest
+
+    entered, leaves = threading.Barrier(3), (threading.Event(), threading.Event())
+    with ThreadPoolExecutor(2) as threads:
+        running = [threads.submit(within, *both) for both in zip((first, second), leaves, strict=True)]
+        entered.wait()
+        for leave, done in zip(leaves, running, strict=True):
+            leave.set()
+            done.result()
+    assert dispatch._newest == "auto"
 
 
 def test_unknown_backends():
@@ -226,7 +247,7 @@ def test_complex_input_goes_to_torch(device):
 def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch, device):
     x, weight = torch.randn(5, 24, device=device), torch.ones(24, device=device)
     triton_norm.layer_norm(x, (24,), weight)
-    monkeypatch.setattr(asking.checks, "rows", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(checks, "rows", lambda *_: pytest.fail("checked again"))
     triton_norm.layer_norm(x + 1, (24,), weight + 1)
     monkeypatch.undo()
     for wrong in ((x, (24,), weight[:23]), (x[:, 1:], (24,), weight), (x, (24,), weight.long()), (x, [23], weight)):
@@ -235,10 +256,13 @@ def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch, device):
 
 
 def test_what_is_remembered_of_calls_is_bounded(monkeypatch, device):
-    monkeypatch.setattr(asking, "MOST_SERVED", 4)
-    for n_rows in range(1, 12):
-        triton_norm.layer_norm(torch.randn(n_rows, 8, device=device), (8,))
-    assert len(asking._rows) <= 4
+    monkeypatch.setattr(plans, "MOST_KEYS", 4)
+    monkeypatch.setattr(plans, "MOST_FORMS", 3)
+    for n in range(1, 12):
+        triton_norm.layer_norm(torch.randn(n, 8, device=device), (8,))
+        triton_norm.layer_norm(torch.randn(2, n, device=device), (n,))
+    assert len(plans._plans) <= 4
+    assert all(len(kept) <= 3 for _, kept in plans._plans.values())
 
 
 def test_fake_tensors_outside_their_mode_stay_fake(device):

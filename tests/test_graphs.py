@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.limits import INTERPRETED
 from triton_norm.tuning.memory import forget
 

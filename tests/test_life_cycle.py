@@ -15,8 +15,10 @@ import triton_norm
 from allocations import allocations
 from at_once import at_once
 from channel_norms import taking_turns
-from triton_norm import distributed
-from triton_norm.ops import channel_launches, launch, running, synchronized
+from triton_norm import distributed, launch
+from triton_norm.channels import plan, running
+from triton_norm.specs import BatchNormOptions, BatchNormTensors
+from triton_norm.sync import operator as synchronized
 from triton_norm.tuning import channel_spaces
 from triton_norm.tuning.choices import choose_only
 from triton_norm.tuning.configs import Config, Space
@@ -85,7 +87,8 @@ def synchronized_batch_norm(device: str) -> Step:
     group = distributed.Group("", 1)
 
     def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return distributed.sync_batch_norm(x, mean, var, w, b, None, 1e-5, group, num_batches_tracked=counter)
+        tensors = BatchNormTensors(x, None, w, b, mean, var, counter)
+        return distributed.sync_batch_norm(tensors, BatchNormOptions(True, None, 1e-5), group)
 
     return Step(call, *step.leaves, state=step.state)
 
@@ -115,7 +118,7 @@ class Zeros:
 def zeros(monkeypatch) -> Zeros:
     zeros = Zeros()
     if INTERPRETED:
-        monkeypatch.setattr(channel_launches, "zeros", zeros)
+        monkeypatch.setattr(plan, "zeros", zeros)
         monkeypatch.setattr(running, "zeros", zeros)
     return zeros
 

@@ -16,8 +16,8 @@ import triton_norm
 from allocations import allocations
 from channel_norms import ACTIVATIONS, MODES, running_statistics
 from row_norms import NORMS
-from triton_norm import asking, distributed
-from triton_norm.ops import launch
+from triton_norm import distributed, launch, plans
+from triton_norm.specs import BatchNormOptions, BatchNormTensors
 from triton_norm.tuning import memory
 
 pytest.importorskip("triton")
@@ -112,9 +112,8 @@ def test_synchronized_statistics_are_kept_as_a_batchs_own(activation, monkeypatc
     x, residual = torch.randn(2, 4, 8, 2, 4, device=device).unbind()
     x, residual = x.clone().requires_grad_(), residual.clone()
     weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
-    arguments = x, None, None, weight, bias, 0.1, 1e-5, distributed.Group("", 1)
-    fused = {"residual": residual, "activation": activation}
-    _, kept = kept_by(lambda: distributed.sync_batch_norm(*arguments, **fused))
+    tensors, options = BatchNormTensors(x, residual, weight, bias), BatchNormOptions(True, 0.1, 1e-5, activation)
+    _, kept = kept_by(lambda: distributed.sync_batch_norm(tensors, options, distributed.Group("", 1)))
     bits = [(torch.uint8, x.numel() // 8)] if activation == "relu" else []
     referred = [x, weight, *((bias, residual) if activation == "silu" else ())]
     check(kept, referred, [*bits, (torch.float32, (3 * 8 + 1) * 4)])
@@ -301,38 +300,32 @@ NEVER_SEEN = {
 @pytest.mark.parametrize("name", NEVER_SEEN)
 def test_thousands_of_shapes_are_not_all_remembered(name, launched):
     before = {where: size for where, size, _ in tables()}
-    assert max(memory.MOST_REMEMBERED, asking.MOST_SERVED) < SHAPES
+    assert max(memory.MOST_REMEMBERED, plans.MOST_KEYS) < SHAPES
     for n in range(4, SHAPES + 4):
         NEVER_SEEN[name](n)
     for where, size, most in tables():
-        assert size <= (most or max(asking.MOST_SERVED, before.get(where, 0))), where
+        assert size <= (most or max(plans.MOST_KEYS, before.get(where, 0))), where
     assert launchers() <= 4 * memory.MOST_REMEMBERED
     memory.forget()
     assert launchers() <= 8
 
 
-def remembered_of_one_kind(served: dict[Any, Any]) -> int:
-    ((options, _),) = served.values()
-    return len(options[-1])
-
-
 @pytest.mark.parametrize("name", ["rows", "channels"])
 def test_ever_new_strides_are_not_all_remembered(name, launched, monkeypatch):
-    monkeypatch.setattr(memory, "MOST_REMEMBERED", 20)
+    monkeypatch.setattr(plans, "MOST_FORMS", 5)
     for stride in range(4, 104):
         x = torch.empty(2 * stride).as_strided((2, 4), (stride, 1))
         if name == "rows":
             triton_norm.layer_norm(x, (4,))
         else:
             triton_norm.batch_norm(x, None, None, training=True)
-    served = asking._rows if name == "rows" else asking._batch_norms
-    assert remembered_of_one_kind(served) <= 20
+    assert max(len(kept) for _, kept in plans._plans.values()) <= 5
 
 
 def test_no_more_streams_have_zeros_than_numbers_say(monkeypatch):
     """Streams that come and go, each of them new."""
     monkeypatch.setattr(launch, "_zeros", {})
-    monkeypatch.setattr(launch, "elsewhere", lambda index: False)
+    monkeypatch.setattr(launch, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))

@@ -16,7 +16,8 @@ import triton_norm
 from channel_norms import SPLIT, drawn, running_statistics, share
 from oracle import run, ulp
 from row_norms import LAYER_NORM, RMS_NORM, Norm
-from triton_norm.ops import channel_launches, channel_plans, layout, running
+from triton_norm.channels import layout, plan, running
+from triton_norm.specs import BatchNormSpec, BatchNormTensors
 from triton_norm.tuning.configs import config
 from triton_norm.tuning.limits import INTERPRETED
 
@@ -196,7 +197,7 @@ def statistics_move(
     shape, tile = SPLIT["flat"]
     share(numbers, tile, one_launch)
     kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(channel_launches, "zeros", lambda n, device: kept[:n])
+    monkeypatch.setattr(plan, "zeros", lambda n, device: kept[:n])
     moved = *running_statistics(shape[1], "cpu", dtype), torch.tensor(0)
     exact = nn.BatchNorm2d(shape[1], momentum=momentum, dtype=torch.float64)
     exact.running_mean, exact.running_var = (tensor.to(torch.float64, copy=True) for tensor in moved[:2])
@@ -217,8 +218,8 @@ def same_statistics(moved: tuple[torch.Tensor, ...], exact: nn.Module, tolerance
 def bits(numbers, monkeypatch) -> None:
     """One for each element, which is 1 where y is not 0; the last block's lanes are whole bytes and half idle."""
     call = drawn((3, 24, 3, 5), "last", "cpu", residual=torch.float32, activation="relu")
-    options = channel_plans.Options(True, 0.1, 1e-5, "relu")
-    y, _, found = channel_launches.forward(*call.inputs(), None, None, None, options, "last")
+    spec = BatchNormSpec(True, 0.1, 1e-5, "relu")
+    y, _, found = plan.forward(spec, BatchNormTensors(*call.inputs()), "last")
     assert torch.equal(layout.side_of_zero(found, call.x, "last"), y > 0), "other bits"
 
 

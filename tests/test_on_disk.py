@@ -17,7 +17,7 @@ import triton_norm
 from gpus import H100
 from spaces import GPU
 from test_compiled import skip_beside_a_driver
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.channel_spaces import ChannelWork, channels
 from triton_norm.tuning.choices import chosen, file_name
 from triton_norm.tuning.configs import Config, Space
@@ -153,7 +153,7 @@ from triton.runtime.cache import FileCacheManager
 import triton_norm
 from perf import host
 from triton_norm.kernels import rows
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.choices import choose_only, chosen_so_far
 from triton_norm.tuning.row_spaces import RowWork, rows_forward
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import triton_norm
 from channel_norms import KINDS, drawn, running_statistics, same_bits, share
-from triton_norm.ops import channel_launches
+from triton_norm.channels import plan
 from triton_norm.tuning.limits import INTERPRETED
 
 triton = pytest.importorskip("triton")
@@ -79,7 +79,7 @@ def use(numbers):
 def kept(monkeypatch):
     """The zeros that a stream keeps: so many as a launch asks for, and the same ones each time."""
     kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(channel_launches, "zeros", lambda n, device: kept[:n])
+    monkeypatch.setattr(plan, "zeros", lambda n, device: kept[:n])
     return kept
 
 

@@ -239,7 +239,7 @@ MODULES = pytest.mark.parametrize(
 def ours(monkeypatch):
     """Calls of this library's functions so far."""
     names = []
-    for name in ("normalize", "batch_norm"):
+    for name in ("normalize_rows", "normalize_channels"):
         function = getattr(functional, name)
 
         def noted(*args, name=name, function=function, **named):
@@ -284,7 +284,7 @@ def test_what_wraps_the_forward_of_a_sync_batch_norm(wrap, first, make, ours, de
     assert type(module) is make
     ours.clear()
     torch.testing.assert_close(module(x), expected)
-    assert ours == ["batch_norm"] * (make is tn.BatchNorm1d)
+    assert ours == ["normalize_channels"] * (make is tn.BatchNorm1d)
 
 
 @MODULES

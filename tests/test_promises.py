@@ -17,10 +17,13 @@ FLOORS = (
     ("tuning.limits",),
     ("tuning.configs",),
     ("tuning",),
-    ("plain", "activations", "overrides", "reference", "shares", "checks", "calls", "symbolic", "captures"),
-    ("ops",),
+    ("specs", "plain", "activations", "overrides", "calls", "symbolic", "captures"),
+    ("plans", "reference", "shares", "checks"),
+    ("launch", "library", "saved"),
+    ("rows", "channels"),
+    ("sync",),
     ("dispatch",),
-    ("asking",),
+    ("resolve",),
     ("functional", "distributed", "operators"),
     ("explaining",),
     ("modules", "hugging_face"),
@@ -60,7 +63,7 @@ def test_nothing_imports_upward(module):
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("kernels.")])
 def test_kernels_know_of_triton_alone(module):
-    known = "triton.", "triton_norm.kernels."
+    known = "triton.", "triton_norm.kernels.", "typing."
     assert [name for name in imported(SOURCES[module]) if not f"{name}.".startswith(known)] == []
 
 
@@ -93,3 +96,34 @@ def test_modules_take_torchs_arguments(name):
 def test_what_is_public_is_documented():
     for name in triton_norm.__all__:
         assert inspect.getdoc(getattr(triton_norm, name)), name
+
+
+MOST_LINES, MOST_OF_A_FUNCTION, MOST_PARAMETERS = 400, 60, 8
+PUBLIC = set(triton_norm.__all__)
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any("triton." in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    given = function.args
+    return len([*given.posonlyargs, *given.args, *given.kwonlyargs])
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_files_and_functions_are_short(module):
+    """Torch says how many arguments its functions take, and that autograd is given tensors one by one."""
+    tree = ast.parse(SOURCES[module].read_text())
+    assert len(SOURCES[module].read_text().splitlines()) <= MOST_LINES
+    flat = {
+        function
+        for cls in ast.walk(tree)
+        if isinstance(cls, ast.ClassDef) and any("autograd.Function" in ast.unparse(base) for base in cls.bases)
+        for function in ast.walk(cls)
+    }
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and not is_kernel(function):
+            assert function.end_lineno - function.lineno < MOST_OF_A_FUNCTION, function.name
+            if function not in flat and not (module == "functional" and function.name in PUBLIC):
+                assert parameters(function) <= MOST_PARAMETERS, function.name

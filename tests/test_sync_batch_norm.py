@@ -12,8 +12,8 @@ import sync_between
 import sync_captured
 import sync_scenarios
 import triton_norm
-from triton_norm.ops import synchronized
-from triton_norm.ops.running import move_op
+from triton_norm.channels.running import move_op
+from triton_norm.sync import operator as synchronized
 
 SCENARIOS = [
     sync_scenarios.plain_in_every_layout,
@@ -134,7 +134,7 @@ def operators(device: str) -> dict[str, tuple]:
     merged = torch.rand(13, device=device)
     last = x.mT.contiguous().mT
     applied = x, residual, weight, None, merged, "flat", 1e-5, "relu", 0.0, "0", True
-    bits = synchronized.apply_op(*applied)[1]
+    bits = torch.ops.triton_norm.sync_batch_norm_apply(*applied)[1]
     return {
         "moments": (last, True),
         "moments, by torch": (last, False),
@@ -226,8 +226,9 @@ def test_relu_stops_whatever_gradient_comes_to_it(poison, kernels, device):
     x, dy = torch.tensor([[-3.0], [1.0], [2.0]], device=device), torch.tensor([[poison], [1.0], [0.5]], device=device)
     merged = move_op(synchronized.moments_op(x, kernels)[None], [], [], 0.1, 1e-5, kernels)
     given = dy, x, None, None, None, None, merged
-    _, _, sums = synchronized.sums_op(*given, None, None, None, "relu", 0.0, kernels)
-    dx, _ = synchronized.gradient_op(*given, sums, None, None, "relu", 0.0, kernels)
+    ops, relu = torch.ops.triton_norm, ("relu", 0.0, kernels)
+    _, _, sums = ops.sync_batch_norm_sums(*given, None, None, None, *relu)
+    dx, _ = ops.sync_batch_norm_gradient(*given, sums, None, None, *relu)
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(F.batch_norm(leaf, None, None, training=True).relu(), leaf, dy.double())
     assert exact.isfinite().all()

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 import triton_norm
 from at_once import at_once
 from test_compiled import run_over_a_stub
-from triton_norm import asking
-from triton_norm.ops import launch
+from triton_norm import launch, plans
 from triton_norm.tuning.limits import INTERPRETED
 
 THREADS, TIMES = 8, 2
@@ -137,17 +136,17 @@ def test_a_call_that_raises_leaves_the_others_their_turn(monkeypatch):
 class Forgetful(dict):
     """As if another thread made everything be forgotten whenever something has been remembered."""
 
-    def __setitem__(self, key, value) -> None:
-        super().__setitem__(key, value)
+    def setdefault(self, key, value):
+        kept = super().setdefault(key, value)
         self.clear()
+        return kept
 
 
 @pytest.mark.parametrize("name", NORMS)
 def test_what_is_forgotten_amid_a_call_is_not_missed(name, monkeypatch, device):
     module, (x, *_) = module_and_inputs(name, device)
     expected = results(module, x)
-    monkeypatch.setattr(asking, "_rows", Forgetful())
-    monkeypatch.setattr(asking, "_batch_norms", Forgetful())
+    monkeypatch.setattr(plans, "_plans", Forgetful())
     for _ in range(2):
         assert_same(results(module, x), expected)
 

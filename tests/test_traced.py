@@ -10,7 +10,7 @@ from torch import Tensor
 import triton_norm as tn
 from every_op import EVERY_OP, PATHS
 from steps import NORMS, TRAINING, Model, assert_same, drawn, ours_of, trained
-from triton_norm import asking
+from triton_norm import plans
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.[a-z_]+. is "),  # by torch 2.14 in another category than before
@@ -96,6 +96,6 @@ def test_trace_remembers_no_traced_sizes(device):
     for make in (tn.LayerNorm, tn.BatchNorm1d):
         model = make(4, device=device)
         model(x)
-        remembered = len(asking._rows), len(asking._batch_norms)
+        remembered = [len(kept) for _, kept in plans._plans.values()]
         torch.jit.trace(model, x, check_trace=False)
-        assert (len(asking._rows), len(asking._batch_norms)) == remembered
+        assert [len(kept) for _, kept in plans._plans.values()] == remembered

@@ -10,7 +10,7 @@ import tuners
 from perf import tune, tuner
 from perf.calls import make_inputs
 from perf.points import Point, Workload
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.limits import INTERPRETED
 from tuners import (
     ALONE,

@@ -13,7 +13,7 @@ from perf import tune, tuner
 from perf.points import Point, Workload
 from row_norms import LAYER_NORM
 from spaces import GPU
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.choices import choose, choose_only, chosen, chosen_so_far
 from triton_norm.tuning.configs import config
 from triton_norm.tuning.limits import INTERPRETED
@@ -209,7 +209,7 @@ from pathlib import Path
 import torch
 import spaces
 import triton_norm
-from triton_norm.ops import launch
+from triton_norm import launch
 
 start = launch.start
 

@@ -15,7 +15,7 @@ from gpus import H100, changed
 from oracle import batch_norm_oracle, check, run
 from row_norms import LAYER_NORM
 from spaces import GPU
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning import channel_spaces, choices, row_spaces
 from triton_norm.tuning.channel_spaces import ChannelWork
 from triton_norm.tuning.configs import vector_width

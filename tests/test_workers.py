@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import processes
 import triton_norm
 from patience import LIMIT_S
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.limits import INTERPRETED
 
 pytestmark = [

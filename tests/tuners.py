@@ -11,7 +11,7 @@ import spaces
 from gpus import H100
 from perf import measure, tune, tuner
 from perf.points import Point, Workload
-from triton_norm.ops import launch
+from triton_norm import launch
 from triton_norm.tuning.row_spaces import RowWork, rows_forward
 
 FILE = "nvidia-unheard-of-9.json"

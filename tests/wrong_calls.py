@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_norm
-from triton_norm import dispatch
-from triton_norm.ops import launch
+from triton_norm import dispatch, launch
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -35,7 +34,7 @@ def contents(value: Any) -> Any:
 def surroundings() -> Any:
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
     drawn = torch.get_rng_state().numpy().tobytes()
-    return dispatch._override.name, dispatch._newest, modes, torch.get_default_dtype(), drawn
+    return dispatch.override.name, dispatch._newest, modes, torch.get_default_dtype(), drawn
 
 
 @contextmanager
@@ -47,7 +46,7 @@ def refused(error: type[Exception], words: str | None, *watched: Any) -> Iterato
 
     before = [contents(value) for value in watched], surroundings()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch.Launcher, "__call__", fail)
+        patch.setattr(launch.Launch, "__call__", fail)
         with pytest.raises(error, match=words) as raised:
             yield raised
     assert ([contents(value) for value in watched], surroundings()) == before

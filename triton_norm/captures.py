@@ -15,6 +15,7 @@ SyncBatchNorm in a group of processes torch has no form: it is operators always.
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from triton_norm.plain import has_known_sizes
 
@@ -44,9 +45,11 @@ def is_fusible(backend: str) -> bool:
     return torch.compiler.is_compiling() and backend != "triton"
 
 
-def is_intercepted() -> bool:
-    """Returns whether something records or intercepts operators; otherwise one costs time and does what its function
-    does."""
+def is_intercepted(*tensors: Tensor | None) -> bool:
+    """Returns whether something records or intercepts operators on these tensors; otherwise one costs time and does
+    what its function does."""
     if torch.compiler.is_compiling():
         return True
-    return _dispatch_modes() != 0 or _included(_PRE_DISPATCH)
+    if _dispatch_modes() != 0 or _included(_PRE_DISPATCH):
+        return True
+    return any(isinstance(tensor, FakeTensor) for tensor in tensors)

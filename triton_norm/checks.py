@@ -3,13 +3,13 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from triton_norm import activations
 from triton_norm.plain import FLOATING, holds
+from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions, RowTensors
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -116,15 +116,11 @@ def _row_parameter(function: str, name: str, parameter: Tensor, shape: tuple[int
     _matches_input(function, name, parameter, x)
 
 
-def rows(
-    function: str,
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-) -> tuple[int, ...]:
-    """Raises where torch's layer_norm or rms_norm does; returns normalized_shape as a tuple."""
+def rows(function: str, tensors: RowTensors, options: RowOptions) -> tuple[int, ...]:
+    """Raises where torch's layer_norm or rms_norm does, and for wrong values of what these don't take; returns
+    normalized_shape as a tuple."""
+    x, residual, weight, bias = tensors
+    normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype = options
     _is_tensor(function, "input", x, optional=False)
     shape = _normalized_shape(function, normalized_shape)
     if not (eps is None and function == "rms_norm"):
@@ -146,6 +142,9 @@ def rows(
         _row_parameter(function, "weight", weight, shape, x)
     if bias is not None:
         _row_parameter(function, "bias", bias, shape, x)
+    is_torchs = isinstance(weight_offset, float) and weight_offset == 0.0
+    if not is_torchs or any(own is not None for own in (residual, residual_dtype, x_hat_dtype, out_dtype)):
+        _fused(function, tensors, options)
     return shape
 
 
@@ -159,17 +158,10 @@ def _residual(function: str, residual: Tensor, x: Tensor) -> None:
     _matches_input(function, "residual", residual, x)
 
 
-def fused(
-    function: str,
-    x: Tensor,
-    weight: Tensor | None,
-    residual: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    weight_offset: float,
-    x_hat_dtype: torch.dtype | None,
-    out_dtype: torch.dtype | None,
-) -> None:
-    """Raises for what torch's functions don't take, before anything is written."""
+def _fused(function: str, tensors: RowTensors, options: RowOptions) -> None:
+    """Raises for wrong values of what torch's functions don't take."""
+    x, residual, weight, _ = tensors
+    _, _, residual_dtype, weight_offset, x_hat_dtype, out_dtype = options
     _is_tensor(function, "residual", residual)
     _is_number(function, "weight_offset", weight_offset)
     _is_dtype(function, "residual_dtype", residual_dtype)
@@ -186,20 +178,15 @@ def fused(
         raise ValueError(f"{function}(): weight_offset={weight_offset} was given without a weight")
 
 
-def batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    whole: bool = True,
-) -> None:
-    """Raises where torch's batch_norm does, and for statistics that can't be moved one by one or by NaN, or a counter
-    that can't count. Unless x is the `whole` batch, it may be of one value per channel."""
+def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> None:
+    """Raises where torch's batch_norm does, for statistics that can't be moved one by one or by NaN, for a counter that
+    can't count, and for wrong values of what torch's doesn't take.
+
+    Args:
+        whole: whether x is the whole batch; otherwise it may be of one value a channel.
+    """
+    x, residual, weight, bias, running_mean, running_var, num_batches_tracked = given
+    training, momentum, eps, activation, negative_slope = options
     _is_tensor("batch_norm", "input", x, optional=False)
     tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, tensor in (*tensors.items(), ("num_batches_tracked", num_batches_tracked)):
@@ -239,9 +226,10 @@ def batch_norm(
     if training and running_mean is not None:
         _check_momentum(momentum, running_mean)
     _check_counter(x, momentum, num_batches_tracked)
+    _activated(x, residual, activation, negative_slope)
 
 
-def activated(x: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> None:
+def _activated(x: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> None:
     """Raises for what torch's batch_norm doesn't take, before anything is written."""
     _is_tensor("batch_norm", "residual", residual)
     if residual is not None:

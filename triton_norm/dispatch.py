@@ -1,10 +1,11 @@
 """Triton or torch for a call, and why."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from triton_norm import captures, overrides, plain
-from triton_norm.ops import layout
+from triton_norm.channels import layout
 from triton_norm.tuning import limits
 from triton_norm.tuning.limits import MOST_COLUMNS
 
@@ -30,20 +31,25 @@ def _known(name: str, source: str) -> str:
     return name
 
 
+_DEFAULT = _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
+
+
 class _Override(threading.local):
     """The backend asked for, in each thread."""
 
-    name = _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    name = _DEFAULT
 
 
-_override = _Override()
-_newest = _override.name
+override = _Override()
+_newest = _DEFAULT
 """The backend asked for last, in any thread. Compiled code goes by it: torch 2.11 doesn't guard on a thread's own."""
+_contexts: dict[object, str] = {}
+"""The backends asked for now, by a token of each context, the latest last: threads leave theirs in any order."""
 
 
 def asked_for() -> str:
     """The backend for a call from here."""
-    return _newest if torch.compiler.is_compiling() else _override.name
+    return _newest if torch.compiler.is_compiling() else override.name
 
 
 @contextlib.contextmanager
@@ -56,12 +62,22 @@ def backend(name: str) -> Iterator[None]:
     TRITON_NORM_BACKEND sets the default.
     """
     global _newest
-    before = _override.name, _newest
-    _override.name = _newest = _known(name, "backend")
+    before = override.name, _newest
+    override.name = _newest = _known(name, "backend")
+    token = None if torch.compiler.is_compiling() else _entered(name)
     try:
         yield
     finally:
-        _override.name, _newest = before
+        override.name, _newest = before
+        if token is not None:
+            del _contexts[token]
+            _newest = next(reversed(_contexts.values()), _DEFAULT)
+
+
+def _entered(name: str) -> object:
+    token = object()
+    _contexts[token] = name
+    return token
 
 
 @dataclass(frozen=True)
@@ -78,16 +94,20 @@ class Explanation:
         return f"{self.function}: {self.backend}, because {self.reason}{copied}"
 
 
-def unserved(x: Tensor, *others: Tensor | None, columns: int | None = None) -> str | None:
-    """Why the kernels can't serve calls on tensors like x, the input, and the others; None where they can.
+def unserved(tensors: Sequence[Tensor | None], columns: int | None = None) -> str | None:
+    """Returns why the kernels can't serve calls on tensors like these, None where they can.
 
-    x has rows of so many columns, or, where that is None, channels.
+    Args:
+        tensors: x and the others.
+        columns: of x's rows; None: it has channels.
     """
+    x, *_ = tensors
+    assert x is not None
     if not HAS_TRITON:
         return "triton is not installed"
     if not (x.is_cuda or (INTERPRETED and x.is_cpu)):
         return f"the input is on {x.device}" + (", and TRITON_INTERPRET is not set" if x.is_cpu else "")
-    for tensor in (x, *others):
+    for tensor in tensors:
         if tensor is None:
             continue
         if plain.is_subclass(tensor):
@@ -129,7 +149,7 @@ def goes_to_triton(reason: str | None, compiles_torch: Tensor | None = None, exp
         exports_torch: whether torch.export is to. Backend "triton" keeps the operators in both.
     """
     compiling = torch.compiler.is_compiling()
-    chosen = _newest if compiling else _override.name
+    chosen = _newest if compiling else override.name
     if chosen == "torch" or (compiling and captures.records_torch(chosen, exports_torch, compiles_torch)):
         return False
     reason = reason or unserved_now()
@@ -138,19 +158,36 @@ def goes_to_triton(reason: str | None, compiles_torch: Tensor | None = None, exp
     return reason is None
 
 
+@functools.cache
+def _cast_by_autocast(operator: str) -> bool:
+    """Returns whether CUDA's autocast computes aten::operator in float32; it has always left the CPU's alone."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "AutocastCUDA"))
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def autocasts(function: str, x: Tensor) -> bool:
+    """Returns whether CUDA's autocast is on and computes this function of torch's of x in float32."""
+    return torch.is_autocast_enabled("cuda") and _is_on_gpu(x) and _cast_by_autocast(function)
+
+
 def is_fusible() -> bool:
     """Returns whether torch.compile has the call, and may fuse it with what stands beside it."""
     return captures.is_fusible(asked_for())
 
 
-def explanation(
-    function: str, copies: tuple[str, ...], x: Tensor, *others: Tensor | None, columns: int | None = None
-) -> Explanation:
-    """Returns in words what `goes_to_triton` decides of a call that is run; raises nothing."""
+def explanation(function: str, copies: tuple[str, ...], x: Tensor, reason: str | None) -> Explanation:
+    """Returns in words what `goes_to_triton` decides of a call that is run; raises nothing.
+
+    Args:
+        reason: why the kernels can't serve it.
+    """
     chosen = asked_for()
     if chosen == "torch":
         return Explanation(function, "torch", "backend 'torch' was asked for")
-    reason = unserved(x, *others, columns=columns) or unserved_now()
+    reason = reason or unserved_now()
     if reason is None:
         how = "interpreted on the CPU" if INTERPRETED and x.is_cpu else f"on {x.device}"
         return Explanation(function, "triton", f"the kernels serve it, {how}", copies)

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from triton_norm import checks
+from triton_norm import resolve
+from triton_norm.channels.function import bits_kind_of, savable
+from triton_norm.channels.running import counts, move_op
 from triton_norm.dispatch import goes_to_triton, unserved
-from triton_norm.ops import synchronized
-from triton_norm.ops.channel_plans import Options, saves_bits
-from triton_norm.ops.layout import kind_of
-from triton_norm.ops.running import counts, move_op
-from triton_norm.ops.saved import savable
 from triton_norm.plain import holds
+from triton_norm.saved import needs_gradient
+from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors, Epilogue, Formula, Inputs
+from triton_norm.sync import operator
 
 
 class Group(NamedTuple):
@@ -55,65 +55,41 @@ def gather(packed: Tensor, group: Group) -> Tensor:
     return gathered.view(group.size, -1)
 
 
-def _merged(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    options: Options,
-    group: Group,
-    by_kernels: bool,
-) -> Tensor:
+def _merged(tensors: BatchNormTensors, spec: BatchNormSpec, group: Group, by_kernels: bool) -> Tensor:
     """Returns the statistics of the whole batch; moves the running ones."""
-    gathered = gather(synchronized.moments_op(x.detach(), by_kernels), group)
+    x, _, _, _, running_mean, running_var, counter = tensors
+    gathered = gather(operator.moments_op(x.detach(), by_kernels), group)
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-    if num_batches_tracked is None or counts(x, num_batches_tracked):
-        counter = [] if num_batches_tracked is None else [num_batches_tracked]
-        return move_op(gathered, running, counter, options.momentum, options.eps, by_kernels)  # type: ignore
-    momentum = options.momentum
+    if counter is None or counts(x, counter):
+        counters = [] if counter is None else [counter]
+        return move_op(gathered, running, counters, spec.momentum, spec.eps, by_kernels)  # type: ignore[no-any-return]
+    momentum = spec.momentum
     if momentum is None:  # to read the counter waits for the GPU
-        momentum = 1.0 / float(num_batches_tracked + 1)
-    merged: Tensor = move_op(gathered, running, [], momentum, options.eps, by_kernels)
-    num_batches_tracked.add_(1)
+        momentum = 1.0 / float(counter + 1)
+    merged: Tensor = move_op(gathered, running, [], momentum, spec.eps, by_kernels)
+    counter.add_(1)
     return merged
 
 
-def sync_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    group: Group,
-    *,
-    num_batches_tracked: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-) -> Tensor:
-    """`triton_norm.batch_norm` in training, with the statistics of the batch that `group` shares; `input` may be empty.
+def sync_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, group: Group) -> Tensor:
+    """Returns `triton_norm.batch_norm` in training, with the statistics of the batch that `group` shares; x may be
+    empty.
 
     dx is the gradient of the sum of all processes' losses; dweight and dbias are of this process's share alone, for
     whoever sums or averages gradients over processes. All processes of the group have to call it, and go backward
     through it, together and in the same order, their inputs of one type, or of types that are all computed in fp32.
     """
-    running = running_mean, running_var
-    checks.batch_norm(input, *running, weight, bias, True, momentum, eps, num_batches_tracked, whole=False)
-    checks.activated(input, residual, activation, negative_slope)
-    like = input.new_empty(1) if holds(input.numel() == 0) else input  # an empty share goes where the others go
-    by_kernels = goes_to_triton(unserved(like, *running, weight, bias, residual), exports_torch=False)
-    share = None if momentum is None else float(momentum)
-    # By _make, as in `asking.check_rows`.
-    options = Options._make((True, share, float(eps), activation, float(negative_slope), None))
-    merged = _merged(input, *running, num_batches_tracked, options, group, by_kernels)
-    tensors = input, residual, weight, bias
-    needs_gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if needs_gradient:
-        tensors = savable(input, True), None if residual is None else savable(residual, True), weight, bias
-    lays_bits = needs_gradient and by_kernels and saves_bits(residual, options) and not holds(input.numel() == 0)
-    bits_kind = kind_of(input) if lays_bits else None
-    asked = bits_kind, options.eps, options.activation, options.slope, group.name, by_kernels
-    y: Tensor = synchronized.apply_op(*tensors, merged, *asked)[0]
-    return y
+    spec, is_empty = resolve.batch_norm_spec(tensors, options, whole=False), holds(tensors.x.numel() == 0)
+    like = tensors.x.new_empty(1) if is_empty else tensors.x  # an empty share goes where the others go
+    _, residual, weight, bias, running_mean, running_var, _ = tensors
+    read = like, residual, weight, bias, running_mean, running_var
+    by_kernels = goes_to_triton(unserved(read), exports_torch=False)
+    merged = _merged(tensors, spec, group, by_kernels)
+    bits_kind = None
+    if needs_gradient((tensors.x, residual, weight, bias)):
+        tensors = savable(tensors, spec)
+        bits_kind = bits_kind_of(tensors, spec) if by_kernels and not is_empty else None
+    inputs = Inputs._make((tensors.x, tensors.residual, weight, bias))
+    formula = Formula._make((spec.eps, Epilogue._make((spec.activation, spec.slope))))
+    call = operator.ApplyCall._make((inputs, merged, bits_kind, formula, group.name, by_kernels))
+    return operator.apply_op(call)[0]  # type: ignore[no-any-return]

@@ -7,15 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_norm import asking, functional, overrides
+from triton_norm import functional, overrides, resolve
+from triton_norm.channels import layout
 from triton_norm.dispatch import Explanation, explained_by, explanation
-from triton_norm.ops import layout, row_launches
-
-_OF_ROWS = (
-    *("normalized_shape", "weight", "bias", "eps"),
-    *("residual", "residual_dtype", "weight_offset", "x_hat_dtype", "out_dtype"),
-)
-"""The arguments of layer_norm, but for the input, in the order in which they are passed on."""
+from triton_norm.rows.layout import copies
+from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions, RowTensors
 
 
 def _named(function: Any, arguments: tuple[Any, ...], named_arguments: dict[str, Any]) -> dict[str, Any]:
@@ -43,40 +39,51 @@ def _unsavable(inputs: dict[str, Tensor | None], parameters: Iterable[Tensor | N
 def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Explanation:
     """Of the arguments of layer_norm or rms_norm, which are checked as there."""
     named = _named(getattr(functional, function), arguments, named_arguments)
-    x, weight, bias, residual = named["input"], named["weight"], named.setdefault("bias", None), named["residual"]
-    overriding = overrides.overriding_argument((x, weight, bias, residual))
+    x, residual = named["input"], named["residual"]
+    tensors = RowTensors(x, residual, named["weight"], named.get("bias"))
+    overriding = overrides.overriding_argument(tensors)
     if overriding is not None:
         return explained_by(function, overriding)
-    options, _ = asking.check_rows(function, x, *(named[name] for name in _OF_ROWS))
+    call = resolve.check_rows(function, tensors, RowOptions(*(named[name] for name in RowOptions._fields)))
     copied = [
         f"the {name}: its rows are not contiguous, or not evenly spaced"
         for name, tensor in (("input", x), ("residual", residual))
-        if tensor is not None and tensor.numel() and row_launches.copies(tensor, options.n_cols)
+        if tensor is not None and tensor.numel() and copies(tensor, call.spec.n_cols)
     ]
     if residual is None:  # with one, it is the total that is saved
-        copied += _unsavable({"input": x}, (weight, bias))
-    return explanation(function, tuple(copied), x, weight, bias, residual, columns=options.n_cols)
+        copied += _unsavable({"input": x}, (tensors.weight, tensors.bias))
+    return explanation(function, tuple(copied), x, call.reason)
 
 
-def explain_batch_norm(*arguments: Any, whole: bool = True, **named_arguments: Any) -> Explanation:
-    """Of the arguments of batch_norm, which are checked as there; unless the input is the `whole` batch, it may be of
-    one value per channel."""
+def _named_batch_norm(*arguments: Any, **named_arguments: Any) -> Explanation:
     named = _named(functional.batch_norm, arguments, named_arguments)
-    x, residual = named["input"], named["residual"]
-    overriding = overrides.overriding_argument(tuple(named.values()))
+    named["x"] = named["input"]
+    tensors = BatchNormTensors(*(named[name] for name in BatchNormTensors._fields))
+    return explain_batch_norm(tensors, BatchNormOptions(*(named[name] for name in BatchNormOptions._fields)))
+
+
+def explain_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> Explanation:
+    """Returns the explanation of a call of batch_norm, whose arguments are checked as there.
+
+    Args:
+        whole: whether x is the whole batch; otherwise it may be of one value a channel.
+    """
+    x, residual, weight, bias, *_ = tensors
+    overriding = overrides.overriding_argument((*tensors, *options))
     if overriding is not None:
         return explained_by("batch_norm", overriding)
-    asking.check_batch_norm(*named.values(), whole=whole)
+    call = resolve.check_batch_norm(tensors, options, whole)
     kind = layout.kind_of(x) if x.numel() else ""
     copied = [
         f"the {name}: neither its channels nor its positions lie side by side"
         for name, tensor in (("input", x), ("residual", residual))
         if tensor is not None and tensor.numel() and layout.copies(tensor, kind)
     ]
-    tensors = [named[name] for name in ("running_mean", "running_var", "weight", "bias")]
-    saved = {"input": x} if named["activation"] is None else {"input": x, "residual": residual}
-    copied += _unsavable(saved, tensors)
-    return explanation("batch_norm", tuple(copied), x, *tensors, residual)
+    saved: dict[str, Tensor | None] = {"input": x}
+    if options.activation is not None:
+        saved["residual"] = residual
+    copied += _unsavable(saved, (weight, bias))
+    return explanation("batch_norm", tuple(copied), x, call.reason)
 
 
 def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
@@ -90,7 +97,7 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
     if target is functional.layer_norm or target is functional.rms_norm:
         return _explain_rows(target.__name__, *args, **kwargs)
     if target is functional.batch_norm:
-        return explain_batch_norm(*args, **kwargs)
+        return _named_batch_norm(*args, **kwargs)
     explain_call = getattr(target, "explain_call", None) if isinstance(target, nn.Module) else None
     if explain_call is None:
         raise TypeError(f"explain(): expected a function or module of triton_norm, but got {target!r}")

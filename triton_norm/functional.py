@@ -1,6 +1,5 @@
 """torch.nn.functional's normalizations: check, decide between the kernels and torch, call."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,79 +9,59 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function_variadic
 from torch.utils.checkpoint import _StopRecomputationError
 
-from triton_norm import asking, overrides, reference
+from triton_norm import overrides, plans, reference, resolve
 from triton_norm.activations import activate
-from triton_norm.dispatch import goes_to_triton, is_fusible
-from triton_norm.ops import channels, rows
-from triton_norm.ops.channel_plans import Options
-from triton_norm.plain import has_known_sizes, holds
-
-_HALVES = (torch.float16, torch.bfloat16)
+from triton_norm.channels import function as channels
+from triton_norm.dispatch import autocasts, goes_to_triton, is_fusible, override
+from triton_norm.plain import HALVES, has_known_sizes, holds
+from triton_norm.rows import operator as rows
+from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors, RowOptions, RowSpec, RowTensors
 
 
 def _uniform(x: Tensor, *others: Tensor | None) -> bool:
     return all(tensor is None or tensor.dtype == x.dtype for tensor in others)
 
 
-@functools.cache
-def _cast_by_autocast(operator: str) -> bool:
-    """Whether CUDA's autocast computes aten::operator in float32; it has always left the CPU's alone."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "AutocastCUDA"))
+_INT = {int}
 
 
-def _autocasts(operator: str, x: Tensor) -> bool:
-    """Of CUDA's autocast, which is on."""
-    return isinstance(x, Tensor) and x.is_cuda and _cast_by_autocast(operator)
-
-
-def normalize(
-    function: str, x: Tensor, arguments: asking.Arguments, instead: Callable[[Tensor], Any] | None = None
+def normalize_rows(
+    function: str, tensors: RowTensors, options: RowOptions, instead: Callable[[Tensor], Any] | None = None
 ) -> Any:
-    """layer_norm or rms_norm; `instead`, if any, computes what the kernels can't serve."""
-    autocast = torch.is_autocast_enabled("cuda") and _autocasts(function, x)
-    if autocast and arguments[-1] is None and x.dtype in _HALVES:
-        arguments = (*arguments[:-1], torch.float32)  # autocast would cast the input; the kernel reads it as it is
-    options, reason = asking.of_rows(function, x, arguments)
-    if goes_to_triton(reason):
-        return rows.normalize(x, arguments[4], arguments[1], arguments[2], options, is_fusible)
-    if instead is not None:
-        return instead(x)
-    normalized_shape, weight, bias, eps, residual, residual_dtype, _, _, out_dtype = arguments
-    shape = tuple(normalized_shape)
-    if residual is None:
-        return _torch_normalize(x, shape, weight, bias, eps, options, autocast)
-    total = reference.add(x, residual, residual_dtype or residual.dtype)
-    options = options._replace(out_dtype=out_dtype or x.dtype)
-    return _torch_normalize(total, shape, weight, bias, eps, options, autocast), total
+    """Computes layer_norm or rms_norm; `instead`, if any, computes what the kernels can't serve."""
+    if torch.compiler.is_compiling():
+        call = resolve.check_rows(function, tensors, options)
+    else:
+        _, residual, weight, bias = tensors
+        shape, eps, _, weight_offset, _, _ = options
+        key = function, options, type(eps), type(weight_offset), residual is None, weight is None, bias is None
+        call = plans.find(key, tensors)
+        if call is None or {*map(type, shape)} != _INT:  # 4.0 equals 4, but is no length
+            call = resolve.rows(key, function, tensors, options)
+        if call.plan is not None and override.name != "torch":
+            return rows.launch(tensors, call.plan)
+    if goes_to_triton(call.reason):
+        return rows.record(tensors, call.spec, is_fusible())
+    return _torch_normalize(function, tensors, options, call.spec) if instead is None else instead(tensors.x)
 
 
-def _torch_normalize(
-    x: Tensor,
-    shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    options: rows.Options,
-    autocast: bool,
-) -> Tensor:
-    """torch's own function where it computes what is asked for."""
-    own_dtype = torch.float32 if autocast and x.dtype in _HALVES else x.dtype
-    plain = options.weight_offset == 0.0 and options.x_hat_dtype is None and options.out_dtype in (None, own_dtype)
+def _torch_normalize(function: str, tensors: RowTensors, options: RowOptions, spec: RowSpec) -> Any:
+    """Normalizes by torch's own function where that computes what is asked for."""
+    x, residual, weight, bias = tensors
+    shape = tuple(options.normalized_shape)
+    if residual is not None:
+        total = reference.add(x, residual, spec.total_dtype or residual.dtype)
+        spec = spec._replace(out_dtype=spec.out_dtype or x.dtype, total_dtype=None)
+        summed = RowTensors._make((total, None, weight, bias))
+        return _torch_normalize(function, summed, options._replace(residual_dtype=None), spec), total
+    autocast = autocasts(function, x)
+    own_dtype = torch.float32 if autocast and x.dtype in HALVES else x.dtype
+    plain = spec.weight_offset == 0.0 and spec.x_hat_dtype is None and spec.out_dtype in (None, own_dtype)
     if plain and (autocast or x.is_complex() or _uniform(x, weight, bias)):
-        if options.centred:
-            return F.layer_norm(x, shape, weight, bias, options.eps)
-        return F.rms_norm(x, shape, weight, eps)
-    return reference.normalize(
-        x,
-        shape,
-        weight,
-        bias,
-        options.eps,
-        centred=options.centred,
-        weight_offset=options.weight_offset,
-        x_hat_dtype=options.x_hat_dtype,
-        out_dtype=options.out_dtype,
-    )
+        if spec.centred:
+            return F.layer_norm(x, shape, weight, bias, spec.eps)
+        return F.rms_norm(x, shape, weight, options.eps)
+    return reference.normalize(x, shape, weight, bias, spec)
 
 
 def layer_norm(
@@ -133,12 +112,13 @@ def layer_norm(
     bytes more. They may share those of more than 64 KiB, in the backward 32 KiB in float32. Twice as much is the first
     8, the 12 and the 32 in float64.
     """
-    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    if has_torch_function_variadic(input, weight, bias, residual):
-        instead = _taken(layer_norm, F.layer_norm, (input, weight, bias, residual), fused)
+    tensors = RowTensors._make((input, residual, weight, bias))
+    own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    if has_torch_function_variadic(*tensors):
+        instead = _taken(layer_norm, F.layer_norm, tensors, (residual, *own))
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, bias=bias, eps=eps)
-    return normalize("layer_norm", input, (normalized_shape, weight, bias, eps, *fused))
+    return normalize_rows("layer_norm", tensors, RowOptions._make((normalized_shape, eps, *own)))
 
 
 def rms_norm(
@@ -183,12 +163,13 @@ def rms_norm(
     whatever other samples are beside it. Memory is as of layer_norm, with 4 bytes a sample kept, and 4 m N.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
-    fused = residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    if has_torch_function_variadic(input, weight, residual):
-        instead = _taken(rms_norm, F.rms_norm, (input, weight, residual), fused)
+    tensors = RowTensors._make((input, residual, weight, None))
+    own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    if has_torch_function_variadic(*tensors):
+        instead = _taken(rms_norm, F.rms_norm, tensors, (residual, *own))
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, eps=eps)
-    return normalize("rms_norm", input, (normalized_shape, weight, None, eps, *fused))
+    return normalize_rows("rms_norm", tensors, RowOptions._make((normalized_shape, eps, *own)))
 
 
 def batch_norm(
@@ -215,8 +196,7 @@ def batch_norm(
 
     Args:
         input: x, of shape [N, C, *]; float32, float16, bfloat16 or float64, channels first or last.
-        running_mean: of C elements and any of those types; None, with running_var, only in training.
-        running_var: likewise.
+        running_mean, running_var: of C elements and any of those types; None, both, only in training.
         weight: of C elements and any of those types; None is 1.
         bias: likewise; None is 0.
         training: whether to normalize with the batch's statistics.
@@ -247,20 +227,45 @@ def batch_norm(
     16 S over the number of blocks, which are of one channel each, or of 32 where channels lie last. In float64 twice 8
     and 12.
     """
-    tensors = running_mean, running_var, weight, bias
-    if has_torch_function_variadic(input, *tensors, residual):
-        own = num_batches_tracked, residual, activation, negative_slope
-        instead = _taken(batch_norm, F.batch_norm, (input, *tensors, residual), own)
-        if instead is not None:
-            asked = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}
-            return instead(input, running_mean, running_var, **asked)  # type: ignore[no-any-return]
-    fused = residual, activation, negative_slope
-    options, reason = asking.of_batch_norm(input, *tensors, training, momentum, eps, num_batches_tracked, *fused)
-    counter = num_batches_tracked if training else None
+    tensors = BatchNormTensors._make((input, residual, weight, bias, running_mean, running_var, num_batches_tracked))
+    options = BatchNormOptions._make((training, momentum, eps, activation, negative_slope))
+    if has_torch_function_variadic(*tensors):
+        return _taken_batch_norm(tensors, options)
+    return normalize_channels(tensors, options)
+
+
+def _taken_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions) -> Tensor:
+    *given, counter = tensors
+    input, residual, weight, bias, running_mean, running_var = given
+    own = counter, residual, options.activation, options.negative_slope
+    instead = _taken(batch_norm, F.batch_norm, tuple(given), own)
+    if instead is None:
+        return normalize_channels(tensors, options)
+    training, momentum, eps, *_ = options
+    named = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}
+    return instead(input, running_mean, running_var, **named)  # type: ignore[no-any-return]
+
+
+def normalize_channels(tensors: BatchNormTensors, options: BatchNormOptions) -> Tensor:
+    """Computes batch_norm."""
+    if torch.compiler.is_compiling():
+        call = resolve.check_batch_norm(tensors, options)
+    else:
+        _, residual, weight, bias, running_mean, _, counter = tensors
+        presence = residual is None, weight is None, bias is None, running_mean is None, counter is None
+        key = options, *map(type, options), *presence
+        call = plans.find(key, tensors) or resolve.batch_norm(key, tensors, options)
+        if call.plan is not None and override.name != "torch":
+            return channels.launch(tensors, call.plan)
+    training, momentum, *_ = options
+    *others, counter = tensors
+    if not training:
+        tensors = BatchNormTensors._make((*others, None))
     # torch's own has no form for a momentum that depends on the counter.
-    if goes_to_triton(reason, compiles_torch=None if momentum is None and counter is not None else input):
-        return channels.batch_norm(input, residual, weight, bias, running_mean, running_var, counter, options)
-    return _torch_batch_norm(input, *tensors, counter, residual, options)
+    averages = training and momentum is None and counter is not None
+    if goes_to_triton(call.reason, compiles_torch=None if averages else tensors.x):
+        return channels.record(tensors, call.spec)
+    return _torch_batch_norm(tensors, call.spec)
 
 
 def _taken(
@@ -303,37 +308,29 @@ def _counted_batch_norm(counter: Tensor | None, x: Tensor, running_mean: Tensor 
         raise
 
 
-def _torch_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    counter: Tensor | None,
-    residual: Tensor | None,
-    options: Options,
-) -> Tensor:
+def _torch_batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
     """Normalizes by torch's own function, of wider tensors where it doesn't take these types or would round twice.
 
     The batch is counted first and the statistics are moved before y is computed: a checkpoint may end its second
     forward as soon as what it needs has been saved.
     """
+    x, residual, weight, bias, running_mean, running_var, counter = tensors
     types = {tensor.dtype for tensor in (running_mean, running_var, weight, bias) if tensor is not None}
-    fused = residual is not None or options.activation is not None
-    halves = x.dtype in _HALVES
+    fused = residual is not None or spec.activation is not None
+    halves = x.dtype in HALVES
     if bias is not None and weight is None:
         weight = torch.ones_like(bias)  # on CUDA torch's has no backward for a bias alone
     taken = (types <= {x.dtype} and not (fused and halves)) or (halves and types == {torch.float32} and not fused)
-    momentum = reference.count(counter, options.momentum)
+    momentum = reference.count(counter, spec.momentum)
     is_torchs = has_known_sizes(x) and isinstance(momentum, float)
     if taken and is_torchs and x.dim() <= 5:  # cuDNN takes no more axes
-        parameters = weight, bias, options.batch, momentum, options.eps
+        parameters = weight, bias, spec.training, momentum, spec.eps
         y = _counted_batch_norm(counter, x, running_mean, running_var, *parameters)
         if residual is not None:
             y = y + residual.to(y.dtype)
-        return activate(y, options.activation, options.slope)
+        return activate(y, spec.activation, spec.slope)
     compute = reference.compute_dtype(x)
-    if options.batch and running_mean is not None and running_var is not None:
+    if spec.training and running_mean is not None and running_var is not None:
         is_empty = holds(x.numel() == 0)
         if is_empty or not is_torchs or {running_mean.dtype, running_var.dtype} != {compute}:
             if not is_empty:
@@ -343,10 +340,11 @@ def _torch_batch_norm(
         None if tensor is None else tensor.to(compute) for tensor in (running_mean, running_var, weight, bias, residual)
     )
     wide = (x if x.dim() <= 5 else x.flatten(2)).to(compute)
-    given = wide, running_mean, running_var, weight, bias, options.batch
     if has_known_sizes(x):
         moved_by = momentum if isinstance(momentum, float) else 0.0
-        z = _counted_batch_norm(counter, *given, moved_by, options.eps).view(x.shape)
+        parameters = weight, bias, spec.training, moved_by, spec.eps
+        z = _counted_batch_norm(counter, wide, running_mean, running_var, *parameters).view(x.shape)
     else:  # which torch's own asks for
-        z = reference.batch_norm(*given, options.eps)
-    return activate(z if added is None else z + added, options.activation, options.slope).to(x.dtype)
+        widened = BatchNormTensors._make((wide, None, weight, bias, running_mean, running_var, None))
+        z = reference.batch_norm(widened, spec._replace(activation=None))
+    return activate(z if added is None else z + added, spec.activation, spec.slope).to(x.dtype)

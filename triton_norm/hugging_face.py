@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from triton_norm import explaining, functional, reference
 from triton_norm.dispatch import Explanation, goes_to_triton
 from triton_norm.modules import LayerNorm
+from triton_norm.specs import RowOptions, RowSpec, RowTensors
 from triton_norm.symbolic import Scriptable
 
 Type = Literal["input", "weight", "promoted"]
@@ -172,18 +173,20 @@ class _RMSNorm(_Made):
 
     arithmetic: Arithmetic
 
-    def _arguments(self: Any, x: Tensor) -> tuple[Any, ...] | None:
-        """Of `functional.normalize`; None where the class computes something else, or raises."""
+    def _arguments(self: Any, x: Tensor) -> tuple[RowTensors, RowOptions] | None:
+        """Returns the arguments of rms_norm; None where the class computes something else, or raises."""
         eps, weighted, weight_offset, x_hat, y = self.arithmetic
         if x.dtype not in _SERVED or x.dim() == 0:
             return None
         if not (weighted and self.__dict__.get("with_scale", True)):  # by which a Gemma3nRMSNorm has no weight
-            return x.shape[-1:], None, None, getattr(self, eps), None, None, 0.0, None, x.dtype
+            plain = RowOptions._make((x.shape[-1:], getattr(self, eps), None, 0.0, None, x.dtype))
+            return RowTensors._make((x, None, None, None)), plain
         weight = self.weight
         if weight is None or weight.dtype not in _SERVED or weight.dim() != 1:
             return None
-        types = _dtype(x_hat, x, weight), _dtype(y, x, weight)
-        return weight.shape, weight, None, getattr(self, eps), None, None, weight_offset, *types
+        dtypes = _dtype(x_hat, x, weight), _dtype(y, x, weight)
+        options = RowOptions._make((weight.shape, getattr(self, eps), None, weight_offset, *dtypes))
+        return RowTensors._make((x, None, weight, None)), options
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         if not isinstance(self, _RMSNorm):  # what wrapped this forward still calls it, though the module was reverted
@@ -191,7 +194,7 @@ class _RMSNorm(_Made):
         own, x = super().forward, self._input(inputs, named)  # type: ignore[misc]
         arguments = None if x is None else self._arguments(x)
         if arguments is not None:
-            return functional.normalize("rms_norm", x, arguments, own)
+            return functional.normalize_rows("rms_norm", *arguments, own)
         if x is not None or _takes(own, inputs, named):
             goes_to_triton(_COMPUTES_ELSE)
         return own(*inputs, **named)
@@ -203,9 +206,8 @@ class _RMSNorm(_Made):
         arguments = None if x is None else self._arguments(x)
         if arguments is None:
             return Explanation("rms_norm", "torch", _COMPUTES_ELSE)
-        shape, weight, _, eps, _, _, weight_offset, x_hat_dtype, out_dtype = arguments
-        options = {"weight_offset": weight_offset, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
-        return explaining.explain(functional.rms_norm, x, shape, weight, eps, **options)
+        tensors, options = arguments
+        return explaining.explain(functional.rms_norm, x, weight=tensors.weight, **options._asdict())
 
 
 class _LayerNorm(_Made):
@@ -292,9 +294,9 @@ def _agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
     arguments = probe._arguments(x)
     if arguments is None:
         return False
-    shape, weight, _, eps, _, _, weight_offset, x_hat_dtype, out_dtype = arguments
-    asked = {"weight_offset": weight_offset, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
-    expected = reference.normalize(x, shape, weight, None, eps, centred=False, **asked)
+    tensors, options = arguments
+    spec = RowSpec(x.shape[-1], options.eps, options.weight_offset, False, options.out_dtype, None, options.x_hat_dtype)
+    expected = reference.normalize(x, options.normalized_shape, tensors.weight, None, spec)
     found = type(module).forward(probe, x)
     if found.dtype != expected.dtype:
         return False

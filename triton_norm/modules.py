@@ -1,6 +1,7 @@
 """torch.nn's normalization layers with another forward: parameters, buffers and state_dicts are torch's own."""
 
 import dataclasses
+import operator
 import sys
 import warnings
 from collections.abc import Iterator
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from triton_norm import checks, distributed, explaining, functional, symbolic
 from triton_norm.dispatch import Explanation
+from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions, RowTensors
 from triton_norm.symbolic import REVERTED
 
 
@@ -31,24 +33,18 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
         x_hat_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Any:
+        own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
         if REVERTED in self.__dict__ or has_torch_function_unary(input):
             instead = symbolic.instead(self, LayerNorm.forward, input)
             if instead is not None:
-                dtypes = {"residual_dtype": residual_dtype, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
-                options = {"residual": residual, "weight_offset": weight_offset, **dtypes}
-                return instead(input, **_changed(LayerNorm.forward, options))
-        return functional.layer_norm(
-            input,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            residual=residual,
-            residual_dtype=residual_dtype,
-            weight_offset=weight_offset,
-            x_hat_dtype=x_hat_dtype,
-            out_dtype=out_dtype,
-        )
+                return instead(input, **_changed(LayerNorm.forward, (residual, *own)))
+        tensors = RowTensors._make((input, residual, self.weight, self.bias))
+        options = RowOptions._make((self.normalized_shape, self.eps, *own))
+        if has_torch_function_variadic(*tensors):
+            return functional.layer_norm(
+                input, residual=residual, weight=self.weight, bias=self.bias, **options._asdict()
+            )
+        return functional.normalize_rows("layer_norm", tensors, options)
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.bias, self.eps)
@@ -70,54 +66,60 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
         x_hat_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Any:
+        own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
         if REVERTED in self.__dict__ or has_torch_function_unary(x):
             instead = symbolic.instead(self, RMSNorm.forward, x)
             if instead is not None:
-                dtypes = {"residual_dtype": residual_dtype, "x_hat_dtype": x_hat_dtype, "out_dtype": out_dtype}
-                options = {"residual": residual, "weight_offset": weight_offset, **dtypes}
-                return instead(x, **_changed(RMSNorm.forward, options))
-        return functional.rms_norm(
-            x,
-            self.normalized_shape,
-            self.weight,
-            self.eps,
-            residual=residual,
-            residual_dtype=residual_dtype,
-            weight_offset=weight_offset,
-            x_hat_dtype=x_hat_dtype,
-            out_dtype=out_dtype,
-        )
+                return instead(x, **_changed(RMSNorm.forward, (residual, *own)))
+        tensors = RowTensors._make((x, residual, self.weight, None))
+        options = RowOptions._make((self.normalized_shape, self.eps, *own))
+        if has_torch_function_variadic(*tensors):
+            return functional.rms_norm(x, residual=residual, weight=self.weight, **options._asdict())
+        return functional.normalize_rows("rms_norm", tensors, options)
 
     def explain_call(self, x: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.eps)
         return explaining.explain(functional.rms_norm, x, *arguments, **fused)
 
 
+_HELD = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+_pick = operator.itemgetter(*_HELD)
+
+
+def _held(module: nn.Module) -> tuple[Any, ...]:
+    """Returns the module's parameters and buffers by the names in _HELD.
+
+    torch.nn.Module's own look-up takes a Python call for each. What is parametrized is none of its parameters.
+    """
+    if not torch.compiler.is_compiling():
+        try:
+            return _pick({**module._parameters, **module._buffers})  # type: ignore[no-any-return]
+        except KeyError:
+            pass
+    return tuple(getattr(module, name) for name in _HELD)
+
+
 class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
     """The forward that the three layers share; which ranks they take is torch's own `_check_input_dim`."""
 
-    def _arguments(
+    def _call(
         self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
-    ) -> dict[str, Any]:
+    ) -> tuple[BatchNormTensors, BatchNormOptions]:
+        """Returns the arguments of batch_norm."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        moves = self.training and self.track_running_stats
-        running_mean, running_var = self.running_mean, self.running_var
-        uses_running = moves or not self.training
-        counter = self.num_batches_tracked if moves else None
-        return {
-            "input": input,
-            "running_mean": running_mean if uses_running else None,
-            "running_var": running_var if uses_running else None,
-            "weight": self.weight,
-            "bias": self.bias,
-            "training": bool(self.training or (running_mean is None and running_var is None)),
-            "momentum": 0.0 if self.momentum is None and counter is None else self.momentum,
-            "eps": self.eps,
-            "num_batches_tracked": counter,
-            "residual": residual,
-            "activation": activation,
-            "negative_slope": negative_slope,
-        }
+        weight, bias, running_mean, running_var, counter = _held(self)
+        momentum, training = self.momentum, self.training
+        moves = training and self.track_running_stats
+        if not moves:
+            counter = None
+        if momentum is None and counter is None:
+            momentum = 0.0
+        uses_batch = training or (running_mean is None and running_var is None)
+        if training and not moves:
+            running_mean = running_var = None
+        parameters = weight, bias, running_mean, running_var, counter
+        options = bool(uses_batch), momentum, self.eps, activation, negative_slope
+        return BatchNormTensors._make((input, residual, *parameters)), BatchNormOptions._make(options)
 
     def forward(
         self,
@@ -130,9 +132,9 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
         if REVERTED in self.__dict__ or has_torch_function_unary(input):
             instead = symbolic.instead(self, _BatchNorm.forward, input)
             if instead is not None:
-                options = {"residual": residual, "activation": activation, "negative_slope": negative_slope}
+                options = residual, activation, negative_slope
                 return instead(input, **_changed(_BatchNorm.forward, options))  # type: ignore[no-any-return]
-        return functional.batch_norm(**self._arguments(input, residual, activation, negative_slope))
+        return _called(*self._call(input, residual, activation, negative_slope))
 
     def explain_call(
         self,
@@ -142,7 +144,14 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         negative_slope: float = 0.01,
     ) -> Explanation:
-        return explaining.explain_batch_norm(**self._arguments(input, residual, activation, negative_slope))
+        return explaining.explain_batch_norm(*self._call(input, residual, activation, negative_slope))
+
+
+def _called(tensors: BatchNormTensors, options: BatchNormOptions) -> Tensor:
+    if has_torch_function_variadic(*tensors):
+        named = tensors._asdict() | options._asdict()
+        return functional.batch_norm(named.pop("x"), **named)
+    return functional.normalize_channels(tensors, options)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -217,14 +226,11 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         if REVERTED in self.__dict__ or has_torch_function_unary(input):
             instead = symbolic.instead(self, SyncBatchNorm.forward, input)
             if instead is not None:
-                options = {"residual": residual, "activation": activation, "negative_slope": negative_slope}
+                options = residual, activation, negative_slope
                 return instead(input, **_changed(SyncBatchNorm.forward, options))  # type: ignore[no-any-return]
-        arguments = self._arguments(input, residual, activation, negative_slope)
+        tensors, asked = self._call(input, residual, activation, negative_slope)
         group = distributed.shared_by(self.process_group) if self.training else None
-        if group is None:
-            return functional.batch_norm(**arguments)
-        del arguments["training"]
-        return distributed.sync_batch_norm(**arguments, group=group)
+        return _called(tensors, asked) if group is None else distributed.sync_batch_norm(tensors, asked, group)
 
     def explain_call(
         self,
@@ -235,8 +241,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         negative_slope: float = 0.01,
     ) -> Explanation:
         whole = not self.training or distributed.shared_by(self.process_group) is None
-        arguments = self._arguments(input, residual, activation, negative_slope)
-        found = explaining.explain_batch_norm(**arguments, whole=whole)
+        found = explaining.explain_batch_norm(*self._call(input, residual, activation, negative_slope), whole)
         return found if whole else dataclasses.replace(found, function="sync_batch_norm")
 
     def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -295,9 +300,11 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         return converted
 
 
-def _changed(forward: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns those of the keyword arguments of a forward that are not its defaults."""
-    return {name: value for name, value in options.items() if value is not forward.__kwdefaults__[name]}
+def _changed(forward: Any, options: tuple[Any, ...]) -> dict[str, Any]:
+    """Returns those of the keyword arguments of a forward that are not its defaults, by name."""
+    defaults: dict[str, Any] = forward.__kwdefaults__
+    named = zip(defaults.items(), options, strict=True)
+    return {name: value for (name, default), value in named if value is not default}
 
 
 def _is_for_refusal(frame: FrameType | None) -> bool:

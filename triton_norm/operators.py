@@ -1,7 +1,9 @@
 """The operators that calls become where they are recorded, under names that stay."""
 
-from triton_norm.ops import channels, fusible, rows, synchronized  # noqa: F401  they define them
-from triton_norm.ops.library import DEFINED
+from triton_norm.channels import function  # noqa: F401  these three define them
+from triton_norm.library import DEFINED
+from triton_norm.rows import fusible, operator  # noqa: F401
+from triton_norm.sync import operator as sync_operator  # noqa: F401
 
 OPERATORS = tuple(
     DEFINED[name]

@@ -8,8 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Buffer, Parameter
 
+HALVES = (torch.float16, torch.bfloat16)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TYPES = Tensor, Parameter, Buffer, FakeTensor, FunctionalTensor
+REAL = Tensor, Parameter, Buffer
+TYPES = (*REAL, FakeTensor, FunctionalTensor)
 """Classes of tensors without behaviour of their own, in one order: stored code that was compiled has a guard on it."""
 
 has_memory = torch._C._has_storage
@@ -24,7 +26,8 @@ def is_subclass(tensor: Tensor) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Returns whether the kernels can read the tensor, or could once a pending negation is applied."""
-    return type(tensor) in TYPES and tensor.layout is torch.strided and has_memory(tensor)
+    is_strided = tensor.layout is torch.strided and not tensor.is_nested
+    return type(tensor) in TYPES and is_strided and has_memory(tensor)
 
 
 def holds(of_sizes: Any) -> bool:

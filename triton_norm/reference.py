@@ -12,6 +12,7 @@ from torch import Tensor
 
 from triton_norm.activations import activate
 from triton_norm.plain import has_known_sizes
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, RowSpec
 
 MOST_AXES = 64
 """The most that torch's sums can reduce."""
@@ -41,54 +42,34 @@ def add(x: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def normalize(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    centred: bool = True,
-    weight_offset: float = 0.0,
-    x_hat_dtype: torch.dtype | None = None,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, spec: RowSpec
 ) -> Tensor:
-    """y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias over the trailing axes, var biased: LayerNorm.
+    """Returns y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias over the trailing axes, var biased.
 
-    RMSNorm unless `centred`: mean is 0, and var is E[x²]. Before the weight, x_hat is rounded to x_hat_dtype, if any.
+    RMSNorm unless the spec is `centred`: mean is 0, and var is E[x²].
     """
     axes = tuple(range(-len(normalized_shape), 0))
     x_hat = x.to(compute_dtype(x))
-    if centred:
+    if spec.centred:
         x_hat = x_hat - x_hat.mean(axes, keepdim=True)
-    x_hat = x_hat * torch.rsqrt((x_hat * x_hat).mean(axes, keepdim=True) + eps)
-    if x_hat_dtype is not None:
-        rounding = x_hat.to(x_hat_dtype).to(x_hat.dtype) - x_hat
+    x_hat = x_hat * torch.rsqrt((x_hat * x_hat).mean(axes, keepdim=True) + spec.eps)
+    if spec.x_hat_dtype is not None:
+        rounding = x_hat.to(spec.x_hat_dtype).to(x_hat.dtype) - x_hat
         x_hat = x_hat + rounding.detach()  # exact; a cast would round the gradient too
-    return affine(x_hat, weight, bias, weight_offset).to(out_dtype or x.dtype)
+    return affine(x_hat, weight, bias, spec.weight_offset).to(spec.out_dtype or x.dtype)
 
 
-def batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    eps: float = 1e-5,
-    *,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-) -> Tensor:
-    """y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), the mean and the variance over every axis but the
-    second; moves no running statistics."""
-    whole = x
+def batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
+    """Returns y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), the mean and the variance over every axis
+    but the second; moves no running statistics."""
+    whole, residual, weight, bias, running_mean, running_var, _ = tensors
+    x = whole
     if x.dim() > MOST_AXES:
         x, residual = x.flatten(2), None if residual is None else residual.flatten(2)
     axes = (0, *range(2, x.dim()))
     shape = (1, -1, *(1 for _ in x.shape[2:]))
     wide = x.to(compute_dtype(x))
-    if training:
+    if spec.training:
         centred = wide - wide.mean(axes, keepdim=True)
         var = (centred * centred).mean(axes, keepdim=True)
     else:
@@ -97,10 +78,10 @@ def batch_norm(
         var = running_var.to(wide.dtype).view(shape)
     weight = None if weight is None else weight.reshape(shape)
     bias = None if bias is None else bias.reshape(shape)
-    z = affine(centred * torch.rsqrt(var + eps), weight, bias)
+    z = affine(centred * torch.rsqrt(var + spec.eps), weight, bias)
     if residual is not None:
         z = z + residual.to(wide.dtype)
-    y = activate(z, activation, negative_slope).to(x.dtype)
+    y = activate(z, spec.activation, spec.slope).to(x.dtype)
     return y if x is whole else y.view(whole.shape)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from triton_norm import activations, reference
 from triton_norm.activations import activate
+from triton_norm.specs import Epilogue, Formula, Inputs, Wanted
 
 
 def _axes(x: Tensor) -> tuple[int, ...]:
@@ -77,8 +78,9 @@ def _statistics(x: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
     return (x.to(merged.dtype) - mean) - rest, rstd
 
 
-def _activated(x_hat: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """z, what the activation is taken of."""
+def _activated(x_hat: Tensor, inputs: Inputs) -> Tensor:
+    """Returns z, what the activation is taken of."""
+    _, residual, weight, bias = inputs
     z, shape = x_hat, _by_channel(x_hat)
     if weight is not None:
         z = z * weight.to(z.dtype).reshape(shape)
@@ -89,94 +91,61 @@ def _activated(x_hat: Tensor, residual: Tensor | None, weight: Tensor | None, bi
     return z
 
 
-def apply(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    merged: Tensor,
-    activation: str | None,
-    slope: float,
-) -> Tensor:
+def apply(inputs: Inputs, merged: Tensor, epilogue: Epilogue) -> Tensor:
     """Returns y."""
-    centred, rstd = _statistics(x, merged)
-    return activate(_activated(centred * rstd, residual, weight, bias), activation, slope).to(x.dtype)
+    centred, rstd = _statistics(inputs.x, merged)
+    return activate(_activated(centred * rstd, inputs), *epilogue).to(inputs.x.dtype)
 
 
-def _gradient_of_z(
-    dy: Tensor,
-    x_hat: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    slope: float,
-) -> Tensor:
-    z = x_hat if activation is None else _activated(x_hat, residual, weight, bias)
-    return activations.gradient(dy.to(z.dtype), z, activation, slope)
+def _gradient_of_z(dy: Tensor, x_hat: Tensor, inputs: Inputs, epilogue: Epilogue) -> Tensor:
+    z = x_hat if epilogue.activation is None else _activated(x_hat, inputs)
+    return activations.gradient(dy.to(z.dtype), z, *epilogue)
 
 
 def sums(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    merged: Tensor,
-    dweight_dtype: torch.dtype | None,
-    dbias_dtype: torch.dtype | None,
-    activation: str | None,
-    slope: float,
+    dy: Tensor, inputs: Inputs, merged: Tensor, wanted: Wanted, epilogue: Epilogue
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Returns dweight and dbias [C] of this process's share, None where they have no type, and Σ dz and
     Σ dz · x_hat · rstd, [2C], of which `gradient` needs the sum over all processes."""
+    x = inputs.x
     centred, rstd = _statistics(x, merged)
-    dz = _gradient_of_z(dy, centred * rstd, residual, weight, bias, activation, slope)
+    dz = _gradient_of_z(dy, centred * rstd, inputs, epilogue)
     dbias = dz.sum(_axes(x))
     dweight = (dz * centred).sum(_axes(x)) * rstd.flatten()
-    wanted = (
-        None if dtype is None else found.to(dtype) for found, dtype in ((dweight, dweight_dtype), (dbias, dbias_dtype))
+    typed = (
+        None if dtype is None else found.to(dtype)
+        for found, dtype in ((dweight, wanted.dweight_dtype), (dbias, wanted.dbias_dtype))
     )
-    return *wanted, torch.cat((dbias, dweight * rstd.flatten()))  # type: ignore[return-value]
+    return *typed, torch.cat((dbias, dweight * rstd.flatten()))  # type: ignore[return-value]
 
 
 def gradient(
     dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: Inputs,
     merged: Tensor,
     sums: Tensor,
     dresidual_dtype: torch.dtype | None,
-    activation: str | None,
-    slope: float,
+    epilogue: Epilogue,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx, and dresidual where its type is given, from the sums of all processes."""
+    """Returns dx, and dresidual where its type is given, from the sums of all processes."""
+    x, _, weight, _ = inputs
     centred, rstd = _statistics(x, merged)
-    dz = _gradient_of_z(dy, centred * rstd, residual, weight, bias, activation, slope)
+    dz = _gradient_of_z(dy, centred * rstd, inputs, epilogue)
     mean_dz, mean_slope = (sums / merged[-1]).view(2, *_by_channel(x)).unbind()
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype).reshape(_by_channel(x))
     dx = (-centred * mean_slope + (dz - mean_dz)) * scale  # in x's layout: it is the first operand
     return dx.to(x.dtype), None if dresidual_dtype is None else dz.to(dresidual_dtype)
 
 
-def batch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    merged: Tensor,
-    over_all: Callable[[Tensor], Tensor],
-    eps: float,
-    activation: str | None,
-    slope: float,
-) -> Tensor:
-    """y, differentiable to any order: `over_all`, a sum over all processes, is. Statistics are computed again, from x
-    less the constant that `merged` says its mean is."""
+def batch_norm(inputs: Inputs, merged: Tensor, over_all: Callable[[Tensor], Tensor], formula: Formula) -> Tensor:
+    """Returns y, differentiable to any order: `over_all`, a sum over all processes, is.
+
+    Statistics are computed again, from x less the constant that `merged` says its mean is.
+    """
+    x = inputs.x
     axes, shape = _axes(x), _by_channel(x)
     centred, _ = _statistics(x, merged)
     centred = centred - (over_all(centred.sum(axes)) / merged[-1]).view(shape)
     var = over_all(centred.square().sum(axes)) / merged[-1]
-    z = _activated(centred * torch.rsqrt(var + eps).view(shape), residual, weight, bias)
-    return activate(z, activation, slope).to(x.dtype)
+    z = _activated(centred * torch.rsqrt(var + formula.eps).view(shape), inputs)
+    return activate(z, *formula.epilogue).to(x.dtype)

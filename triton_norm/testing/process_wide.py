@@ -8,8 +8,7 @@ from typing import ParamSpec
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from triton_norm import dispatch
-from triton_norm.ops import launch
+from triton_norm import dispatch, launch
 
 Parameters = ParamSpec("Parameters")
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from triton_norm import shares
-from triton_norm.ops.channel_plans import in_two_floats
-from triton_norm.ops.launch import Launcher, zeros
-from triton_norm.ops.library import contiguous, operator, triton_dtype
+from triton_norm.channels.launches import in_two_floats
+from triton_norm.launch import Launch, Launcher, zeros
+from triton_norm.library import contiguous, operator, triton_dtype
 from triton_norm.tuning.channel_spaces import merge_ranks
 from triton_norm.tuning.limits import gpu_of
 from triton_norm.tuning.memory import remembered
@@ -74,7 +74,7 @@ def _move(
     launcher = _launcher(types, moments.device, momentum, eps)
     n_blocks = -(-n_channels // launcher.space.configs[0]["BLOCK_C"])
     sync = None if num_batches_tracked is None else zeros(2 + n_blocks, moments.device)
-    launcher((n_channels, n_ranks), moments, merged, *moved, num_batches_tracked, sync)
+    Launch(launcher, n_channels, n_ranks)(moments, merged, *moved, num_batches_tracked, sync)
     for statistic, now in zip((running_mean, running_var), moved, strict=True):
         if statistic is not None and now is not None and now is not statistic:
             statistic.copy_(now)

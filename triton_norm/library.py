@@ -7,7 +7,7 @@ faked and run later by whoever has the graph, so each operator knows its own der
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -88,35 +88,105 @@ def _without_gradient(defined: Any) -> Function:
     return call
 
 
-def tuple_operator(
-    schema: str,
-    implementation: Function,
+_KINDS: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    str | None: "str?",
+    torch.dtype | None: "ScalarType?",
+}
+
+
+class _Bundle(NamedTuple):
+    """A kind of NamedTuple, whose fields may be NamedTuples, as the flat arguments of an operator.
+
+    schema: an argument each, in order.
+    make: (the values, in order) → the NamedTuple.
+    """
+
+    schema: list[str]
+    make: Callable[[Sequence[Any]], Any]
+
+
+def _bundle(kind: Any) -> _Bundle:
+    schema: list[str] = []
+    makers: list[tuple[Callable[[Sequence[Any]], Any], slice]] = []
+    for name, field in get_type_hints(kind).items():
+        start = len(schema)
+        if field in _KINDS:
+            schema.append(f"{_KINDS[field]} {name}")
+            makers.append((_only, slice(start, start + 1)))
+        else:
+            inner = _bundle(field)
+            schema += inner.schema
+            makers.append((inner.make, slice(start, len(schema))))
+    if all(make is _only for make, _ in makers):
+        return _Bundle(schema, kind._make)
+    return _Bundle(schema, lambda values: kind._make([make(values[place]) for make, place in makers]))
+
+
+def _flat(call: Any) -> list[Any]:
+    """Returns the arguments of an operator from the NamedTuple of a call; torch.compile traces this."""
+    values: list[Any] = []
+    for value in call:
+        if isinstance(value, tuple):
+            values += _flat(value)
+        else:
+            values.append(value)
+    return values
+
+
+def _only(values: Sequence[Any]) -> Any:
+    (value,) = values
+    return value
+
+
+def recorded(
+    name: str,
+    call: Any,
+    n_results: int,
+    present: Callable[[Any], Sequence[bool]],
+    compute: Function,
     fake: Function,
-    present: Callable[..., Sequence[bool]],
     derivative: Derivative | None = None,
 ) -> Function:
-    """Defines an operator from functions that give a tuple of tensors, with None for what a call has no use for.
+    """Defines the operator of calls of one kind, and returns a function of a call that gives its results.
 
-    Returns a function that calls the operator and gives the same: the operator's own results can't be None, and are
-    tensors of no elements then.
+    An operator's own results can't be None, and are tensors of no elements then.
 
     Args:
-        present: of the operator's arguments, which of its results are not None.
+        call: the kind, a NamedTuple whose fields, or theirs, are the operator's arguments.
+        n_results: tensors.
+        present: (call) → which of the results are not None.
+        compute: (call) → the results, with None for what the call has no use for.
+        fake: the same, of tensors without contents.
+        derivative: `setup` is (ctx, call, results), and returns how many of these, the first, have gradients.
     """
+    bundle = _bundle(call)
 
     def filled(function: Function) -> Function:
         def fill(*arguments: Any) -> tuple[Tensor, ...]:
-            return tuple(nothing(arguments[0]) if found is None else found for found in function(*arguments))
+            results = function(bundle.make(arguments))
+            return tuple([nothing(arguments[0]) if result is None else result for result in results])
 
         return fill
 
-    defined = operator(schema, filled(implementation), filled(fake), derivative)
+    def unfilled(made: Any, results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        return tuple([result if there else None for result, there in zip(results, present(made), strict=True)])
 
-    def call(*arguments: Any) -> Any:
-        there = present(*arguments)
-        return tuple(found if wanted else None for found, wanted in zip(defined(*arguments), there, strict=True))
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+        assert derivative is not None
+        made = bundle.make(inputs)
+        n_differentiable = derivative.setup(ctx, made, unfilled(made, output))
+        ctx.mark_non_differentiable(*output[n_differentiable:])
 
-    return call
+    schema = f"{name}({', '.join(bundle.schema)}) -> ({', '.join(['Tensor'] * n_results)})"
+    derived = None if derivative is None else Derivative(setup, derivative.backward)
+    defined = operator(schema, filled(compute), filled(fake), derived)
+    return lambda made: unfilled(made, defined(*_flat(made)))
 
 
 @functools.cache
@@ -138,12 +208,3 @@ def nothing(x: Tensor) -> Tensor:
 
 def contiguous(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
-
-
-class Wanted(NamedTuple):
-    """The types of the gradients that a backward is asked for, None for those that it is not."""
-
-    dx: torch.dtype | None
-    dresidual: torch.dtype | None
-    dweight: torch.dtype | None
-    dbias: torch.dtype | None

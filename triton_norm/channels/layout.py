@@ -133,7 +133,8 @@ def kind_of(x: Tensor) -> str:
     return "folded" if folds else "flat"
 
 
-def _reads(x: Tensor, kind: str, broadcast: bool) -> bool:
+def reads(x: Tensor, kind: str, broadcast: bool = False) -> bool:
+    """Returns whether x can be read as that kind where it lies; a channel's lanes may be one element, `broadcast`."""
     strides = _strides(x)
     if strides is None:
         return False
@@ -148,7 +149,7 @@ def _reads(x: Tensor, kind: str, broadcast: bool) -> bool:
 
 def copies(x: Tensor, kind: str) -> bool:
     """Whether x has to be copied before it can be read as that kind."""
-    return not _reads(x, kind, broadcast=False)
+    return not reads(x, kind)
 
 
 def _channels_last_strides(shape: Sequence[int]) -> list[int]:
@@ -158,6 +159,13 @@ def _channels_last_strides(shape: Sequence[int]) -> list[int]:
         strides.insert(1, stride)
         stride *= max(length, 1)
     return [stride, *strides]
+
+
+def is_dense(x: Tensor, kind: str) -> bool:
+    """Returns whether x lies as `dense_like` gives it for that kind."""
+    if kind != "last" or math.prod(x.shape[2:]) == 1:
+        return x.is_contiguous()
+    return list(x.stride()) == _channels_last_strides(x.shape)
 
 
 def dense_like(x: Tensor, dtype: torch.dtype | None = None, kind: str | None = None) -> Tensor:
@@ -171,13 +179,20 @@ def dense_like(x: Tensor, dtype: torch.dtype | None = None, kind: str | None = N
     return x.new_empty_strided(x.shape, strides, dtype=dtype or x.dtype)  # no view, which autograd lets no one write to
 
 
-def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> tuple[Tensor, Lie]:
+class Readable(NamedTuple):
+    """A tensor that the kernels can read, and how it lies."""
+
+    tensor: Tensor
+    lie: Lie
+
+
+def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> Readable:
     """Returns x, or a copy of it where its strides leave no other way to read it as `kind`, and how that lies."""
-    if not _reads(x, kind, broadcast):
+    if not reads(x, kind, broadcast):
         x = dense_like(x, x.dtype, kind).copy_(x)
     strides = _strides(x)
     assert strides is not None
-    return x, Lie(*strides, x.itemsize, x.data_ptr() % VECTOR_BYTES)
+    return Readable(x, Lie(*strides, x.itemsize, x.data_ptr() % VECTOR_BYTES))
 
 
 def _vector(lies: Sequence[Lie], *extents: int) -> int:

@@ -5,7 +5,7 @@ another mode than the forward: of vmap, of forward-mode differentiation, of tens
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,14 @@ from torch.autograd import forward_ad
 
 from triton_norm.plain import TYPES, is_plain
 
-T = TypeVar("T", bound=tuple[Any, ...])
 Form = tuple[torch.dtype, torch.Size, torch.device]
+
+
+class Parameter(NamedTuple):
+    """The type and shape of a weight or bias, whose gradient has them too."""
+
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 class Kept(NamedTuple):
@@ -28,59 +34,52 @@ class Kept(NamedTuple):
     forms: tuple[Form | None, ...] | None
     dx: torch.dtype
     dresidual: torch.dtype | None
-    weight: tuple[torch.dtype, torch.Size] | None
-    bias: tuple[torch.dtype, torch.Size] | None
+    weight: Parameter | None
+    bias: Parameter | None
+
+    @property
+    def parameter_shape(self) -> torch.Size | None:
+        """The shape that weight and bias have in common."""
+        parameter = self.weight or self.bias
+        return None if parameter is None else parameter.shape
 
 
 def _form(tensor: Tensor | None) -> Form | None:
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.device)
 
 
-def _parameter(tensor: Tensor | None) -> tuple[torch.dtype, torch.Size] | None:
-    return None if tensor is None else (tensor.dtype, tensor.shape)
+def _parameter(tensor: Tensor | None) -> Parameter | None:
+    return None if tensor is None else Parameter(tensor.dtype, tensor.shape)
 
 
-def save(
-    ctx: Any,
-    tensors: tuple[Tensor | None, ...],
-    inputs: Sequence[Tensor | None],
-    memory: dict[Any, Any] | None,
-    layout: str | None = None,
-) -> None:
-    """Saves a NamedTuple of tensors for the backward, and as `ctx.kept` what else it has to know.
+def kept_of(saved: Iterable[Tensor | None] | None, inputs: Sequence[Tensor | None]) -> Kept:
+    """Returns what a backward has to know of its forward.
 
     Args:
+        saved: the saved tensors; None where calls are traced.
         inputs: x, residual, weight and bias.
-        memory: of the calls of this one's kind, where that is made once a layout; None where calls are traced.
-        layout: what the shapes of saved tensors depend on beside the call's kind.
     """
-    ctx.save_for_backward(*tensors)
-    key = Kept, layout
-    kept = None if memory is None else memory.get(key)
-    if kept is None:
-        x, residual, weight, bias = inputs
-        assert x is not None
-        forms = None if memory is None else tuple(map(_form, tensors))
-        dresidual = None if residual is None else residual.dtype
-        kept = Kept(forms, x.dtype, dresidual, _parameter(weight), _parameter(bias))
-        if memory is not None:
-            memory[key] = kept
-    ctx.kept = kept
+    x, residual, weight, bias = inputs
+    assert x is not None
+    forms = None if saved is None else tuple(map(_form, saved))
+    dresidual = None if residual is None else residual.dtype
+    return Kept(forms, x.dtype, dresidual, _parameter(weight), _parameter(bias))
 
 
-def restored(ctx: Any, kind: type[T]) -> T:
-    """Returns the NamedTuple of this kind that `save` saved.
+def check_restored(kept: Kept, kind: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Checks the saved tensors that a backward is given.
+
+    Args:
+        kind: the NamedTuple that they were saved as.
 
     Raises:
         RuntimeError: a hook has given back a tensor of another type, shape or device. Its values are in doubt, and the
             kernels that were compiled for the first one would read past its end. Other strides are no error.
     """
-    tensors, forms = ctx.saved_tensors, ctx.kept.forms
-    if forms is not None:
-        for tensor, form in zip(tensors, forms, strict=True):
+    if kept.forms is not None:
+        for tensor, form in zip(tensors, kept.forms, strict=True):
             if tensor is not None and (tensor.dtype, tensor.shape, tensor.device) != form:
-                raise RuntimeError(_changed(kind, tensors, forms))
-    return kind(*tensors)
+                raise RuntimeError(_changed(kind, tensors, kept.forms))
 
 
 def _changed(kind: Any, tensors: Sequence[Tensor | None], forms: Sequence[Form | None]) -> str:
@@ -123,15 +122,33 @@ def bias_like(x: Tensor, kept: Kept) -> Tensor | None:
     return torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=True)
 
 
-def shaped(gradient: Tensor | None, parameter: tuple[torch.dtype, torch.Size] | None) -> Tensor | None:
+def shaped(gradient: Tensor | None, parameter: Parameter | None) -> Tensor | None:
     """Returns the gradient [n] of a parameter in the parameter's own shape."""
-    if gradient is None or parameter is None or len(parameter[1]) == 1:
+    if gradient is None or parameter is None or len(parameter.shape) == 1:
         return gradient
-    return gradient.view(parameter[1])
+    return gradient.view(parameter.shape)
 
 
-def savable(x: Tensor, intercepted: bool) -> Tensor:
-    """Returns x, or a copy where x was made under torch.inference_mode: autograd saves no such tensors."""
-    if intercepted and torch.compiler.is_compiling():  # which can't trace the question
-        return x
-    return x.clone() if x.is_inference() else x
+class Needs(NamedTuple):
+    """Which inputs a backward is asked for the gradients of."""
+
+    x: bool
+    residual: bool
+    weight: bool
+    bias: bool
+
+
+def needs_of(ctx: Any) -> Needs:
+    """Returns which of a call's first four inputs need gradients."""
+    x, residual, weight, bias, *_ = ctx.needs_input_grad
+    return Needs(x, residual, weight, bias)
+
+
+def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    """Returns whether autograd records a call on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def is_unsavable(x: Tensor) -> bool:
+    """Returns whether x was made under torch.inference_mode: autograd saves a copy alone."""
+    return not torch.compiler.is_compiling() and x.is_inference()  # which torch.compile can't trace

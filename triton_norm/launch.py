@@ -61,9 +61,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_make_lock)
 
 
-def elsewhere(index: int | None) -> bool:
-    """Whether this is a GPU's index and not the current one's. Triton launches on that, whatever the arguments."""
-    return index is not None and index >= 0 and index != current_device()
+def _has_streams(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def zeros(n: int, device: torch.device) -> Tensor:
@@ -71,18 +70,21 @@ def zeros(n: int, device: torch.device) -> Tensor:
 
     A captured graph has its own, since it may be replayed on any stream.
     """
-    if elsewhere(device.index):
-        with torch.cuda.device(device):
-            return zeros(n, device)
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    index = device.index
+    if not _has_streams(device):
         return torch.zeros(n, dtype=torch.int32, device=device)
-    stream = current_stream(device.index)
-    kept = _zeros.get((device.index, stream))
+    if index != current_device():
+        with torch.cuda.device(index):
+            return zeros(n, device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    stream = current_stream(index)
+    kept = _zeros.get((index, stream))
     if kept is None or kept.numel() < n:
         size = next_power_of_2(max(n, LEAST_ZEROS))
         if len(_zeros) >= MOST_STREAMS:
             _zeros.clear()  # what comes to lie in their memory is their own streams', and so comes after their kernels
-        kept = _zeros[device.index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+        kept = _zeros[index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept
 
 
@@ -92,12 +94,16 @@ def start(kernel: Any, count: int, arguments: Sequence[Any], constants: Mapping[
 
 
 class Launcher:
-    """One kernel with one set of constants on one device, for tensors and integers of one kind.
+    """One kernel with one set of constants on one device, for arguments of one signature: each call's tensors have the
+    same dtypes, with None in the same places, and the scalars behind a call's own integers are always `scalars`.
 
-    Whoever makes it says by what it makes it that all calls' tensors have the same types, with None in the same places,
-    and that the scalars behind a call's own integers, on which no kernel specialises, are always `scalars`. Then the
-    kernel that was compiled for the first call whose tensors all lie on 16 bytes is started directly by every other
-    one: Triton's own look-up, several times as long as the start itself, would find the same.
+    The kernel that was compiled for the first call whose tensors all lie on 16 bytes is therefore the right one for
+    every other such call, and `Launch` starts it without Triton's own look-up, which takes several times as long.
+
+    Args:
+        n_programs: the number of programs for a config's keywords and a call's integers.
+        scalars: arguments on whose values no kernel specialises.
+        constants: the kernel's constexpr arguments, but for those of the config.
     """
 
     def __init__(
@@ -109,16 +115,16 @@ class Launcher:
         scalars: Sequence[float],
         **constants: Any,
     ) -> None:
-        self.space, self._scalars = space, tuple(scalars)
-        self._kernel, self._device, self._n_programs, self._constants = kernel, device, n_programs, constants
+        self.space, self.n_programs = space, n_programs
+        self._kernel, self._scalars, self._constants = kernel, tuple(scalars), constants
         self._gpu = gpu_of(device).name
-        self._index = -1 if device.index is None else device.index
+        self.index = -1 if device.index is None else device.index
         self._config = choices.chosen(space, self._gpu)
-        self._ready: tuple[Any, ...] | None = None
+        self.ready: tuple[Any, ...] | None = None
 
     @property
     def candidates(self) -> Sequence[Config]:
-        """What the next call may launch."""
+        """The configs that the next call may launch."""
         return self.space.configs if self._config is None else [self._config]
 
     @functools.cached_property
@@ -126,14 +132,54 @@ class Launcher:
         """The fewest columns of a row that a program may own."""
         return min(config.span for config in self.candidates)
 
-    def __call__(self, integers: tuple[int, ...], *tensors: Tensor | None) -> None:
-        """Starts the programs for these integers, the first being the greatest, on the device's current stream."""
-        if elsewhere(self._index):
-            with torch.cuda.device(self._device):
-                self(integers, *tensors)
+    @property
+    def config(self) -> Config | None:
+        """The config that was chosen, None before the first launch of a kernel that has to be searched for."""
+        return self._config
+
+    def start(self, integers: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
+        """Starts the kernel as Triton does, on the current device, with its config chosen and compiled first."""
+        arguments = (*tensors, *integers, *self._scalars)
+        with _starting:
+            compiled = _with_a_cache(self._kernel, lambda: self._choose_and_start(integers, arguments))
+        assert self._config is not None
+        aligned = all(tensor is None or tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
+        if aligned and integers[0] < INT32_END and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
+            named = {**self._constants, **self._config.keywords}
+            constants = (named[name] for name in self._kernel.arg_names[len(arguments) :])
+            behind = (*self._scalars, *constants)
+            self.ready = compiled.run, compiled.function, compiled.packed_metadata, _hooks(), behind
+
+    def _choose_and_start(self, integers: tuple[int, ...], arguments: Sequence[Any]) -> Any:
+        if self._config is None:
+            self._config = choices.chosen(self.space, self._gpu)  # which another launcher may have found by now
+        if self._config is None:
+            assert self._gpu is not None
+            count_of = self.n_programs
+            self._config = search(
+                self._kernel, self.space, lambda config: count_of(config, *integers), arguments, self._constants
+            )
+            choices.choose(self.space, self._gpu, self._config)
+        count = self.n_programs(self._config.keywords, *integers)
+        return start(self._kernel, count, arguments, self._constants, self._config)
+
+
+class Launch:
+    """A launcher's kernel on the grid of one set of integers, of which the first is the greatest."""
+
+    def __init__(self, launcher: Launcher, *integers: int) -> None:
+        self.launcher, self._integers, self._index = launcher, integers, launcher.index
+        self._bound: tuple[Any, ...] | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Starts the programs on the current stream of the tensors' device."""
+        if 0 <= self._index != current_device():  # Triton launches on the current one, whatever the arguments
+            with torch.cuda.device(self._index):
+                self(*tensors)
             return
-        if self._ready is not None and integers[0] < INT32_END:
-            run, function, metadata, hooks, keywords, behind = self._ready
+        bound = self._bound or self._bind()
+        if bound is not None:
+            run, count, function, metadata, hooks, behind = bound
             addresses: list[int | None] = []
             bits = 0
             for tensor in tensors:
@@ -144,43 +190,18 @@ class Launcher:
                     bits |= address
                     addresses.append(address)
             if not (bits % VECTOR_BYTES or hooks[0] or hooks[1]):
-                count = self._n_programs(keywords, *integers)
                 stream = current_stream(self._index)
-                run(count, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *behind)
+                run(count, 1, 1, stream, function, metadata, None, None, None, *addresses, *behind)
                 return
-        self._start(integers, tensors)
+        self.launcher.start(self._integers, tensors)
 
-    @property
-    def config(self) -> Config:
-        """What the last call was launched with."""
-        assert self._config is not None
-        return self._config
-
-    def _start(self, integers: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
-        arguments = (*tensors, *integers, *self._scalars)
-        with _starting:
-            compiled = _with_a_cache(self._kernel, lambda: self._choose_and_start(integers, arguments))
-        assert self._config is not None
-        aligned = all(tensor is None or tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
-        if aligned and integers[0] < INT32_END and hasattr(compiled, "run") and not self._kernel.pre_run_hooks:
-            named = {**self._constants, **self._config.keywords}
-            constants = (named[name] for name in self._kernel.arg_names[len(arguments) :])
-            behind = (*self._scalars, *constants)
-            function, metadata = compiled.function, compiled.packed_metadata
-            self._ready = compiled.run, function, metadata, _hooks(), self._config.keywords, behind
-
-    def _choose_and_start(self, integers: tuple[int, ...], arguments: Sequence[Any]) -> Any:
-        if self._config is None:
-            self._config = choices.chosen(self.space, self._gpu)  # which another launcher may have found by now
-        if self._config is None:
-            assert self._gpu is not None
-            count_of = self._n_programs
-            self._config = search(
-                self._kernel, self.space, lambda config: count_of(config, *integers), arguments, self._constants
-            )
-            choices.choose(self.space, self._gpu, self._config)
-        count = self._n_programs(self._config.keywords, *integers)
-        return start(self._kernel, count, arguments, self._constants, self._config)
+    def _bind(self) -> tuple[Any, ...] | None:
+        launcher, integers = self.launcher, self._integers
+        if launcher.ready is not None and launcher.config is not None and integers[0] < INT32_END:
+            run, function, metadata, hooks, behind = launcher.ready
+            count = launcher.n_programs(launcher.config.keywords, *integers)
+            self._bound = run, count, function, metadata, hooks, (*integers, *behind)
+        return self._bound
 
 
 _UNUSABLE = OSError, ValueError, TypeError, LookupError

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from triton_norm import reference
-from triton_norm.ops.row_launches import Options
+from triton_norm.specs import RowSpec
 
 T = TypeVar("T")
 
@@ -48,23 +48,23 @@ def decomposed(
     Statistics are LayerNorm's means, or RMSNorm's rstd, which is not apart then.
     The moments are computed as torch's own LayerNorm computes them under Inductor, which makes one reduction of both.
     """
-    asked = Options(*options)
+    spec = RowSpec(*options)
     normalized, total = x, None
     if residual is not None:
-        normalized = total = reference.add(x, residual, asked.total_dtype or residual.dtype).contiguous()
+        normalized = total = reference.add(x, residual, spec.total_dtype or residual.dtype).contiguous()
     nothing = x.new_empty(0)
-    axes = _axes(x, asked.n_cols)
+    axes = _axes(x, spec.n_cols)
     wide = (_stored(normalized) if saves else normalized).to(reference.compute_dtype(x, total))
-    if asked.centred:
+    if spec.centred:
         var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
-        rstd = torch.rsqrt(var + asked.eps)
+        rstd = torch.rsqrt(var + spec.eps)
         x_hat, statistics = (wide - mean) * rstd, (mean.flatten(), rstd.flatten())
     else:
-        rstd = torch.rsqrt(wide.square().mean(axes, keepdim=True) + asked.eps)
+        rstd = torch.rsqrt(wide.square().mean(axes, keepdim=True) + spec.eps)
         x_hat, statistics = wide * rstd, (rstd.flatten(), nothing)
-    if asked.x_hat_dtype is not None:
-        x_hat = x_hat.to(asked.x_hat_dtype).to(wide.dtype)
-    y = reference.affine(x_hat, weight, bias, asked.weight_offset).to(asked.out_dtype or x.dtype).contiguous()
+    if spec.x_hat_dtype is not None:
+        x_hat = x_hat.to(spec.x_hat_dtype).to(wide.dtype)
+    y = reference.affine(x_hat, weight, bias, spec.weight_offset).to(spec.out_dtype or x.dtype).contiguous()
     return y, nothing if total is None else total, *(statistics if saves else (nothing, nothing))
 
 
@@ -72,7 +72,7 @@ def _register() -> None:
     """Enters `decomposed` in Inductor's table, and in its copy, which another thread may just be making without it."""
     from torch._inductor import decomposition
 
-    from triton_norm.ops.library import DEFINED
+    from triton_norm.library import DEFINED
 
     operator = DEFINED[NAME]
     decomposition.decompositions[operator] = decomposed

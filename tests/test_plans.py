@@ -1,0 +1,244 @@
+"""The cache of plans: what a signature tells apart, and how little a call like an earlier one does."""
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import triton_norm
+from triton_norm import launch, plans
+from triton_norm.rows import operator
+from triton_norm.rows.backward import RowBackwardTensors
+from triton_norm.specs import RowSpec, RowTensors, Wanted
+
+FORMS = [plans.FormsInPython, plans.forms_of]
+X, WEIGHT = torch.randn(4, 6), nn.Parameter(torch.randn(6))
+OTHERS = {
+    "shape": lambda: torch.randn(5, 6),
+    "strides": lambda: torch.randn(6, 4).t(),
+    "dtype": lambda: X.double(),
+    "class": lambda: nn.Parameter(X, requires_grad=False),
+    "gradient": lambda: X.clone().requires_grad_(),
+    "negated": lambda: torch._neg_view(X),
+    "zero": lambda: torch._efficientzerotensor((4, 6)),
+    "device": lambda: X.to("meta"),
+    "sparse": lambda: X.to_sparse(),
+    "nothing": lambda: None,
+    "number": lambda: 3.0,
+}
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """An empty cache."""
+    monkeypatch.setattr(plans, "_plans", {})
+    return plans._plans
+
+
+@pytest.mark.parametrize("forms", FORMS)
+def test_equal_forms_are_found(forms):
+    check = forms(X, WEIGHT).check
+    assert check(X, WEIGHT)
+    assert check(torch.randn(4, 6), nn.Parameter(torch.zeros(6)))
+    with torch.no_grad():
+        assert check(X + 1, WEIGHT)
+
+
+@pytest.mark.parametrize("forms", FORMS)
+@pytest.mark.parametrize("difference", OTHERS)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_other_forms_are_not(forms, difference):
+    if difference == "sparse" and forms is plans.FormsInPython:
+        pytest.skip("has no strides, and is not kept")
+    assert not forms(X, WEIGHT).check(OTHERS[difference](), WEIGHT)
+
+
+def refused(x, check):
+    """Adds whether the forms were told apart, and gives a scalar to differentiate."""
+    seen.append((check(x, WEIGHT), check(X, WEIGHT)))
+    return x.sum()
+
+
+seen: list[tuple[bool, bool]] = []
+
+
+@pytest.mark.parametrize("forms", FORMS)
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_whoever_may_take_a_call_changes_the_forms(forms):
+    check = forms(X, WEIGHT).check
+    seen.clear()
+    torch.func.grad(lambda x: refused(x, check))(X)
+    torch.func.vmap(lambda x: refused(x, check))(X[None])
+    if forms is plans.forms_of:  # what asks for sizes in Python is recorded
+        torch.jit.trace(lambda x: refused(x, check), (X,), check_trace=False)
+    with torch.inference_mode():
+        refused(X, check)
+    with torch.autocast("cpu"):
+        refused(X, check)
+    assert set(seen) == {(False, False)}
+    assert len(seen) >= 4
+
+
+def test_one_tensor_twice_and_one_alone(kept):
+    plans.keep("twice", (X, X, None), "found")
+    assert plans.find("twice", (X, X, None)) == "found"
+    plans.keep("alone", (X, None, None), "found")
+    assert plans.find("alone", (X, None, None)) == "found"
+    assert plans.find("alone", (X[:2], None, None)) is None
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_no_plan_of_tensors_without_plain_memory_is_kept(kept):
+    nested = torch.nested.nested_tensor([X])
+    for tensor in (nested, X.to_sparse(), X.as_subclass(type("Own", (torch.Tensor,), {}))):
+        plans.keep("key", (tensor,), "found")
+    assert not kept
+    plans.keep("key", (X,), "found")
+    assert plans.find("key", (nested,)) is None
+
+
+def test_nothing_is_found_while_a_mode_takes_calls(kept):
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            return function(*arguments, **named or {})
+
+    plans.keep("key", (X,), "found")
+    with Mode():
+        assert plans.find("key", (X,)) is None
+        plans.keep("key", (X,), "another")
+    with torch.autograd.forward_ad.dual_level():
+        assert plans.find("key", (X,)) is None
+    assert plans.find("key", (X,)) == "found"
+
+
+def test_what_is_kept_is_bounded(kept, monkeypatch):
+    monkeypatch.setattr(plans, "MOST_KEYS", 3)
+    monkeypatch.setattr(plans, "MOST_FORMS", 2)
+    for n in range(1, 9):
+        plans.keep(n, (X,), n)
+        strided = torch.empty(2 * n).as_strided((2,), (n,))
+        plans.keep("one", (strided,), n)
+        assert len(kept) <= 3
+        assert all(len(forms) <= 2 for _, forms in kept.values())
+        assert plans.find("one", (strided,)) == n
+
+
+def launchers() -> int:
+    gc.collect()
+    return sum(type(found) is launch.Launcher for found in gc.get_objects())
+
+
+def row_operators(x, weight, bias):
+    """Calls the operators that stand for a LayerNorm and its backward, as compiled code does."""
+    spec = RowSpec(x.shape[-1], 1e-5, 0.0, True)
+    call = operator.ForwardCall(RowTensors(x, None, weight, bias), True, spec)
+    with torch.no_grad():
+        y, _, statistics = operator.forward_op(call)
+        wanted = Wanted(x.dtype, None, weight.dtype, bias.dtype)
+        read = RowBackwardTensors(y, None, x, weight, statistics)
+        operator.backward_op(operator.BackwardCall(read, wanted, spec))
+
+
+def test_an_operator_makes_no_launcher_again(device):
+    """Nor does a direct call behind it, or one of another number of rows."""
+    x, (weight, bias) = torch.randn(5, 24, device=device), torch.randn(2, 24, device=device)
+    row_operators(x, weight, bias)
+    before = launchers()
+    row_operators(x + 1, weight, bias)
+    row_operators(torch.randn(9, 24, device=device), weight, bias)
+    assert launchers() == before
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    triton_norm.layer_norm(leaves[0], (24,), *leaves[1:]).sum().backward()
+    after = launchers()  # of a gradient that is one element expanded
+    assert after <= before + 1
+    triton_norm.layer_norm(leaves[0], (24,), *leaves[1:]).sum().backward()
+    assert launchers() == after
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+def test_compiled_calls_make_no_launcher_again(backend, device):
+    torch._dynamo.reset()
+    module = nn.Sequential(triton_norm.LayerNorm(24), triton_norm.RMSNorm(24)).to(device)
+    run = torch.compile(module, backend=backend, fullgraph=True)
+    x = torch.randn(5, 24, device=device)
+    with triton_norm.backend("triton"):
+        for _ in range(2):
+            run(x).square().sum().backward()
+        before = launchers()
+        run(x).square().sum().backward()
+    assert launchers() == before
+
+
+OWN = Path(triton_norm.__file__).parent
+LAUNCHING = {OWN / "launch.py", *(OWN / "kernels").iterdir(), *(OWN / "testing").iterdir()}
+
+
+def functions_of(call) -> list[str]:
+    """Returns the library's functions that a call runs, in order, but for what launching takes."""
+    found = []
+
+    def note(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and OWN in path.parents and path not in LAUNCHING:
+            found.append(f"{path.name} {frame.f_code.co_name}")
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+NORMS = {
+    "layer_norm": (lambda x, w, b: triton_norm.layer_norm(x, (6,), w, b), (5, 6)),
+    "rms_norm": (lambda x, w, b: triton_norm.rms_norm(x, (6,), w), (5, 6)),
+    "batch_norm": (lambda x, w, b: triton_norm.batch_norm(x, None, None, w, b, True), (5, 6, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_call_like_an_earlier_one_runs_few_functions(name, device):
+    """Ten forward and twelve backward with those that launch: one forward, and two or three backward."""
+    norm, shape = NORMS[name]
+    x, w, b = (torch.randn(size, device=device, requires_grad=True) for size in (shape, 6, 6))
+    dy = torch.randn(shape, device=device)
+    for _ in range(2):
+        norm(x, w, b).backward(dy)
+    y = norm(x, w, b)
+    assert len(functions_of(lambda: norm(x, w, b))) <= 9
+    assert len(functions_of(lambda: y.backward(dy))) <= 9
+    with torch.no_grad():
+        norm(x, w, b)
+        assert len(functions_of(lambda: norm(x, w, b))) <= 8
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_another_order_of_states_finds_the_right_plan(name, device):
+    """Gradients on and off, of all leaves and of some, contiguous and not, in turn."""
+    norm, shape = NORMS[name]
+    x, w, b = torch.randn(shape, device=device), torch.randn(6, device=device), torch.randn(6, device=device)
+    dy = torch.randn(shape, device=device)
+
+    def step(needs, strided):
+        leaves = [tensor.clone().requires_grad_(asked) for tensor, asked in zip((x, w, b), needs, strict=True)]
+        given = [leaves[0].mT.contiguous().mT if strided else leaves[0], *leaves[1:]]
+        y = norm(*given)
+        if y.requires_grad:
+            y.backward(dy.mT.contiguous().mT if strided else dy)
+        return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+    whole = step((True, True, True), False)
+    for _ in range(2):
+        for needs in ((False, False, False), (True, False, False), (False, True, False), (True, True, True)):
+            for strided in (False, True):
+                y, *gradients = step(needs, strided)
+                torch.testing.assert_close(y, whole[0])
+                for gradient, expected, asked in zip(gradients, whole[1:], needs, strict=True):
+                    assert (gradient is not None) == (asked and expected is not None)
+                    if gradient is not None:
+                        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)

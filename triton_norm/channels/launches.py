@@ -1,0 +1,146 @@
+"""BatchNorm: the launches of one kernel, and how its programs share the work."""
+
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from triton_norm.channels.layout import Layout, Lie, layout_of
+from triton_norm.launch import INT32_END, Launch, Launcher
+from triton_norm.library import name_of, triton_dtype
+from triton_norm.specs import Phase
+from triton_norm.tuning import channel_spaces
+from triton_norm.tuning.channel_spaces import ChannelWork, Plan, SharedChannels
+from triton_norm.tuning.limits import gpu_of
+
+Types = tuple[torch.dtype | None, ...]
+
+
+class Read(NamedTuple):
+    """What a launch reads and writes: of a shape, as a kind of layout, on a device.
+
+    lies: of the tensors that it goes through: of the forward x and the residual, of the backward x, dy, the residual.
+    x: its type.
+    swept: the types of the tensors that it goes through, in the kernel's order.
+    others: those of the kernel's other tensors, None for those that it isn't given.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    lies: tuple[Lie | None, ...]
+    x: torch.dtype
+    swept: Types
+    others: Types
+    device: torch.device
+
+
+class Step(NamedTuple):
+    """One launch.
+
+    partials: the number of splits whose sums it leaves in memory for the last one, 0 where there is one.
+    n_counts: of the zeros that it needs where it waits or counts.
+    """
+
+    launch: Launch
+    reduces: bool
+    applies: bool
+    partials: int
+    n_counts: int
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    from triton_norm.kernels import channels, channels_backward
+
+    return getattr(channels if name == "channels_forward_kernel" else channels_backward, name)
+
+
+def in_two_floats(value: float) -> tuple[float, float]:
+    """Returns the value as a sum of two fp32 numbers: a launch passes floats as fp32."""
+    high: float = struct.unpack("f", struct.pack("f", value))[0]
+    return high, value - high
+
+
+class Launches:
+    """The launches of one kernel over one layout.
+
+    held_bytes: of an element of what one launch for both halves would keep and read again; 0: nothing waits.
+    """
+
+    def __init__(self, kernel: str, read: Read, held_bytes: int, beside_bytes: float = 0.0, adds: bool = False) -> None:
+        self._kernel, self._read, self._held_bytes, self._adds = kernel, read, held_bytes, adds
+        gpu = gpu_of(read.device)
+        self.layout: Layout = layout_of(read.shape, read.kind, *(lie for lie in read.lies if lie is not None))
+        self._shared = SharedChannels(
+            read.kind,
+            self.layout.lanes,
+            self.layout.vector,
+            n_groups=read.shape[0] * self.layout.groups_per_sample,
+            elements_per_group=self.layout.elements_per_group,
+            n_blocks=self.layout.n_blocks,
+            held_bytes=held_bytes,
+            beside_bytes=beside_bytes,
+            adds=adds,
+        )
+        plan = channel_spaces.plan_channels(self._shared, gpu) if held_bytes else None
+        self._plan: Plan = plan or channel_spaces.plan_channels_apart(self._shared, gpu)
+
+    def phases(self, asked: Phase, constant: bool = False) -> list[Phase]:
+        """Returns the launches' phases: two where both halves are asked for and one launch can't do them."""
+        if asked is Phase.FUSED and not (self._plan.tile or constant):
+            return [Phase.REDUCE, Phase.APPLY]
+        return [asked]
+
+    def scalars(self) -> tuple[int, ...]:
+        """Returns the kernel's arguments of geometry: of the layout, and the strides of each tensor."""
+        strides = (stride for lie in self._read.lies for stride in self.layout.strides(lie))
+        return *self.layout.geometry, *strides
+
+    def step(self, phase: Phase, swept: Types, scalars: Sequence[float], **constants: Any) -> Step:
+        """Returns the launch of one phase.
+
+        Args:
+            swept: the types of the tensors that it goes through.
+            scalars, constants: of the kernel.
+        """
+        layout, plan, n_groups = self.layout, self._plan, self._shared.n_groups
+        n_splits = -(-n_groups // plan.groups_per_split)
+        role = "waits" if plan.tile else "reduces" if phase.reduces else "applies"
+        work = ChannelWork(
+            self._kernel,
+            role,
+            self._read.kind,
+            layout.lanes,
+            layout.vector,
+            layout.fold or (1 if layout.axis is None else layout.lanes),
+            types=tuple(name_of(dtype) for dtype in swept if dtype is not None),
+            held=plan.tile,
+            held_bytes=self._held_bytes,
+            adds=self._adds and phase.applies,
+        )
+        launcher = Launcher(
+            _kernel(self._kernel),
+            channel_spaces.channels(work, gpu_of(self._read.device)),
+            self._read.device,
+            functools.partial(_n_programs, layout.n_blocks),
+            scalars,
+            APPLY=phase.applies,
+            SHARED=phase.reduces and n_splits > 1,
+            V=layout.vector,
+            LANES=layout.lanes,
+            AXIS=layout.axis,
+            FOLD=layout.fold,
+            WIDTH=layout.width,
+            INDEX=triton_dtype(torch.int32 if n_groups < INT32_END // 2 else torch.int64),
+            COMPUTE=triton_dtype(torch.float64 if self._read.x == torch.float64 else torch.float32),
+            **constants,
+        )
+        partials = n_splits if phase.reduces and n_splits > 1 else 0
+        launch = Launch(launcher, n_groups, plan.groups_per_split)
+        return Step(launch, phase.reduces, phase.applies, partials, 2 + layout.n_blocks)
+
+
+def _n_programs(n_blocks: int, config: Any, n_groups: int, groups_per_split: int) -> int:
+    return n_blocks * -(-n_groups // groups_per_split)

@@ -1,0 +1,321 @@
+"""BatchNorm: the `torch.library` operators with their fakes and derivatives."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import plans, reference
+from triton_norm.activations import gradient_by_side
+from triton_norm.captures import is_intercepted
+from triton_norm.channels.layout import dense_like, empty_bits, side_of_zero
+from triton_norm.channels.plan import (
+    BackwardPlan,
+    BackwardTensors,
+    Gradients,
+    backward_part,
+    backward_plan_of,
+    forward,
+    gradients,
+)
+from triton_norm.library import Derivative, recorded
+from triton_norm.saved import Kept, Needs, Parameter, bias_like, kept_of, needs_of, needs_torch, shaped
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula, Inputs, Wanted
+
+
+class ForwardCall(NamedTuple):
+    """The arguments of the operator that normalizes with the batch's statistics.
+
+    bits_kind: the kind of layout of the bits that are left for the backward; None: no bits.
+    tracks: whether the batch's moments are wanted, to move running statistics by.
+    """
+
+    inputs: Inputs
+    bits_kind: str | None
+    tracks: bool
+    formula: Formula
+
+
+class InferenceCall(NamedTuple):
+    """The arguments of the operator that normalizes with the running statistics."""
+
+    inputs: Inputs
+    running_mean: Tensor
+    running_var: Tensor
+    bits_kind: str | None
+    formula: Formula
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of the backward's operator."""
+
+    tensors: BackwardTensors
+    wanted: Wanted
+    bits_kind: str | None
+    formula: Formula
+
+
+class Saved(NamedTuple):
+    """The tensors that the backward takes from the forward.
+
+    Bits stand for the residual. Without them the side that the activation was taken on is computed again, which is the
+    only use of the bias. The statistics are the batch's; without them the running ones were used.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    bits: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+def _forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
+    x, moments, unpacked = call.inputs.x, None, None
+    if x.numel() == 0:  # of a number of samples that whoever recorded the call could not know
+        y, statistics, moments, bits = _fake_forward(call)
+        return y, statistics.zero_(), None if moments is None else moments.zero_(), bits
+    if call.tracks:
+        n_channels, compute = x.shape[1], reference.compute_dtype(x)
+        moments = torch.full((3 * n_channels + 1,), x.numel() // n_channels, dtype=compute, device=x.device)
+        unpacked = moments[:-1].view(3, n_channels)
+    found, used, left = forward(call.formula.spec(True), BatchNormTensors(*call.inputs), call.bits_kind, unpacked)
+    return found, used, moments, left
+
+
+def _fake_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    x = call.inputs.x
+    n_channels, compute = x.shape[1], reference.compute_dtype(x)
+    moments = x.new_empty(3 * n_channels + 1, dtype=compute) if call.tracks else None
+    y, bits = outputs(x, call.bits_kind)
+    return y, x.new_empty(3, n_channels, dtype=compute), moments, bits
+
+
+def _inference(call: InferenceCall) -> tuple[Tensor, Tensor | None]:
+    if call.inputs.x.numel() == 0:
+        return _fake_inference(call)
+    tensors = BatchNormTensors(*call.inputs, call.running_mean, call.running_var)
+    y, _, bits = forward(call.formula.spec(False), tensors, call.bits_kind)
+    return y, bits
+
+
+def _fake_inference(call: InferenceCall) -> tuple[Tensor, Tensor | None]:
+    return outputs(call.inputs.x, call.bits_kind)
+
+
+def outputs(x: Tensor, bits_kind: str | None) -> tuple[Tensor, Tensor | None]:
+    """Returns y and the bits, without contents."""
+    return dense_like(x, kind=bits_kind), None if bits_kind is None else empty_bits(x, bits_kind)
+
+
+def _backward(call: BackwardCall) -> Gradients:
+    tensors, wanted = call.tensors, call.wanted
+    if tensors.x.numel() == 0:
+        found = _fake_backward(call)
+        return tuple(None if gradient is None else gradient.zero_() for gradient in found)  # type: ignore[return-value]
+    spec = call.formula.spec(tensors.statistics is not None)
+    part = backward_part(spec, wanted, call.bits_kind)
+    if part is None:
+        return None, None, None, None
+    return backward_plan_of(spec, wanted, part, tensors)(tensors)
+
+
+def _fake_backward(call: BackwardCall) -> Gradients:
+    return gradients(call.tensors.x, call.wanted, call.bits_kind)
+
+
+class _PassesDy(NamedTuple):
+    """A backward whose gradient of the residual is dy, as the residual's type."""
+
+    plan: BackwardPlan
+    dtype: torch.dtype
+
+    def __call__(self, tensors: Sequence[Any]) -> Gradients:
+        dx, _, dweight, dbias = self.plan(tensors)
+        dy, *_ = tensors
+        return dx, dy.to(self.dtype), dweight, dbias
+
+
+def _launched(ctx: Any, wanted: Wanted, tensors: BackwardTensors) -> Gradients:
+    """Returns the gradients that are wanted, through the kernels, and keeps their plan for backwards of `ctx.plan`."""
+    spec, kept = ctx.spec, ctx.kept
+    part = backward_part(spec, wanted, ctx.bits_kind)
+    if part is None:
+        return None, None, None, None
+    plan: Any = backward_plan_of(spec, wanted, part, tensors)
+    if all(parameter is None or len(parameter.shape) == 1 for parameter in (kept.weight, kept.bias)):
+        passes = needs_of(ctx).residual and spec.activation is None
+        plans.keep((ctx.plan, ctx.needs_input_grad), tensors, _PassesDy(plan, kept.dresidual) if passes else plan)
+    found: Gradients = plan(tensors)
+    return found
+
+
+class Asked(NamedTuple):
+    """What a backward is asked for."""
+
+    spec: BatchNormSpec
+    bits_kind: str | None
+    kept: Kept
+    needs: Needs
+
+
+def composed_gradients(asked: Asked, dy: Tensor, saved: Any, function: Callable[..., Tensor]) -> list[Tensor | None]:
+    """Returns the gradients of x, residual, weight and bias, composed of torch's own functions.
+
+    Args:
+        saved: a `Saved`, or another NamedTuple that has its x, residual, bits, weight and bias.
+        function: (inputs, activation) → y.
+    """
+    spec, bits_kind, kept, (x_needs, residual_needs, *parameters_need) = asked
+    activation, bias = spec.activation, saved.bias
+    if bias is None:
+        bias = bias_like(saved.x, kept)
+    if saved.bits is not None:
+        assert bits_kind is not None
+        dy = gradient_by_side(dy, side_of_zero(saved.bits, saved.x, bits_kind), activation, spec.slope)
+        activation = None
+    apart = residual_needs and saved.residual is None
+    found = reference.gradients(
+        lambda *inputs: function(Inputs(*inputs), activation),
+        (saved.x, saved.residual, saved.weight, bias),
+        dy,
+        (x_needs, residual_needs and not apart, *parameters_need),
+    )
+    if apart:
+        assert kept.dresidual is not None
+        found[1] = dy.to(kept.dresidual)
+    return found
+
+
+def _composed_gradients(asked: Asked, dy: Tensor, saved: Any) -> list[Tensor | None]:
+    def function(inputs: Inputs, activation: str | None) -> Tensor:
+        tensors = BatchNormTensors(*inputs, saved.running_mean, saved.running_var)
+        return reference.batch_norm(tensors, asked.spec._replace(activation=activation))
+
+    return composed_gradients(asked, dy, saved, function)
+
+
+def for_backward(inputs: Inputs, bits: Tensor | None, activation: str | None) -> tuple[Tensor | None, ...]:
+    """Returns the first five tensors of `Saved`."""
+    x, residual, weight, bias = inputs
+    recomputes = activation is not None and bits is None
+    return x, residual if recomputes else None, bits, weight, bias if recomputes else None
+
+
+def wanted_of(kept: Kept, needs: Needs, activation: str | None) -> Wanted:
+    """Returns the gradients to compute: without an activation the residual's is dy."""
+    return Wanted(
+        kept.dx if needs.x else None,
+        kept.dresidual if needs.residual and activation is not None else None,
+        kept.weight.dtype if needs.weight and kept.weight else None,
+        kept.bias.dtype if needs.bias and kept.bias else None,
+    )
+
+
+def gradients_of(ctx: Any, saved: Saved, dy: Tensor) -> Sequence[Tensor | None]:
+    """Returns the gradients of x, residual, weight and bias, each in the shape and type of its own."""
+    spec: BatchNormSpec = ctx.spec
+    kept: Kept = ctx.kept
+    needs = needs_of(ctx)
+    intercepted = kept.forms is None or is_intercepted()
+    if needs_torch((dy,), saved, intercepted):
+        return _composed_gradients(Asked(spec, ctx.bits_kind, kept, needs), dy, saved)
+    wanted, tensors = wanted_of(kept, needs, spec.activation), BackwardTensors._make((dy, *saved))
+    if intercepted:
+        formula = Formula(spec.eps, Epilogue(spec.activation, spec.slope))
+        found = backward_op(BackwardCall(tensors, wanted, ctx.bits_kind, formula))
+    else:
+        found = _launched(ctx, wanted, tensors)
+    dx, dresidual, dweight, dbias = found
+    if needs.residual and spec.activation is None:
+        assert kept.dresidual is not None
+        dresidual = dy.to(kept.dresidual)
+    return dx, dresidual, shaped(dweight, kept.weight), shaped(dbias, kept.bias)
+
+
+def _save(ctx: Any, inputs: Inputs, bits: Tensor | None, statistics: Tensor | None, call: Any) -> int:
+    running = (None, None) if statistics is not None else (call.running_mean, call.running_var)
+    ctx.save_for_backward(*for_backward(inputs, bits, call.formula.epilogue.activation), statistics, *running)
+    ctx.kept, ctx.bits_kind = kept_of(None, inputs), call.bits_kind
+    ctx.spec = call.formula.spec(statistics is not None)
+    return 1
+
+
+def _setup(ctx: Any, call: ForwardCall, results: tuple[Tensor | None, ...]) -> int:
+    _, statistics, _, bits = results
+    return _save(ctx, call.inputs, bits, statistics, call)
+
+
+def _setup_inference(ctx: Any, call: InferenceCall, results: tuple[Tensor | None, ...]) -> int:
+    if call.running_mean.requires_grad or call.running_var.requires_grad:
+        raise RuntimeError("batch_norm(): not differentiable with respect to running_mean and running_var")
+    _, bits = results
+    return _save(ctx, call.inputs, bits, None, call)
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> Sequence[Tensor | None]:
+    return gradients_of(ctx, Saved(*ctx.saved_tensors), dy)
+
+
+def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, ...]) -> int:
+    ctx.save_for_backward(*call.tensors._replace(statistics=None))
+    ctx.wanted, ctx.bits_kind = call.wanted, call.bits_kind
+    ctx.spec = call.formula.spec(call.tensors.statistics is not None)
+    return len(results)
+
+
+def _differentiate_backward(ctx: Any, *gradients: Tensor) -> Sequence[Tensor | None]:
+    saved, wanted = BackwardTensors(*ctx.saved_tensors), ctx.wanted
+    needs = Needs._make(dtype is not None for dtype in wanted)
+    there = [gradient for gradient, asked in zip(gradients, needs, strict=True) if asked]
+    n_channels = saved.x.shape[1]
+    of_bias = None if wanted.dbias_dtype is None else Parameter(wanted.dbias_dtype, torch.Size((n_channels,)))
+    kept = Kept(None, saved.x.dtype, wanted.dresidual_dtype, None, of_bias)
+
+    def function(
+        dy: Tensor, x: Tensor, residual: Tensor | None, bits: Any, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        x, residual, weight, bias = reference.differentiable(x, residual, weight, bias)
+        again = saved._replace(x=x, residual=residual, weight=weight, bias=bias)
+        found = _composed_gradients(Asked(ctx.spec, ctx.bits_kind, kept, needs), dy, again)
+        return tuple(
+            gradient.to(dtype).view_as(like)
+            for gradient, dtype, like in zip(found, wanted, gradients, strict=True)
+            if gradient is not None and dtype is not None
+        )
+
+    inputs = saved.dy, saved.x, saved.residual, saved.bits, saved.weight, saved.bias
+    needs_input = ctx.needs_input_grad[: len(inputs)]
+    return reference.gradients(function, inputs, there, needs_input, may_be_unused=True)
+
+
+forward_op = recorded(
+    "batch_norm_forward",
+    ForwardCall,
+    4,
+    lambda call: (True, True, call.tracks, call.bits_kind is not None),
+    _forward,
+    _fake_forward,
+    Derivative(_setup, _differentiate),
+)
+inference_op = recorded(
+    "batch_norm_inference",
+    InferenceCall,
+    2,
+    lambda call: (True, call.bits_kind is not None),
+    _inference,
+    _fake_inference,
+    Derivative(_setup_inference, _differentiate),
+)
+backward_op = recorded(
+    "batch_norm_backward",
+    BackwardCall,
+    4,
+    lambda call: [dtype is not None for dtype in call.wanted],
+    _backward,
+    _fake_backward,
+    Derivative(_setup_backward, _differentiate_backward),
+)

@@ -1,0 +1,339 @@
+"""BatchNorm: a call's outputs, and the launches that fill them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import activations, plans
+from triton_norm.channels.launches import Launches, Read, Step, Types, in_two_floats
+from triton_norm.channels.layout import as_readable, dense_like, empty_bits, is_dense, kind_of, reads
+from triton_norm.launch import zeros
+from triton_norm.library import contiguous
+from triton_norm.reference import compute_dtype
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, Phase, Wanted
+from triton_norm.tuning.limits import VECTOR_BYTES
+from triton_norm.tuning.memory import remembered
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""dx, dresidual, dweight and dbias."""
+
+
+class Part(NamedTuple):
+    """The part of the work that a call asks for.
+
+    phase: FUSED asks for both halves, in however many launches.
+    bits_kind: the kind of layout of the bits that tell on which side of 0 the activation was taken; None: no bits.
+    local: whether x is a process's share of a batch, and what is reduced is left undivided.
+    constant: whether, in a backward, the statistics do not depend on x.
+    """
+
+    phase: Phase
+    bits_kind: str | None = None
+    local: bool = False
+    constant: bool = False
+
+
+class BackwardTensors(NamedTuple):
+    """The tensors that the backward reads.
+
+    dy, x, residual: [N, C, *]; of the residual `operator.Saved` says when.
+    bits: one for each element of x, of the activation.
+    weight, bias: [C].
+    statistics: [3, C]; None: the running ones were used.
+    """
+
+    dy: Tensor
+    x: Tensor
+    residual: Tensor | None
+    bits: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+_NOTHING_SWEPT = (None,) * 5
+
+
+def _types(tensors: Sequence[Tensor | None]) -> Types:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+@remembered
+def _forward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
+    activations.check(spec.activation)
+    x, residual = read.lies
+    assert x is not None
+    launches = Launches(
+        "channels_forward_kernel", read, x.itemsize if part.phase is Phase.FUSED else 0, adds=residual is not None
+    )
+    scalars = *in_two_floats(spec.momentum or 0.0), *launches.scalars()
+    return [
+        launches.step(
+            phase,
+            read.swept if phase.applies else (read.x,),
+            scalars,
+            EPS=spec.eps,
+            CUMULATIVE=spec.momentum is None,
+            LOCAL=part.local,
+            STATISTICS=phase.reduces,
+            ACTIVATION=spec.activation,
+            SLOPE=spec.slope,
+        )
+        for phase in launches.phases(part.phase)
+    ]
+
+
+class ForwardPlan:
+    """The forward of all calls of one signature that ask for one part of the work."""
+
+    def __init__(self, spec: BatchNormSpec, part: Part, tensors: BatchNormTensors) -> None:
+        x, residual, *of_channels, _ = tensors
+        self._spec, self._part, self._kind = spec, part, part.bits_kind or kind_of(x)
+        self._shape, self._compute, self._applies = tuple(x.shape), compute_dtype(x), part.phase.applies
+        self._is_dense = is_dense(x, self._kind)
+        are_read = all(tensor is None or reads(tensor, self._kind) for tensor in (x, residual))
+        self._copies = not (are_read and all(tensor is None or tensor.is_contiguous() for tensor in of_channels))
+        self._steps: dict[Any, list[Step]] = {}
+
+    def __call__(
+        self, tensors: Sequence[Any], statistics: Tensor | None, moments: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns y, if the part applies, and bits, if it has any.
+
+        If it reduces, fills `statistics`, and `moments` where they are given, and moves the running statistics. If not,
+        normalizes with `statistics`, or, where they are None, with the running ones.
+        """
+        part, given = self._part, tensors
+        if self._copies:
+            tensors = self._readable(BatchNormTensors._make(tensors))
+        x, residual, weight, bias, running_mean, running_var, counter = tensors
+        y = None
+        if self._applies:
+            y = torch.empty_like(x) if self._is_dense else dense_like(x, kind=self._kind)
+        bits = None if part.bits_kind is None else empty_bits(x, part.bits_kind)
+        added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
+        key = x.data_ptr() % VECTOR_BYTES, added, moments is None
+        steps = self._steps.get(key)
+        if steps is None:
+            others = _types((weight, bias, running_mean, running_var, counter, statistics, moments, bits))
+            steps = self._steps[key] = self._prepare(x, residual, others)
+        for step in steps:
+            reduces, partials, sync = step.reduces, None, None
+            count = counter if reduces else None
+            if step.partials:
+                partials = x.new_empty(3 * step.partials * self._shape[1], dtype=self._compute)
+            if step.partials or count is not None:
+                sync = zeros(step.n_counts, x.device)
+            swept = (residual, y, bits, weight, bias) if step.applies else _NOTHING_SWEPT
+            running = (running_mean, running_var) if reduces or statistics is None else (None, None)
+            left = moments if reduces else None
+            step.launch(x, *swept, statistics, left, *running, count, partials, sync)
+            if self._copies and reduces:
+                _copy_back(
+                    BatchNormTensors._make(given), BatchNormTensors._make(tensors)
+                )  # before a later launch can fail
+        return y, bits
+
+    def _readable(self, tensors: BatchNormTensors) -> BatchNormTensors:
+        x, residual, weight, bias, running_mean, running_var, counter = tensors
+        added = None if residual is None else as_readable(residual, self._kind).tensor
+        running = contiguous(running_mean), contiguous(running_var)
+        read = as_readable(x, self._kind).tensor, added, contiguous(weight), contiguous(bias), *running, counter
+        return BatchNormTensors._make(read)
+
+    def _prepare(self, x: Tensor, residual: Tensor | None, others: Types) -> list[Step]:
+        lies = as_readable(x, self._kind).lie, None if residual is None else as_readable(residual, self._kind).lie
+        swept = _types((x, residual))
+        read = Read(self._shape, self._kind, lies, x.dtype, swept, others, x.device)
+        return _forward_steps(read, self._spec, self._part)
+
+
+def _copy_back(given: BatchNormTensors, moved: BatchNormTensors) -> None:
+    pairs = (given.running_mean, moved.running_mean), (given.running_var, moved.running_var)
+    for statistic, now in pairs:
+        if statistic is not None and now is not None and now is not statistic:
+            statistic.copy_(now)
+
+
+def forward_plan_of(spec: BatchNormSpec, part: Part, tensors: BatchNormTensors) -> ForwardPlan:
+    """Returns the plan of forwards like this one, made where there is none yet."""
+    key = spec, part, *(tensor is None for tensor in tensors)
+    plan: ForwardPlan | None = plans.find(key, tensors)
+    if plan is None:
+        plan = ForwardPlan(spec, part, tensors)
+        plans.keep(key, tensors, plan)
+    return plan
+
+
+def forward_part(spec: BatchNormSpec, bits_kind: str | None) -> Part:
+    """Returns the part of the work that a whole BatchNorm is."""
+    return Part(Phase.FUSED if spec.training else Phase.APPLY, bits_kind)
+
+
+def forward(
+    spec: BatchNormSpec, tensors: BatchNormTensors, bits_kind: str | None, moments: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns y, the batch's statistics [3, C] if they are used, and, laid as `bits_kind`, one bit an element.
+
+    Fills moments [3, C], if any, with the batch's.
+    """
+    statistics = None
+    if spec.training:
+        statistics = tensors.x.new_empty((3, tensors.x.shape[1]), dtype=compute_dtype(tensors.x))
+    y, bits = forward_plan_of(spec, forward_part(spec, bits_kind), tensors)(tensors, statistics, moments)
+    assert y is not None
+    return y, statistics, bits
+
+
+def gradients(x: Tensor, wanted: Wanted, bits_kind: str | None) -> Gradients:
+    """Returns dx and dresidual of x's shape, laid as `bits_kind` or else as x, dweight and dbias [C]; all empty, and
+    None where one is not wanted."""
+    dx, dresidual = (
+        None if dtype is None else dense_like(x, dtype, bits_kind)
+        for dtype in (wanted.dx_dtype, wanted.dresidual_dtype)
+    )
+    dweight, dbias = (
+        None if dtype is None else x.new_empty(x.shape[1], dtype=dtype)
+        for dtype in (wanted.dweight_dtype, wanted.dbias_dtype)
+    )
+    return dx, dresidual, dweight, dbias
+
+
+@remembered
+def _backward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
+    activations.check(spec.activation)
+    x, dy, residual = read.lies
+    assert x is not None and dy is not None
+    waits = part.phase is Phase.FUSED and not part.constant
+    beside = (0 if residual is None else residual.itemsize) + (0 if part.bits_kind is None else 1 / 8)
+    launches = Launches("channels_backward_kernel", read, x.itemsize + dy.itemsize if waits else 0, beside)
+    return [
+        launches.step(
+            phase,
+            read.swept,
+            launches.scalars(),
+            DY_SPREAD=int(launches.layout.spread(dy)),
+            EPS=spec.eps,
+            LOCAL=part.local,
+            CONSTANT=part.constant,
+            REDUCE=phase.reduces,
+            ACTIVATION=spec.activation,
+            SLOPE=spec.slope,
+        )
+        for phase in launches.phases(part.phase, part.constant)
+    ]
+
+
+class BackwardPlan:
+    """The backward of all calls of one signature that ask for one part of the work."""
+
+    def __init__(self, spec: BatchNormSpec, wanted: Wanted, part: Part, tensors: BackwardTensors) -> None:
+        self._spec, self._wanted, self._part = spec, wanted, part
+        self._kind = part.bits_kind or kind_of(tensors.x)
+        self._shape, self._compute = tuple(tensors.x.shape), compute_dtype(tensors.x)
+        self._dx_alike = wanted.dx_dtype == tensors.x.dtype and is_dense(tensors.x, self._kind)
+        weight, alike = tensors.weight, None
+        if weight is not None and weight.dim() == 1 and weight.is_contiguous():
+            alike = weight.dtype
+        self._like_weight = wanted.dweight_dtype == alike, wanted.dbias_dtype == alike
+        self._has_means = part.phase is Phase.FUSED and not (part.constant or part.local)
+        dy, x, residual, *others = tensors
+        are_read = reads(dy, self._kind, broadcast=True) and reads(x, self._kind) and not dy.is_neg()
+        drops = residual is not None and (part.bits_kind is not None or spec.activation is None)
+        adds = residual is None or reads(residual, self._kind)
+        others_lie = all(tensor is None or tensor.is_contiguous() for tensor in others)
+        self._copies = drops or not (are_read and adds and others_lie)
+        self._steps: dict[Any, list[Step]] = {}
+
+    def __call__(self, tensors: Sequence[Any], means: Tensor | None = None) -> Gradients:
+        """Returns what `gradients` says, with its contents.
+
+        Args:
+            means: [2, C], of dz and of dz · x_hat, where one half of the work is asked for: what it fills or reads.
+        """
+        if self._copies:
+            tensors = self._readable(BackwardTensors._make(tensors))
+        dy, x, residual, bits, weight, bias, statistics, running_mean, running_var = tensors
+        found = dx, dresidual, dweight, dbias = self._gradients(x, weight)
+        if self._has_means:
+            means = x.new_empty(2 * self._shape[1], dtype=self._compute)
+        added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
+        key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added, means is None
+        steps = self._steps.get(key)
+        if steps is None:
+            others = _types((bits, weight, bias, statistics, running_mean, running_var, *found, means))
+            steps = self._steps[key] = self._prepare((x, dy, residual), others)
+        inputs = dy, x, residual, bits
+        parameters = weight, bias, statistics, running_mean, running_var
+        for step in steps:
+            partials = sync = None
+            if step.partials:
+                partials = x.new_empty(2 * step.partials * self._shape[1], dtype=self._compute)
+                sync = zeros(step.n_counts, x.device)
+            stored = (dx, dresidual) if step.applies else (None, None)
+            summed = (dweight, dbias) if step.reduces else (None, None)
+            step.launch(*inputs, *stored, *parameters, *summed, means, partials, sync)
+        return found
+
+    def _readable(self, tensors: BackwardTensors) -> BackwardTensors:
+        """Returns the tensors as the kernels can read them. A hook may have given them back with other strides."""
+        dy, x, residual, bits, *of_channels = tensors
+        if bits is not None or self._spec.activation is None:
+            residual = None
+        added = None if residual is None else as_readable(residual, self._kind).tensor
+        swept = (
+            as_readable(dy.resolve_neg(), self._kind, broadcast=True).tensor,
+            as_readable(x, self._kind).tensor,
+            added,
+        )
+        return BackwardTensors._make((*swept, contiguous(bits), *map(contiguous, of_channels)))
+
+    def _gradients(self, x: Tensor, weight: Any) -> Gradients:
+        dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = self._wanted
+        dweight_alike, dbias_alike = self._like_weight
+        n_channels = self._shape[1]
+        dx = dresidual = dweight = dbias = None
+        if self._dx_alike:
+            dx = torch.empty_like(x)
+        elif dx_dtype is not None:
+            dx = dense_like(x, dx_dtype, self._part.bits_kind)
+        if dresidual_dtype is not None:
+            dresidual = dense_like(x, dresidual_dtype, self._part.bits_kind)
+        if dweight_dtype is not None:
+            dweight = torch.empty_like(weight) if dweight_alike else x.new_empty(n_channels, dtype=dweight_dtype)
+        if dbias_dtype is not None:
+            dbias = torch.empty_like(weight) if dbias_alike else x.new_empty(n_channels, dtype=dbias_dtype)
+        return dx, dresidual, dweight, dbias
+
+    def _prepare(self, sweeps: Sequence[Any], others: Types) -> list[Step]:
+        x, dy, residual = sweeps
+        lie = None if residual is None else as_readable(residual, self._kind).lie
+        lies = as_readable(x, self._kind).lie, as_readable(dy, self._kind, broadcast=True).lie, lie
+        swept = _types((dy, x, residual))
+        read = Read(self._shape, self._kind, lies, x.dtype, swept, others, x.device)
+        return _backward_steps(read, self._spec, self._part)
+
+
+def backward_plan_of(spec: BatchNormSpec, wanted: Wanted, part: Part, tensors: BackwardTensors) -> BackwardPlan:
+    """Returns the plan of backwards like this one, made where there is none yet."""
+    key = spec, wanted, part, *(tensor is None for tensor in tensors)
+    plan: BackwardPlan | None = plans.find(key, tensors)
+    if plan is None:
+        plan = BackwardPlan(spec, wanted, part, tensors)
+        plans.keep(key, tensors, plan)
+    return plan
+
+
+def backward_part(spec: BatchNormSpec, wanted: Wanted, bits_kind: str | None) -> Part | None:
+    """Returns the part of the work that finds these gradients, None where none is wanted."""
+    uses_sums = spec.training and wanted.dx_dtype is not None
+    reduces = uses_sums or wanted.dweight_dtype is not None or wanted.dbias_dtype is not None
+    applies = wanted.dx_dtype is not None or wanted.dresidual_dtype is not None
+    if not (reduces or applies):
+        return None
+    phase = Phase.FUSED if reduces and applies else Phase.REDUCE if reduces else Phase.APPLY
+    return Part(phase, bits_kind, False, not uses_sums)

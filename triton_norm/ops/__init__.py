@@ -1,1 +1,0 @@
-"""One module a family: launch, `torch.library` operator with its fake, autograd."""

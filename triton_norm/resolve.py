@@ -1,0 +1,89 @@
+"""Resolves a public call: what it asks for, whether the kernels serve it, and its plan, kept for the calls like it."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import captures, checks, dispatch, plans, reference, symbolic
+from triton_norm.channels.function import BatchNormPlan
+from triton_norm.plain import HALVES
+from triton_norm.rows.plan import plan_of
+from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors, RowOptions, RowSpec, RowTensors
+
+
+class Call(NamedTuple):
+    """What became of a public call.
+
+    spec: a RowSpec or BatchNormSpec.
+    reason: why the kernels can't serve calls like it; None where they can.
+    plan: of a call that they serve, and that nothing records or intercepts.
+    """
+
+    spec: Any
+    reason: str | None
+    plan: Any
+
+
+def check_rows(function: str, tensors: RowTensors, options: RowOptions) -> Call:
+    """Returns a call of layer_norm or rms_norm, without its plan; raises what is to be raised of its arguments."""
+    shape = checks.rows(function, tensors, options)
+    eps = torch.finfo(reference.compute_dtype(tensors.x)).eps if options.eps is None else options.eps
+    n_cols, centred = math.prod(shape), function == "layer_norm"
+    out_dtype = options.out_dtype
+    if out_dtype is None and tensors.x.dtype in HALVES and dispatch.autocasts(function, tensors.x):
+        out_dtype = torch.float32  # autocast would cast the input; the kernel reads it as it is
+    dtypes = out_dtype, options.residual_dtype, options.x_hat_dtype
+    spec = RowSpec._make((n_cols, float(eps), float(options.weight_offset), centred, *dtypes))
+    return Call._make((spec, dispatch.unserved(tensors, columns=n_cols), None))
+
+
+def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> BatchNormSpec:
+    """Returns what a call of batch_norm asks for; raises what is to be raised of its arguments.
+
+    Args:
+        whole: whether x is the whole batch; otherwise it may be of one value a channel.
+    """
+    checks.batch_norm(tensors, options, whole)
+    training, momentum, eps, activation, slope = options
+    momentum = None if momentum is None else float(momentum)
+    return BatchNormSpec._make((training, momentum, float(eps), activation, float(slope)))
+
+
+def check_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> Call:
+    """Returns a call of batch_norm, without its plan; `batch_norm_spec` says what it raises."""
+    spec = batch_norm_spec(tensors, options, whole)
+    *read, _ = tensors
+    return Call._make((spec, dispatch.unserved(read), None))
+
+
+def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> Call:
+    """Returns a call of layer_norm or rms_norm that is not like an earlier one, and keeps it for those like it.
+
+    Args:
+        key: to keep it by; None: it is not kept.
+    """
+    return _kept(key, tensors, options, lambda: check_rows(function, tensors, options), plan_of)
+
+
+def batch_norm(key: Any, tensors: BatchNormTensors, options: BatchNormOptions) -> Call:
+    """Returns a call of batch_norm, as `rows` does."""
+    for running in (tensors.running_mean, tensors.running_var):
+        if isinstance(running, Tensor) and running.requires_grad:
+            key = None  # an error where gradients are recorded
+    return _kept(key, tensors, options, lambda: check_batch_norm(tensors, options), BatchNormPlan)
+
+
+def _kept(key: Any, tensors: Any, options: Any, check: Callable[[], Call], plan_of: Callable[[Any, Any], Any]) -> Call:
+    with symbolic.untraced():
+        call = check()
+    if dispatch.unserved_now() is not None or captures.is_intercepted(*tensors):
+        return call
+    if call.reason is None:
+        call = call._replace(plan=plan_of(call.spec, tensors))
+    # A list has no hash, and a tensor may hold another value next time.
+    if key is not None and not any(isinstance(option, (Tensor, list)) for option in options):
+        plans.keep(key, tensors, call)
+    return call

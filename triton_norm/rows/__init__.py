@@ -1,0 +1,1 @@
+"""LayerNorm and RMSNorm: what a call launches, its operators and its derivative."""

@@ -1,0 +1,281 @@
+"""LayerNorm and RMSNorm: the launches of a backward, its outputs, and what its programs share."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import plans
+from triton_norm.launch import Launch, Launcher
+from triton_norm.library import contiguous, triton_dtype
+from triton_norm.rows.layout import (
+    as_rows,
+    copies,
+    given,
+    lie_of,
+    like,
+    meeting,
+    names,
+    rounded_to,
+    types_of,
+    vector_of,
+)
+from triton_norm.specs import RowSpec, Wanted
+from triton_norm.tuning import row_spaces
+from triton_norm.tuning.configs import vector_width
+from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
+from triton_norm.tuning.memory import remembered
+from triton_norm.tuning.row_spaces import RowWork
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""dx, dresidual, dweight and dbias."""
+
+UNLIMITED = 2**62  # rows
+
+
+class RowBackwardTensors(NamedTuple):
+    """The tensors that the backward reads.
+
+    x: [*, n_cols], what was normalized: the total, where there is a residual.
+    dy, dtotal: the gradients of y and total, of x's shape.
+    statistics: [2 · n_rows], the means and then rstd; [n_rows] without means, or where rstd [n_rows] is given apart.
+    """
+
+    dy: Tensor
+    dtotal: Tensor | None
+    x: Tensor
+    weight: Tensor | None
+    statistics: Tensor
+    rstd: Tensor | None = None
+
+
+@functools.cache
+def _kernels() -> Any:
+    from triton_norm.kernels import rows_backward
+
+    return rows_backward
+
+
+class RowGradients:
+    """Makes the gradients of backwards of one signature, without their contents.
+
+    Args:
+        parameter_shape: of the weight and the bias.
+        exact: whether strides are known; they are not while a call is recorded of sizes that are symbols.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        wanted: Wanted,
+        parameter_shape: Sequence[int],
+        exact: bool = True,
+    ) -> None:
+        self.wanted, self._shape = wanted, tuple(parameter_shape)
+        self._dx, self._dresidual = like(x, wanted.dx_dtype, exact), like(x, wanted.dresidual_dtype, exact)
+        alike = None
+        if exact and weight is not None and weight.shape == self._shape and weight.is_contiguous():
+            alike = weight.dtype
+        self._like_weight = wanted.dweight_dtype == alike, wanted.dbias_dtype == alike
+
+    def __call__(self, x: Tensor, weight: Any) -> Gradients:
+        """Returns dx and dresidual of x's shape, contiguous, dweight and dbias; None where one is not wanted."""
+        dx = dresidual = dweight = dbias = None
+        dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = self.wanted
+        dweight_alike, dbias_alike = self._like_weight
+        if dx_dtype is not None:
+            dx = torch.empty_like(x, **self._dx)
+        if dresidual_dtype is not None:
+            dresidual = torch.empty_like(x, **self._dresidual)
+        if dweight_dtype is not None:
+            dweight = torch.empty_like(weight) if dweight_alike else x.new_empty(self._shape, dtype=dweight_dtype)
+        if dbias_dtype is not None:
+            dbias = torch.empty_like(weight) if dbias_alike else x.new_empty(self._shape, dtype=dbias_dtype)
+        return dx, dresidual, dweight, dbias
+
+
+class _Types(NamedTuple):
+    """The types of RowBackwardTensors, None for those that are None."""
+
+    dy: torch.dtype
+    dtotal: torch.dtype | None
+    x: torch.dtype
+    weight: torch.dtype | None
+    statistics: torch.dtype
+    rstd: torch.dtype | None
+
+
+class _Layout(NamedTuple):
+    """How the rows that the backward reads lie: their strides, and the column strides of gradients, 0 or 1."""
+
+    dy: int
+    dtotal: int
+    x: int
+    dy_column: int
+    dtotal_column: int
+
+
+@remembered
+def _backward_launcher(
+    spec: RowSpec, wanted: Wanted, types: _Types, layout: _Layout, misaligned: int, device: torch.device
+) -> Launcher:
+    n_cols, gpu, compute = spec.n_cols, gpu_of(device), types.statistics
+    dy_spread = types.dy if layout.dy_column else None
+    dtotal_spread = types.dtotal if layout.dtotal_column else None
+    extents = n_cols | layout.x
+    if dy_spread is not None:
+        extents |= layout.dy
+    if dtotal_spread is not None:
+        extents |= layout.dtotal
+    swept = dy_spread, dtotal_spread, types.x, wanted.dx_dtype, wanted.dresidual_dtype
+    vector = vector_of(misaligned, extents, [dtype.itemsize for dtype in given(swept)])
+    read = types.dy, types.dtotal, types.x
+    stored = max(dtype.itemsize for dtype in given(read))
+    work = RowWork(n_cols, names(read), stored, compute.itemsize)
+    return Launcher(
+        _kernels().rows_backward_kernel,
+        row_spaces.rows_backward(work, gpu),
+        device,
+        functools.partial(row_spaces.rows_backward_programs, n_cols=n_cols, gpu=gpu),
+        (
+            n_cols // vector,
+            layout.dy // (vector if layout.dy_column else 1),
+            layout.dtotal // (vector if layout.dtotal_column else 1),
+            layout.x // vector,
+        ),
+        DY_COLUMN_STRIDE=layout.dy_column,
+        DTOTAL_COLUMN_STRIDE=layout.dtotal_column,
+        WEIGHT_OFFSET=spec.weight_offset,
+        ROUNDED=rounded_to(spec, compute),
+        CENTRED=spec.centred,
+        V=vector,
+        COMPUTE=triton_dtype(compute),
+    )
+
+
+@remembered
+def _finalise_launcher(wanted: Wanted, n_cols: int, compute: torch.dtype, device: torch.device) -> Launcher:
+    """Its "rows" are those of the sums."""
+    vector = vector_width(compute.itemsize, n_cols)
+    return Launcher(
+        _kernels().rows_backward_finalise_kernel,
+        row_spaces.rows_backward_finalise(gpu_of(device)),
+        device,
+        lambda config, n_sums: -(-n_cols // config["BLOCK_N"]),
+        (n_cols // vector,),
+        V=vector,
+        COMPUTE=triton_dtype(compute),
+    )
+
+
+class _Backward:
+    """The launches of a backward whose tensors are aligned alike.
+
+    n_teams: of its programs at most, each of which leaves a row of sums.
+    n_rows: that a team exchanges sums of at a time, at most.
+    """
+
+    def __init__(self, launcher: Launcher, n_rows: int, n_cols: int, device: torch.device) -> None:
+        candidates = [config.keywords for config in launcher.candidates]
+        gpu = gpu_of(device)
+        most = max(row_spaces.rows_backward_teams(config, UNLIMITED, n_cols, gpu) for config in candidates)
+        self.launch, self.n_teams = Launch(launcher, n_rows), min(most, n_rows)
+        self.exchanged_rows = max(config["BLOCK_M"] for config in candidates)
+        self.finalise: Launch | None = None
+
+
+class RowBackwardPlan:
+    """The backward of all calls of one signature."""
+
+    def __init__(
+        self, spec: RowSpec, wanted: Wanted, tensors: RowBackwardTensors, parameter_shape: Sequence[int]
+    ) -> None:
+        self._spec, self._gradients = spec, RowGradients(tensors.x, tensors.weight, wanted, parameter_shape)
+        self._n_rows = tensors.x.numel() // spec.n_cols
+        dy, dtotal, x, *others = tensors
+        of_rows = [tensor for tensor in (dy, dtotal) if tensor is not None]
+        self._copies = (
+            copies(x, spec.n_cols)
+            or any(copies(tensor, spec.n_cols, broadcast=True) for tensor in of_rows)
+            or not all(tensor is None or tensor.is_contiguous() for tensor in others)
+        )
+        (dy_stride, dy_column), (x_stride, _) = lie_of(dy, spec.n_cols, True), lie_of(x, spec.n_cols)
+        dtotal_stride, dtotal_column = (0, 1) if dtotal is None else lie_of(dtotal, spec.n_cols, True)
+        self._layout = _Layout(dy_stride, dtotal_stride, x_stride, dy_column, dtotal_column)
+        self._made: dict[int, _Backward] = {}
+
+    def _readable(self, tensors: Sequence[Any]) -> RowBackwardTensors:
+        """Returns the tensors as the kernels can read them. A hook may have given them back with other strides."""
+        dy, dtotal, x, weight, statistics, rstd = tensors
+        n_cols = self._spec.n_cols
+        return RowBackwardTensors(
+            as_rows(dy.resolve_neg(), n_cols, broadcast=True).tensor,
+            None if dtotal is None else as_rows(dtotal.resolve_neg(), n_cols, broadcast=True).tensor,
+            as_rows(x, n_cols).tensor,
+            contiguous(weight),
+            statistics.contiguous(),
+            contiguous(rstd),
+        )
+
+    def __call__(self, tensors: Sequence[Any]) -> Gradients:
+        """Returns the gradients of these tensors, with their contents."""
+        _, _, x, weight, _, _ = tensors
+        found = dx, dresidual, dweight, dbias = self._gradients(x, weight)
+        if self._copies:
+            tensors = self._readable(tensors)
+        dy, dtotal, x, weight, statistics, rstd = tensors
+        addresses = x.data_ptr()
+        if self._layout.dy_column:
+            addresses |= dy.data_ptr()
+        if dtotal is not None and self._layout.dtotal_column:
+            addresses |= dtotal.data_ptr()
+        made = self._made.get(addresses % VECTOR_BYTES) or self._make(tensors, addresses % VECTOR_BYTES)
+        launch, n_cols = made.launch, self._spec.n_cols
+        partials = sync = dweight_sums = dbias_sums = None
+        span = launch.launcher.span
+        if dx is not None and n_cols > span:
+            slots = _kernels().TURNS.value, 2, made.exchanged_rows, -(-n_cols // span)
+            partials, sync = meeting(made.n_teams, slots, 2, statistics.dtype, statistics.device)
+        if dweight is not None:
+            dweight_sums = statistics.new_empty(made.n_teams * n_cols)
+        if dbias is not None:
+            dbias_sums = statistics.new_empty(made.n_teams * n_cols)
+        launch(dy, dtotal, x, weight, statistics, rstd, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
+        if dweight is not None or dbias is not None:
+            finalise = made.finalise or self._finalise(made, statistics)
+            finalise(dweight_sums, dbias_sums, dweight, dbias)
+        return found
+
+    def _make(self, tensors: Sequence[Any], misaligned: int) -> _Backward:
+        _, _, x, _, _, _ = tensors
+        device, spec = x.device, self._spec
+        types = _Types._make(types_of(tensors))
+        launcher = _backward_launcher(spec, self._gradients.wanted, types, self._layout, misaligned, device)
+        made = self._made[misaligned] = _Backward(launcher, self._n_rows, spec.n_cols, device)
+        return made
+
+    def _finalise(self, made: _Backward, statistics: Tensor) -> Launch:
+        """Returns the launch that adds up the teams' sums, of which there are as many as the first launch's config has
+        teams."""
+        config, device, n_cols = made.launch.launcher.config, statistics.device, self._spec.n_cols
+        assert config is not None
+        n_sums = row_spaces.rows_backward_teams(config.keywords, self._n_rows, n_cols, gpu_of(device))
+        launcher = _finalise_launcher(self._gradients.wanted, n_cols, statistics.dtype, device)
+        made.finalise = Launch(launcher, n_sums)
+        return made.finalise
+
+
+def backward_plan_of(
+    spec: RowSpec, wanted: Wanted, tensors: RowBackwardTensors, parameter_shape: Sequence[int]
+) -> RowBackwardPlan:
+    """Returns the plan of backwards like this one, made where there is none yet."""
+    _, dtotal, _, weight, _, rstd = tensors
+    key = spec, wanted, tuple(parameter_shape), dtotal is None, weight is None, rstd is None
+    plan: RowBackwardPlan | None = plans.find(key, tensors)
+    if plan is None:
+        plan = RowBackwardPlan(spec, wanted, tensors, parameter_shape)
+        plans.keep(key, tensors, plan)
+    return plan

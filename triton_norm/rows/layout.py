@@ -1,0 +1,102 @@
+"""How tensors are read as rows, and what the launches of both directions have in common."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm.library import name_of, triton_dtype
+from triton_norm.specs import RowSpec
+from triton_norm.tuning.configs import vector_width
+
+Types = tuple[torch.dtype | None, ...]
+
+
+class Rows(NamedTuple):
+    """A tensor as rows, with neighbours' distances in elements; `column` is 0 where a row is one element expanded."""
+
+    tensor: Tensor
+    stride: int
+    column: int
+
+
+def as_rows(x: Tensor, n_cols: int, broadcast: bool = False) -> Rows:
+    """Returns x as rows, in its own memory where its columns are adjacent or, with `broadcast`, one element expanded.
+
+    A single row's stride is that of rows without gaps: its own means nothing, and another would compile anew.
+    """
+    if x.is_contiguous():
+        return Rows(x, n_cols, 1)
+    rows = x.reshape(-1, n_cols)
+    column = 1 if n_cols == 1 else rows.stride(1)
+    if column != 1 and not (broadcast and column == 0):
+        rows, column = rows.contiguous(), 1
+    return Rows(rows, rows.stride(0) if rows.shape[0] > 1 else n_cols, column)
+
+
+def copies(x: Tensor, n_cols: int, broadcast: bool = False) -> bool:
+    """Returns whether x has to be copied before it can be read as rows."""
+    if x.is_neg():
+        return True
+    try:
+        rows = x.view(-1, n_cols)
+    except RuntimeError:
+        return True
+    return n_cols > 1 and rows.stride(1) not in ((0, 1) if broadcast else (1,))
+
+
+def lie_of(x: Tensor, n_cols: int, broadcast: bool = False) -> tuple[int, int]:
+    """Returns the stride of the rows that x is read as, copied or not, and that of their columns."""
+    if copies(x, n_cols, broadcast):
+        return n_cols, 1
+    _, stride, column = as_rows(x, n_cols, broadcast)
+    return stride, column
+
+
+def vector_of(misaligned: int, extents: int, itemsizes: Sequence[int]) -> int:
+    """Returns the columns that an access can move: 16 bytes' worth of the narrowest type, or what addresses and
+    extents, or'ed, allow."""
+    vector = vector_width(min(itemsizes), extents)
+    return min(vector, max(1, (misaligned & -misaligned) // max(itemsizes))) if misaligned else vector
+
+
+def rounded_to(spec: RowSpec, compute: torch.dtype) -> Any:
+    """Returns what the kernels round x_hat to, if that is narrower than what they compute in."""
+    dtype = spec.x_hat_dtype
+    return None if dtype is None or dtype.itemsize >= compute.itemsize else triton_dtype(dtype)
+
+
+def given(types: Types) -> list[torch.dtype]:
+    return [dtype for dtype in types if dtype is not None]
+
+
+def names(types: Types) -> tuple[str, ...]:
+    return tuple(name_of(dtype) for dtype in given(types))
+
+
+def types_of(tensors: Sequence[Tensor | None]) -> Types:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+def meeting(
+    n_teams: int, slots: tuple[int, ...], n_counts: int, compute: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns `slots` a team, in which a row's peers leave each other their sums, and the zeros that they begin with,
+    of so many counts a team."""
+    partials = torch.empty((n_teams, *slots), dtype=compute, device=device)
+    return partials, torch.zeros(2 + n_counts * n_teams, dtype=torch.int32, device=device)
+
+
+def like(x: Tensor, dtype: torch.dtype | None, exact: bool) -> dict[str, Any]:
+    """Returns the options of torch.empty_like for a contiguous tensor of x's shape.
+
+    Without options it takes two thirds of the time: they are left out where x is such a tensor itself.
+
+    Args:
+        dtype: None is x's.
+        exact: whether x's strides are known.
+    """
+    if exact and dtype in (None, x.dtype) and x.is_contiguous():
+        return {}
+    return {"dtype": dtype, "memory_format": torch.contiguous_format}

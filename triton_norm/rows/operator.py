@@ -1,0 +1,299 @@
+"""LayerNorm and RMSNorm: the `torch.library` operators with their fakes and derivatives, and autograd."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import plans, reference
+from triton_norm.captures import is_intercepted
+from triton_norm.library import Derivative, recorded
+from triton_norm.rows import fusible
+from triton_norm.rows.backward import Gradients, RowBackwardTensors, RowGradients, backward_plan_of
+from triton_norm.rows.plan import Outputs, RowOutputs, RowPlan, plan_of
+from triton_norm.saved import (
+    Kept,
+    Needs,
+    check_restored,
+    is_unsavable,
+    kept_of,
+    needs_gradient,
+    needs_of,
+    needs_torch,
+    shaped,
+)
+from triton_norm.specs import RowSpec, RowTensors, Wanted
+
+
+class ForwardCall(NamedTuple):
+    """The arguments of the forward's operators.
+
+    saves: whether statistics are wanted, for a backward.
+    """
+
+    tensors: RowTensors
+    saves: bool
+    spec: RowSpec
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of the backward's operator."""
+
+    tensors: RowBackwardTensors
+    wanted: Wanted
+    spec: RowSpec
+
+
+class Saved(NamedTuple):
+    """The tensors that the backward takes from the forward.
+
+    x: what was normalized: the total, where there is a residual.
+    statistics: None where an operator was recorded without gradients; they are computed again then.
+    rstd: where it is there, `statistics` are the means alone: those of the operator that Inductor takes apart.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    statistics: Tensor | None
+    rstd: Tensor | None = None
+
+
+def _forward(call: ForwardCall) -> Outputs:
+    if call.tensors.x.numel() == 0:  # of a number of rows that whoever recorded the call could not know
+        return _fake_forward(call)
+    return plan_of(call.spec, call.tensors).forward(call.tensors, call.saves)
+
+
+def _fake_forward(call: ForwardCall) -> Outputs:
+    return RowOutputs(call.spec, call.tensors, exact=False)(call.tensors, call.saves)
+
+
+def _present_forward(call: ForwardCall) -> list[bool]:
+    return [True, call.tensors.residual is not None, call.saves]
+
+
+def _apart(function: Callable[[ForwardCall], Outputs]) -> Callable[[ForwardCall], tuple[Tensor | None, ...]]:
+    """Returns the function with LayerNorm's means and rstd as two results, each in memory of its own.
+
+    Inductor so has no copies to make of them, where it finds both for another use too.
+    """
+
+    def compute(call: ForwardCall) -> tuple[Tensor | None, ...]:
+        y, total, statistics = function(call)
+        if statistics is None or not call.spec.centred:
+            return y, total, statistics, None
+        mean, rstd = statistics.view(2, -1)  # which also a number of rows that depends on data allows
+        return y, total, mean.clone(), rstd.clone()
+
+    return compute
+
+
+def _backward(call: BackwardCall) -> Gradients:
+    if call.tensors.x.numel() == 0:
+        found = _fake_backward(call)
+        return tuple(None if gradient is None else gradient.zero_() for gradient in found)  # type: ignore[return-value]
+    return backward_plan_of(call.spec, call.wanted, call.tensors, (call.spec.n_cols,))(call.tensors)
+
+
+def _fake_backward(call: BackwardCall) -> Gradients:
+    _, _, x, weight, _, _ = call.tensors
+    return RowGradients(x, weight, call.wanted, (call.spec.n_cols,), exact=False)(x, weight)
+
+
+def _composed(tensors: RowBackwardTensors, spec: RowSpec, wanted: Wanted) -> Gradients:
+    """Returns the gradients of the kernels' backward, composed of torch's own functions."""
+    dy, dtotal, x, weight, _, _ = tensors
+    row = (spec.n_cols,)
+
+    def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = reference.normalize(x.reshape(-1, *row), row, weight, bias, spec._replace(out_dtype=dy.dtype))
+        return y.reshape(x.shape)
+
+    weight, bias = None if weight is None else weight.reshape(-1), None
+    if wanted.dbias_dtype is not None:  # on whose values no gradient depends
+        bias = torch.zeros(row, dtype=wanted.dbias_dtype, device=x.device, requires_grad=True)
+    of_x = wanted.dx_dtype is not None or wanted.dresidual_dtype is not None
+    asked = of_x, wanted.dweight_dtype is not None, bias is not None
+    dx, dweight, dbias = reference.gradients(function, (x, weight, bias), dy, asked)
+    if dx is not None and dtotal is not None:
+        dx = dx + dtotal
+    return tuple(  # type: ignore[return-value]
+        None if dtype is None or gradient is None else gradient.to(dtype)
+        for gradient, dtype in zip((dx, dx, dweight, dbias), wanted, strict=True)
+    )
+
+
+def _wanted(kept: Kept, needs: Needs) -> Wanted:
+    """Returns the gradients to compute; x's and the residual's are computed once where they are of one type."""
+    twice = needs.x and needs.residual and kept.dresidual != kept.dx
+    return Wanted(
+        kept.dx if needs.x else kept.dresidual if needs.residual else None,
+        kept.dresidual if twice else None,
+        kept.weight.dtype if needs.weight and kept.weight else None,
+        kept.bias.dtype if needs.bias and kept.bias else None,
+    )
+
+
+def _assigned(wanted: Wanted, needs: Needs) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
+    """Returns what makes of the gradients computed, and None behind them, those of x, residual, weight and bias."""
+    dx, dresidual, dweight, dbias, nothing = range(5)
+    of_residual = dx if wanted.dresidual_dtype is None else dresidual
+    return operator.itemgetter(dx if needs.x else nothing, of_residual if needs.residual else nothing, dweight, dbias)
+
+
+def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, residual, weight and bias, each in the shape and type of its own."""
+    kept: Kept = ctx.kept
+    spec, needs = ctx.spec, needs_of(ctx)
+    wanted = _wanted(kept, needs)
+    intercepted = kept.forms is None or is_intercepted()
+    found: Gradients
+    if dy is None:
+        of_rows = (wanted.dx_dtype, wanted.dresidual_dtype)
+        dx, dresidual = (None if dtotal is None or dtype is None else dtotal.to(dtype) for dtype in of_rows)
+        found = dx, dresidual, None, None
+    elif needs_torch((dy, dtotal), saved, intercepted):
+        found = _composed(RowBackwardTensors(dy, dtotal, saved.x, saved.weight, saved.x), spec, wanted)
+    else:
+        statistics = saved.statistics
+        if statistics is None:
+            again = RowTensors(saved.x, None, None, None)
+            _, _, statistics = forward_op(ForwardCall(again, True, spec))
+        tensors = RowBackwardTensors(dy, dtotal, saved.x, saved.weight, statistics, saved.rstd)
+        if intercepted:
+            found = backward_op(BackwardCall(tensors, wanted, spec))
+        else:
+            shape = kept.parameter_shape or (spec.n_cols,)
+            plan = backward_plan_of(spec, wanted, tensors, shape)
+            key = ctx.plan, ctx.needs_input_grad, dtotal is None
+            plans.keep(key, tensors, (plan, _assigned(wanted, needs)))
+            found = plan(tensors)
+    dx, dresidual, dweight, dbias = _assigned(wanted, needs)((*found, None))
+    return dx, dresidual, shaped(dweight, kept.weight), shaped(dbias, kept.bias)
+
+
+def _setup(ctx: Any, call: ForwardCall, results: tuple[Tensor | None, ...]) -> int:
+    _, total, *statistics = results
+    x, _, weight, _ = call.tensors
+    ctx.save_for_backward(x if total is None else total, weight, *statistics)
+    ctx.kept, ctx.spec = kept_of(None, call.tensors), call.spec
+    ctx.set_materialize_grads(False)
+    return 1 if total is None else 2
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, Saved(*ctx.saved_tensors), dy, None if ctx.kept.dresidual is None else dtotal)
+
+
+class _SavedTwice(NamedTuple):
+    """The tensors that the derivative of the backward takes."""
+
+    dy: Tensor
+    dtotal: Tensor | None
+    x: Tensor
+    weight: Tensor | None
+
+
+def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, ...]) -> int:
+    dy, dtotal, x, weight, _, _ = call.tensors
+    ctx.save_for_backward(dy, dtotal, x, weight)
+    ctx.wanted, ctx.spec = call.wanted, call.spec
+    return len(results)
+
+
+def _differentiate_backward(ctx: Any, *gradients: Tensor) -> list[Tensor | None]:
+    saved = _SavedTwice(*ctx.saved_tensors)
+    there = [gradient for gradient, dtype in zip(gradients, ctx.wanted, strict=True) if dtype is not None]
+
+    def function(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
+        x, weight = reference.differentiable(x, weight)
+        found = _composed(RowBackwardTensors(dy, dtotal, x, weight, x), ctx.spec, ctx.wanted)
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    dy_needs, dtotal_needs, x_needs, weight_needs, *_ = ctx.needs_input_grad
+    needs = dy_needs, dtotal_needs, x_needs, weight_needs
+    return reference.gradients(function, saved, there, needs, may_be_unused=True)
+
+
+_forward_derivative = Derivative(_setup, _differentiate)
+forward_op = recorded("rows_forward", ForwardCall, 3, _present_forward, _forward, _fake_forward, _forward_derivative)
+fusible_op = recorded(
+    fusible.NAME,
+    ForwardCall,
+    4,
+    lambda call: [*_present_forward(call), call.saves and call.spec.centred],
+    _apart(_forward),
+    fusible.known(_apart(_fake_forward)),
+    _forward_derivative,
+)
+backward_op = recorded(
+    "rows_backward",
+    BackwardCall,
+    4,
+    lambda call: [dtype is not None for dtype in call.wanted],
+    _backward,
+    _fake_backward,
+    Derivative(_setup_backward, _differentiate_backward),
+)
+
+
+class RowsFunction(torch.autograd.Function):
+    """First order through the kernels; `needs_torch` says which backwards go through `reference` instead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, plan: RowPlan
+    ) -> Any:
+        inputs = x, residual, weight, bias
+        y, total, statistics = plan.forward(inputs, True)
+        saved = x if total is None else total, weight, statistics
+        ctx.save_for_backward(*saved)
+        ctx.plan = plan
+        if plan.kept is None:
+            plan.kept = kept_of(saved, inputs)
+        if total is None:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        plan, saved = ctx.plan, ctx.saved_tensors
+        if not (torch.compiler.is_compiling() or dy is None or torch.is_grad_enabled()):
+            tensors = dy, dtotal, *saved, None  # as RowBackwardTensors
+            found = plans.find((plan, ctx.needs_input_grad, dtotal is None), tensors)
+            if found is not None:
+                backward, assign = found
+                return *assign((*backward(tensors), None)), None
+        check_restored(plan.kept, Saved, saved)
+        ctx.kept, ctx.spec = plan.kept, plan.spec
+        return *_gradients(ctx, Saved(*saved), dy, dtotal), None
+
+
+# torch.autograd.Function.apply without its look for torch.func's transforms, which `dispatch` has done.
+_apply: Any = super(torch.autograd.Function, RowsFunction).apply
+
+
+def record(tensors: RowTensors, spec: RowSpec, is_fusible: bool) -> Any:
+    """Returns y, or (y, total) with a residual, through the operator that stands for a call where it is recorded.
+
+    Args:
+        is_fusible: whether that is the one that Inductor takes apart.
+    """
+    saves = needs_gradient(tensors)
+    if saves and tensors.residual is None and is_unsavable(tensors.x):
+        tensors = tensors._replace(x=tensors.x.clone())
+    y, total, *_ = (fusible_op if is_fusible else forward_op)(ForwardCall._make((tensors, saves, spec)))
+    return y if total is None else (y, total)
+
+
+def launch(tensors: RowTensors, plan: RowPlan) -> Any:
+    """Returns y, or (y, total) with a residual, through the kernels. Without gradients no statistics are written."""
+    if plan.requires_grad and torch.is_grad_enabled():
+        if plan.is_unsavable:
+            tensors = tensors._replace(x=tensors.x.clone())  # and so of another form, for the backward alone
+        return _apply(*tensors, plan)
+    y, total, _ = plan.forward(tensors, False)
+    return y if total is None else (y, total)

@@ -1,0 +1,161 @@
+"""LayerNorm and RMSNorm: the launches of a call, its outputs, and what its programs share."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import plans
+from triton_norm.launch import Launch, Launcher
+from triton_norm.library import contiguous, name_of, triton_dtype
+from triton_norm.rows.layout import as_rows, copies, given, like, meeting, names, rounded_to, types_of, vector_of
+from triton_norm.saved import Kept, is_unsavable
+from triton_norm.specs import RowSpec, RowTensors
+from triton_norm.tuning import row_spaces
+from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
+from triton_norm.tuning.memory import remembered
+from triton_norm.tuning.row_spaces import RowWork
+
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+"""y, total = x + residual, and statistics."""
+
+
+@functools.cache
+def _kernels() -> Any:
+    from triton_norm.kernels import rows
+
+    return rows
+
+
+class _ForwardTypes(NamedTuple):
+    """The types of the forward kernel's tensors, None for those that it isn't given."""
+
+    x: torch.dtype
+    residual: torch.dtype | None
+    y: torch.dtype
+    total: torch.dtype | None
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+    statistics: torch.dtype | None
+
+
+@remembered
+def _forward_launcher(
+    spec: RowSpec, types: _ForwardTypes, strides: tuple[int, int], misaligned: int, device: torch.device
+) -> Launcher:
+    """strides: of x's rows and the residual's."""
+    n_cols, (x_stride, residual_stride) = spec.n_cols, strides
+    compute = torch.float64 if torch.float64 in (types.x, types.total) else torch.float32
+    swept = types.x, types.residual, types.total
+    itemsizes = [dtype.itemsize for dtype in given((*swept, types.y))]
+    vector = vector_of(misaligned, n_cols | x_stride | residual_stride, itemsizes)
+    stored = max(dtype.itemsize for dtype in given(swept))
+    work = RowWork(n_cols, names(swept), stored, compute.itemsize, name_of(types.y))
+
+    def n_programs(config: Mapping[str, Any], n_rows: int) -> int:
+        groups: int = -(-n_rows // config["BLOCK_M"])
+        return groups if config["PEERS"] == 1 else groups * -(-n_cols // (config["BLOCK_N"] * config["PIECES"]))
+
+    return Launcher(
+        _kernels().rows_forward_kernel,
+        row_spaces.rows_forward(work, gpu_of(device)),
+        device,
+        n_programs,
+        (n_cols // vector, x_stride // vector, residual_stride // vector),
+        EPS=spec.eps,
+        WEIGHT_OFFSET=spec.weight_offset,
+        ROUNDED=rounded_to(spec, compute),
+        CENTRED=spec.centred,
+        V=vector,
+        COMPUTE=triton_dtype(compute),
+    )
+
+
+class RowOutputs:
+    """Makes the outputs of calls of one signature, without their contents.
+
+    Args:
+        exact: whether x's strides are known; they are not while a call is recorded of sizes that are symbols.
+    """
+
+    def __init__(self, spec: RowSpec, tensors: RowTensors, exact: bool = True) -> None:
+        x, residual, _, _ = tensors
+        self._y = like(x, spec.out_dtype, exact)
+        self._total = {} if residual is None else like(residual, spec.total_dtype, exact)
+        total_dtype = None if residual is None else spec.total_dtype or residual.dtype
+        self.compute = torch.float64 if torch.float64 in (x.dtype, total_dtype) else torch.float32
+        self._n_statistics = x.numel() // spec.n_cols * (2 if spec.centred else 1)
+
+    def __call__(self, tensors: Sequence[Any], saves: bool) -> Outputs:
+        """Returns y, total where there is a residual, and statistics where they are to be saved."""
+        x, residual, _, _ = tensors
+        return (
+            torch.empty_like(x, **self._y),
+            None if residual is None else torch.empty_like(residual, **self._total),
+            x.new_empty(self._n_statistics, dtype=self.compute) if saves else None,
+        )
+
+
+class RowPlan:
+    """The forward of all calls of one signature.
+
+    requires_grad: whether a tensor does.
+    is_unsavable: whether autograd can only save a copy of x.
+    kept: what the backward has to know, once there was a forward with gradients.
+    """
+
+    def __init__(self, spec: RowSpec, tensors: RowTensors) -> None:
+        x, residual, *parameters = tensors
+        self.spec, self._n_rows, self._outputs = spec, x.numel() // spec.n_cols, RowOutputs(spec, tensors)
+        self.requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        self.is_unsavable = residual is None and is_unsavable(x)
+        self.kept: Kept | None = None
+        lie = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
+        self._copies = not lie or any(tensor is not None and copies(tensor, spec.n_cols) for tensor in (x, residual))
+        self._launches: dict[tuple[bool, int], Launch] = {}
+
+    def forward(self, tensors: Sequence[Any], saves: bool) -> Outputs:
+        """Returns the outputs of these tensors, with their contents."""
+        found = y, total, statistics = self._outputs(tensors, saves)
+        if self._copies:
+            tensors = self._readable(*tensors)
+        x, residual, weight, bias = tensors
+        misaligned = x.data_ptr() if residual is None else x.data_ptr() | residual.data_ptr()
+        launch = self._launches.get((saves, misaligned % VECTOR_BYTES))
+        arguments = x, residual, y, total, weight, bias, statistics
+        if launch is None:
+            launch = self._prepare(saves, misaligned % VECTOR_BYTES, arguments)
+        partials = sync = None
+        span, n_cols = launch.launcher.span, self.spec.n_cols
+        if n_cols > span:
+            partials, sync = meeting(self._n_rows, (3, -(-n_cols // span)), 1, self._outputs.compute, x.device)
+        launch(*arguments, partials, sync)
+        return found
+
+    def _readable(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        n_cols = self.spec.n_cols
+        added = None if residual is None else as_rows(residual, n_cols).tensor
+        return as_rows(x, n_cols).tensor, added, contiguous(weight), contiguous(bias)
+
+    def _prepare(self, saves: bool, misaligned: int, arguments: Sequence[Any]) -> Launch:
+        types, (x, residual, *_) = _ForwardTypes._make(types_of(arguments)), arguments
+        n_cols = self.spec.n_cols
+        strides = as_rows(x, n_cols).stride, 0 if residual is None else as_rows(residual, n_cols).stride
+        launcher = _forward_launcher(self.spec, types, strides, misaligned, x.device)
+        launch = self._launches[saves, misaligned] = Launch(launcher, self._n_rows)
+        return launch
+
+
+def plan_of(spec: RowSpec, tensors: RowTensors) -> RowPlan:
+    """Returns the plan of calls like this one, made where there is none yet."""
+    _, residual, weight, bias = tensors
+    key = spec, residual is None, weight is None, bias is None
+    plan: RowPlan | None = plans.find(key, tensors)
+    if plan is None:
+        plan = RowPlan(spec, tensors)
+        plans.keep(key, tensors, plan)
+    return plan

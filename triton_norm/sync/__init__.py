@@ -1,0 +1,1 @@
+"""SyncBatchNorm: its operators and their derivative."""
