@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import has_torch_function_variadic
 from torch.utils.checkpoint import _StopRecomputationError
@@ -26,23 +27,30 @@ _INT = {int}
 
 
 def normalize_rows(
-    function: str, tensors: RowTensors, options: RowOptions, instead: Callable[[Tensor], Any] | None = None
+    function: str, tensors: RowTensors, options: tuple[Any, ...], instead: Callable[[Tensor], Any] | None = None
 ) -> Any:
-    """Computes layer_norm or rms_norm; `instead`, if any, computes what the kernels can't serve."""
-    if torch.compiler.is_compiling():
-        call = resolve.check_rows(function, tensors, options)
+    """Computes layer_norm or rms_norm.
+
+    Args:
+        options: RowOptions, or its fields, of which a call like an earlier one needs no names.
+        instead: computes what the kernels can't serve; None: torch's functions do.
+    """
+    if is_compiling():
+        call = resolve.check_rows(function, tensors, RowOptions._make(options))
     else:
         _, residual, weight, bias = tensors
         shape, eps, _, weight_offset, _, _ = options
         key = function, options, type(eps), type(weight_offset), residual is None, weight is None, bias is None
         call = plans.find(key, tensors)
         if call is None or {*map(type, shape)} != _INT:  # 4.0 equals 4, but is no length
-            call = resolve.rows(key, function, tensors, options)
+            call = resolve.rows(key, function, tensors, RowOptions._make(options))
         if call.plan is not None and override.name != "torch":
             return rows.launch(tensors, call.plan)
     if goes_to_triton(call.reason):
         return rows.record(tensors, call.spec, is_fusible())
-    return _torch_normalize(function, tensors, options, call.spec) if instead is None else instead(tensors.x)
+    if instead is not None:
+        return instead(tensors.x)
+    return _torch_normalize(function, tensors, RowOptions._make(options), call.spec)
 
 
 def _torch_normalize(function: str, tensors: RowTensors, options: RowOptions, spec: RowSpec) -> Any:
@@ -118,7 +126,7 @@ def layer_norm(
         instead = _taken(layer_norm, F.layer_norm, tensors, (residual, *own))
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, bias=bias, eps=eps)
-    return normalize_rows("layer_norm", tensors, RowOptions._make((normalized_shape, eps, *own)))
+    return normalize_rows("layer_norm", tensors, (normalized_shape, eps, *own))
 
 
 def rms_norm(
@@ -169,7 +177,7 @@ def rms_norm(
         instead = _taken(rms_norm, F.rms_norm, tensors, (residual, *own))
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, eps=eps)
-    return normalize_rows("rms_norm", tensors, RowOptions._make((normalized_shape, eps, *own)))
+    return normalize_rows("rms_norm", tensors, (normalized_shape, eps, *own))
 
 
 def batch_norm(
@@ -248,7 +256,7 @@ def _taken_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions) -> T
 
 def normalize_channels(tensors: BatchNormTensors, options: BatchNormOptions) -> Tensor:
     """Computes batch_norm."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         call = resolve.check_batch_norm(tensors, options)
     else:
         _, residual, weight, bias, running_mean, _, counter = tensors

@@ -39,10 +39,10 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
             if instead is not None:
                 return instead(input, **_changed(LayerNorm.forward, (residual, *own)))
         tensors = RowTensors._make((input, residual, self.weight, self.bias))
-        options = RowOptions._make((self.normalized_shape, self.eps, *own))
+        options = self.normalized_shape, self.eps, *own
         if has_torch_function_variadic(*tensors):
             return functional.layer_norm(
-                input, residual=residual, weight=self.weight, bias=self.bias, **options._asdict()
+                input, residual=residual, weight=self.weight, bias=self.bias, **RowOptions._make(options)._asdict()
             )
         return functional.normalize_rows("layer_norm", tensors, options)
 
@@ -72,9 +72,9 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
             if instead is not None:
                 return instead(x, **_changed(RMSNorm.forward, (residual, *own)))
         tensors = RowTensors._make((x, residual, self.weight, None))
-        options = RowOptions._make((self.normalized_shape, self.eps, *own))
+        options = self.normalized_shape, self.eps, *own
         if has_torch_function_variadic(*tensors):
-            return functional.rms_norm(x, residual=residual, weight=self.weight, **options._asdict())
+            return functional.rms_norm(x, residual=residual, weight=self.weight, **RowOptions._make(options)._asdict())
         return functional.normalize_rows("rms_norm", tensors, options)
 
     def explain_call(self, x: Tensor, **fused: Any) -> Explanation:
