@@ -50,10 +50,8 @@ def merge_sums(partials_ptr, channels, n_splits, BLOCK_K: tl.constexpr, COMPUTE:
 
 @triton.jit
 def finalise_sums(sums, rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total, LOCAL: tl.constexpr):
-    """Stores dweight and dbias, and means [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd; each may be None.
-
-    `total` is the number of a channel's elements. If LOCAL, the means stay undivided.
-    """
+    """Stores dweight and dbias, and means [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd, of channels of `total`
+    elements each, undivided if LOCAL; any of these may be None."""
     COMPUTE: tl.constexpr = rstd.dtype
     index, mask = channels.index, channels.in_range
     dweight = sums.dz_centred * rstd

@@ -81,10 +81,8 @@ def scaled_from(x, shift):
 
 @triton.jit
 def take_in(values, mask, inverse_count, mean, m2):
-    """Returns (mean, M2) of each place of a tile after one more value there (Welford 1962), where the mask is set.
-
-    `inverse_count` is one over the number of values that the place then has.
-    """
+    """Returns (mean, M2) of each place of a tile with one more value there (Welford 1962), where the mask is set; the
+    inverse is of the number of values that are there then."""
     delta = tl.where(mask, values - mean, 0.0)
     mean += delta * inverse_count
     return mean, m2 + delta * (values - mean)

@@ -22,10 +22,8 @@ def load_columns(ptr, cols, n_cols, OFFSET: tl.constexpr, COMPUTE: tl.constexpr)
 
 @triton.jit
 def at(rows_ptr, cols, V: tl.constexpr):
-    """Returns pointers to these columns of rows [BLOCK_M, 1], of which each V are known to be aligned.
-
-    The sum stands in here: what is known of an argument is lost where the compiler puts the function in its caller.
-    """
+    """Returns pointers to these columns of rows [BLOCK_M, 1], of which the launch knows each V to be aligned."""
+    # The sum stands here: what is told of an argument is lost where the compiler puts a function into its caller.
     ITEMSIZE: tl.constexpr = rows_ptr.dtype.scalar.element_ty.primitive_bitwidth // 8
     ALIGNMENT: tl.constexpr = V * ITEMSIZE if V * ITEMSIZE < 16 else 16
     return tl.multiple_of(rows_ptr + cols, [1, ALIGNMENT])

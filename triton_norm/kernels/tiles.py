@@ -106,10 +106,7 @@ def channels_of(block, lanes, layout, TILE: tl.constexpr):
 
 @triton.jit
 def span(split, groups_per_split, n_groups, INDEX: tl.constexpr):
-    """Returns the first group of a split, and the one after its last.
-
-    INDEX is int32 where all groups and a tile more fit in it.
-    """
+    """Returns the first group of a split, and the one after its last; INDEX has room for all groups and a tile more."""
     first = split.to(INDEX) * groups_per_split
     return first, tl.minimum(first + groups_per_split, n_groups).to(INDEX)
 
@@ -176,10 +173,8 @@ def load_parameter(ptr, channels, default: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_statistics(statistics_ptr, mean_ptr, var_ptr, channels, EPS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns (mean, mean_lo, rstd) from statistics [3, n_channels], or if that is None from a mean and a variance.
-
-    This very launch may have written the statistics: they are not read from a multiprocessor's own cache.
-    """
+    """Returns (mean, mean_lo, rstd) from statistics [3, n_channels], which this very launch may have written, or if that
+    is None from a mean and a variance."""
     index, mask = channels.index, channels.in_range
     if statistics_ptr is None:
         mean = tl.load(mean_ptr + index, mask=mask, other=0.0).to(COMPUTE)
