@@ -173,8 +173,8 @@ def load_parameter(ptr, channels, default: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_statistics(statistics_ptr, mean_ptr, var_ptr, channels, EPS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns (mean, mean_lo, rstd) from statistics [3, n_channels], which this very launch may have written, or if that
-    is None from a mean and a variance."""
+    """Returns (mean, mean_lo, rstd) from statistics [3, n_channels], perhaps this very launch's, or if that is
+    None from a mean and a variance."""
     index, mask = channels.index, channels.in_range
     if statistics_ptr is None:
         mean = tl.load(mean_ptr + index, mask=mask, other=0.0).to(COMPUTE)
