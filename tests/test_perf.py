@@ -413,9 +413,16 @@ def test_run_without_a_gpu_exits_2_with_one_sentence(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+INTERRUPTIBLE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes are started to ignore it
+runpy.run_module("perf", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the timed part would come first")
 def test_interrupted_run_reports_what_is_done(tmp_path):
-    with processes.started("-m", "perf", "--out", str(tmp_path / "out")) as process:
+    with processes.started("-c", INTERRUPTIBLE, "--out", str(tmp_path / "out")) as process:
         for line in process.stdout:
             if "records" in line:
                 break
