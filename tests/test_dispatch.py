@@ -255,6 +255,14 @@ def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch, device):
             triton_norm.layer_norm(*wrong)
 
 
+def test_no_counter_is_asked_for_where_none_moves(device):
+    """An old pickle has none."""
+    module, x = triton_norm.BatchNorm1d(4).to(device).eval(), torch.randn(3, 4, device=device)
+    expected = module(x)
+    del module.num_batches_tracked
+    assert torch.equal(module(x), expected)
+
+
 def test_what_is_remembered_of_calls_is_bounded(monkeypatch, device):
     monkeypatch.setattr(plans, "MOST_KEYS", 4)
     monkeypatch.setattr(plans, "MOST_FORMS", 3)

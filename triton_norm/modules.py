@@ -82,7 +82,7 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
         return explaining.explain(functional.rms_norm, x, *arguments, **fused)
 
 
-_HELD = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+_HELD = "weight", "bias", "running_mean", "running_var"
 _pick = operator.itemgetter(*_HELD)
 
 
@@ -107,11 +107,10 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
     ) -> tuple[BatchNormTensors, BatchNormOptions]:
         """Returns the arguments of batch_norm."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        weight, bias, running_mean, running_var, counter = _held(self)
+        weight, bias, running_mean, running_var = _held(self)
         momentum, training = self.momentum, self.training
         moves = training and self.track_running_stats
-        if not moves:
-            counter = None
+        counter = self.num_batches_tracked if moves else None  # which an old pickle lacks
         if momentum is None and counter is None:
             momentum = 0.0
         uses_batch = training or (running_mean is None and running_var is None)

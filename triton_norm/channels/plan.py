@@ -132,10 +132,8 @@ class ForwardPlan:
             running = (running_mean, running_var) if reduces or statistics is None else (None, None)
             left = moments if reduces else None
             step.launch(x, *swept, statistics, left, *running, count, partials, sync)
-            if self._copies and reduces:
-                _copy_back(
-                    BatchNormTensors._make(given), BatchNormTensors._make(tensors)
-                )  # before a later launch can fail
+            if self._copies and reduces:  # before a later launch can fail
+                _copy_back(BatchNormTensors._make(given), BatchNormTensors._make(tensors))
         return y, bits
 
     def _readable(self, tensors: BatchNormTensors) -> BatchNormTensors:
