@@ -27,30 +27,32 @@ _INT = {int}
 
 
 def normalize_rows(
-    function: str, tensors: RowTensors, options: tuple[Any, ...], instead: Callable[[Tensor], Any] | None = None
+    function: str, tensors: tuple[Any, ...], options: tuple[Any, ...], instead: Callable[[Tensor], Any] | None = None
 ) -> Any:
     """Computes layer_norm or rms_norm.
 
     Args:
-        options: RowOptions, or its fields, of which a call like an earlier one needs no names.
+        tensors, options: RowTensors and RowOptions, or their fields: a warm call needs no names.
         instead: computes what the kernels can't serve; None: torch's functions do.
     """
     if is_compiling():
-        call = resolve.check_rows(function, tensors, RowOptions._make(options))
+        call = resolve.check_rows(function, RowTensors._make(tensors), RowOptions._make(options))
     else:
         _, residual, weight, bias = tensors
         shape, eps, _, weight_offset, _, _ = options
         key = function, options, type(eps), type(weight_offset), residual is None, weight is None, bias is None
         call = plans.find(key, tensors)
-        if call is None or {*map(type, shape)} != _INT:  # 4.0 equals 4, but is no length
-            call = resolve.rows(key, function, tensors, RowOptions._make(options))
+        # 4.0 equals 4, but is no length.
+        if call is None or (shape is not call.shape and {*map(type, shape)} != _INT):
+            call = resolve.rows(key, function, RowTensors._make(tensors), RowOptions._make(options))
         if call.plan is not None and override.name != "torch":
             return rows.launch(tensors, call.plan)
+    named = RowTensors._make(tensors)
     if goes_to_triton(call.reason):
-        return rows.record(tensors, call.spec, is_fusible())
+        return rows.record(named, call.spec, is_fusible())
     if instead is not None:
-        return instead(tensors.x)
-    return _torch_normalize(function, tensors, RowOptions._make(options), call.spec)
+        return instead(named.x)
+    return _torch_normalize(function, named, RowOptions._make(options), call.spec)
 
 
 def _torch_normalize(function: str, tensors: RowTensors, options: RowOptions, spec: RowSpec) -> Any:
@@ -120,7 +122,7 @@ def layer_norm(
     bytes more. They may share those of more than 64 KiB, in the backward 32 KiB in float32. Twice as much is the first
     8, the 12 and the 32 in float64.
     """
-    tensors = RowTensors._make((input, residual, weight, bias))
+    tensors = input, residual, weight, bias
     own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
     if has_torch_function_variadic(*tensors):
         instead = _taken(layer_norm, F.layer_norm, tensors, (residual, *own))
@@ -171,7 +173,7 @@ def rms_norm(
     whatever other samples are beside it. Memory is as of layer_norm, with 4 bytes a sample kept, and 4 m N.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
-    tensors = RowTensors._make((input, residual, weight, None))
+    tensors = input, residual, weight, None
     own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
     if has_torch_function_variadic(*tensors):
         instead = _taken(rms_norm, F.rms_norm, tensors, (residual, *own))
@@ -235,40 +237,44 @@ def batch_norm(
     16 S over the number of blocks, which are of one channel each, or of 32 where channels lie last. In float64 twice 8
     and 12.
     """
-    tensors = BatchNormTensors._make((input, residual, weight, bias, running_mean, running_var, num_batches_tracked))
-    options = BatchNormOptions._make((training, momentum, eps, activation, negative_slope))
+    tensors = input, residual, weight, bias, running_mean, running_var, num_batches_tracked
+    options = training, momentum, eps, activation, negative_slope
     if has_torch_function_variadic(*tensors):
         return _taken_batch_norm(tensors, options)
     return normalize_channels(tensors, options)
 
 
-def _taken_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions) -> Tensor:
-    *given, counter = tensors
-    input, residual, weight, bias, running_mean, running_var = given
-    own = counter, residual, options.activation, options.negative_slope
-    instead = _taken(batch_norm, F.batch_norm, tuple(given), own)
+def _taken_batch_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    input, residual, weight, bias, running_mean, running_var, counter = tensors
+    training, momentum, eps, activation, negative_slope = options
+    given = input, residual, weight, bias, running_mean, running_var
+    instead = _taken(batch_norm, F.batch_norm, given, (counter, residual, activation, negative_slope))
     if instead is None:
         return normalize_channels(tensors, options)
-    training, momentum, eps, *_ = options
     named = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}
     return instead(input, running_mean, running_var, **named)  # type: ignore[no-any-return]
 
 
-def normalize_channels(tensors: BatchNormTensors, options: BatchNormOptions) -> Tensor:
-    """Computes batch_norm."""
+def normalize_channels(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """Computes batch_norm.
+
+    Args:
+        tensors, options: BatchNormTensors and BatchNormOptions, or their fields: a warm call needs no names.
+    """
     if is_compiling():
-        call = resolve.check_batch_norm(tensors, options)
+        call = resolve.check_batch_norm(BatchNormTensors._make(tensors), BatchNormOptions._make(options))
     else:
         _, residual, weight, bias, running_mean, _, counter = tensors
         presence = residual is None, weight is None, bias is None, running_mean is None, counter is None
         key = options, *map(type, options), *presence
-        call = plans.find(key, tensors) or resolve.batch_norm(key, tensors, options)
+        call = plans.find(key, tensors)
+        if call is None:
+            call = resolve.batch_norm(key, BatchNormTensors._make(tensors), BatchNormOptions._make(options))
         if call.plan is not None and override.name != "torch":
             return channels.launch(tensors, call.plan)
     training, momentum, *_ = options
     *others, counter = tensors
-    if not training:
-        tensors = BatchNormTensors._make((*others, None))
+    tensors = BatchNormTensors._make((*others, counter if training else None))
     # torch's own has no form for a momentum that depends on the counter.
     averages = training and momentum is None and counter is not None
     if goes_to_triton(call.reason, compiles_torch=None if averages else tensors.x):

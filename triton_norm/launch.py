@@ -169,7 +169,8 @@ class Launch:
 
     def __init__(self, launcher: Launcher, *integers: int) -> None:
         self.launcher, self._integers, self._index = launcher, integers, launcher.index
-        self._bound: tuple[Any, ...] | None = None
+        self._start: Callable[..., bool] | None = None
+        self._hooks: tuple[Sequence[Any], Sequence[Any]] = ((), ())
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Starts the programs on the current stream of the tensors' device."""
@@ -177,31 +178,48 @@ class Launch:
             with torch.cuda.device(self._index):
                 self(*tensors)
             return
-        bound = self._bound or self._bind()
-        if bound is not None:
-            run, count, function, metadata, hooks, behind = bound
-            addresses: list[int | None] = []
-            bits = 0
-            for tensor in tensors:
-                if tensor is None:
-                    addresses.append(None)
-                else:
-                    address = tensor.data_ptr()
-                    bits |= address
-                    addresses.append(address)
-            if not (bits % VECTOR_BYTES or hooks[0] or hooks[1]):
-                stream = current_stream(self._index)
-                run(count, 1, 1, stream, function, metadata, None, None, None, *addresses, *behind)
+        start = self._start or self._bind(tensors)
+        if start is not None:
+            entered, left = self._hooks
+            if not (entered or left) and start(current_stream(self._index), *tensors):
                 return
         self.launcher.start(self._integers, tensors)
 
-    def _bind(self) -> tuple[Any, ...] | None:
+    def _bind(self, tensors: Sequence[Tensor | None]) -> Callable[..., bool] | None:
         launcher, integers = self.launcher, self._integers
         if launcher.ready is not None and launcher.config is not None and integers[0] < INT32_END:
-            run, function, metadata, hooks, behind = launcher.ready
+            run, function, metadata, self._hooks, behind = launcher.ready
             count = launcher.n_programs(launcher.config.keywords, *integers)
-            self._bound = run, count, function, metadata, hooks, (*integers, *behind)
-        return self._bound
+            bind = _starting_on(tuple(tensor is not None for tensor in tensors))
+            self._start = bind(run, count, function, metadata, (*integers, *behind))
+        return self._start
+
+
+@functools.cache
+def _starting_on(present: tuple[bool, ...]) -> Callable[..., Callable[..., bool]]:
+    """Returns a function of a compiled kernel, which returns a function of a stream and tensors. That starts the kernel
+    on their addresses and returns True, or returns False where one is not a multiple of 16 bytes.
+
+    It is written for the places where there are tensors. A loop over 13 arguments, 9 of them tensors, took 1.4 µs more
+    of 3.7; an extension in C took 0.2 to 0.3 µs less than the loop, since data_ptr() itself is what takes the time.
+    """
+    places = range(len(present))
+    there = [place for place in places if present[place]]
+    source = f"""
+def bind(run, count, function, metadata, behind):
+    def start(stream, {", ".join(f"tensor_{place}" for place in places)}):
+        {"; ".join(f"address_{place} = tensor_{place}.data_ptr()" for place in there)}
+        if ({" | ".join(f"address_{place}" for place in there)}) % {VECTOR_BYTES}:
+            return False
+        run(count, 1, 1, stream, function, metadata, None, None, None,
+            {", ".join(f"address_{place}" if present[place] else "None" for place in places)}, *behind)
+        return True
+    return start
+"""
+    written: dict[str, Any] = {}
+    exec(source, written)
+    bind: Callable[..., Callable[..., bool]] = written["bind"]
+    return bind
 
 
 _UNUSABLE = OSError, ValueError, TypeError, LookupError

@@ -1,7 +1,6 @@
 """torch.nn's normalization layers with another forward: parameters, buffers and state_dicts are torch's own."""
 
 import dataclasses
-import operator
 import sys
 import warnings
 from collections.abc import Iterator
@@ -10,12 +9,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from triton_norm import checks, distributed, explaining, functional, symbolic
 from triton_norm.dispatch import Explanation
-from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions, RowTensors
+from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions
 from triton_norm.symbolic import REVERTED
+
+
+def _parameters(module: nn.Module, *names: str) -> tuple[Any, ...]:
+    """Returns parameters of a module, of which torch.nn.Module's own look-up takes a Python call for each.
+
+    A parametrized one is not in the module's dict.
+    """
+    if not is_compiling():
+        there = module._parameters
+        try:
+            return tuple([there[name] for name in names])
+        except KeyError:
+            pass
+    return tuple([getattr(module, name) for name in names])
+
+
+def _statistics(module: nn.Module, counts: bool) -> tuple[Any, ...]:
+    """Returns a BatchNorm's running_mean and running_var, and its counter if it counts; `_parameters` says how."""
+    if not is_compiling():
+        buffers = module._buffers
+        try:
+            counter = buffers["num_batches_tracked"] if counts else None  # an old pickle lacks it
+            return buffers["running_mean"], buffers["running_var"], counter
+        except KeyError:
+            pass
+    return module.running_mean, module.running_var, module.num_batches_tracked if counts else None
 
 
 class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
@@ -38,7 +64,8 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
             instead = symbolic.instead(self, LayerNorm.forward, input)
             if instead is not None:
                 return instead(input, **_changed(LayerNorm.forward, (residual, *own)))
-        tensors = RowTensors._make((input, residual, self.weight, self.bias))
+        weight, bias = _parameters(self, "weight", "bias")
+        tensors = input, residual, weight, bias
         options = self.normalized_shape, self.eps, *own
         if has_torch_function_variadic(*tensors):
             return functional.layer_norm(
@@ -71,7 +98,8 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
             instead = symbolic.instead(self, RMSNorm.forward, x)
             if instead is not None:
                 return instead(x, **_changed(RMSNorm.forward, (residual, *own)))
-        tensors = RowTensors._make((x, residual, self.weight, None))
+        (weight,) = _parameters(self, "weight")
+        tensors = x, residual, weight, None
         options = self.normalized_shape, self.eps, *own
         if has_torch_function_variadic(*tensors):
             return functional.rms_norm(x, residual=residual, weight=self.weight, **RowOptions._make(options)._asdict())
@@ -82,43 +110,25 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
         return explaining.explain(functional.rms_norm, x, *arguments, **fused)
 
 
-_HELD = "weight", "bias", "running_mean", "running_var"
-_pick = operator.itemgetter(*_HELD)
-
-
-def _held(module: nn.Module) -> tuple[Any, ...]:
-    """Returns the module's parameters and buffers by the names in _HELD.
-
-    torch.nn.Module's own look-up takes a Python call for each. What is parametrized is none of its parameters.
-    """
-    if not torch.compiler.is_compiling():
-        try:
-            return _pick({**module._parameters, **module._buffers})  # type: ignore[no-any-return]
-        except KeyError:
-            pass
-    return tuple(getattr(module, name) for name in _HELD)
-
-
 class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
     """The forward that the three layers share; which ranks they take is torch's own `_check_input_dim`."""
 
     def _call(
         self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
-    ) -> tuple[BatchNormTensors, BatchNormOptions]:
-        """Returns the arguments of batch_norm."""
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Returns the fields of BatchNormTensors and of BatchNormOptions: a warm call needs no names."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        weight, bias, running_mean, running_var = _held(self)
         momentum, training = self.momentum, self.training
         moves = training and self.track_running_stats
-        counter = self.num_batches_tracked if moves else None  # which an old pickle lacks
+        weight, bias = _parameters(self, "weight", "bias")
+        running_mean, running_var, counter = _statistics(self, moves)
         if momentum is None and counter is None:
             momentum = 0.0
         uses_batch = training or (running_mean is None and running_var is None)
         if training and not moves:
             running_mean = running_var = None
-        parameters = weight, bias, running_mean, running_var, counter
-        options = bool(uses_batch), momentum, self.eps, activation, negative_slope
-        return BatchNormTensors._make((input, residual, *parameters)), BatchNormOptions._make(options)
+        tensors = input, residual, weight, bias, running_mean, running_var, counter
+        return tensors, (bool(uses_batch), momentum, self.eps, activation, negative_slope)
 
     def forward(
         self,
@@ -143,12 +153,16 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         negative_slope: float = 0.01,
     ) -> Explanation:
-        return explaining.explain_batch_norm(*self._call(input, residual, activation, negative_slope))
+        return self._explained(self._call(input, residual, activation, negative_slope))
+
+    def _explained(self, call: tuple[Any, Any], whole: bool = True) -> Explanation:
+        tensors, options = call
+        return explaining.explain_batch_norm(BatchNormTensors._make(tensors), BatchNormOptions._make(options), whole)
 
 
-def _called(tensors: BatchNormTensors, options: BatchNormOptions) -> Tensor:
+def _called(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     if has_torch_function_variadic(*tensors):
-        named = tensors._asdict() | options._asdict()
+        named = BatchNormTensors._make(tensors)._asdict() | BatchNormOptions._make(options)._asdict()
         return functional.batch_norm(named.pop("x"), **named)
     return functional.normalize_channels(tensors, options)
 
@@ -227,9 +241,12 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
             if instead is not None:
                 options = residual, activation, negative_slope
                 return instead(input, **_changed(SyncBatchNorm.forward, options))  # type: ignore[no-any-return]
-        tensors, asked = self._call(input, residual, activation, negative_slope)
+        tensors, options = self._call(input, residual, activation, negative_slope)
         group = distributed.shared_by(self.process_group) if self.training else None
-        return _called(tensors, asked) if group is None else distributed.sync_batch_norm(tensors, asked, group)
+        if group is None:
+            return _called(tensors, options)
+        call = BatchNormTensors._make(tensors), BatchNormOptions._make(options)
+        return distributed.sync_batch_norm(*call, group)
 
     def explain_call(
         self,
@@ -240,13 +257,13 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         negative_slope: float = 0.01,
     ) -> Explanation:
         whole = not self.training or distributed.shared_by(self.process_group) is None
-        found = explaining.explain_batch_norm(*self._call(input, residual, activation, negative_slope), whole)
+        found = self._explained(self._call(input, residual, activation, negative_slope), whole)
         return found if whole else dataclasses.replace(found, function="sync_batch_norm")
 
     def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
         """Yields what torch.nn.Module's does, but nothing where DistributedDataParallel looks for instances of
         torch.nn.SyncBatchNorm to refuse: those compute on a GPU alone, and this one on the CPU too."""
-        if torch.compiler.is_compiling() or not _is_for_refusal(sys._getframe(1)):
+        if is_compiling() or not _is_for_refusal(sys._getframe(1)):
             yield from super().named_modules(*arguments, **named)
 
     @classmethod

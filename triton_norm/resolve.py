@@ -20,11 +20,13 @@ class Call(NamedTuple):
     spec: a RowSpec or BatchNormSpec.
     reason: why the kernels can't serve calls like it; None where they can.
     plan: of a call that they serve, and that nothing records or intercepts.
+    shape: the normalized_shape that was given, a tuple of integers; None of a BatchNorm.
     """
 
     spec: Any
     reason: str | None
     plan: Any
+    shape: Any = None
 
 
 def check_rows(function: str, tensors: RowTensors, options: RowOptions) -> Call:
@@ -37,7 +39,7 @@ def check_rows(function: str, tensors: RowTensors, options: RowOptions) -> Call:
         out_dtype = torch.float32  # autocast would cast the input; the kernel reads it as it is
     dtypes = out_dtype, options.residual_dtype, options.x_hat_dtype
     spec = RowSpec._make((n_cols, float(eps), float(options.weight_offset), centred, *dtypes))
-    return Call._make((spec, dispatch.unserved(tensors, columns=n_cols), None))
+    return Call._make((spec, dispatch.unserved(tensors, columns=n_cols), None, options.normalized_shape))
 
 
 def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> BatchNormSpec:
@@ -56,7 +58,7 @@ def check_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, whole
     """Returns a call of batch_norm, without its plan; `batch_norm_spec` says what it raises."""
     spec = batch_norm_spec(tensors, options, whole)
     *read, _ = tensors
-    return Call._make((spec, dispatch.unserved(read), None))
+    return Call._make((spec, dispatch.unserved(read), None, None))
 
 
 def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> Call:

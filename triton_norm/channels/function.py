@@ -49,21 +49,22 @@ class BatchNormPlan:
         self._counts = not spec.training or counter is None or counts(x, counter)
         self._refuses = spec.training and counter is not None and counter.is_inference()
         self._moves_all = running_mean is not None and counter is not None
-        self._n_channels, self._compute = x.shape[1], reference.compute_dtype(x)
+        self._n_statistics = 3 * x.shape[1]
+        self._like = x.new_empty(0, dtype=reference.compute_dtype(x))
         self._forwards: dict[bool, ForwardPlan] = {}
 
     def forward(self, tensors: Sequence[Any], saves: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns y and what a backward takes beside the inputs: the batch's statistics, and bits."""
         if not self._counts:
             return self._counted_apart(BatchNormTensors._make(tensors), saves)
-        x, _, _, _, running_mean, running_var, counter = tensors
         statistics = None
         if self.spec.training:
+            _, _, _, _, running_mean, running_var, counter = tensors
             if self._refuses:
                 reference.check_writable(counter)  # torch moves such statistics anywhere
             moved = running_mean, running_var, counter
             torch._C._increment_version(moved if self._moves_all else [one for one in moved if one is not None])
-            statistics = x.new_empty(3 * self._n_channels, dtype=self._compute)
+            statistics = self._like.new_empty(self._n_statistics)
         plan = self._forwards.get(saves)
         if plan is None:
             part = forward_part(self.spec, self.bits_kind if saves else None)
@@ -138,11 +139,16 @@ class BatchNormFunction(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, BatchNormFunction).apply
 
 
-def launch(tensors: BatchNormTensors, plan: BatchNormPlan) -> Tensor:
-    """Returns y through the kernels; normalizing with the batch's statistics moves the running ones, if any."""
+def launch(tensors: tuple[Any, ...], plan: BatchNormPlan) -> Tensor:
+    """Returns y through the kernels; normalizing with the batch's statistics moves the running ones, if any.
+
+    Args:
+        tensors: the fields of BatchNormTensors.
+    """
     if plan.requires_grad and torch.is_grad_enabled():
         if plan.saves_copies:
-            tensors = savable(tensors, plan.spec)  # and so of other forms, for the backward alone
+            # and so of other forms, for the backward alone
+            tensors = savable(BatchNormTensors._make(tensors), plan.spec)
         return _apply(*tensors, plan)  # type: ignore[no-any-return]
     return plan.forward(tensors, False)[0]
 

@@ -93,7 +93,8 @@ class ForwardPlan:
     def __init__(self, spec: BatchNormSpec, part: Part, tensors: BatchNormTensors) -> None:
         x, residual, *of_channels, _ = tensors
         self._spec, self._part, self._kind = spec, part, part.bits_kind or kind_of(x)
-        self._shape, self._compute, self._applies = tuple(x.shape), compute_dtype(x), part.phase.applies
+        self._shape, self._applies = tuple(x.shape), part.phase.applies
+        self._like = x.new_empty(0, dtype=compute_dtype(x))
         self._is_dense = is_dense(x, self._kind)
         are_read = all(tensor is None or reads(tensor, self._kind) for tensor in (x, residual))
         self._copies = not (are_read and all(tensor is None or tensor.is_contiguous() for tensor in of_channels))
@@ -125,7 +126,7 @@ class ForwardPlan:
             reduces, partials, sync = step.reduces, None, None
             count = counter if reduces else None
             if step.partials:
-                partials = x.new_empty(3 * step.partials * self._shape[1], dtype=self._compute)
+                partials = self._like.new_empty(3 * step.partials * self._shape[1])
             if step.partials or count is not None:
                 sync = zeros(step.n_counts, x.device)
             swept = (residual, y, bits, weight, bias) if step.applies else _NOTHING_SWEPT
@@ -232,7 +233,8 @@ class BackwardPlan:
     def __init__(self, spec: BatchNormSpec, wanted: Wanted, part: Part, tensors: BackwardTensors) -> None:
         self._spec, self._wanted, self._part = spec, wanted, part
         self._kind = part.bits_kind or kind_of(tensors.x)
-        self._shape, self._compute = tuple(tensors.x.shape), compute_dtype(tensors.x)
+        self._shape = tuple(tensors.x.shape)
+        self._like = tensors.x.new_empty(0, dtype=compute_dtype(tensors.x))
         self._dx_alike = wanted.dx_dtype == tensors.x.dtype and is_dense(tensors.x, self._kind)
         weight, alike = tensors.weight, None
         if weight is not None and weight.dim() == 1 and weight.is_contiguous():
@@ -258,7 +260,7 @@ class BackwardPlan:
         dy, x, residual, bits, weight, bias, statistics, running_mean, running_var = tensors
         found = dx, dresidual, dweight, dbias = self._gradients(x, weight)
         if self._has_means:
-            means = x.new_empty(2 * self._shape[1], dtype=self._compute)
+            means = self._like.new_empty(2 * self._shape[1])
         added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
         key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added, means is None
         steps = self._steps.get(key)
@@ -270,7 +272,7 @@ class BackwardPlan:
         for step in steps:
             partials = sync = None
             if step.partials:
-                partials = x.new_empty(2 * step.partials * self._shape[1], dtype=self._compute)
+                partials = self._like.new_empty(2 * step.partials * self._shape[1])
                 sync = zeros(step.n_counts, x.device)
             stored = (dx, dresidual) if step.applies else (None, None)
             summed = (dweight, dbias) if step.reduces else (None, None)

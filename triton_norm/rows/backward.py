@@ -175,7 +175,8 @@ class _Backward:
     """The launches of a backward whose tensors are aligned alike.
 
     n_teams: of its programs at most, each of which leaves a row of sums.
-    n_rows: that a team exchanges sums of at a time, at most.
+    n_sums: the elements of those rows.
+    slots: the shape of the memory in which a team's programs exchange sums; None where a program has whole rows.
     """
 
     def __init__(self, launcher: Launcher, n_rows: int, n_cols: int, device: torch.device) -> None:
@@ -183,7 +184,9 @@ class _Backward:
         gpu = gpu_of(device)
         most = max(row_spaces.rows_backward_teams(config, UNLIMITED, n_cols, gpu) for config in candidates)
         self.launch, self.n_teams = Launch(launcher, n_rows), min(most, n_rows)
-        self.exchanged_rows = max(config["BLOCK_M"] for config in candidates)
+        self.n_sums, peers = self.n_teams * n_cols, -(-n_cols // launcher.span)
+        exchanged_rows = max(config["BLOCK_M"] for config in candidates)
+        self.slots = (_kernels().TURNS.value, 2, exchanged_rows, peers) if peers > 1 else None
         self.finalise: Launch | None = None
 
 
@@ -233,17 +236,14 @@ class RowBackwardPlan:
         if dtotal is not None and self._layout.dtotal_column:
             addresses |= dtotal.data_ptr()
         made = self._made.get(addresses % VECTOR_BYTES) or self._make(tensors, addresses % VECTOR_BYTES)
-        launch, n_cols = made.launch, self._spec.n_cols
         partials = sync = dweight_sums = dbias_sums = None
-        span = launch.launcher.span
-        if dx is not None and n_cols > span:
-            slots = _kernels().TURNS.value, 2, made.exchanged_rows, -(-n_cols // span)
-            partials, sync = meeting(made.n_teams, slots, 2, statistics.dtype, statistics.device)
+        if made.slots is not None and dx is not None:
+            partials, sync = meeting(made.n_teams, made.slots, 2, statistics.dtype, statistics.device)
         if dweight is not None:
-            dweight_sums = statistics.new_empty(made.n_teams * n_cols)
+            dweight_sums = statistics.new_empty(made.n_sums)
         if dbias is not None:
-            dbias_sums = statistics.new_empty(made.n_teams * n_cols)
-        launch(dy, dtotal, x, weight, statistics, rstd, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
+            dbias_sums = statistics.new_empty(made.n_sums)
+        made.launch(dy, dtotal, x, weight, statistics, rstd, dx, dresidual, dweight_sums, dbias_sums, partials, sync)
         if dweight is not None or dbias is not None:
             finalise = made.finalise or self._finalise(made, statistics)
             finalise(dweight_sums, dbias_sums, dweight, dbias)

@@ -289,11 +289,16 @@ def record(tensors: RowTensors, spec: RowSpec, is_fusible: bool) -> Any:
     return y if total is None else (y, total)
 
 
-def launch(tensors: RowTensors, plan: RowPlan) -> Any:
-    """Returns y, or (y, total) with a residual, through the kernels. Without gradients no statistics are written."""
+def launch(tensors: tuple[Any, ...], plan: RowPlan) -> Any:
+    """Returns y, or (y, total) with a residual, through the kernels. Without gradients no statistics are written.
+
+    Args:
+        tensors: the fields of RowTensors.
+    """
     if plan.requires_grad and torch.is_grad_enabled():
         if plan.is_unsavable:
-            tensors = tensors._replace(x=tensors.x.clone())  # and so of another form, for the backward alone
+            x, *others = tensors
+            tensors = x.clone(), *others  # and so of another form, for the backward alone
         return _apply(*tensors, plan)
     y, total, _ = plan.forward(tensors, False)
     return y if total is None else (y, total)

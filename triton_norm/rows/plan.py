@@ -86,6 +86,7 @@ class RowOutputs:
         self._total = {} if residual is None else like(residual, spec.total_dtype, exact)
         total_dtype = None if residual is None else spec.total_dtype or residual.dtype
         self.compute = torch.float64 if torch.float64 in (x.dtype, total_dtype) else torch.float32
+        self._like = x.new_empty(0, dtype=self.compute)
         self._n_statistics = x.numel() // spec.n_cols * (2 if spec.centred else 1)
 
     def __call__(self, tensors: Sequence[Any], saves: bool) -> Outputs:
@@ -94,7 +95,7 @@ class RowOutputs:
         return (
             torch.empty_like(x, **self._y),
             None if residual is None else torch.empty_like(residual, **self._total),
-            x.new_empty(self._n_statistics, dtype=self.compute) if saves else None,
+            self._like.new_empty(self._n_statistics) if saves else None,
         )
 
 
@@ -114,7 +115,7 @@ class RowPlan:
         self.kept: Kept | None = None
         lie = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
         self._copies = not lie or any(tensor is not None and copies(tensor, spec.n_cols) for tensor in (x, residual))
-        self._launches: dict[tuple[bool, int], Launch] = {}
+        self._launches: dict[tuple[bool, int], tuple[Launch, int]] = {}
 
     def forward(self, tensors: Sequence[Any], saves: bool) -> Outputs:
         """Returns the outputs of these tensors, with their contents."""
@@ -123,14 +124,12 @@ class RowPlan:
             tensors = self._readable(*tensors)
         x, residual, weight, bias = tensors
         misaligned = x.data_ptr() if residual is None else x.data_ptr() | residual.data_ptr()
-        launch = self._launches.get((saves, misaligned % VECTOR_BYTES))
+        key = saves, misaligned % VECTOR_BYTES
         arguments = x, residual, y, total, weight, bias, statistics
-        if launch is None:
-            launch = self._prepare(saves, misaligned % VECTOR_BYTES, arguments)
+        launch, peers = self._launches.get(key) or self._prepare(key, arguments)
         partials = sync = None
-        span, n_cols = launch.launcher.span, self.spec.n_cols
-        if n_cols > span:
-            partials, sync = meeting(self._n_rows, (3, -(-n_cols // span)), 1, self._outputs.compute, x.device)
+        if peers > 1:
+            partials, sync = meeting(self._n_rows, (3, peers), 1, self._outputs.compute, x.device)
         launch(*arguments, partials, sync)
         return found
 
@@ -141,13 +140,14 @@ class RowPlan:
         added = None if residual is None else as_rows(residual, n_cols).tensor
         return as_rows(x, n_cols).tensor, added, contiguous(weight), contiguous(bias)
 
-    def _prepare(self, saves: bool, misaligned: int, arguments: Sequence[Any]) -> Launch:
-        types, (x, residual, *_) = _ForwardTypes._make(types_of(arguments)), arguments
-        n_cols = self.spec.n_cols
+    def _prepare(self, key: tuple[bool, int], arguments: Sequence[Any]) -> tuple[Launch, int]:
+        """Returns the launch and the most programs that may share a row."""
+        (_, misaligned), (x, residual, *_), n_cols = key, arguments, self.spec.n_cols
         strides = as_rows(x, n_cols).stride, 0 if residual is None else as_rows(residual, n_cols).stride
+        types = _ForwardTypes._make(types_of(arguments))
         launcher = _forward_launcher(self.spec, types, strides, misaligned, x.device)
-        launch = self._launches[saves, misaligned] = Launch(launcher, self._n_rows)
-        return launch
+        found = self._launches[key] = Launch(launcher, self._n_rows), -(-n_cols // launcher.span)
+        return found
 
 
 def plan_of(spec: RowSpec, tensors: RowTensors) -> RowPlan:
