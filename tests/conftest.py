@@ -67,8 +67,9 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """Each test draws the same numbers whichever tests run before it, on whichever worker."""
-    seed = zlib.crc32(request.node.nodeid.encode())
+    """Each test draws the same numbers whichever tests run before it, on whichever worker, in whichever folder."""
+    name = f"tests/{request.path.name}::{request.node.nodeid.partition('::')[2]}"
+    seed = zlib.crc32(name.encode())
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -99,7 +100,7 @@ def _no_search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def numbers() -> "Iterator[Callable[..., None]]":
     """Sets numbers of `tuning.limits.Gpu` and its limits by name where the kernels are interpreted; a GPU keeps its
     own. With smaller tiles there are no more programs, each of which so has several."""
-    from gpus import with_numbers
+    from support.gpus import with_numbers
 
     with contextlib.ExitStack() as assumed:
 

@@ -1,0 +1,143 @@
+"""The classic demonstration by hand, the picture that goes with it, and the README's own code and commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import triton_norm as tn
+from perf import anatomy
+from support import processes
+from triton_norm.tuning.limits import INTERPRETED
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {file: file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def images() -> Tensor:
+    torch.manual_seed(0)
+    return 10 * torch.randn(2, 3, 4, 4) + 100
+
+
+def tokens() -> Tensor:
+    torch.manual_seed(0)
+    return 10 * torch.randn(2, 5, 8) + 100
+
+
+def assert_rounds_to(got: Tensor, exact: Tensor, ulps: float) -> None:
+    """`got`, fp32, is within `ulps` roundings of numbers of about 1 from `exact`, fp64."""
+    torch.testing.assert_close(got.double().cpu(), exact, rtol=ulps * 2**-24, atol=ulps * 2**-24)
+
+
+# In (x − mean) · rstd a rounding of the mean, of about 100, is divided by the standard deviation, of about 10: it
+# weighs as much as 10 roundings of the result. The sum behind the mean has a few of them.
+NORMALISED = 8 * 10
+
+
+@pytest.mark.parametrize("norms", [nn, tn])
+def test_batch_norm_by_hand(norms: type, device: str) -> None:
+    x = images()
+    mean = x.double().mean((0, 2, 3), keepdim=True)
+    std = (x.double() - mean).square().mean((0, 2, 3), keepdim=True).add(1e-5).sqrt()
+    assert_rounds_to(norms.BatchNorm2d(3).to(device)(x.to(device)), (x.double() - mean) / std, NORMALISED)
+
+
+@pytest.mark.parametrize("norms", [nn, tn])
+def test_layer_norm_by_hand(norms: type, device: str) -> None:
+    x = tokens()
+    mean = x.double().mean(-1, keepdim=True)
+    std = (x.double() - mean).square().mean(-1, keepdim=True).add(1e-5).sqrt()
+    assert_rounds_to(norms.LayerNorm(8).to(device)(x.to(device)), (x.double() - mean) / std, NORMALISED)
+
+
+@pytest.mark.parametrize("norms", [nn, tn])
+def test_running_statistics_by_hand(norms: type, device: str) -> None:
+    """One step of momentum 0.1 from mean 0, variance 1; unbiased variance of the 2·4·4 = 32 elements of a channel."""
+    x, norm = images(), norms.BatchNorm2d(3).to(device)
+    mean = x.double().mean((0, 2, 3))
+    unbiased = (x.double() - mean.view(1, 3, 1, 1)).square().sum((0, 2, 3)) / 31
+    norm(x.to(device))
+    assert_rounds_to(norm.running_mean, 0.1 * mean, 8)
+    assert_rounds_to(norm.running_var, 0.9 + 0.1 * unbiased, 16)
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("norms", [nn, tn])
+def test_evaluation_uses_the_running_statistics(norms: type, device: str) -> None:
+    x, norm = images(), norms.BatchNorm2d(3).to(device)
+    norm(x.to(device))
+    mean, var = (t.double().cpu().view(1, 3, 1, 1) for t in (norm.running_mean, norm.running_var))
+    before = {name: t.clone() for name, t in norm.state_dict().items()}
+    norm.eval()
+    # About (100 − 10) / 3.3, and no rounding of a mean in it.
+    assert_rounds_to(norm(x.to(device)), (x.double() - mean) / (var + 1e-5).sqrt(), 8)
+    assert all(torch.equal(t, before[name]) for name, t in norm.state_dict().items())
+
+
+def test_layer_norm_is_the_same_in_evaluation(device: str) -> None:
+    x, norm = tokens().to(device), tn.LayerNorm(8).to(device)
+    assert torch.equal(norm(x), norm.eval()(x))
+
+
+@pytest.mark.parametrize("panel", anatomy.PANELS, ids=lambda panel: panel.norm)
+def test_picture_shows_what_an_element_depends_on(panel: anatomy.Panel, device: str) -> None:
+    """The elements drawn filled are those with a say in the normalised value of one of them."""
+    norm, swap = {
+        "BatchNorm2d(C)": (tn.BatchNorm2d(3), False),
+        "LayerNorm([C, H, W])": (tn.LayerNorm([3, 4, 4]), False),
+        "BatchNorm1d(D)": (tn.BatchNorm1d(6), True),
+        "LayerNorm(D)": (tn.LayerNorm(6), False),
+    }[panel.norm]
+    torch.manual_seed(0)
+    x = torch.randn(panel.shape, device=device, requires_grad=True)
+    norm.to(device)
+    y = norm(x.transpose(1, 2)).transpose(1, 2) if swap else norm(x)
+    y[panel.chosen].backward()
+    assert torch.equal(x.grad.cpu() != 0, torch.from_numpy(panel.group()))
+
+
+def test_picture_is_drawn(tmp_path: Path) -> None:
+    written = anatomy.draw(tmp_path / "folder" / "anatomy.png").read_bytes()
+    assert written.startswith(b"\x89PNG")
+    assert 20_000 < len(written) < 150_000
+
+
+def code_of(document: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document, re.M | re.S)
+
+
+@pytest.mark.parametrize("code", [code for text in (README, *DOCS.values()) for code in code_of(text)])
+def test_printed_code_runs(code: str) -> None:
+    """Code that turns the interpreter on runs in a process of its own, as it has to."""
+    if "os.environ" not in code:
+        exec(compile(code, "printed", "exec"), {"__name__": "printed"})
+    elif not INTERPRETED:
+        pytest.skip("the kernels run on a GPU")
+    else:
+        done = processes.run("-W", "error", "-c", code)
+        assert done.returncode == 0, done.stderr
+
+
+def test_readme_prints_the_commands_that_ci_runs() -> None:
+    names = re.findall(r"\$\(printed (\w+)\)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert names == ["tests", "perf"]
+    for name in names:
+        (command,) = re.findall(rf"^<!-- command: {name} -->\n```sh\n([^\n]+)\n```$", README, re.M)
+        assert "python3 -m venv" in command
+        assert "-c .ci/constraints.txt" in command
+
+
+@pytest.mark.parametrize("file", [ROOT / "README.md", *DOCS], ids=lambda file: file.name)
+def test_links_point_at_files_and_headings_that_exist(file: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", file.read_text(encoding="utf-8")):
+        path, _, heading = link.partition("#")
+        target = (file.parent / path) if path else file
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link

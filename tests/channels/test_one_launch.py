@@ -1,0 +1,285 @@
+"""BatchNorm in one launch: programs that share a channel, keep what they can and wait for each other."""
+
+import functools
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import triton_norm
+from support.channel_norms import KINDS, drawn, running_statistics, same_bits, share
+from triton_norm.channels import plan
+from triton_norm.tuning.limits import INTERPRETED
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU starts its programs in its own order")
+
+if INTERPRETED:
+    import triton.language as tl
+
+    from triton_norm.kernels import channels, channels_backward
+    from triton_norm.testing.interleave import DeadlockError, interleaved
+
+    @triton.jit
+    def place_by_program_id(sync_ptr, n_members):
+        return tl.program_id(0) // n_members, tl.program_id(0) % n_members
+
+
+FORWARD, BACKWARD = "channels_forward_kernel", "channels_backward_kernel"
+HALF = torch.bfloat16
+
+HELD = {  # kind: shape, tile
+    "flat": ((3, 2, 8, 20), 256),  # the last of four programs has fewer elements
+    "last": ((4, 24, 3, 5), 256),  # blocks of 16 channels, the last half empty
+    "folded": ((29, 12, 7, 7), 4096),  # blocks of eight channels, the last half empty
+}
+"""Two blocks of four programs with a tile each: everything is held."""
+
+CASES = [
+    *((kind, *case) for kind, case in HELD.items()),
+    ("flat", (5, 2, 16, 33), 256),  # three tiles a program, the last not full
+    ("flat", (2, 3, 23, 9), 64),  # odd positions: one element an access, two tiles
+    ("flat", (3, 4, 3), 256),  # nine elements a channel: the last program has but one of them
+    ("last", (3, 40, 7, 7), 256),  # three blocks, three tiles a program
+    ("last", (8, 3, 10, 9), 128),  # three channels: a lane in four idle
+    ("last", (77, 1), 16),  # features, one channel: a lane a row
+    ("folded", (29, 12, 7, 7), 1024),  # four tiles a program, one row too many in the last program's last
+    ("folded", (30, 28, 3, 3), 1024),  # blocks of 24 channels, the last of four
+    ("folded", (30, 30, 5), 512),  # an odd number of positions, of samples but for the last in eights
+]
+
+
+def one_of_each(n: int, n_members: int = 4) -> list[int]:
+    """One member of each team after the other's: most resident programs are then of teams that can't be complete."""
+    return [member for first in range(n_members) for member in range(first, n, n_members)]
+
+
+def backwards(n: int) -> list[int]:
+    return list(range(n))[::-1]
+
+
+def shuffled(n: int) -> list[int]:
+    return random.Random(7).sample(range(n), n)
+
+
+@pytest.fixture(autouse=True)
+def _through_the_kernels():
+    with triton_norm.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def use(numbers):
+    """Sets the tile of four programs that share a channel, and other numbers."""
+    return functools.partial(share, numbers, multiprocessors=12)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The zeros that a stream keeps: so many as a launch asks for, and the same ones each time."""
+    kept = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(plan, "zeros", lambda n, device: kept[:n])
+    return kept
+
+
+def shared(launched) -> bool:
+    return {"sync_ptr", "partials_ptr"} <= launched.arguments.keys()
+
+
+@pytest.mark.parametrize(("kind", "shape", "tile"), CASES)
+def test_matches_fp64(kind, shape, tile, use, guard, device):
+    use(tile)
+    with interleaved():
+        drawn(shape, kind, device).against_oracle()
+    assert guard.kernels == [FORWARD, BACKWARD]
+    assert all(map(shared, guard.launches))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_running_statistics_move_once_a_call(kind, momentum, use, device):
+    shape, tile = HELD[kind]
+    use(tile)
+    mean, var = running_statistics(shape[1], device)
+    exact_mean, exact_var = mean.double(), var.double()
+    counter = torch.tensor(0, device=device)
+    for step in range(3):
+        x = drawn(shape, kind, device).x + step
+        with interleaved():
+            triton_norm.batch_norm(x, mean, var, training=True, momentum=momentum, num_batches_tracked=counter)
+        share_of_batch = 1 / (step + 1) if momentum is None else momentum
+        F.batch_norm(x.double(), exact_mean, exact_var, training=True, momentum=share_of_batch)
+        assert counter.item() == step + 1
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-6, atol=1e-6)
+
+
+def stepped(call, running, device):
+    """All that a training step changes."""
+    running = [tensor.clone() for tensor in running]
+    counter = torch.tensor(7, device=device)
+    leaves = [tensor.detach().requires_grad_() for tensor in (call.x, call.weight, call.bias)]
+    y = triton_norm.batch_norm(
+        leaves[0], *running, *leaves[1:], training=True, momentum=None, num_batches_tracked=counter
+    )
+    return [y.detach(), *torch.autograd.grad(y, leaves, call.dy), *running, counter]
+
+
+ADVERSE = [
+    {"delayed": 0},
+    {"order": backwards, "resident": 4},
+    {"order": shuffled, "resident": 5, "delayed": 0},
+    {"order": one_of_each, "resident": 4, "delayed": 3},
+]
+"""No fewer programs at once than share a channel: with fewer, any order hangs."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bits_do_not_depend_on_the_programs_order(kind, use, device):
+    shape, tile = HELD[kind]
+    use(tile // 2)
+    call = drawn(shape, kind, device)
+    running = running_statistics(shape[1], device)
+    with interleaved():
+        expected = stepped(call, running, device)
+    for how in ADVERSE:
+        with interleaved(**how):
+            assert all(map(torch.equal, stepped(call, running, device), expected)), how
+
+
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_places_by_program_id_hang_where_tickets_do_not(half, use, monkeypatch, device):
+    """As many programs are held at once as share a channel, and they are of different teams."""
+    use(256)
+    call = drawn((3, 5, 8, 20), "flat", device)  # five teams, and four programs at once
+    adverse = functools.partial(interleaved, resident=4, order=one_of_each)
+    with adverse():
+        call.against_oracle()
+    monkeypatch.setattr(channels if half == "forward" else channels_backward, "take_place", place_by_program_id)
+    with adverse(), pytest.raises(DeadlockError, match=f"channels_{half}_kernel"):
+        call.run()
+
+
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_the_next_launch_finds_the_zeros_as_the_last_one_did(one_launch, use, kept, device):
+    """Launches of more blocks and of fewer, with a counter of batches and without, one of them not shared."""
+    use(256, one_launch)
+    counter = torch.tensor(0, device=device)
+    for shape, kind in (((3, 5, 4, 8), "flat"), ((1, 3, 2, 4), "flat"), ((4, 40, 3, 3), "last"), ((3, 2, 60), "flat")):
+        call = drawn(shape, kind, device)
+        running = running_statistics(shape[1], device)
+        with interleaved(order=shuffled):
+            triton_norm.batch_norm(call.x, *running, training=True, num_batches_tracked=counter)
+            assert not kept.any()
+            x = call.x.requires_grad_()
+            y = triton_norm.batch_norm(x, None, None, training=True)
+            assert not kept.any()
+            y.backward(call.dy)
+            assert not kept.any()
+            triton_norm.batch_norm(x, *running, weight := call.weight.requires_grad_()).backward(call.dy)
+            assert not kept.any()
+            assert weight.grad.isfinite().all()
+    assert counter.item() == 4
+
+
+@pytest.mark.parametrize(
+    ("one_launch", "launches"), [(True, [FORWARD, BACKWARD]), (False, [*[FORWARD] * 2, *[BACKWARD] * 2])]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_many_launches(kind, one_launch, launches, use, guard, device):
+    shape, tile = HELD[kind]
+    use(tile, one_launch)
+    with interleaved():
+        drawn(shape, kind, device).run()
+    assert guard.kernels == launches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_one_launch_each_way_and_waits_for_nothing(kind, use, guard, device):
+    """Not interleaved: a program that waited would hang."""
+    shape, tile = HELD[kind]
+    use(tile)
+    drawn(shape, kind, device, training=False).against_oracle()
+    assert guard.kernels == [FORWARD, BACKWARD]
+    assert not shared(guard.launches[0])
+    assert shared(guard.launches[1])
+
+
+WHOLE = {  # every program's elements are 1024, or 4096
+    "flat": ((4, 3, 16, 64), 1024),
+    "last": ((4, 48, 4, 16), 1024),
+    "folded": ((32, 16, 7, 7), 4096),
+}
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_held_is_read_once_and_the_rest_twice(kind, pieces, use, guard, device):
+    shape, tile = WHOLE[kind]
+    use(tile // pieces)
+    call = drawn(shape, kind, device, HALF)
+    size = call.x.numel() * call.x.itemsize
+    read = size * (2 * pieces - 1) // pieces
+    with interleaved():
+        found = call.run()
+    forward, backward = guard.launches
+    assert forward.bytes("load", "x_ptr") == read
+    assert forward.bytes("store", "y_ptr") == size
+    assert backward.bytes("load", "x_ptr") == backward.bytes("load", "dy_ptr") == read
+    assert backward.bytes("store", "dx_ptr") == size
+    assert guard.stored(call.x) == guard.stored(call.dy) == 0
+    call.check(found)
+
+
+@pytest.mark.parametrize("kind", ["flat", "folded"])  # channels-last, two launches sum in places
+def test_two_launches_give_the_same_bits_from_the_same_tiles(kind, use, guard, device):
+    shape, tile = HELD[kind]
+    call = drawn(shape, kind, device)
+    use(tile)
+    with interleaved():
+        one = call.run()
+    use(tile, one_launch=False, multiprocessors=8)  # eight programs for two blocks
+    assert same_bits(one, call.run())
+    partials = {launched.arguments["partials_ptr"].text for launched in guard.launches if shared(launched)}
+    assert len(partials) == 2  # as many splits in both forms: forward's and backward's
+
+
+@pytest.mark.parametrize(("kind", "shape", "tile"), CASES)
+def test_two_launches_match_fp64(kind, shape, tile, use, guard, device):
+    use(tile, one_launch=False)
+    drawn(shape, kind, device).against_oracle()
+    assert guard.kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]
+
+
+@pytest.mark.parametrize("asked", [(0,), (3,), (0, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_gradients_asked_for(kind, asked, use, device):
+    """Without dx nothing waits: sums are then taken by other programs, and rounded otherwise."""
+    shape, tile = HELD[kind]
+    use(tile)
+    call = drawn(shape, kind, device)
+    with interleaved():
+        call.check(call.run(asked))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_mean_leaves_no_error_of_its_own_size(kind, use, device):
+    """Means of 1e6 standard deviations, and a channel that is constant."""
+    shape, tile = HELD[kind]
+    use(tile)
+    x = drawn(shape, kind, device).x + 1e6
+    x[:, 1] = 1e6 / 3
+    exact = F.batch_norm(x.double().contiguous(), None, None, training=True)
+    with interleaved():
+        y = triton_norm.batch_norm(x, None, None, training=True)
+    assert (y - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert not y[:, 1].any()
+
+
+@pytest.mark.parametrize("cache", [0, 256])
+def test_two_launches_where_the_cache_is_too_small(cache, use, guard, device):
+    use(256, l2_bytes=cache)
+    with interleaved():
+        drawn((5, 2, 16, 33), "flat", device).against_oracle()
+    assert guard.kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]

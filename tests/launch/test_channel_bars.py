@@ -1,0 +1,258 @@
+"""The bars for channels that need no GPU: machine code without spills and with wide accesses, no needless bytes and
+launches.
+
+To save time there is, of machine code, one shape for each way of launching, that with the largest tiles, and most GPUs
+have only the kernels that do the most in one type; of bytes a few shapes of each kind. `python -m perf resources
+--shapes full` and `traffic --shapes full` go through every shape of ResNet-50, a 3-D U-Net and an MLP.
+"""
+
+import json
+from collections import Counter
+from math import gcd, prod
+
+import pytest
+
+from perf import findings, workloads
+from perf.points import ITEMSIZE, LAYOUTS, MODES
+from perf.workloads import CHANNEL_OPS
+from support.bars import moved, records, wanting
+from support.gpus import H100
+from triton_norm.tuning import channel_spaces
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.unguarded
+
+BAR = 1.02
+EXCHANGED = 0.06
+_SPILLS = "sm_90 {} forward bf16 {}, channels_forward_kernel"
+SPILLING = {
+    "3.6.0": {_SPILLS.format("batch_norm", "32×128×28×28 NCHW")},
+    "3.8.0": {
+        _SPILLS.format("batch_norm", "32×128×28×28 NCHW"),
+        _SPILLS.format("batch_norm_add_relu", "32×128×28×28 NCHW"),
+        _SPILLS.format("batch_norm_add_relu", "32×2048×7×7 NCHW"),
+        _SPILLS.format("batch_norm_add_relu", "4096×1000"),
+    },
+}
+"""What other Tritons than the one that the choices are made with spill, in the config that is tried first."""
+KERNELS = {"channels_forward_kernel", "channels_backward_kernel"}
+
+RESOURCES = """
+from perf import resources, workloads
+from perf.points import Workload
+
+target, (ops, dtypes, shapes) = sys.argv[1], map(json.loads, sys.argv[2:])
+chosen = [Workload("channels", "", tuple(shape), "", layout) for shape, layout in shapes] or workloads.CHANNEL_BARS
+points = workloads.channel_bars(ops, dtypes=dtypes, workloads=chosen)
+points = resources.representatives(points, resources.TARGETS[target])
+found = resources.records(points, [target], at_once=len(points))
+"""
+
+TRAFFIC = """
+from dataclasses import replace
+
+from perf import traffic, workloads
+from perf.workloads import CHANNEL_BARS
+from perf.stand_in import H100
+
+gpu = replace(H100, limits=replace(H100.limits, one_launch_bytes=2**62))
+
+points = []
+for ops, dtype, shapes in json.loads(sys.argv[1]):
+    chosen = [workload for workload in CHANNEL_BARS if list(workload.shape) in shapes]
+    points += workloads.channel_bars(ops, dtypes=(dtype,), workloads=chosen)
+found = traffic.records(points, gpu)
+"""
+
+EXTENDED = """
+from dataclasses import replace
+
+from perf import traffic
+from perf.points import Point, Workload
+from perf.stand_in import H100
+
+direct, sizes, found = traffic.counted, [], []
+
+
+def noted(point, *rest):
+    sizes.append(point.workload.elements)
+    return direct(point, *rest)
+
+
+for shape, layout, most in json.loads(sys.argv[1]):
+    gpu = replace(H100, multiprocessors=14, limits=replace(H100.limits, one_launch_bytes=most))
+    workload = Workload("channels", "", tuple(shape), "", layout)
+    for mode in ("forward", "backward"):
+        point = Point("batch_norm_add_relu", mode, "bf16", workload)
+        traffic.counted = noted
+        extended = traffic.count(point, gpu)
+        traffic.counted = direct
+        found.append([extended, direct(point, gpu)[0].record(), max(sizes) / workload.elements])
+        sizes.clear()
+"""
+
+
+def named(record):
+    where = f"{record['op']} {record['mode']} {record['dtype']} {findings.lying(record)}"
+    return f"{record['target']} {where}, {record['kernel']}" if "kernel" in record else where
+
+
+def channels_lie_side_by_side(record):
+    """Where there is one channel, its positions do."""
+    return (record["layout"] == "channels_last" and record["shape"][1] > 1) or len(record["shape"]) == 2
+
+
+def widest(record):
+    """Bits: 128 where the elements that lie side by side allow it; few and odd positions of all channels do."""
+    n_samples, n_channels, *positions = record["shape"]
+    n_positions = prod(positions)
+    if channels_lie_side_by_side(record):
+        side_by_side = n_channels
+    else:
+        side_by_side = n_channels * n_positions if n_positions % 2 and n_samples >= 8 else n_positions
+    return 8 * gcd(16, side_by_side * ITEMSIZE[record["dtype"]])
+
+
+def test_shapes_with_narrower_accesses():
+    """8 bytes for 14 × 14 positions in 16-bit types, 16 for all else, 7 × 7 too."""
+    points = workloads.channel_bars(("batch_norm",), ("forward",))
+    narrow = {(p.workload.shape[2:], p.workload.layout, p.dtype) for p in points if widest(p.describe()) < 128}
+    assert narrow == {((14, 14), "contiguous", "bf16")}
+    assert {widest(p.describe()) for p in points} == {64, 128}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("target", "ops", "dtypes"),
+    [
+        pytest.param("sm_80", ("batch_norm_add_relu",), ("fp32",), marks=pytest.mark.thorough),
+        ("sm_90", CHANNEL_OPS, ("bf16", "fp32")),
+        pytest.param("sm_100", ("batch_norm_add_relu",), ("bf16",), marks=pytest.mark.thorough),
+        ("gfx942", ("batch_norm_add_relu",), ("bf16",)),
+    ],
+)
+def test_machine_code_of_every_way_of_launching(target, ops, dtypes):
+    compiled = inspected(target, ops, dtypes)
+    if target != "gfx942":
+        assert {(name, "load") for name in ("x", "residual", "dy", "bits")} < moved(compiled)
+        assert {(name, "store") for name in ("y", "dx", "dresidual", "bits")} < moved(compiled)
+
+
+FEW_CHANNELS = [
+    ((*size[:1], n_channels, *size[1:]), layout)
+    for n_channels in (1, 2, 3, 4, 8)
+    for size in ((32, 32, 32), (128, 224, 224), (256, 7, 7), (16384,))
+    for layout in LAYOUTS[: 2 if len(size) > 1 else 1]
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_machine_code_for_few_channels(dtype):
+    """In one launch and in two. With three channels-last each element has an access, and so an address, of its own:
+    149 registers were spilled by the forward, 18 by the backward, in half as many threads."""
+    compiled = inspected("sm_90", CHANNEL_OPS, (dtype,), FEW_CHANNELS)
+    assert {record["shape"][1] for record in compiled} >= {1, 2, 3, 4}  # of 8 in fp32 the accesses are those of 4
+    assert {widest(record) for record in compiled} == {8 * ITEMSIZE[dtype] * n for n in (1, 2, 4)} | {128}
+    calls = Counter((r["op"], r["mode"], *r["shape"], r["layout"]) for r in compiled if r["op"] != "batch_norm_eval")
+    assert set(calls.values()) == {1, 2}  # launches
+
+
+def inspected(target, ops, dtypes, shapes=()):
+    """The records of every way of launching that these shapes have, or else those of the bars; nothing is wanting."""
+    compiled = records(RESOURCES, target, json.dumps(ops), json.dumps(dtypes), json.dumps(shapes))
+    assert {record["kernel"] for record in compiled} == KERNELS
+    assert {(r["op"], r["dtype"], r["mode"], channels_lie_side_by_side(r)) for r in compiled} == {
+        (op, dtype, mode, last)
+        for op in ops for dtype in dtypes for mode in MODES for last in (True, False)
+    }  # fmt: skip
+    wrong = {named(record): ", ".join(wanting(record, widest(record))) for record in compiled}
+    found = {name: what for name, what in wrong.items() if what}
+    spilling = SPILLING.get(triton.__version__, frozenset())
+    assert found.keys() == spilling & wrong.keys(), "\n".join(map(": ".join, found.items()))
+    return compiled
+
+
+def in_flight(record):
+    """Bytes that the programs that run at once will read again."""
+    (launch,) = record["launches"]
+    at_once = H100.limits.holding_programs_per_sm * H100.multiprocessors
+    return record["again_bytes"] * min(1, at_once / launch["programs"])
+
+
+def excess(record):
+    """What is wrong with the bytes that a call moves.
+
+    With bits, each weight once, as the other programs find it in cache, and so is what a program reads a second time in
+    one launch: of that, for all programs that run at once, there may be no more than a share of an H100's L2. Apart
+    from that, with a bar of its own, what programs of a channel leave for each other and read within microseconds:
+    partial sums, what they wait with, and the statistics again.
+    """
+    if record["status"] != "ok":
+        return [record["message"]]
+    found = []
+    exchanged = findings.exchanged(record)
+    over = round(
+        findings.over_its_form(record) - exchanged, 9
+    )  # of ratios: what meets the floor may miss it by roundoff
+    if not 1 <= over <= BAR:
+        found.append(f"{over:.4f} of the floor of {len(record['launches'])} launches")
+    if not exchanged <= EXCHANGED:
+        found.append(f"{exchanged:.4f} of that floor are exchanged")
+    if record["again_bytes"] and in_flight(record) * H100.limits.cache_bytes_per_reread_byte > H100.l2_bytes:
+        found.append(f"{in_flight(record)} bytes are read again at once")
+    return found
+
+
+COUNTED = [
+    (("batch_norm", "batch_norm_add_relu"), "bf16", [(32, 512, 28, 28), (256, 1024, 14, 14), (32, 2048, 7, 7)]),
+    (("batch_norm",), "fp32", [(256, 64, 56, 56), (256, 2048, 7, 7), (2, 128, 32, 32, 32), (4096, 1000)]),
+    (("batch_norm_eval",), "bf16", [(32, 1024, 14, 14), (256, 2048, 7, 7), (65536, 64)]),
+]
+
+
+def test_bytes():
+    counted = records(TRAFFIC, json.dumps(COUNTED), TRITON_INTERPRET="1")
+    assert {tuple(record["shape"]) for record in counted} == {shape for *_, shapes in COUNTED for shape in shapes}
+    wrong = {named(record): excess(record) for record in counted}
+    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)
+
+
+def test_launches_of_a_training_step_and_of_evaluation(monkeypatch):
+    """Forward one or two, backward one or two: one where the programs of a channel wait for each other."""
+    from perf import resources
+
+    plans = []
+    plan = channel_spaces.plan_channels
+    monkeypatch.setattr(channel_spaces, "plan_channels", lambda work, gpu: plans.append(plan(work, gpu)) or plans[-1])
+    counts = {}
+    for point in workloads.channel_bars():
+        plans.clear()
+        with resources.launches_of(point, resources.TARGETS["sm_90"]) as launches:
+            counts.setdefault((point.op, point.mode), set()).add(len(launches))
+            assert len(launches) == (1 if not plans or plans[-1] else 2), point
+    evaluation = {("batch_norm_eval", mode): {1} for mode in MODES}
+    assert counts == {(op, mode): {1, 2} for op in CHANNEL_OPS for mode in MODES} | evaluation
+
+
+ONE, TWO = 2**62, 0
+SHAPES = [  # four channels, three slabs of channels and a part of one, as many blocks of whole channels
+    ((16, 4, 64, 80), "contiguous", ONE),
+    ((8, 120, 25, 10), "channels_last", ONE),
+    ((64, 136, 7, 7), "contiguous", ONE),
+    ((16, 4, 16, 40), "contiguous", TWO),
+    ((8, 120, 25, 10), "channels_last", TWO),
+    ((32, 136, 7, 7), "contiguous", TWO),
+]
+
+
+def test_counts_of_few_blocks_and_splits_extend_to_those_of_all():
+    """On 14 multiprocessors. Blocks are shared by three programs or more; in one launch x and dy are read again."""
+    counts = records(EXTENDED, json.dumps(SHAPES), TRITON_INTERPRET="1")
+    launches = [1 if one else 2 for _, _, one in SHAPES for _ in MODES]
+    assert [len(direct["launches"]) for _, direct, _ in counts] == launches
+    again = [bool(direct["again"]["bulk"]) for _, direct, _ in counts]
+    assert again == [one > 0 for _, _, one in SHAPES for _ in MODES]
+    for extended, direct, part in counts:
+        assert part < 1
+        assert {name: extended[name] for name in direct} == direct

@@ -1,0 +1,336 @@
+"""What a training step keeps and what a call takes meanwhile, to the byte, and that nothing grows with their number."""
+
+import contextlib
+import functools
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import triton_norm
+from support.allocations import allocations
+from support.channel_norms import ACTIVATIONS, MODES, running_statistics
+from support.row_norms import NORMS
+from triton_norm import distributed, launch, plans
+from triton_norm.specs import BatchNormOptions, BatchNormTensors
+from triton_norm.tuning import memory
+
+pytest.importorskip("triton")
+
+from perf.stand_in import H100, as_on_gpu
+
+pytestmark = pytest.mark.unguarded
+
+Kept = list[Tensor]
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def kept_by(call: Callable[[], Any]) -> tuple[Any, Kept]:
+    """The call's result, and what it keeps for a backward."""
+    kept: Kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        return call(), kept
+
+
+def check(kept: Kept, referred: list[Tensor | None], own: list[tuple[torch.dtype, int]]) -> None:
+    """Kept is nothing but the memory of what is referred to, and tensors of these types and bytes."""
+    known = {storage(tensor) for tensor in referred if tensor is not None}
+    assert {storage(tensor) for tensor in kept} >= known
+    others = [tensor for tensor in kept if storage(tensor) not in known]
+    sizes = [(tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in others]
+    assert sorted(sizes, key=str) == sorted(own, key=str)
+
+
+def ask_for(wanted: str, **tensors: Tensor | None) -> None:
+    """Only the named ones, all where that is "all", need a gradient."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            tensor.requires_grad_(wanted in (name, "all"))
+
+
+@pytest.fixture(autouse=True)
+def _through_the_kernels():
+    with triton_norm.backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("wanted", ["all", "x", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norm", NORMS, ids=repr)
+def test_rows_keep_x_and_statistics(norm, dtype, wanted, device):
+    x, weight, bias, _ = norm.drawn((6, 16), 1, dtype, device)
+    ask_for(wanted, x=x, weight=weight, bias=bias)
+    y, kept = kept_by(lambda: norm.ours((16,))(x, weight, bias))
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    check(kept, [x, weight], [(statistics, 6 * (1 + norm.has_bias) * statistics.itemsize)])
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS, ids=repr)
+def test_rows_keep_the_total_once_and_neither_of_its_parts(norm, residual_dtype, device):
+    x, weight, bias, _ = norm.drawn((6, 16), 1, torch.bfloat16, device)
+    residual = torch.randn(6, 16, device=device).to(residual_dtype)
+    ask_for("all", x=x, weight=weight, bias=bias, residual=residual)
+    (_, total), kept = kept_by(lambda: norm.ours((16,), residual=residual)(x, weight, bias))
+    assert total.dtype == residual_dtype
+    check(kept, [total, weight], [(torch.float32, 6 * (1 + norm.has_bias) * 4)])
+
+
+@pytest.mark.parametrize("wanted", ["all", "x", "weight", "bias", "residual"])
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@MODES
+def test_channels_keep_x_statistics_and_a_bit_an_element(training, activation, added, wanted, device):
+    if wanted == "residual" and not added:
+        return
+    x = torch.randn(4, 2, 2, 4, device=device)
+    weight, bias = torch.randn(2, 2, device=device).unbind()
+    weight, bias, residual = weight.clone(), bias.clone(), torch.randn_like(x) if added else None
+    ask_for(wanted, x=x, weight=weight, bias=bias, residual=residual)
+    mean, var = running_statistics(2, device)
+    fused = {"residual": residual, "activation": activation}
+    _, kept = kept_by(lambda: triton_norm.batch_norm(x, mean, var, weight, bias, training, **fused))
+    by_bits = added and activation in ("relu", "leaky_relu")
+    recomputes = activation is not None and not by_bits
+    referred = [x, weight, *((bias, residual) if recomputes else ()), *(() if training else (mean, var))]
+    bits = [(torch.uint8, x.numel() // 8)] if by_bits else []
+    check(kept, referred, bits + ([(torch.float32, 3 * 2 * 4)] if training else []))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_synchronized_statistics_are_kept_as_a_batchs_own(activation, monkeypatch, device):
+    monkeypatch.setattr(distributed, "gather", lambda packed, group: packed[None])
+    x, residual = torch.randn(2, 4, 8, 2, 4, device=device).unbind()
+    x, residual = x.clone().requires_grad_(), residual.clone()
+    weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
+    tensors, options = BatchNormTensors(x, residual, weight, bias), BatchNormOptions(True, 0.1, 1e-5, activation)
+    _, kept = kept_by(lambda: distributed.sync_batch_norm(tensors, options, distributed.Group("", 1)))
+    bits = [(torch.uint8, x.numel() // 8)] if activation == "relu" else []
+    referred = [x, weight, *((bias, residual) if activation == "silu" else ())]
+    check(kept, referred, [*bits, (torch.float32, (3 * 8 + 1) * 4)])
+
+
+def calls(device: str) -> dict[str, Callable[..., Any]]:
+    """By name, of x and a residual: every way to keep something."""
+    weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
+    mean, var = running_statistics(8, device)
+    batch_norm = functools.partial(triton_norm.batch_norm, weight=weight, bias=bias)
+    return {
+        "layer_norm": lambda x, residual: triton_norm.layer_norm(x, (8,), weight, bias),
+        "rms_norm": lambda x, residual: triton_norm.rms_norm(x, (8,), weight),
+        "total": lambda x, residual: triton_norm.rms_norm(x, (8,), weight, residual=residual),
+        "training": lambda x, residual: batch_norm(x, None, None, training=True),
+        "evaluation": lambda x, residual: batch_norm(x, mean, var),
+        "relu": lambda x, residual: batch_norm(x, mean, var, training=True, residual=residual, activation="relu"),
+        "silu": lambda x, residual: batch_norm(x, mean, var, training=True, residual=residual, activation="silu"),
+    }
+
+
+@pytest.mark.parametrize("name", calls("cpu"))
+def test_without_gradients_nothing_is_kept(name, device):
+    x, residual = torch.randn(2, 4, 8, device=device).unbind()
+    call = calls(device)[name]
+    assert kept_by(lambda: call(x, residual))[1] == []
+    x.requires_grad_()
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            assert kept_by(lambda: call(x, residual))[1] == []
+
+
+@pytest.mark.parametrize("name", calls("cpu"))
+def test_only_what_is_kept_outlives_the_call(name, device):
+    leaf = torch.randn(4, 8, device=device, requires_grad=True)
+    x, residual = leaf.clone(), torch.randn(4, 8, device=device)
+    found = calls(device)[name](x, residual)
+    y, *total = found if isinstance(found, tuple) else (found,)
+    made = {"x": x, "residual": residual, "y": y, "total": total[0] if total else None}
+    memory = {what: StorageWeakRef(t.untyped_storage()) for what, t in made.items() if t is not None}
+    graph = y.sum()  # which keeps no tensor of its own; a grad_fn alone would not keep its node's in every torch
+    del x, residual, found, y, total, made
+    gc.collect()
+    alive = {what for what, reference in memory.items() if not reference.expired()}
+    assert graph.grad_fn is not None
+    assert alive == {"total": {"total"}, "silu": {"x", "residual"}}.get(name, {"x"})
+
+
+# What a call takes beside its results and what is kept, on a GPU of 132 multiprocessors.
+
+SMS = H100.multiprocessors
+ROW_SHAPES = [  # rows, columns, type; bytes forward and backward
+    (16384, 4096, torch.bfloat16, 0, 2 * 264 * 4096 * 4),
+    (100, 1000, torch.float32, 0, 2 * 100 * 1000 * 4),
+    (512, 65536, torch.bfloat16, 8 + 512 * (4 + 12 * 8), 2 * 16 * 65536 * 4 + 8 + 16 * (8 + 32 * 32)),
+    (1, 40000, torch.float64, 8 + 4 + 24 * 10, 2 * 40000 * 8 + 8 + 8 + 64 * 20),
+]
+CHANNEL_SHAPES = [  # bf16, whether channels lie last; programs that share a channel forward and backward; blocks
+    ((32, 64, 56, 56), False, 33, 33, 64),
+    ((32, 64, 56, 56), True, 196, 196, 2),
+    ((64, 512, 7, 7), False, 8, 8, 13),
+    ((8192, 1024), False, 16, 16, 32),
+    ((256, 2048, 7, 7), True, 24, 24, 64),
+]
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Callable[[Sequence[Tensor]], int]]:
+    """Gives a function from what is left of a call to the bytes of all else that was allocated."""
+    made: dict[int, Tensor] = {}
+
+    def bytes_beside(left: Sequence[Tensor]) -> int:
+        left_over = set(map(storage, left))
+        found = sum(t.untyped_storage().nbytes() for address, t in made.items() if address not in left_over)
+        made.clear()
+        return found
+
+    def note(tensor: Tensor) -> None:
+        made[storage(tensor)] = tensor
+
+    with as_on_gpu(H100, start=lambda *_: None), allocations(after=note):
+        yield bytes_beside
+
+
+@pytest.mark.parametrize(("rows", "columns", "dtype", "forward", "backward"), ROW_SHAPES)
+def test_rows_take_what_the_docstring_says(rows, columns, dtype, forward, backward):
+    leaves = [torch.empty(shape, dtype=dtype).requires_grad_() for shape in ((rows, columns), columns, columns)]
+    with workspace() as bytes_beside:
+        y, kept = kept_by(lambda: triton_norm.layer_norm(leaves[0], (columns,), *leaves[1:]))
+        taken = bytes_beside([y, *kept])
+        grads = torch.autograd.grad(y, leaves, torch.empty_like(y))
+        assert (taken, bytes_beside(grads)) == (forward, backward)
+
+
+@pytest.mark.parametrize(("shape", "last", "forward", "backward", "blocks"), CHANNEL_SHAPES)
+def test_channels_take_what_the_docstring_says(shape, last, forward, backward, blocks):
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    if last:
+        x = torch.empty_like(x, memory_format=torch.channels_last)
+    leaves = [x.requires_grad_(), *(torch.empty(shape[1], requires_grad=True) for _ in range(2))]
+    zeros = 4 * (2 + blocks)
+    with workspace() as bytes_beside:
+        triton_norm.batch_norm(x, None, None, *leaves[1:], training=True)  # the first asks torch how y is to lie
+        bytes_beside([])
+        y, kept = kept_by(lambda: triton_norm.batch_norm(x, None, None, *leaves[1:], training=True))
+        taken = bytes_beside([y, *kept])
+        grads = torch.autograd.grad(y, leaves, torch.empty_like(y))
+        assert taken == 12 * shape[1] * forward + zeros
+        assert bytes_beside(grads) == 8 * shape[1] * (backward + 1) + zeros
+
+
+# What grows with the number of calls.
+
+N = 10_000
+SHAPES = 4_500  # more than any cache has places for
+
+
+def steps() -> dict[str, Callable[[], Any]]:
+    """Training steps by name, of tensors that stay."""
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    weight, bias = (torch.ones(8, requires_grad=True) for _ in range(2))
+    per_channel = weight[:4].detach().requires_grad_()
+    mean, var, counter = torch.zeros(4), torch.ones(4), torch.tensor(0)
+    dy = torch.ones_like(x)
+    options = {"training": True, "num_batches_tracked": counter, "residual": x, "activation": "relu"}
+    return {
+        "layer_norm": lambda: torch.autograd.grad(triton_norm.layer_norm(x, (8,), weight, bias), (x, weight, bias), dy),
+        "batch_norm": lambda: torch.autograd.grad(
+            triton_norm.batch_norm(x, mean, var, per_channel, **options), (x, per_channel), dy
+        ),
+    }
+
+
+@pytest.fixture
+def launched():
+    """Nothing is launched, as if on a GPU."""
+    with as_on_gpu(H100, start=lambda *_: None):
+        yield
+
+
+def remembered() -> int:
+    """Blocks of memory that Python's objects have."""
+    gc.collect()
+    return sys.getallocatedblocks()
+
+
+@pytest.mark.parametrize("name", steps())
+def test_ten_thousand_calls_leave_nothing_behind(name, launched):
+    step = steps()[name]
+    for _ in range(10):
+        step()
+    before, grown = remembered(), []
+    for _ in range(2):
+        for _ in range(N // 2):
+            step()
+        before, grown = remembered(), [*grown, remembered() - before]
+    assert min(grown) < N // 20, grown  # what is made once, by anyone, is no growth
+
+
+def tables() -> Iterator[tuple[str, int, int | None]]:
+    """What the library remembers by name: how much it is, and how much it may become, None where nothing says."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "triton_norm":
+            for attribute, value in vars(module).items():
+                if hasattr(value, "cache_info"):
+                    yield f"{name}.{attribute}", value.cache_info().currsize, value.cache_info().maxsize
+                elif isinstance(value, dict | set | list) and not attribute.startswith("__"):
+                    yield f"{name}.{attribute}", len(value), None
+
+
+def launchers() -> int:
+    gc.collect()
+    return sum(type(found) is launch.Launcher for found in gc.get_objects())
+
+
+NEVER_SEEN = {
+    "layer_norm": lambda n: triton_norm.layer_norm(
+        torch.empty(1, n), (n,), torch.empty(n, requires_grad=True)
+    ).backward(torch.empty(1, n)),
+    "batch_norm": lambda n: triton_norm.batch_norm(torch.empty(2, n), None, None, training=True),
+}
+
+
+@pytest.mark.parametrize("name", NEVER_SEEN)
+def test_thousands_of_shapes_are_not_all_remembered(name, launched):
+    before = {where: size for where, size, _ in tables()}
+    assert max(memory.MOST_REMEMBERED, plans.MOST_KEYS) < SHAPES
+    for n in range(4, SHAPES + 4):
+        NEVER_SEEN[name](n)
+    for where, size, most in tables():
+        assert size <= (most or max(plans.MOST_KEYS, before.get(where, 0))), where
+    assert launchers() <= 4 * memory.MOST_REMEMBERED
+    memory.forget()
+    assert launchers() <= 8
+
+
+@pytest.mark.parametrize("name", ["rows", "channels"])
+def test_ever_new_strides_are_not_all_remembered(name, launched, monkeypatch):
+    monkeypatch.setattr(plans, "MOST_FORMS", 5)
+    for stride in range(4, 104):
+        x = torch.empty(2 * stride).as_strided((2, 4), (stride, 1))
+        if name == "rows":
+            triton_norm.layer_norm(x, (4,))
+        else:
+            triton_norm.batch_norm(x, None, None, training=True)
+    assert max(len(kept) for _, kept in plans._plans.values()) <= 5
+
+
+def test_no_more_streams_have_zeros_than_numbers_say(monkeypatch):
+    """Streams that come and go, each of them new."""
+    monkeypatch.setattr(launch, "_zeros", {})
+    monkeypatch.setattr(launch, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))
+    for stream in range(N):
+        monkeypatch.setattr(launch, "current_stream", lambda device, stream=stream: stream)
+        kept = launch.zeros(3, torch.device("cuda", 0))
+        assert launch.zeros(2, torch.device("cuda", 0)) is kept
+        assert len(launch._zeros) <= launch.MOST_STREAMS

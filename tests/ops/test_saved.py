@@ -1,0 +1,311 @@
+"""What happens to an op between its forward and its backward: hooks on saved tensors, and other modes of autograd."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+import triton_norm
+from support.every_op import OPS, PATHS, Op
+
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+EXACT = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def strided(tensor):
+    """The same values, two elements apart."""
+    return torch.stack((tensor, torch.full_like(tensor, 77)), -1)[..., 0]
+
+
+def transposed(tensor):
+    """The same values, axes in memory the other way round."""
+    axes = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(axes).contiguous().permute(axes)
+
+
+def channels_last(tensor):
+    return tensor if tensor.dim() < 3 else tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def shifted(tensor):
+    """The same values, not on 16 bytes."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+def negated(tensor):
+    return torch._neg_view(-tensor) if tensor.is_floating_point() else tensor
+
+
+def contiguous(tensor):
+    return tensor.contiguous().clone()
+
+
+UNPACKED = [contiguous, strided, transposed, channels_last, shifted, negated]
+
+
+def gradients(op, tensors, dys, hooks=contextlib.nullcontext, **options):
+    """Of the outputs, for the tensors that there are."""
+    with hooks():
+        outputs = op.ours(*tensors)
+    return torch.autograd.grad(outputs, [tensor for tensor in tensors if tensor is not None], dys, **options)
+
+
+def drawn(op, device, dtype=torch.float32):
+    tensors = op.drawn(device, dtype)
+    return tensors, [torch.randn_like(y) for y in op.theirs(*tensors)]
+
+
+@PATHS
+@pytest.mark.parametrize("unpack", UNPACKED, ids=lambda function: function.__name__)
+@OPS
+def test_saved_tensors_come_back_with_other_strides(op, unpack, path, device):
+    if path == "torch" and op.name == "layer_norm" and unpack is strided:
+        pytest.skip("torch's own backward reads strided statistics as contiguous on the CPU")
+    tensors, dys = drawn(op, device)
+    with triton_norm.backend(path):
+        expected = gradients(op, tensors, dys)
+        found = gradients(op, tensors, dys, lambda: saved_tensors_hooks(lambda tensor: tensor, unpack))
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@OPS
+def test_saved_on_the_cpu(op, pin_memory, device):
+    tensors, dys = drawn(op, device)
+    expected = gradients(op, tensors, dys)
+    found = gradients(op, tensors, dys, lambda: save_on_cpu(pin_memory=pin_memory))
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_the_largest_error_that_was_seen(device):
+    """dx was off by 7.6 and dweight by 46: bits laid for channels last were read as if positions lay side by side."""
+    module = triton_norm.BatchNorm2d(32, device=device)
+    x, residual, dy = (channels_last(torch.randn(4, 32, 14, 14, device=device)) for _ in range(3))
+    found = []
+    for hooks in (contextlib.nullcontext(), saved_tensors_hooks(lambda t: t, contiguous)):
+        leaf = x.clone().requires_grad_()
+        with triton_norm.backend("triton"), hooks:
+            y = module(leaf, residual=residual, activation="relu")
+        found.append(torch.autograd.grad(y, (leaf, module.weight), dy))
+    torch.testing.assert_close(*found, **TOLERANCE)
+
+
+def test_layouts_of_one_shape_in_turn(device):
+    """Calls of one kind remember what was saved; how many bytes the bits take depends on the layout too."""
+    x, residual, dy = torch.randn(3, 3, 3, 4, 5, device=device)
+    weight = torch.rand(3, device=device)
+    found = []
+    for lay in (contiguous, channels_last, contiguous, channels_last):
+        leaves = [lay(tensor).requires_grad_() for tensor in (x, residual)]
+        with triton_norm.backend("triton"):
+            y = triton_norm.batch_norm(
+                leaves[0], None, None, weight, training=True, residual=leaves[1], activation="relu"
+            )
+        found.append(torch.autograd.grad(y, leaves, lay(dy)))
+    for gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("unpack", [contiguous, transposed], ids=lambda function: function.__name__)
+@OPS
+def test_second_derivatives_of_what_came_back_with_other_strides(op, unpack, device):
+    tensors, dys = drawn(op, device, torch.float64)
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    found = []
+    for hooks in (contextlib.nullcontext, lambda: saved_tensors_hooks(lambda tensor: tensor, unpack)):
+        with triton_norm.backend("triton"):
+            dx, *_ = gradients(op, tensors, dys, hooks, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), leaves, allow_unused=True))
+    torch.testing.assert_close(*found, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.double(), "torch.float64"),
+        (lambda tensor: tensor.flatten()[:-1], "shape"),
+        (lambda tensor: tensor.to("meta"), "meta"),
+    ],
+    ids=["type", "shape", "device"],
+)
+@OPS
+def test_saved_tensors_that_come_back_as_others_are_an_error(op, change, message, device):
+    """The kernels would read past their end."""
+    tensors, dys = drawn(op, device)
+    with triton_norm.backend("triton"), pytest.raises(RuntimeError, match=f"saved for backward as .*{message}"):
+        gradients(op, tensors, dys, lambda: saved_tensors_hooks(lambda tensor: tensor, change))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is ")  # by torch itself, for the first dual number
+@PATHS
+@OPS
+def test_forward_mode_over_the_backward(op, path, device):
+    """The gradient of y = f(x) for a dual number has the tangent that torch's has; silu's has none in torch either."""
+    tensors, dys = drawn(op, device, torch.float64)
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    tangents = [torch.randn_like(dy) for dy in dys]
+    found = []
+    for function in (op.ours, op.theirs):
+        with triton_norm.backend(path):
+            outputs = function(*tensors)
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(dy, tangent) for dy, tangent in zip(dys, tangents, strict=True)]
+            if op.activation == "silu":
+                with pytest.raises(NotImplementedError, match="silu_backward"):
+                    torch.autograd.grad(outputs, leaves, duals)
+                continue
+            unpacked = map(forward_ad.unpack_dual, torch.autograd.grad(outputs, leaves, duals))
+            found.append([part for gradient in unpacked for part in (gradient.primal, gradient.tangent)])
+    if found:
+        torch.testing.assert_close(*found, **EXACT)
+
+
+@PATHS
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+@OPS
+def test_batches_of_gradients(op, how, path, device):
+    tensors, dys = drawn(op, device, torch.float64)
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    batches = [torch.randn(3, *dy.shape, dtype=dy.dtype, device=device) for dy in dys]
+    with triton_norm.backend(path):
+        outputs = op.ours(*tensors)
+        if how == "vmap":
+
+            def vjp(*dys):
+                return torch.autograd.grad(outputs, leaves, dys, retain_graph=True)
+
+            found = torch.func.vmap(vjp)(*batches)
+        else:
+            found = torch.autograd.grad(outputs, leaves, batches, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(outputs, leaves, dys, retain_graph=True) for dys in zip(*batches, strict=True)]
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*each, strict=True))), **EXACT)
+
+
+@PATHS
+@OPS
+def test_gradcheck_of_batches_and_of_second_derivatives(op, path, device):
+    small = Op(op.name, (2, *op.shape[1:2], *(1 for _ in op.shape[2:])), *list(vars(op).values())[2:])
+    if op.activation == "relu" or op.activation == "leaky_relu":
+        pytest.skip("has no second derivative to compare with where it has a kink")
+    tensors = [tensor for tensor in small.drawn(device, torch.float64)]
+    given = [tensor for tensor in tensors if tensor is not None]
+
+    def function(*given):
+        remaining = iter(given)
+        return small.ours(*(None if tensor is None else next(remaining) for tensor in tensors))
+
+    with triton_norm.backend(path):
+        torch.autograd.gradcheck(function, given, check_batched_grad=True, fast_mode=True)
+        torch.autograd.gradgradcheck(function, given, fast_mode=True)
+
+
+@PATHS
+@pytest.mark.parametrize("function", ["jacobian", "hessian"])
+@pytest.mark.parametrize("module", ["LayerNorm", "RMSNorm", "BatchNorm1d"])
+def test_vectorized_derivatives(module, function, path, device):
+    x = torch.randn(3, 4, dtype=torch.float64, device=device)
+    found = []
+    for library in (nn, triton_norm):
+        norm = getattr(library, module)(4, device=device, dtype=torch.float64)
+        of = getattr(torch.autograd.functional, function)
+        with triton_norm.backend(path):
+            found.append(of(lambda x, norm=norm: norm(x).pow(3).sum(), x, vectorize=True))
+    torch.testing.assert_close(*found, **EXACT)
+
+
+def kept_from(transform, x):
+    """A tensor of x's values that outlives the transform that made it."""
+    kept = []
+
+    def function(x):
+        kept.append(x * 1)
+        return x.sum()
+
+    if transform == "jvp":
+        torch.func.jvp(function, (x,), (x,))
+    elif transform == "vjp":
+        torch.func.vjp(function, x)
+    else:
+        torch.func.grad(function)(x)
+    return kept[0]
+
+
+@PATHS
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp"])
+def test_a_tensor_that_was_kept_from_a_finished_transform(transform, path, device):
+    """As input, right for [[1, 2], [3, 5]] is what torch gives; as gradient and as weight too. The call before it, on
+    tensors of the same kind, is remembered."""
+    x = torch.tensor([[1.0, 2.0], [3.0, 5.0]], device=device)
+    kept = kept_from(transform, x)
+    expected = torch.tensor([[0.6325, 1.2649], [0.7276, 1.2127]], device=device)
+    with triton_norm.backend("auto" if path == "triton" else path):
+        triton_norm.rms_norm(x, (2,))
+        torch.testing.assert_close(triton_norm.rms_norm(kept, (2,)), expected, rtol=0, atol=1e-4)
+        weighted = triton_norm.layer_norm(x, (2,), kept_from(transform, x[0]))
+        torch.testing.assert_close(weighted, nn.functional.layer_norm(x, (2,), x[0]))
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(triton_norm.rms_norm(leaf, (2,)), leaf, kept)
+        (exact,) = torch.autograd.grad(nn.functional.rms_norm(leaf, (2,)), leaf, x)
+        torch.testing.assert_close(dx, exact)
+    if path == "triton":
+        assert "no memory of its own" in triton_norm.explain(triton_norm.rms_norm, kept, (2,)).reason
+        with triton_norm.backend("triton"), pytest.raises(RuntimeError, match="no memory of its own"):
+            triton_norm.rms_norm(kept, (2,))
+
+
+@PATHS
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained", "weight frozen"])
+@OPS
+def test_a_bias_that_is_changed_in_between(op, frozen, path, device):
+    """torch's BatchNorm does not mind, as no gradient depends on the bias; an activation that is computed again does,
+    and it is an error."""
+    tensors, dys = drawn(op, device)
+    _, residual, weight, bias = tensors
+    if bias is None:
+        pytest.skip("has no bias")
+    weight.requires_grad_("weight" not in frozen)
+    leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+    with triton_norm.backend(path):
+        outputs = op.ours(*tensors)
+        expected = torch.autograd.grad(outputs, leaves, dys, retain_graph=True)
+        with torch.no_grad():
+            bias.add_(100)
+        recomputes = op.activation == "silu" or (op.activation is not None and residual is None)
+        if path == "triton" and recomputes:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(outputs, leaves, dys)
+        elif path == "triton" or op.function == "batch_norm":
+            assert all(map(torch.equal, torch.autograd.grad(outputs, leaves, dys), expected))
+
+
+@OPS
+def test_inputs_that_were_made_under_inference_mode(op, device):
+    """The kernels train behind them, from a copy, as torch's RMSNorm does."""
+    tensors, dys = drawn(op, device)
+    wanted = [tensor for tensor in tensors[2:] if tensor is not None]
+    with torch.inference_mode():
+        frozen = [None if tensor is None else tensor.detach().clone() for tensor in tensors[:2]]
+    with triton_norm.backend("triton"):
+        found = torch.autograd.grad(op.ours(*frozen, *tensors[2:])[0], wanted, dys[0])
+        plain = [None if tensor is None else tensor.detach() for tensor in tensors[:2]]
+        expected = torch.autograd.grad(op.ours(*plain, *tensors[2:])[0], wanted, dys[0])
+        assert all(map(torch.equal, found, expected))
+        with torch.inference_mode():
+            assert op.ours(*frozen, *tensors[2:])[0].is_inference()
+
+
+def test_explain_tells_of_the_copy_of_an_inference_tensor(device):
+    with torch.inference_mode():
+        h = torch.tensor([[3.0, 4.0]], device=device)
+    norm = triton_norm.RMSNorm(2, device=device)
+    assert any("inference_mode" in copy for copy in triton_norm.explain(norm, h).copies)
+    norm(h).sum().backward()
+    torch.testing.assert_close(norm.weight.grad, torch.tensor([0.8485, 1.1314], device=device), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        assert triton_norm.explain(norm, h).copies == ()
+    assert triton_norm.explain(norm, h, residual=h).copies == ()
+    assert triton_norm.explain(norm.requires_grad_(False), h).copies == ()

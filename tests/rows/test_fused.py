@@ -1,0 +1,331 @@
+"""The arguments that torch's functions don't have: residual, residual_dtype, weight_offset, x_hat_dtype, out_dtype."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import triton_norm
+from support.oracle import assert_same_but_for_order, run
+from support.row_norms import LAYER_NORM, NORMS, RMS_NORM
+
+HALF = torch.bfloat16
+TYPES = [
+    (torch.float32, torch.float32, None),
+    (HALF, HALF, None),
+    (HALF, torch.float32, None),  # a stream in fp32
+    (HALF, HALF, torch.float32),
+    (torch.float32, torch.float16, None),
+    (torch.float16, torch.float64, torch.float32),
+]
+
+
+@pytest.fixture(params=NORMS, ids=repr)
+def norm(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _through_the_kernels():
+    with triton_norm.backend("triton"):
+        yield
+
+
+def parts(norm, dtype, residual_dtype, device, shape=(6, 40)):
+    """x, residual, weight, bias, dy and dtotal."""
+    x, weight, bias, dy = norm.drawn(shape, 1, dtype, device)
+    residual, dtotal = torch.randn(2, *shape, device=device).to(residual_dtype)
+    return x, residual, weight, bias, dy, dtotal
+
+
+def gradients(outputs, leaves, grads):
+    return torch.autograd.grad(outputs, leaves, grads)
+
+
+@pytest.mark.parametrize(("dtype", "residual_dtype", "total_dtype"), TYPES)
+@pytest.mark.parametrize("columns", [40, 33, 300])
+def test_is_the_sum_and_the_norm_of_the_rounded_sum(norm, dtype, residual_dtype, total_dtype, columns, numbers, device):
+    numbers(interpreted_tile_elements=128, multiprocessors=3, whole_row_bytes=512)
+    x, residual, weight, bias, dy, dtotal = parts(norm, dtype, residual_dtype, device, (6, columns))
+    total_dtype_wanted = total_dtype or residual_dtype
+    leaves = [tensor.requires_grad_() for tensor in (x, residual, weight)]
+    y, total = norm.ours((columns,), residual=residual, residual_dtype=total_dtype)(x, weight, bias)
+    assert (y.dtype, total.dtype) == (dtype, total_dtype_wanted)
+    wide = torch.float64 if torch.float64 in (dtype, residual_dtype) else torch.float32
+    assert torch.equal(total, (x.to(wide) + residual.to(wide)).to(total.dtype))
+    inner = total.detach().requires_grad_()
+    expected = norm.ours((columns,), out_dtype=dtype)(inner, weight, bias)
+    assert torch.equal(y, expected)
+    dtotal = dtotal.to(total.dtype)
+    dx, dresidual, dweight = gradients((y, total), leaves, (dy, dtotal))
+    z = norm.theirs((columns,))(inner.double(), weight.double())
+    of_total, dweight_expected = gradients(z, (inner, weight), dy.double())
+    assert (dx.dtype, dresidual.dtype) == (dtype, residual_dtype)
+    exact = of_total.double() + dtotal.double()
+    for found in (dx, dresidual):
+        tolerance = 4 * max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps, torch.finfo(total.dtype).eps)
+        torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+    tolerance = 4 * torch.finfo(dtype).eps
+    scale = dweight.abs().max().item()
+    torch.testing.assert_close(dweight, dweight_expected, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_gives_the_bits_of_the_two_steps(norm, device):
+    """Sum and norm in one launch are those of two launches, forward and backward."""
+    x, residual, weight, bias, dy, _ = parts(norm, torch.float32, torch.float32, device)
+    leaves = [tensor.requires_grad_() for tensor in (x, residual, weight)]
+    y, total = norm.ours((40,), residual=residual)(x, weight, bias)
+    summed = x + residual
+    z = norm.ours((40,))(summed, weight, bias)
+    assert torch.equal(total, summed)
+    assert torch.equal(y, z)
+    for found, expected in zip(gradients(y, leaves, dy), gradients(z, leaves, dy), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_only_the_total_is_used(norm, guard, device):
+    x, residual, weight, bias, _, dtotal = parts(norm, HALF, torch.float32, device)
+    leaves = [tensor.requires_grad_() for tensor in (x, residual)]
+    _, total = norm.ours((40,), residual=residual)(x, weight, bias)
+    launches = None if guard is None else len(guard.launches)
+    dx, dresidual = gradients(total, leaves, dtotal)
+    assert torch.equal(dresidual, dtotal)
+    assert torch.equal(dx, dtotal.to(HALF))
+    assert guard is None or len(guard.launches) == launches
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 1)])
+@pytest.mark.parametrize("residual_dtype", [HALF, torch.float32])
+def test_only_the_gradients_asked_for(norm, asked, residual_dtype, device):
+    x, residual, weight, bias, dy, dtotal = parts(norm, HALF, residual_dtype, device)
+
+    everything = dict(zip((0, 1, 2), _grads(norm, x, residual, weight, bias, dy, dtotal, (0, 1, 2)), strict=True))
+    for index, found in zip(asked, _grads(norm, x, residual, weight, bias, dy, dtotal, asked), strict=True):
+        assert_same_but_for_order(found, everything[index])
+
+
+def _grads(norm, x, residual, weight, bias, dy, dtotal, asked):
+    leaves = [tensor.detach().requires_grad_(i in asked) for i, tensor in enumerate((x, residual, weight))]
+    outputs = norm.ours((40,), residual=leaves[1])(leaves[0], leaves[2], bias)
+    return torch.autograd.grad(outputs, [leaves[i] for i in asked], (dy, dtotal))
+
+
+def test_a_residual_that_is_the_input(norm, device):
+    x, _, weight, bias, dy, dtotal = parts(norm, torch.float32, torch.float32, device)
+    leaf = x.clone().requires_grad_()
+    outputs = norm.ours((40,), residual=leaf)(leaf, weight, bias)
+    (found,) = torch.autograd.grad(outputs, leaf, (dy, dtotal))
+    (expected,) = torch.autograd.grad((norm.ours((40,))(leaf + leaf, weight, bias), leaf + leaf), leaf, (dy, dtotal))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded", "offset"])
+def test_layouts_of_residual_and_gradients(norm, layout, device):
+    x, residual, weight, bias, dy, dtotal = parts(norm, torch.float32, torch.float32, device)
+    lay = {
+        "strided": lambda t: torch.stack((t, t), 1)[:, 0],
+        "transposed": lambda t: t.t().contiguous().t(),
+        "expanded": lambda t: t[:1].expand(t.shape),
+        "offset": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
+    }[layout]
+    found = _grads(norm, x, lay(residual), weight, bias, lay(dy), lay(dtotal), (0, 1, 2))
+    plain = [lay(t).contiguous() for t in (residual, dy, dtotal)]
+    expected = _grads(norm, x, plain[0], weight, bias, *plain[1:], (0, 1, 2))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_expanded_gradients_of_both_outputs(norm, device):
+    x, residual, weight, bias, *_ = parts(norm, torch.float32, torch.float32, device)
+    leaf = x.clone().requires_grad_()
+    y, total = norm.ours((40,), residual=residual)(leaf, weight, bias)
+    (y.sum() + total.mean()).backward()
+    ones = torch.ones_like(x)
+    (expected,) = _grads(norm, x, residual, weight, bias, ones, ones / ones.numel(), (0,))
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("offset", [1.0, -0.5])
+def test_weight_offset(norm, offset, device):
+    x, weight, bias, dy = norm.drawn((6, 48), 1, torch.float32, device)
+    actual = run(norm.ours((48,), weight_offset=offset), x, weight, bias, dy)
+
+    norm.check(actual, x, weight + offset, bias, dy)
+
+
+def test_weight_offset_is_added_in_fp32(norm, device):
+    """In bf16 the sum would be 1."""
+    weight = torch.full((40,), 1e-3, dtype=HALF, device=device)
+    x = torch.randn(6, 40, device=device).to(HALF)
+    y = norm.ours((40,), weight_offset=1.0, out_dtype=torch.float32)(x, weight)
+    plain = norm.ours((40,), out_dtype=torch.float32)(x)
+    torch.testing.assert_close(y / plain, torch.full_like(y, 1 + weight[0].item()), rtol=1e-6, atol=0)
+
+
+def by_steps(norm, x, weight, bias, x_hat_dtype, out_dtype):
+    """What x_hat_dtype asks for, in torch: the norm without a weight, rounded, and then the weight."""
+    x_hat = norm.theirs((x.shape[-1],))(x.float()).to(x_hat_dtype).float()
+    y = x_hat * weight.float()
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+@pytest.mark.parametrize("columns", [40, 33, 300])
+@pytest.mark.parametrize(
+    ("dtype", "x_hat_dtype", "weight_dtype", "out_dtype"),
+    [
+        (HALF, HALF, HALF, HALF),
+        (HALF, HALF, torch.float32, torch.float32),
+        (torch.float16, torch.float16, torch.float32, torch.float16),
+        (torch.float32, HALF, HALF, HALF),
+    ],
+)
+def test_x_hat_is_rounded_before_the_weight(
+    norm, dtype, x_hat_dtype, weight_dtype, out_dtype, columns, numbers, device
+):
+    """Bits are those of the steps, but where fp32 roundoff moves x_hat over the middle between two neighbours."""
+    numbers(interpreted_tile_elements=128, multiprocessors=3, whole_row_bytes=512)
+    x, weight, bias, dy = norm.drawn((12, columns), 1, torch.float32, device)
+    x, weight, dy = x.to(dtype), weight.to(weight_dtype), dy.to(out_dtype)
+    bias = None if bias is None else bias.to(weight_dtype)
+    function = norm.ours((columns,), x_hat_dtype=x_hat_dtype, out_dtype=out_dtype)
+    actual = run(function, x, weight, bias, dy)
+    expected = by_steps(norm, x, weight, bias, x_hat_dtype, out_dtype)
+    single = norm.ours((columns,), out_dtype=out_dtype)(x, weight, bias)
+    fp32 = torch.finfo(torch.float32).eps
+    close = torch.isclose(actual.y.double(), expected.double(), rtol=4 * fp32, atol=4 * fp32)
+    assert (~close).double().mean() < 0.01
+    torch.testing.assert_close(actual.y, expected, rtol=4 * torch.finfo(x_hat_dtype).eps, atol=4 * fp32)
+    assert (single != actual.y).double().mean() > 0.1
+    x_hat = norm.theirs((columns,))(x.float()).to(x_hat_dtype).double()
+    dweight = (dy.double() * x_hat).sum(0)
+    tolerance = 2 * torch.finfo(weight_dtype).eps
+    scale = (dy.double() * x_hat).abs().sum(0).max().item()
+    torch.testing.assert_close(actual.dweight.double(), dweight, rtol=tolerance, atol=tolerance * scale / 4)
+    plain = run(norm.ours((columns,), out_dtype=out_dtype), x, weight, bias, dy)
+    assert torch.equal(actual.dx, plain.dx)
+
+
+@pytest.mark.parametrize("x_hat_dtype", [torch.float32, torch.float64])
+def test_x_hat_is_not_rounded_to_more_than_it_has(norm, x_hat_dtype, device):
+    x, weight, bias, _ = norm.drawn((6, 40), 1, torch.float32, device)
+    assert torch.equal(norm.ours((40,), x_hat_dtype=x_hat_dtype)(x, weight, bias), norm.ours((40,))(x, weight, bias))
+
+
+def test_x_hat_of_fp64_is_rounded(norm, device):
+    x, weight, bias, _ = norm.drawn((6, 40), 1, torch.float64, device)
+    y = norm.ours((40,), x_hat_dtype=torch.float32)(x, weight, bias)
+    expected = norm.theirs((40,))(x).float().double() * weight
+    torch.testing.assert_close(y, expected if bias is None else expected + bias, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.float64])
+def test_out_dtype(norm, out_dtype, device):
+    x, weight, bias, dy = norm.drawn((6, 40), 1, HALF, device)
+    leaf = x.clone().requires_grad_()
+    y = norm.ours((40,), out_dtype=out_dtype)(leaf, weight, bias)
+    exact = norm.theirs((40,))(x.double(), weight.double(), None if bias is None else bias.double())
+    eps = max(torch.finfo(out_dtype).eps, torch.finfo(torch.float32).eps)
+    assert y.dtype == out_dtype
+    torch.testing.assert_close(y.double(), exact, rtol=8 * eps, atol=8 * eps)
+    (dx,) = torch.autograd.grad(y, leaf, dy.to(out_dtype))
+    assert dx.dtype == HALF
+    expected = run(norm.ours((40,)), x, weight, bias, dy).dx
+    torch.testing.assert_close(dx, expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.unguarded
+def test_gradients_of_both_orders(norm, device):
+    shape = (2, 5)
+    x, residual = (torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.randn(5, dtype=torch.float64, device=device, requires_grad=True)
+
+    def function(x, residual, weight):
+        return norm.ours((5,), residual=residual, weight_offset=1.0)(x, weight)
+
+    assert torch.autograd.gradcheck(function, (x, residual, weight))
+    assert torch.autograd.gradgradcheck(function, (x, residual, weight), fast_mode=True)
+
+
+@pytest.mark.parametrize(("dtype", "residual_dtype", "total_dtype"), TYPES)
+def test_torchs_path_computes_the_same(norm, dtype, residual_dtype, total_dtype, device):
+    x, residual, weight, bias, dy, dtotal = parts(norm, dtype, residual_dtype, device)
+    found = {}
+    for backend in ("triton", "torch"):
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, residual, weight)]
+        with triton_norm.backend(backend):
+            options = {"weight_offset": 1.0, "x_hat_dtype": torch.float16}
+            function = norm.ours((40,), residual=leaves[1], residual_dtype=total_dtype, **options)
+            y, total = function(leaves[0], leaves[2], bias)
+        grads = torch.autograd.grad((y, total), leaves, (dy, dtotal.to(total.dtype)))
+        found[backend] = (y, total, *grads)
+    for ours, theirs in zip(found["triton"], found["torch"], strict=True):
+        eps = 4 * max(torch.finfo(t).eps for t in (ours.dtype, dtype, residual_dtype))
+        torch.testing.assert_close(ours, theirs, rtol=eps, atol=eps * theirs.abs().max().item())
+
+
+def test_transforms(norm, device):
+    x, residual = torch.randn(2, 3, 8, dtype=torch.float64, device=device)
+
+    def loss(function):
+        def of(x, residual):
+            y, total = function(x, residual)
+            return (y.pow(3) + total.sin()).sum()
+
+        return of
+
+    def composed(x, residual):
+        return norm.theirs((8,))(x + residual), x + residual
+
+    def ours(x, residual):
+        return norm.ours((8,), residual=residual)(x)
+
+    with triton_norm.backend("auto"):
+        for transform in (torch.func.grad, torch.func.vmap):
+            torch.testing.assert_close(transform(loss(ours))(x, residual), transform(loss(composed))(x, residual))
+
+
+def test_modules_take_them(norm, device):
+    module = norm.module(40, device=device)
+    x, residual = torch.randn(2, 6, 40, device=device)
+    y, total = module(x, residual=residual, weight_offset=1.0, out_dtype=torch.float16, residual_dtype=torch.float64)
+    assert (y.dtype, total.dtype) == (torch.float16, torch.float64)
+    assert "residual" in str(triton_norm.explain(module, x, residual=residual.t().contiguous().t()))
+    assert not triton_norm.explain(module, x, residual=residual).copies
+
+
+def test_what_is_kept_for_the_backward(norm, device):
+    """The total, the parameters and fp32 statistics; nothing without gradients."""
+    x, residual, weight, bias, *_ = parts(norm, HALF, HALF, device)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        norm.ours((40,), residual=residual)(x, weight, bias)
+        assert not kept
+        _, total = norm.ours((40,), residual=residual)(x.requires_grad_(), weight, bias)
+    own = [t for t in kept if t.data_ptr() not in (weight.data_ptr(), getattr(bias, "data_ptr", int)())]
+    assert [t.dtype for t in own] == [HALF, torch.float32]
+    assert own[0].data_ptr() == total.data_ptr()
+    assert own[1].numel() == 6 * (2 if norm.has_bias else 1)
+
+
+X = torch.ones(2, 3, 4)
+WRONG = [
+    ({"residual": torch.ones(3, 4)}, RuntimeError, r"residual of shape \[3, 4\] and input of size \[2, 3, 4\]"),
+    ({"residual": [1.0]}, TypeError, "'residual' must be Tensor, not list"),
+    ({"residual": X.long()}, RuntimeError, "residual.*torch.int64"),
+    ({"residual": X.to("meta")}, RuntimeError, "input is on cpu and residual is on meta"),
+    ({"residual_dtype": HALF}, ValueError, "residual_dtype=torch.bfloat16 was given without a residual"),
+    ({"residual": X, "residual_dtype": "half"}, TypeError, "'residual_dtype' must be torch.dtype, not str"),
+    ({"residual": X, "residual_dtype": torch.int32}, NotImplementedError, "residual_dtype.*torch.int32"),
+    ({"x_hat_dtype": torch.int8}, NotImplementedError, "x_hat_dtype.*torch.int8"),
+    ({"x_hat_dtype": 16}, TypeError, "'x_hat_dtype' must be torch.dtype, not int"),
+    ({"out_dtype": torch.complex64}, NotImplementedError, "out_dtype.*torch.complex64"),
+    ({"out_dtype": "float"}, TypeError, "'out_dtype' must be torch.dtype, not str"),
+    ({"weight_offset": "1"}, TypeError, "'weight_offset' must be float, not str"),
+    ({"weight_offset": 1.0}, ValueError, "weight_offset=1.0 was given without a weight"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), WRONG)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_wrong_calls(arguments, error, words, backend):
+    for norm in (LAYER_NORM, RMS_NORM):
+        with triton_norm.backend(backend), pytest.raises(error, match=words):
+            norm.function(X, (4,), **arguments)

@@ -1,0 +1,170 @@
+"""Rows that several programs share: the same results, in whatever order the programs start and take their turns."""
+
+import functools
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import triton_norm
+from support import spaces
+from support.gpus import H100, changed
+from support.oracle import run
+from support.row_norms import LAYER_NORM, NORMS
+from triton_norm.tuning import row_spaces
+from triton_norm.tuning.configs import config, next_power_of_2
+from triton_norm.tuning.limits import INTERPRETED
+from triton_norm.tuning.row_spaces import RowWork
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU starts its programs in its own order")
+
+if INTERPRETED:
+    import triton.language as tl
+
+    from triton_norm.kernels import rows as forward_kernels
+    from triton_norm.testing.interleave import DeadlockError, interleaved
+
+    @triton.jit
+    def place_by_program_id(sync_ptr, n_members):
+        return tl.program_id(0) // n_members, tl.program_id(0) % n_members
+
+
+SPAN = 32
+
+
+def backwards(n: int) -> list[int]:
+    return list(range(n))[::-1]
+
+
+def shuffled(n: int) -> list[int]:
+    return random.Random(7).sample(range(n), n)
+
+
+ORDERS = {"in order": None, "backwards": backwards, "shuffled": shuffled}
+
+
+@pytest.fixture
+def share(numbers, monkeypatch):
+    """Sets how rows are shared: pieces of 32 columns, as many a program as said, rows exchanged so many at a time."""
+
+    def use(columns: int, pieces: int = 1, at_once: int = 1, multiprocessors: int = 6) -> None:
+        width = next_power_of_2(columns)
+        peers = width // (SPAN * pieces)
+        forward = config(4, BLOCK_M=1, BLOCK_N=SPAN, PIECES=pieces, PEERS=peers)
+        backward = config(4, BLOCK_M=at_once, BLOCK_N=SPAN, PEERS=width // SPAN, STAGES=1, HOLD_WEIGHT=False)
+        spaces.force_rows(monkeypatch, forward, backward)
+        # A program a multiprocessor, for many turns.
+        numbers(multiprocessors=multiprocessors, rows_backward_elements_per_sm=1)
+
+    with triton_norm.backend("triton"):
+        yield use
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=repr)
+@pytest.mark.parametrize(("columns", "pieces", "at_once"), [(128, 1, 1), (90, 1, 2), (129, 2, 1), (256, 4, 2)])
+def test_matches_fp64(norm, columns, pieces, at_once, share, device):
+    share(columns, pieces, at_once)
+    with interleaved():
+        norm.against_oracle(*norm.drawn((13, columns), 1, torch.float32, device))
+        norm.against_oracle(*norm.drawn((1, columns), 1, torch.bfloat16, device))
+
+
+ADVERSE = [
+    ("in order", 4, None),
+    ("in order", None, 0),
+    ("backwards", 7, 2),
+    ("shuffled", 4, 0),
+]
+"""An order of the programs, how many are held at once, and which is delayed."""
+
+
+def test_the_bits_do_not_depend_on_the_programs_order(share, device):
+    """Four programs a row, and no more of them at once than are needed for one row."""
+    share(128)
+    inputs = LAYER_NORM.drawn((6, 128), 1, torch.float32, device)
+    with interleaved():
+        expected = run(LAYER_NORM.ours((128,)), *inputs)
+    for order, resident, delayed in ADVERSE:
+        with interleaved(resident=resident, order=ORDERS[order], delayed=delayed):
+            found = run(LAYER_NORM.ours((128,)), *inputs)
+        assert all(map(torch.equal, found.tensors(), expected.tensors())), (order, resident, delayed)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=repr)
+def test_a_row_has_the_same_bits_in_any_batch(norm, share, device):
+    share(100, at_once=2)
+    x, weight, bias, dy = norm.drawn((11, 100), 1, torch.float32, device)
+    with interleaved():
+        whole = run(norm.ours((100,)), x, weight, bias, dy)
+        for rows in (slice(5, 8), slice(10, 11), slice(0, 11, 3)):
+            part = run(norm.ours((100,)), x[rows], weight, bias, dy[rows])
+            assert torch.equal(part.y, whole.y[rows])
+            assert torch.equal(part.dx, whole.dx[rows])
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=repr)
+def test_a_residual_and_a_stream_of_another_type(norm, share, device):
+    share(100)
+    x, weight, bias, dy = norm.drawn((5, 100), 1, torch.bfloat16, device)
+    residual = torch.randn(5, 100, device=device)
+    leaves = [tensor.requires_grad_() for tensor in (x, residual)]
+    with interleaved():
+        y, total = norm.ours((100,), residual=residual)(x, weight, bias)
+        grads = torch.autograd.grad((y, total), leaves, (dy, torch.ones_like(total)))
+    exact = x.detach().float() + residual.detach()
+    assert torch.equal(total, exact)
+    expected = exact.double().requires_grad_()
+    z = norm.theirs((100,))(expected, weight.double(), None if bias is None else bias.double())
+    (wanted,) = torch.autograd.grad(z, expected, dy.double())
+    torch.testing.assert_close(y.double(), z, rtol=2**-8, atol=2**-8)
+    torch.testing.assert_close(grads[1].double(), wanted + 1, rtol=1e-5, atol=1e-5)
+    assert torch.equal(grads[0], grads[1].bfloat16())
+
+
+@pytest.mark.parametrize("of", [0, 1, 2])
+def test_only_one_gradient(of, share, device):
+    share(100)
+    *inputs, dy = LAYER_NORM.drawn((6, 100), 1, torch.float32, device)
+    with interleaved():
+        everything = run(LAYER_NORM.ours((100,)), *inputs, dy)
+        inputs[of].requires_grad_()
+        y = LAYER_NORM.ours((100,))(*inputs)
+        (found,) = torch.autograd.grad(y, inputs[of], dy)
+    assert torch.equal(found, (everything.dx, everything.dweight, everything.dbias)[of])
+
+
+def test_places_by_program_id_hang_where_tickets_do_not(share, monkeypatch, device):
+    """The programs start backwards, and as many are held at once as share a row, less what one more row would need."""
+    share(100)
+    x = torch.randn(5, 100, device=device)
+    adverse = functools.partial(
+        interleaved, resident=4, order=lambda n: [2, 6, 10, 14, *set(range(n)) - {2, 6, 10, 14}]
+    )
+    with adverse():
+        torch.testing.assert_close(triton_norm.layer_norm(x, (100,)), F.layer_norm(x, (100,)))
+    monkeypatch.setattr(forward_kernels, "take_place", place_by_program_id)
+    with adverse(), pytest.raises(DeadlockError):
+        triton_norm.layer_norm(x, (100,))
+
+
+def test_nothing_is_shared_that_one_program_can_hold(guard, share, device):
+    share(32)
+    LAYER_NORM.against_oracle(*LAYER_NORM.drawn((5, 32), 1, torch.float32, device))
+    assert all("sync_ptr" not in launched.arguments for launched in guard.launches)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 8, 20, 46, 108, 132, 304])
+@pytest.mark.parametrize("compute_bytes", [4, 8])
+def test_a_rows_peers_leave_most_multiprocessors_to_others(multiprocessors, compute_bytes):
+    gpu = changed(H100, multiprocessors=multiprocessors)
+    for n_cols in (40000, 65536, 262144, 2**20):
+        work = RowWork(n_cols, ("x",), compute_bytes, compute_bytes)
+        for space in (
+            row_spaces.rows_forward(work, gpu),
+            row_spaces.rows_backward(work, gpu),
+        ):
+            for found in space.configs:
+                assert found["PEERS"] * found.span >= n_cols
+                assert found["PEERS"] <= max(1, multiprocessors // gpu.limits.sms_per_peer)

@@ -1,0 +1,299 @@
+"""triton_norm.layer_norm and rms_norm through the kernels, against torch in fp64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import triton_norm
+from support.oracle import assert_same_but_for_order, run, widen
+from support.row_norms import LAYER_NORM, NORMS
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def _through_the_kernels():
+    with triton_norm.backend("triton"):
+        yield
+
+
+@pytest.fixture(params=NORMS, ids=repr)
+def norm(request):
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(numbers):
+    """Interpreted with tiles as small, against these rows, as a GPU's are against real ones."""
+    numbers(interpreted_tile_elements=128, multiprocessors=3, whole_row_bytes=512)
+
+
+SHAPES = [
+    ((4, 32), 1),  # a power of two
+    ((3, 1000), 1),  # divisible by 8 but not by 16
+    ((5, 33), 1),  # odd: one element an access
+    ((7, 1), 1),  # one column: x_hat is 0
+    ((1, 257), 1),  # one row, a prime past a power of two
+    ((131, 6), 1),  # many short rows, more than a tile of them
+    ((2, 3, 4, 8), 1),  # leading axes
+    ((2, 3, 4, 6), 3),  # several normalized axes
+    ((5,), 1),  # no leading axis
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "n_axes"), SHAPES)
+def test_matches_fp64(norm, shape, n_axes, dtype, device):
+    norm.against_oracle(*norm.drawn(shape, n_axes, dtype, device), n_axes)
+
+
+@pytest.mark.parametrize(
+    "columns", [65537, 40000]
+)  # past one row in registers: an odd length, and one with wide accesses
+def test_long_rows(norm, columns, device):
+    norm.against_oracle(*norm.drawn((3, columns), 1, torch.float32, device))
+
+
+@pytest.mark.parametrize("columns", [96, 129, 200, 384])
+@pytest.mark.parametrize("rows", [1, 2, 27])
+@pytest.mark.usefixtures("small_tiles")
+def test_pieces_and_many_programs(norm, rows, columns, device):
+    norm.against_oracle(*norm.drawn((rows, columns), 1, torch.float32, device))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_weight", [False, True])
+def test_either_parameter_may_be_missing(norm, with_weight, with_bias, device):
+    x, weight, bias, dy = norm.drawn((6, 48), 1, torch.float32, device)
+    norm.against_oracle(x, weight if with_weight else None, bias if with_bias else None, dy)
+
+
+@pytest.mark.parametrize("parameters", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_parameters_of_another_type(norm, dtype, parameters, device):
+    x, _, _, dy = norm.drawn((4, 40), 1, dtype, device)
+    _, weight, bias, _ = norm.drawn((4, 40), 1, parameters, device)
+    actual = norm.against_oracle(x, weight, bias, dy)
+    assert (actual.y.dtype, actual.dx.dtype) == (dtype, dtype)
+    assert actual.dweight.dtype == parameters
+    assert actual.dbias is None or actual.dbias.dtype == parameters
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 1), (1, 2)])
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("columns", [24, 300])
+def test_only_the_gradients_asked_for(asked, columns, device):
+    *inputs, dy = LAYER_NORM.drawn((9, columns), 1, torch.float32, device)
+    everything = run(LAYER_NORM.ours((columns,)), *inputs, dy)
+    leaves = [tensor.requires_grad_(i in asked) for i, tensor in enumerate(inputs)]
+    y = LAYER_NORM.ours((columns,))(*leaves)
+    found = torch.autograd.grad(y, [leaves[i] for i in asked], dy)
+    expected = (everything.dx, everything.dweight, everything.dbias)
+    for i, grad in zip(asked, found, strict=True):
+        assert_same_but_for_order(grad, expected[i])
+
+
+def test_inference_gives_the_bits_of_training_and_saves_nothing(norm, device):
+    x, weight, bias, dy = norm.drawn((6, 100), 1, torch.bfloat16, device)
+    training = run(norm.ours((100,)), x, weight, bias, dy).y
+    y = norm.ours((100,))(x, weight, bias)
+    assert y.grad_fn is None
+    with torch.no_grad():
+        frozen = norm.ours((100,))(x, weight.requires_grad_(), bias)
+    assert frozen.grad_fn is None
+    assert torch.equal(y, training)
+    assert torch.equal(frozen, training)
+
+
+LAYOUTS = {
+    "row-strided": lambda x: torch.stack((x, x), 1)[:, 0],
+    "padded rows": lambda x: F.pad(x, (0, 3))[:, :-3],
+    "offset by one element": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "one row expanded": lambda x: x[:1].expand(x.shape),
+    "transposed": lambda x: x.t().contiguous().t(),
+    "one column expanded": lambda x: x[:, :1].expand(x.shape),
+    "every second column": lambda x: torch.stack((x, x), 2)[:, :, 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of", ["input", "gradient", "both"])
+def test_layouts(norm, layout, of, device):
+    x, weight, bias, dy = norm.drawn((12, 64), 1, torch.float32, device)
+    lay = LAYOUTS[layout]
+    norm.against_oracle(lay(x) if of != "gradient" else x, weight, bias, lay(dy) if of != "input" else dy)
+
+
+@pytest.mark.parametrize("reduce", [Tensor.sum, Tensor.mean, lambda y: y.mean(-1).square().sum()])
+def test_expanded_gradients_are_read_where_they_lie(norm, reduce, device, monkeypatch):
+    x, weight, bias, _ = norm.drawn((4, 3, 64), 1, torch.float32, device)
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y = norm.ours((64,))(leaf, weight, bias)
+    monkeypatch.setattr(Tensor, "contiguous", _must_not_copy)
+    reduce(y).backward()
+    monkeypatch.undo()
+    reduce(norm.theirs((64,))(exact, widen(weight), widen(bias))).backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def _must_not_copy(self, *args, **kwargs):
+    assert self.numel() <= 64 or self.is_contiguous(), "a gradient was copied"
+    return self
+
+
+def test_strided_rows_are_not_copied(guard, device):
+    x = torch.randn(16, 2, 64, device=device)[:, 1]
+    assert not triton_norm.explain(triton_norm.layer_norm, x, (64,)).copies
+    assert triton_norm.explain(triton_norm.layer_norm, x.t(), (16,)).copies
+    if guard is not None:
+        triton_norm.layer_norm(x, (64,))
+        assert guard.loaded(x) == x.numel() * x.itemsize
+
+
+HARD = {
+    "mean is 1e4 times std": lambda n: 1e4 + torch.randn(6, n),
+    "constant rows": lambda n: torch.tensor([0.1, 1e4 / 3, -7.7, 0.0, 1e-30, 1e30])[:, None].expand(6, n).contiguous(),
+    "of both signs, squares near the largest": lambda n: torch.randn(6, n).sign() * 1e18,
+    "large, of one sign": lambda n: 3e38 * (1 - 1e-3 * torch.rand(6, n)),
+    "the largest, of both signs": lambda n: torch.randn(6, n).sign() * 1.6e38,
+    "one outlier": lambda n: torch.cat((torch.full((6, 1), 1e6), torch.randn(6, n - 1)), 1),
+    "tiny": lambda n: torch.randn(6, n) * 1e-20,
+}
+
+
+@pytest.mark.parametrize("columns", [64, 1000, 40001])
+@pytest.mark.parametrize("data", HARD)
+def test_no_less_exact_than_torch_on_hard_data(norm, data, columns, device):
+    x = HARD[data](columns).to(device)
+    weight, bias = torch.randn(2, columns, device=device)
+    theirs, ours = norm.theirs((columns,)), norm.ours((columns,))
+    exact = theirs(x.double(), weight.double(), bias.double())
+    theirs, ours = (f(x, weight, bias).double() for f in (theirs, ours))
+    assert ours.isfinite().all()  # torch's on the CPU is NaN where the variance overflows
+    rows = theirs.isfinite().all(1)
+    their_error, our_error = ((y - exact)[rows].abs().amax() if rows.any() else 0.0 for y in (theirs, ours))
+    assert our_error <= 2 * their_error + 4 * torch.finfo(torch.float32).eps * exact.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("columns", [64, 1000, 40001])
+@pytest.mark.parametrize("ratio", [1e4, 1e6])
+def test_a_large_mean_leaves_no_error_of_its_own_size(norm, ratio, columns, device):
+    x = (ratio + torch.randn(4, columns)).to(device)
+    exact = norm.theirs((columns,))(x.double())
+    error = (norm.ours((columns,))(x) - exact).abs().max()
+    assert error <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_where_torch_has_them(norm, poison, device):
+    x, weight, bias, dy = norm.drawn((6, 65), 1, torch.float32, device)
+    x[1, 3] = x[4, 64] = poison
+    ours = run(norm.ours((65,)), x, weight, bias, dy)
+    # On the CPU: on CUDA torch's rms_norm gets the mean of squares by way of a variance, which is NaN beside inf.
+    theirs = run(norm.theirs((65,)), *(None if tensor is None else tensor.cpu() for tensor in (x, weight, bias, dy)))
+    for a, b in zip(ours.tensors(), theirs.tensors(), strict=True):
+        assert torch.equal(a.isfinite().cpu(), b.isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_largest_values_of_the_halves(norm, dtype, device):
+    x = (torch.randn(4, 96).sign() * torch.finfo(dtype).max).to(device, dtype)
+    theirs, ours = (f(x) for f in (norm.theirs((96,)), norm.ours((96,))))
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@pytest.mark.parametrize("columns", [24, 200])
+@pytest.mark.usefixtures("small_tiles")
+def test_same_bits_every_run(norm, columns, device):
+    inputs = norm.drawn((19, columns), 1, torch.float32, device)
+    first, second = (run(norm.ours((columns,)), *inputs).tensors() for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("columns", [24, 300])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_row_has_the_same_bits_in_any_batch(norm, columns, device):
+    x, weight, bias, dy = norm.drawn((19, columns), 1, torch.float32, device)
+    whole = run(norm.ours((columns,)), x, weight, bias, dy)
+    for rows in (slice(5, 9), slice(18, 19), slice(0, 19, 3)):
+        part = run(norm.ours((columns,)), x[rows], weight, bias, dy[rows])
+        assert torch.equal(part.y, whole.y[rows])
+        assert torch.equal(part.dx, whole.dx[rows])
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.5, 1])
+def test_eps(norm, eps, device):
+    x, weight, bias, dy = norm.drawn((3, 32), 1, torch.float32, device)
+    norm.against_oracle(x * 1e-3, weight, bias, dy, eps=eps)
+
+
+@pytest.mark.unguarded  # fp64 through thousands of launches; the kernels are guarded above
+@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)])
+def test_gradients_of_both_orders(norm, affine, device):
+    x, weight, bias, _ = norm.drawn((2, 2, 2), 2, torch.float64, device)
+    parameters = [kept and parameter for parameter, kept in zip((weight, bias), affine, strict=True)]
+    leaves = [leaf.requires_grad_() for leaf in (x, *parameters) if isinstance(leaf, Tensor)]
+
+    def function(x, *given):
+        found = iter(given)
+        return norm.ours((2, 2))(x, *(next(found) if isinstance(p, Tensor) else None for p in parameters))
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_second_gradients_of_a_tensor_that_is_input_and_weight(norm, device):
+    def twice(function, x):
+        (first,) = torch.autograd.grad(function(x, x).pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), x)[0]
+
+    x = torch.randn(6, dtype=torch.float64, device=device, requires_grad=True)
+    torch.testing.assert_close(twice(norm.ours((6,)), x), twice(norm.theirs((6,)), x))
+
+
+def test_module_loads_torchs_state_and_agrees(norm, device):
+    theirs = norm.torch_module((4, 10), device=device)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.uniform_()
+    ours = norm.module((4, 10), device=device)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 4, 10, device=device)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert isinstance(ours, norm.torch_module)
+    assert str(ours) == str(theirs)
+
+
+@pytest.mark.parametrize("options", [{"elementwise_affine": False}, {"bias": False}])
+def test_module_without_parameters_and_without_bias(norm, options, device):
+    if not norm.has_bias and "bias" in options:
+        options = {}
+    ours, theirs = norm.module(10, device=device, **options), norm.torch_module(10, device=device, **options)
+    assert dict(ours.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
+    x = torch.randn(3, 10, device=device)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norms_own_epsilon_is_that_of_the_type_computed_in(dtype, device):
+    x = (1e-4 * torch.randn(3, 8, device=device)).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    exact = F.rms_norm(x.double(), (8,), eps=torch.finfo(wide).eps)
+    tolerance = torch.finfo(dtype).eps
+    for y in (triton_norm.rms_norm(x, (8,)), triton_norm.RMSNorm(8, device=device, dtype=dtype)(x)):
+        torch.testing.assert_close(y.double(), exact, rtol=2 * tolerance, atol=0)
+
+
+def test_rows_past_two_to_the_31_elements(norm, device):
+    """Two rows far apart in a storage that is reserved and not touched between them."""
+    stride = 2**31 + 64
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 3 * stride:
+        pytest.skip("less than 13 GB of GPU memory free")
+    storage = torch.UntypedStorage(2 * (stride + 64), device=device)
+    x = torch.empty(0, dtype=torch.float16, device=device).set_(storage, 0, (2, 64), (stride, 1))
+    x.copy_(torch.randn(2, 64))
+    norm.against_oracle(x, None, None, torch.randn(2, 64, device=device).half())

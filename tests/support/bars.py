@@ -1,0 +1,47 @@
+"""What the tests of bars share: records from a process of their own, and what is wrong with machine code."""
+
+import json
+import re
+
+from perf.points import BULK
+from support import processes
+
+
+def records(code, *arguments, **environment):
+    """What `code` leaves in `found`, run where TRITON_INTERPRET is not set but by `environment`.
+
+    What is compiled stays in Triton's cache, for the other tests and the report.
+    """
+    script = f"import json, sys\n{code}\nfor record in found:\n    print(json.dumps(record))"
+    done = processes.run("-c", script, *arguments, OMP_NUM_THREADS="1", **environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def wanting(record, bits):
+    """What is wrong with a kernel's machine code; `bits`: of each access to x, y and their like.
+
+    PTX says through which argument an access goes, and has the widths that the machine code has. Statistics, weights
+    and sums may be narrower. Of AMD's machine code the arguments are not known.
+    """
+    if record["status"] != "ok":
+        return [record["message"]]
+    found = []
+    if record["spill_stores"] or record["spill_loads"]:
+        found.append(f"{record['spill_stores']} registers are stored and {record['spill_loads']} loaded back")
+    if not 0 < record["resident_warps"] <= record["possible_warps"]:
+        found.append(f"{record['resident_warps']} warps are resident")
+    if not_integers := [kind for kind in record["atomics"] if not re.fullmatch(r"[bsu]\d+", kind)]:
+        found.append(f"atomics of {not_integers}, whose order decides on the sum's bits")
+    for kind in ("load", "store") if record["accesses"] else ():
+        widths = {name: set(access.get(kind, {})) for name, access in record["accesses"].items()}
+        if set().union(*widths.values()) != set(record[f"{kind}s"]):
+            found.append(f"{kind}s of {widths} bits in PTX, of {record[f'{kind}s']} in machine code")
+        others = {name: sorted(widths[name] - {str(bits)}) for name in widths if name in BULK}
+        found += [f"{kind}s of {name} of {other} bits" for name, other in others.items() if other]
+    return found
+
+
+def moved(found):
+    """Through which arguments the kernels of all records load and store."""
+    return {(name, kind) for record in found for name, access in record["accesses"].items() for kind in access}

@@ -1,0 +1,100 @@
+"""Every op and mode as a function of four tensors, for tests of what none of them may get wrong."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import triton_norm
+from support.channel_norms import laid
+
+
+def _activated(z: Tensor, activation: str | None) -> Tensor:
+    return z if activation is None else getattr(F, activation)(z)
+
+
+def _rows(function: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Any:
+    parameters = (weight,) if bias is None else (weight, bias)
+    return function(x, (x.shape[-1],), *parameters, **options)
+
+
+@dataclass(frozen=True)
+class Op:
+    """`ours` and `theirs`, composed of torch's functions, take (x, residual, weight, bias); RMSNorm leaves the bias
+    out, and who has no residual is given None."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    function: str
+    training: bool = True
+    residual: bool = False
+    activation: str | None = None
+
+    def __str__(self) -> str:
+        mode = "" if self.function != "batch_norm" else " training" if self.training else " evaluation"
+        parts = (self.name + mode, self.kind, "residual" if self.residual else "", self.activation or "")
+        return "-".join(part for part in parts if part)
+
+    def drawn(self, device: str, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+        """x, residual, weight and bias, away from where an activation has a kink."""
+        x = laid(torch.randn(self.shape, dtype=torch.float64), self.kind)
+        residual = laid(torch.randn(self.shape, dtype=torch.float64), self.kind) if self.residual else None
+        n = self.shape[-1] if self.function != "batch_norm" else self.shape[1]
+        tensors = [x, residual, torch.rand(n, dtype=torch.float64) + 0.5, torch.randn(n, dtype=torch.float64)]
+        if self.function == "rms_norm":
+            tensors[3] = None
+        return [None if tensor is None else tensor.to(device, dtype).requires_grad_() for tensor in tensors]
+
+    def running(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.training:
+            return None, None
+        n = like.shape[1]
+        return (torch.linspace(lo, 1, n, dtype=like.dtype, device=like.device) for lo in (-1, 0.5))
+
+    def ours(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        function = getattr(triton_norm, self.function)
+        if self.function != "batch_norm":
+            found = _rows(function, x, weight, bias, residual=residual)
+        else:
+            running = self.running(x)
+            options = {"residual": residual, "activation": self.activation}
+            found = function(x, *running, weight, bias, self.training, **options)
+        return found if isinstance(found, tuple) else (found,)
+
+    def theirs(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        function = getattr(F, self.function)
+        if self.function != "batch_norm":
+            total = x if residual is None else x + residual
+            y = _rows(function, total, weight, bias)
+            return (y,) if residual is None else (y, total)
+        z = function(x, *self.running(x), weight, bias, self.training)
+        return (_activated(z if residual is None else z + residual, self.activation),)
+
+
+ROWS = [
+    Op(name, (6, 8), "flat", name, residual=residual)
+    for name in ("layer_norm", "rms_norm")
+    for residual in (False, True)
+]
+CHANNELS = [
+    Op("batch_norm", shape, kind, "batch_norm", training, residual, activation)
+    for training in (True, False)
+    for kind, shape, residual, activation in (
+        ("last", (3, 16, 4, 5), True, "relu"),
+        ("last", (3, 3, 4, 5), True, "leaky_relu"),
+        ("last", (3, 16, 4, 5), False, None),
+        ("flat", (2, 3, 6, 4), True, "relu"),
+        ("flat", (2, 3, 6, 4), False, "relu"),
+        ("flat", (2, 3, 6, 4), True, "silu"),
+        ("folded", (9, 5, 7, 7), True, "leaky_relu"),
+        ("folded", (9, 5, 7, 7), True, None),
+    )
+]
+EVERY_OP = [*ROWS, *CHANNELS]
+OPS = pytest.mark.parametrize("op", EVERY_OP, ids=str)
+PATHS = pytest.mark.parametrize("path", ["triton", "torch"])

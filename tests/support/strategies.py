@@ -1,0 +1,391 @@
+"""What property tests draw: shapes, types, values, how tensors lie in memory, and how launches are cut into programs.
+
+Integers stay below 100: from longer ranges hypothesis also draws constants of whichever modules are imported, and a
+derandomized run would not be the same on every worker.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import triton_norm
+from support import spaces
+from support.channel_norms import ACTIVATIONS, SHARED, taking_turns
+from support.gpus import with_numbers
+from support.oracle import batch_norm_on_cpu
+from support.row_norms import NORMS, Norm
+from triton_norm import reference
+from triton_norm.tuning import row_spaces
+from triton_norm.tuning.configs import Space, config
+from triton_norm.tuning.limits import INTERPRETED, Gpu
+from triton_norm.tuning.row_spaces import RowWork
+
+Shape = tuple[int, ...]
+Type = torch.dtype | None
+"""Of a tensor that may be missing, then None."""
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DTYPES = (F32, BF16, F16, F64)
+HARD = ("normal", "far", "constant", "outlier", "tiny", "huge")
+EPSILONS = (1e-5, 1e-3, 1.0, 1e-12)  # beside the last fp16 can't hold the gradients of a constant
+SPAN = 32  # columns of a program, where several share a row
+
+ROWS = {
+    "whole": {"interpreted_tile_elements": 512},
+    "pieces": {"interpreted_tile_elements": 16, "whole_row_bytes": 128, "multiprocessors": 2},
+    "peers": {"interpreted_tile_elements": 512, "multiprocessors": 6},
+    "peers of two pieces": {"interpreted_tile_elements": 512, "multiprocessors": 6},
+}
+FOLDED = {"least_folded_samples": 2, "most_folded_columns": 128}
+CHANNELS = {
+    "whole": FOLDED | {"interpreted_tile_elements": 1024, "most_folded_columns": 512, "channels_last_lanes": 8},
+    "splits": SHARED | FOLDED | {"interpreted_tile_elements": 256, "one_launch_bytes": 0},
+    "waiting": SHARED | FOLDED | {"interpreted_tile_elements": 64},
+    "holding": SHARED | FOLDED | {"interpreted_tile_elements": 512},
+}
+"""Numbers with which small inputs are cut up as large ones are on a GPU."""
+
+
+class Given(NamedTuple):
+    """What a call and its backward are given; None for what is missing."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+    dtotal: Tensor | None
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+
+def _spaces(pieces: int) -> dict[str, Any]:
+    """Instead of `row_spaces`'s, by which interpreted rows are never shared."""
+
+    def space(kernel: str, work: RowWork, span: int, **blocks: Any) -> Space:
+        return spaces.only(kernel, config(4, BLOCK_N=SPAN, PEERS=max(1, work.width // span), **blocks))
+
+    def forward(work: RowWork, gpu: Gpu) -> Space:
+        return space("rows_forward_kernel", work, SPAN * pieces, BLOCK_M=1, PIECES=pieces)
+
+    def backward(work: RowWork, gpu: Gpu) -> Space:
+        return space("rows_backward_kernel", work, SPAN, BLOCK_M=pieces, STAGES=1, HOLD_WEIGHT=False)
+
+    return {"rows_forward": forward, "rows_backward": backward}
+
+
+@contextlib.contextmanager
+def cut(name: str, numbers: dict[str, dict[str, int]]) -> Iterator[None]:
+    """With the numbers of that name where kernels are interpreted; a GPU keeps its own."""
+    if not INTERPRETED:
+        yield
+        return
+    finalise = spaces.only("rows_backward_finalise_kernel", config(4, BLOCK_M=4, BLOCK_N=32))
+    patches = {"rows_backward_finalise": lambda gpu: finalise}
+    if name.startswith("peers"):
+        patches |= _spaces(2 if name.endswith("pieces") else 1)
+    waits = name in ("waiting", "holding") or name.startswith("peers")
+    with contextlib.ExitStack() as stack:
+        for space, value in patches.items():
+            stack.enter_context(mock.patch.object(row_spaces, space, value))
+        stack.enter_context(with_numbers(**numbers[name], merged_elements=128))
+        stack.enter_context(taking_turns() if waits else contextlib.nullcontext())
+        yield
+
+
+class Lie(NamedTuple):
+    """`order`: axes from the outermost in memory to the innermost; `steps`: of an axis's places in memory one in so
+    many is an element; `offset`: elements before the first; `expanded`: axes of one element in memory."""
+
+    order: Shape
+    steps: Shape
+    offset: int = 0
+    expanded: tuple[int, ...] = ()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The values of tensor, of an expanded axis the first; NaN is in the gaps."""
+        shape = tensor.shape
+        for axis in self.expanded:
+            tensor = tensor.narrow(axis, 0, min(1, shape[axis]))
+        lengths = [tensor.shape[axis] * self.steps[axis] for axis in self.order]
+        memory = tensor.new_full((self.offset + math.prod(lengths),), math.nan)[self.offset :].view(lengths)
+        places = memory.permute([self.order.index(axis) for axis in range(tensor.dim())])
+        return places[tuple(slice(None, None, step) for step in self.steps)].copy_(tensor).expand(shape)
+
+
+def lies(rank: int) -> st.SearchStrategy[Lie]:
+    axes = tuple(range(rank))
+    plain = (1,) * rank
+    orders = st.one_of(st.just(axes), st.just((0, *axes[2:], *axes[1:2])), st.permutations(axes).map(tuple))
+    steps = st.one_of(st.just(plain), st.tuples(*[st.sampled_from((1, 1, 2, 3))] * rank))
+    expanded = st.sets(st.sampled_from(axes)).map(lambda chosen: tuple(sorted(chosen)))
+    offsets = st.sampled_from((0, 0, 1, 2, 3, 4, 8))
+    drawn = st.builds(Lie, orders, steps, offsets, st.one_of(st.just(()), expanded))
+    return st.one_of(st.just(Lie(axes, plain)), drawn)
+
+
+def types(of: torch.dtype) -> st.SearchStrategy[Type]:
+    """That of the input as often as all others, or none."""
+    return st.sampled_from((of, of, of, None, None, *DTYPES))
+
+
+def values(hard: str, shape: Shape, axes: Sequence[int], generator: torch.Generator, narrow: bool) -> Tensor:
+    """`axes`: those normalized over; `narrow`: small enough for fp16, and with gradients that are."""
+    noise = torch.randn(shape, generator=generator, dtype=F64)
+    if hard == "far":
+        return 300 + noise
+    if hard == "constant":
+        return 10 * noise.mean(axes, keepdim=True).expand(shape)
+    if hard == "outlier":
+        noise.view(-1)[:1] = 1000
+        return noise
+    if hard == "tiny":
+        return noise * (1e-3 if narrow else 1e-12)
+    return noise * (1e2 if narrow else 1e15) if hard == "huge" else 3 * noise + 2
+
+
+class Moments(NamedTuple):
+    """`mean_terms`: what a mean's error grows from. Kernels add the mean of what a first mean leaves, x − mean, the
+    sizes of which count then, and round the mean itself."""
+
+    mean: Tensor
+    var: Tensor
+    mean_terms: Tensor
+
+
+def moments_about(mean: Tensor, x: Tensor, axes: Shape, centred: bool) -> Moments:
+    left = x - mean
+    terms = mean.abs() + (left.abs().mean(axes, keepdim=True) if centred else 0)
+    return Moments(mean, left.square().mean(axes, keepdim=True), terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call: the types of its tensors, None for those that it is not given."""
+
+    shape: Shape
+    x: torch.dtype
+    weight: Type
+    bias: Type
+    eps: float
+    hard: str
+    seed: int
+    cut: str
+    x_lie: Lie
+    dy_lie: Lie
+    residual: Type
+    residual_lie: Lie | None
+    total: Type
+    out: Type
+
+    @property
+    def axes(self) -> Shape:
+        """Those normalized over."""
+        raise NotImplementedError
+
+    @property
+    def parameter_shape(self) -> Shape:
+        raise NotImplementedError
+
+    @property
+    def centred(self) -> bool:
+        """Whether a constant added to x changes nothing."""
+        raise NotImplementedError
+
+    def drawn(self, device: str) -> Given:
+        generator = torch.Generator().manual_seed(self.seed)
+        narrow = F16 in (self.x, self.weight, self.bias, self.residual, self.total, self.out)
+
+        def noise(shape: Shape, dtype: Type, lie: Lie | None = None) -> Tensor | None:
+            if dtype is None:
+                return None
+            found = torch.randn(shape, generator=generator, dtype=F64).to(device, dtype)
+            return found if lie is None else lie.of(found)
+
+        x = self.x_lie.of(values(self.hard, self.shape, self.axes, generator, narrow).to(device, self.x))
+        weight, bias = (noise(self.parameter_shape, dtype) for dtype in (self.weight, self.bias))
+        residual = noise(self.shape, self.residual, self.residual_lie)
+        dy, dtotal = (noise(self.shape, dtype, self.dy_lie) for dtype in (self.out or self.x, self.total))
+        return Given(x, residual, weight, bias, dy, dtotal)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Case):
+    """Of layer_norm or rms_norm."""
+
+    norm: Norm
+    n_axes: int
+    offset: float
+    x_hat: Type
+
+    activation = None
+    constant = False
+
+    @property
+    def centred(self) -> bool:
+        return self.norm.has_bias
+
+    @property
+    def axes(self) -> Shape:
+        return tuple(range(len(self.shape) - self.n_axes, len(self.shape)))
+
+    @property
+    def parameter_shape(self) -> Shape:
+        return self.shape[len(self.shape) - self.n_axes :]
+
+    def drawn(self, device: str) -> Given:
+        found = super().drawn(device)
+        if not self.offset or found.weight is None:
+            return found
+        # Of one sign: a sum that cancels is as inexact as fp64 is in fp32.
+        return found._replace(weight=found.weight.abs() * math.copysign(1.0, self.offset))
+
+    def ours(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Any:
+        options = {"weight_offset": self.offset, "x_hat_dtype": self.x_hat, "out_dtype": self.out}
+        if residual is not None:
+            total = None if self.total == self.residual else self.total
+            options |= {"residual": residual, "residual_dtype": total}
+        return self.norm.ours(self.parameter_shape, self.eps, **options)(x, weight, bias)
+
+    def summed(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """What is normalized."""
+        return x if residual is None else reference.add(x, residual, self.total)
+
+    def exact(self, x: Tensor, _: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return self.norm.theirs(self.parameter_shape, self.eps)(x, weight, bias)
+
+    def moments(self, x: Tensor) -> Moments:
+        mean = x.mean(self.axes, keepdim=True) if self.centred else torch.zeros((), dtype=F64, device=x.device)
+        return moments_about(mean, x, self.axes, self.centred)
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels(Case):
+    """Of batch_norm."""
+
+    training: bool
+    running: torch.dtype
+    activation: str | None
+    slope: float
+
+    offset = 0.0
+    x_hat = None
+
+    @property
+    def constant(self) -> bool:
+        return not self.training
+
+    @property
+    def centred(self) -> bool:
+        return self.training
+
+    @property
+    def axes(self) -> Shape:
+        return (0, *range(2, len(self.shape)))
+
+    @property
+    def parameter_shape(self) -> Shape:
+        return self.shape[1:2]
+
+    def statistics(self, device: str) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(2, self.shape[1], generator=torch.Generator().manual_seed(self.seed + 100), dtype=F64)
+        mean, var = noise[0], noise[1].abs() + 0.5
+        return mean.to(device, self.running), var.to(device, self.running)
+
+    def ours(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean, var = (None, None) if self.training else self.statistics(x.device.type)
+        fused = {"residual": residual, "activation": self.activation, "negative_slope": self.slope}
+        return triton_norm.batch_norm(x, mean, var, weight, bias, self.training, 0.1, self.eps, **fused)
+
+    def summed(self, x: Tensor, _: Tensor | None) -> Tensor:
+        """What is normalized."""
+        return x
+
+    def exact(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean, var = (None, None) if self.training else (t.double() for t in self.statistics(x.device.type))
+        z = batch_norm_on_cpu(x, (mean, var), weight, bias, self.training, self.eps)
+        return reference.activate(z if residual is None else z + residual, self.activation, self.slope)
+
+    def moments(self, x: Tensor) -> Moments:
+        if self.training:
+            return moments_about(x.mean(self.axes, keepdim=True), x, self.axes, True)
+        shape = (1, -1, *(1 for _ in self.shape[2:]))
+        mean, var = (t.double().view(shape) for t in self.statistics(x.device.type))
+        return Moments(mean, var, mean.abs())
+
+
+@st.composite
+def cases_of(
+    draw: Any, shape: Shape, numbers: Any, fused: bool, strided: bool, dtypes: Any, hard: Any, own_total: bool
+) -> dict[str, Any]:
+    x, rank = draw(st.sampled_from(dtypes)), len(shape)
+    plain = st.just(Lie(tuple(range(rank)), (1,) * rank))
+    lie = lies(rank) if strided else plain
+    residual = draw(types(x)) if fused else None
+    total = None if residual is None or not own_total else draw(types(x)) or residual
+    out = draw(types(x)) if fused and own_total else None
+    return {
+        "shape": shape,
+        "x": x,
+        "weight": draw(types(x)),
+        "bias": draw(types(x)),
+        "eps": draw(st.sampled_from(EPSILONS[:3] if F16 in (x, residual, total) else EPSILONS)),
+        "hard": draw(st.sampled_from(hard)),
+        "seed": draw(st.integers(0, 99)),
+        "cut": draw(st.sampled_from(tuple(numbers))),
+        "x_lie": draw(lie),
+        "dy_lie": draw(lie),
+        "residual": residual,
+        "residual_lie": None if residual is None else draw(lie),
+        "total": total,
+        "out": out,
+    }
+
+
+@st.composite
+def rows(
+    draw: Any,
+    fused: bool = False,
+    strided: bool = True,
+    norms: Sequence[Norm] = NORMS,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    hard: Sequence[str] = HARD,
+) -> Rows:
+    leading = draw(st.lists(st.integers(1, 4), max_size=3).filter(lambda lengths: math.prod(lengths) <= 6))
+    normalized = draw(st.one_of(st.tuples(st.integers(1, 70)), st.tuples(st.integers(1, 4), st.integers(1, 9))))
+    found = draw(cases_of((*leading, *normalized), ROWS, fused, strided, dtypes, hard, own_total=True))
+    norm, x_hat = draw(st.sampled_from(norms)), draw(types(found["x"])) if fused else None
+    offset = 0.0 if found["weight"] is None or not fused else draw(st.sampled_from((0.0, 1.0, -0.5)))
+    bias = found["bias"] if norm.has_bias else None
+    return Rows(**found | {"bias": bias}, norm=norm, n_axes=len(normalized), offset=offset, x_hat=x_hat)
+
+
+@st.composite
+def channels(
+    draw: Any,
+    fused: bool = False,
+    strided: bool = True,
+    modes: Sequence[bool] = (True, False),
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    hard: Sequence[str] = HARD,
+) -> Channels:
+    n_samples, n_channels = draw(st.integers(1, 6)), draw(st.sampled_from((*(1, 2, 3) * 3, 4, 5, 8, 9, 11)))
+    positions = draw(st.lists(st.integers(1, 6), max_size=3).filter(lambda lengths: math.prod(lengths) <= 30))
+    training = draw(st.sampled_from(modes))
+    if training and n_samples * math.prod(positions) == 1:
+        n_samples = 2
+    shape = (n_samples, n_channels, *positions)
+    found = draw(cases_of(shape, CHANNELS, fused, strided, dtypes, hard, own_total=False))
+    activation = draw(st.sampled_from(ACTIVATIONS)) if fused else None
+    slope = draw(st.sampled_from((0.01, 0.3, 0.0, 2.0, -0.5))) if activation == "leaky_relu" else 0.01
+    return Channels(
+        **found, training=training, running=draw(st.sampled_from(DTYPES)), activation=activation, slope=slope
+    )

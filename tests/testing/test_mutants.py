@@ -1,0 +1,326 @@
+"""The suite's own checks of the kernels, each held to see what it is for: kernels that are wrong in one place."""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import triton_norm
+from support import spaces
+from support.channel_norms import SPLIT, drawn, running_statistics, share
+from support.oracle import run, ulp
+from support.row_norms import LAYER_NORM, RMS_NORM, Norm
+from triton_norm.channels import layout, plan, running
+from triton_norm.specs import BatchNormSpec, BatchNormTensors
+from triton_norm.tuning.configs import config
+from triton_norm.tuning.limits import INTERPRETED
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the guards are the interpreter's")
+
+if INTERPRETED:
+    from support.mutants import MUTANTS, mutated
+    from triton_norm.testing import interleave, interpreter
+    from triton_norm.testing.guards import Extent, RaceError
+    from triton_norm.testing.interleave import DeadlockError, interleaved
+else:
+    MUTANTS = []
+
+
+class BarrierError(AssertionError):
+    """A program's threads use what other threads of it have stored, or tell other programs of it, with no barrier."""
+
+
+class _Barriers(interpreter.Observer if INTERPRETED else object):
+    """Between a program's store and its load of the same place, or its next atomic that releases, there is a barrier.
+
+    One thread alone stores to `sync_ptr` and does the atomics.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[Any, list[Any]] = defaultdict(list)
+        self._sync: Extent | None = None
+
+    def launch_begins(self, kernel: str, tensors: dict[str, torch.Tensor]) -> None:
+        self._stored.clear()
+        self._sync = Extent(tensors["sync_ptr"]) if "sync_ptr" in tensors else None
+
+    def access(self, kind: str, addresses: Any, itemsize: int, program: Any) -> None:
+        if not addresses.size or (self._sync is not None and self._sync.contains_address(int(addresses[0]))):
+            return
+        if kind == "store":
+            self._stored[program].append(addresses)
+        elif kind == "load" and any(np.isin(addresses, stored).any() for stored in self._stored[program]):
+            raise BarrierError(f"program {program} loads what it has stored with no barrier in between")
+
+    def synchronizes(self, addresses: Any, acquires: bool, releases: bool, program: Any) -> None:
+        if releases and self._stored[program]:
+            raise BarrierError(f"program {program} releases what it has stored with no barrier in between")
+
+    def barrier(self, builder: Any) -> None:
+        self._stored[builder.grid_idx].clear()
+
+
+@pytest.fixture(autouse=True)
+def _checked(monkeypatch):
+    monkeypatch.setattr(interleave, "PATIENCE", 2)
+    barriers = _Barriers()
+    monkeypatch.setattr(interpreter.BUILDER, "create_barrier", lambda builder: barriers.barrier(builder))
+    with triton_norm.backend("triton"), interpreter.observe(barriers), interleaved(delayed=1):
+        yield
+
+
+def small_rows(numbers: Callable[..., None]) -> None:
+    """Several rows a tile, several tiles a program, and several tiles a long row."""
+    numbers(interpreted_tile_elements=128, multiprocessors=2, whole_row_bytes=512)
+
+
+def rows(numbers, monkeypatch, norm: Norm = LAYER_NORM, columns: int = 33, **changed: float) -> None:
+    """`changed`: eps, or an `offset` and a `scale` of the input."""
+    small_rows(numbers)
+    x, weight, bias, dy = norm.drawn((9, columns), 1, torch.float32, "cpu")
+    x = x * changed.get("scale", 1) + changed.get("offset", 0)
+    norm.against_oracle(x, weight, bias, dy, eps=changed.get("eps", 1e-5))
+
+
+def shared_rows(numbers, monkeypatch, dtype: torch.dtype = torch.float32) -> None:
+    """Three programs a row, which exchange sums of two rows at a time; two teams."""
+    forward = config(4, BLOCK_M=1, BLOCK_N=32, PIECES=1, PEERS=4)
+    backward = config(4, BLOCK_M=2, BLOCK_N=32, PEERS=4, STAGES=1, HOLD_WEIGHT=False)
+    spaces.force_rows(monkeypatch, forward, backward)
+    numbers(multiprocessors=6)
+    LAYER_NORM.against_oracle(*LAYER_NORM.drawn((5, 90), 1, dtype, "cpu"))
+
+
+def far(shape: tuple[int, ...], *strides: int) -> torch.Tensor:
+    """Drawn numbers in a storage that is reserved and not touched between them."""
+    reach = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    x = torch.empty(0, dtype=torch.float16).set_(torch.UntypedStorage(2 * reach), 0, shape, strides)
+    return x.copy_(torch.randn(shape))
+
+
+def far_rows(numbers, monkeypatch) -> None:
+    LAYER_NORM.against_oracle(far((2, 64), 2**31 + 64, 1), None, None, far((2, 64), 2**31 + 64, 1))
+
+
+def long_sums(numbers, monkeypatch) -> None:
+    """Rows of several tiles, added to a residual; the sum is rounded, and has a gradient of its own."""
+    small_rows(numbers)
+    x, weight, bias, dy = LAYER_NORM.drawn((5, 300), 1, torch.float32, "cpu")
+    residual, dtotal = torch.randn(2, 5, 300).bfloat16()
+    y, total = LAYER_NORM.ours((300,), residual=residual)(x.requires_grad_(), weight, bias)
+    (dx,) = torch.autograd.grad((y, total), x, (dy, dtotal))
+    exact = (x + residual).bfloat16().detach().double().requires_grad_()
+    exact_y = LAYER_NORM.theirs((300,))(exact, weight.double(), bias.double())
+    (of_y,) = torch.autograd.grad(exact_y, exact, dy.double())
+    for found, wanted in ((total, exact), (y, exact_y), (dx, of_y + dtotal)):
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-5)
+
+
+def weight_offset(numbers, monkeypatch) -> None:
+    small_rows(numbers)
+    x, weight, _, dy = RMS_NORM.drawn((9, 40), 1, torch.float32, "cpu")
+    found = run(RMS_NORM.ours((40,), weight_offset=0.5), x, weight, None, dy)
+    RMS_NORM.check(found, x, weight.double() + 0.5, None, dy)
+
+
+def rounded_x_hat(numbers, monkeypatch) -> None:
+    x, weight, bias, _ = LAYER_NORM.drawn((9, 40), 1, torch.float32, "cpu")
+    y = LAYER_NORM.ours((40,), x_hat_dtype=torch.bfloat16)(x, weight, bias)
+    close = torch.isclose(y, LAYER_NORM.theirs((40,))(x).bfloat16() * weight + bias, rtol=1e-6, atol=1e-6)
+    assert (~close).double().mean() < 0.01, "not close"
+
+
+def expanded_rows(numbers, monkeypatch) -> None:
+    x = torch.randn(6, 40)
+    LAYER_NORM.against_oracle(x, None, None, torch.randn(6, 1).expand(6, 40))
+
+
+def off_centre_rows(numbers, monkeypatch, columns: int) -> None:
+    """Means of 1e6 standard deviations leave no error of their own size, constant rows none at all."""
+    small_rows(numbers)
+    constant = torch.linspace(0.1, 1e6, 16)[:, None].expand(16, columns).contiguous()
+    assert not triton_norm.layer_norm(constant, (columns,)).any(), "off centre"
+    x = 1e6 + torch.randn(4, columns)
+    exact = F.layer_norm(x.double(), (columns,))
+    excess = (triton_norm.layer_norm(x, (columns,)) - exact).abs().max() / exact.abs().max()
+    assert excess <= 4 * torch.finfo(torch.float32).eps, "off centre"
+
+
+def channels(
+    numbers, monkeypatch, kind: str, one_launch: bool = True, shape: tuple[int, ...] | None = None, **asked: Any
+) -> None:
+    """Two programs a channel, each with two tiles, the last not full unless there is another `shape`."""
+    usual, tile = SPLIT[kind]
+    shape = shape or usual
+    share(numbers, tile, one_launch)
+    drawn(shape, kind, "cpu", **asked).against_oracle()
+
+
+def far_samples(numbers, monkeypatch) -> None:
+    x = far((2, 4, 16), 2**31 + 64, 16, 1)
+    F.batch_norm(x, None, None, training=True)
+    y = triton_norm.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(y, F.batch_norm(x.contiguous(), None, None, training=True), rtol=1e-3, atol=1e-3)
+
+
+def far_channels(numbers, monkeypatch) -> None:
+    x = far((2, 2, 16), 16, 2**31 + 64, 1)
+    y = triton_norm.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(y, F.batch_norm(x.contiguous(), None, None, training=True), rtol=1e-3, atol=1e-3)
+
+
+def off_centre_channels(numbers, monkeypatch, kind: str = "flat", one_launch: bool = True) -> None:
+    """Both ways; dweight is held to dy's size, and not to x's."""
+    shape, tile = SPLIT[kind]
+    share(numbers, tile, one_launch)
+    x, dy, weight = 1e6 + torch.randn(shape), torch.randn(shape), torch.ones(shape[1])
+    if kind == "last":
+        x, dy = (tensor.to(memory_format=torch.channels_last) for tensor in (x, dy))
+    found = run(lambda x, w, b: triton_norm.batch_norm(x, None, None, w, b, True), x, weight, None, dy)
+    exact = run(lambda x, w, b: F.batch_norm(x, None, None, w, b, True), x.double(), weight.double(), None, dy.double())
+    for one, other, ulps in ((found.y, exact.y, 4), (found.dweight, exact.dweight, 64)):
+        excess = (one - other).abs().max() / other.abs().max()
+        assert excess <= ulps * torch.finfo(torch.float32).eps, "off centre"
+
+
+def statistics_move(
+    numbers, monkeypatch, one_launch: bool = True, momentum: float | None = 0.1, dtype: torch.dtype = torch.float32
+) -> None:
+    """Twice; the counter counts, and the zeros that launches begin with are left zeros."""
+    shape, tile = SPLIT["flat"]
+    share(numbers, tile, one_launch)
+    kept = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(plan, "zeros", lambda n, device: kept[:n])
+    moved = *running_statistics(shape[1], "cpu", dtype), torch.tensor(0)
+    exact = nn.BatchNorm2d(shape[1], momentum=momentum, dtype=torch.float64)
+    exact.running_mean, exact.running_var = (tensor.to(torch.float64, copy=True) for tensor in moved[:2])
+    for step in range(2):
+        x = step + torch.randn(shape, dtype=dtype)
+        triton_norm.batch_norm(x, *moved[:2], training=True, momentum=momentum, num_batches_tracked=moved[2])
+        exact(x.double())
+        assert not kept.any(), "zeros are left"
+        assert moved[2] == step + 1, "the counter"
+    same_statistics(moved, exact, 64 * torch.finfo(dtype).eps)
+
+
+def same_statistics(moved: tuple[torch.Tensor, ...], exact: nn.Module, tolerance: float) -> None:
+    for found, wanted in zip(moved, (exact.running_mean, exact.running_var), strict=False):
+        assert torch.allclose(found.double(), wanted, rtol=tolerance, atol=tolerance), "moved otherwise"
+
+
+def bits(numbers, monkeypatch) -> None:
+    """One for each element, which is 1 where y is not 0; the last block's lanes are whole bytes and half idle."""
+    call = drawn((3, 24, 3, 5), "last", "cpu", residual=torch.float32, activation="relu")
+    spec = BatchNormSpec(True, 0.1, 1e-5, "relu")
+    y, _, found = plan.forward(spec, BatchNormTensors(*call.inputs()), "last")
+    assert torch.equal(layout.side_of_zero(found, call.x, "last"), y > 0), "other bits"
+
+
+def far_silu(numbers, monkeypatch) -> None:
+    """z is x itself: mean 0, variance 1 and eps 0."""
+    z = torch.linspace(-87, 20, 128).view(8, 2, 8)
+    y = triton_norm.batch_norm(z, torch.zeros(2), torch.ones(2), eps=0.0, activation="silu")
+    exact = F.silu(z.double())
+    assert ((y - exact).abs() <= 4 * ulp(exact, torch.float32)).all(), "not close"
+
+
+def shares_of_a_batch(numbers, monkeypatch) -> None:
+    """Two programs merge three processes' shares, of which one is empty; means of 1e6 standard deviations."""
+    parts = [1e6 + torch.randn(length, 1100, dtype=torch.float64) for length in (3, 0, 4)]
+    packed = []
+    for part in parts:
+        mean = part.mean(0)
+        m2, count = (part - mean).square().sum(0), part.new_full((1,), len(part))
+        packed.append(torch.cat((mean.float(), mean - mean.float(), m2, count)).float())
+    moved = torch.zeros(1100), torch.ones(1100), torch.tensor(0)
+    merged = running.move_op(torch.stack(packed), moved[:2], moved[2:], 0.5, 1e-5, True)
+    batch, exact = torch.cat(parts), nn.BatchNorm1d(1100, momentum=0.5, dtype=torch.float64)
+    exact(batch)
+    mean, rest, rstd = merged[:-1].double().view(3, -1)
+    torch.testing.assert_close(mean + rest, batch.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(rstd, torch.rsqrt(batch.var(0, correction=0) + 1e-5), rtol=1e-5, atol=0)
+    assert (merged[-1], moved[2]) == (7, 1), "the counter"
+    same_statistics(moved, exact, 1e-5)
+
+
+NARROW = (4, 12, 3, 5)  # a block's last lanes idle
+_of = functools.partial
+_sums: dict[str, Any] = {"residual": torch.float32, "activation": "relu", "training": False}
+CHECKS: dict[str, Callable[..., None]] = {
+    "short rows": rows,
+    "long rows": _of(rows, columns=300),
+    "long rows, no mean": _of(rows, norm=RMS_NORM, columns=300),
+    "large eps": _of(rows, scale=1e-3, eps=0.5),
+    "off-centre sums": _of(rows, offset=1e4),
+    "off-centre rows": _of(off_centre_rows, columns=115),
+    "off-centre long rows": _of(off_centre_rows, columns=300),
+    "shared rows": shared_rows,
+    "shared half rows": functools.partial(shared_rows, dtype=torch.float16),
+    "far rows": far_rows,
+    "long sums": long_sums,
+    "weight offset": weight_offset,
+    "rounded x_hat": rounded_x_hat,
+    "expanded rows": expanded_rows,
+    "flat": _of(channels, kind="flat"),
+    "last": _of(channels, kind="last", shape=NARROW),
+    "folded": _of(channels, kind="folded"),
+    "last, two launches": _of(channels, kind="last", one_launch=False),
+    "folded, two launches": _of(channels, kind="folded", one_launch=False),
+    "whole tiles": _of(channels, kind="flat", shape=(4, 2, 8, 8)),
+    "evaluation": _of(channels, kind="flat", training=False),
+    "flat, relu of a sum": _of(channels, kind="flat", **_sums),
+    "last, relu of a sum": _of(channels, kind="last", shape=NARROW, **_sums),
+    "last, leaky_relu of a sum": _of(channels, kind="last", shape=NARROW, **_sums | {"activation": "leaky_relu"}),
+    "bits, last": bits,
+    "flat, silu": _of(channels, kind="flat", activation="silu", training=False),
+    "far silu": far_silu,
+    "far samples": far_samples,
+    "far channels": far_channels,
+    "off-centre flat": off_centre_channels,
+    "off-centre last, two launches": _of(off_centre_channels, kind="last", one_launch=False),
+    "running statistics": statistics_move,
+    "running statistics, two launches": _of(statistics_move, one_launch=False),
+    "fp64 statistics": _of(statistics_move, dtype=torch.float64),
+    "cumulative statistics": _of(statistics_move, momentum=None),
+    "shares of a batch": shares_of_a_batch,
+}
+"""What holds real tests' kernels to the truth, of few elements; right kernels pass each."""
+
+
+def caught(how: str) -> Any:
+    """The error that a mutant's check raises, told by its kind and its words."""
+    errors: dict[str, tuple[type[BaseException], str]] = {
+        "bounds": (IndexError, "bytes out of bounds"),
+        "race": (RaceError, "race between"),
+        "barrier": (BarrierError, "with no barrier"),
+        "deadlock": (DeadlockError, "deadlock"),
+        "overflow": (AssertionError, "^int32 overflow"),
+        "value": (AssertionError, r"^[\d.e+]+ times the bound"),
+        "unwritten": (AssertionError, "^inf times the bound"),
+        "different": (AssertionError, "not close"),
+        "off-centre": (AssertionError, "^off centre"),
+        "bits": (AssertionError, "^other bits"),
+        "moved": (AssertionError, "^moved otherwise"),
+        "count": (AssertionError, "^the counter"),
+        "zeros": (AssertionError, "^zeros are left"),
+    }
+    error, words = errors[how]
+    return pytest.raises(error, match=words)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_right_kernels_pass(check, numbers, monkeypatch):
+    CHECKS[check](numbers, monkeypatch)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_wrong_kernels_are_caught(mutant, numbers, monkeypatch):
+    with mutated(mutant), caught(mutant.caught):
+        CHECKS[mutant.check](numbers, monkeypatch)
