@@ -17,7 +17,7 @@ MARGIN = 1.2  # above what was seen, for other machines and Pythons; what was be
 # Seen on an x86-64 machine of two cores (Python 3.11, torch 2.13, Triton 3.7.1). First a forward and backward over an
 # autograd.Function that only allocates and saves as much.
 ROWS, ROW_MODULES, CHANNELS, CHANNEL_MODULES = 1.6, 1.66, 1.69, 1.8
-# A forward without gradients, less its launch, over torch's LayerNorm of 8 elements on the CPU: 1.9 and 3.1 would be good.
+# A forward without gradients, less its launch, over torch's LayerNorm of 8 elements on the CPU: 1.9 and 3.1 is the aim.
 ROWS_FORWARD, CHANNELS_FORWARD = 2.05, 3.4
 # The operators that compiled code calls over the same work called directly, forward and backward; 0.95 was seen.
 OPERATORS = 2.0 / MARGIN
