@@ -1,7 +1,7 @@
-"""Names what travels through a call: its tensors, what was asked for, and the spec that follows from that.
+"""Defines the types that travel through a call: its tensors, its options as passed, and the spec derived from them.
 
-A spec holds no tensor, is hashable, and is the same for all calls that the same kernels serve. Bundles are made by
-`_make`: of a NamedTuple's constructor torch.compile guards on an address, which is another one in another process.
+A spec holds no tensor, is hashable, and is equal for all calls that the same kernels serve. Bundles are made by
+`_make`: torch.compile guards on the address of a NamedTuple's constructor, which differs between processes.
 """
 
 import enum
@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 class RowTensors(NamedTuple):
-    """The tensors of a LayerNorm's or RMSNorm's call.
+    """Holds the tensors of a LayerNorm or RMSNorm call.
 
-    x, residual: [*, *normalized_shape].
-    weight, bias: [*normalized_shape]; RMSNorm has no bias.
+    Args:
+        x, residual: [*, *normalized_shape].
+        weight, bias: [*normalized_shape]; RMSNorm has no bias.
     """
 
     x: Tensor
@@ -25,7 +26,7 @@ class RowTensors(NamedTuple):
 
 
 class RowOptions(NamedTuple):
-    """The other arguments of layer_norm and rms_norm, as they were given; functional.py documents them."""
+    """Holds the other arguments of layer_norm and rms_norm, as passed; functional.py documents them."""
 
     normalized_shape: Any
     eps: Any
@@ -36,13 +37,14 @@ class RowOptions(NamedTuple):
 
 
 class RowSpec(NamedTuple):
-    """What a LayerNorm or RMSNorm computes, in the order of the operators' schemas.
+    """Specifies a LayerNorm or RMSNorm, in the order of the operators' schemas.
 
-    n_cols: elements of a row.
-    centred: whether the mean is subtracted: LayerNorm's, otherwise RMSNorm's.
-    out_dtype: of y; None is x's.
-    total_dtype: of x + residual; None is the residual's.
-    x_hat_dtype: what x_hat is rounded to before the weight is applied; None: it is not rounded.
+    Args:
+        n_cols: elements of a row.
+        centred: subtracts the mean: LayerNorm; otherwise RMSNorm.
+        out_dtype: dtype of y; None: x's.
+        total_dtype: dtype of x + residual; None: the residual's.
+        x_hat_dtype: dtype that x_hat is rounded to before the weight; None: no rounding.
     """
 
     n_cols: int
@@ -55,11 +57,12 @@ class RowSpec(NamedTuple):
 
 
 class BatchNormTensors(NamedTuple):
-    """The tensors of a BatchNorm's call.
+    """Holds the tensors of a BatchNorm call.
 
-    x, residual: [N, C, *].
-    weight, bias, running_mean, running_var: [C].
-    num_batches_tracked: one integer.
+    Args:
+        x, residual: [N, C, *].
+        weight, bias, running_mean, running_var: [C].
+        num_batches_tracked: one integer.
     """
 
     x: Tensor
@@ -72,7 +75,7 @@ class BatchNormTensors(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Those of a BatchNorm's tensors that have gradients."""
+    """Holds the tensors of a BatchNorm call that have gradients."""
 
     x: Tensor
     residual: Tensor | None
@@ -81,7 +84,7 @@ class Inputs(NamedTuple):
 
 
 class BatchNormOptions(NamedTuple):
-    """The other arguments of batch_norm, as they were given; functional.py documents them."""
+    """Holds the other arguments of batch_norm, as passed; functional.py documents them."""
 
     training: Any
     momentum: Any
@@ -91,11 +94,12 @@ class BatchNormOptions(NamedTuple):
 
 
 class BatchNormSpec(NamedTuple):
-    """What a BatchNorm computes.
+    """Specifies a BatchNorm.
 
-    training: whether the statistics are the batch's, not the running ones.
-    momentum: of the running statistics; None averages over batches.
-    slope: leaky_relu's below 0.
+    Args:
+        training: uses the batch's statistics, not the running ones.
+        momentum: weight of the batch in the running statistics; None: 1 / number of batches.
+        slope: leaky_relu's slope below 0.
     """
 
     training: bool
@@ -106,14 +110,14 @@ class BatchNormSpec(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """The activation behind a BatchNorm."""
+    """Holds the activation behind a BatchNorm."""
 
     activation: str | None
     slope: float
 
 
 class Formula(NamedTuple):
-    """The part of a BatchNorm's spec that an operator takes: what running statistics do is another one's."""
+    """Holds the part of a BatchNormSpec that an operator needs. Another operator updates the running statistics."""
 
     eps: float
     epilogue: Epilogue
@@ -123,10 +127,7 @@ class Formula(NamedTuple):
 
 
 class Phase(enum.Enum):
-    """The halves of a BatchNorm's work that a launch does, or that a call asks for.
-
-    REDUCE finds the statistics, or the sums of a backward; APPLY computes y or dx from them; FUSED is both.
-    """
+    """Names halves of BatchNorm's work: REDUCE computes statistics, or a backward's sums, APPLY y or dx, FUSED both."""
 
     FUSED = enum.auto()
     REDUCE = enum.auto()
@@ -142,7 +143,7 @@ class Phase(enum.Enum):
 
 
 class Wanted(NamedTuple):
-    """The types of the gradients that a backward is asked for, None for those that it is not."""
+    """Holds the dtypes of the gradients that a backward has to compute; None for the others."""
 
     dx_dtype: torch.dtype | None
     dresidual_dtype: torch.dtype | None

@@ -1,19 +1,19 @@
-"""Activations behind a normalization, their derivatives, and one bit an element that says which side of 0 it was on.
+"""Activations behind a normalization, their derivatives, and the sign bits that some derivatives are computed from.
 
-triton_norm/activations.py has the table of them; each function here raises at compile time for a name it does not know.
+triton_norm/activations.py lists the activations by name. Each function here fails to compile for an unknown name.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOG2_E_LO = tl.constexpr(1.925963033500e-8)  # what LOG2_E loses when it is rounded to fp32
+LOG2_E_LO = tl.constexpr(1.925963033500e-8)  # the rounding error of LOG2_E in fp32
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def exp(x):
-    """Returns e^x; in fp32 from 2^t, with what rounding t has left out put back."""
+    """Returns e^x. In fp32 it computes 2^t with t = x · log2(e), and corrects for the rounding error of t."""
     if x.dtype == tl.float64:
         power = tl.exp(x)
     else:
@@ -26,7 +26,7 @@ def exp(x):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """Returns f(z), and z itself where ACTIVATION is None; SLOPE is leaky_relu's below 0."""
+    """Returns f(z), or z if ACTIVATION is None. SLOPE is leaky_relu's slope below 0."""
     if ACTIVATION is None:
         y = z
     elif ACTIVATION == "relu":
@@ -42,7 +42,7 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 @triton.jit
 def side_of_zero(z, ACTIVATION: tl.constexpr):
-    """Returns whether z is positive, for an activation whose gradient needs no more; NaN is to "relu", as in torch."""
+    """Returns the mask z > 0, for gradients that depend on it alone. For "relu" NaN is positive, as in torch."""
     positive = z > 0.0
     if ACTIVATION == "relu":
         positive = positive | (z != z)
@@ -53,7 +53,7 @@ def side_of_zero(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gradient_by_side(dy, positive, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """Returns dy · f'(z) from the side of 0 that z is on."""
+    """Returns dy · f'(z), computed from the mask z > 0."""
     if ACTIVATION == "relu":
         dz = tl.where(positive, dy, 0.0)
     elif ACTIVATION == "leaky_relu":
@@ -76,14 +76,14 @@ def activate_backward(dy, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 @triton.constexpr_function
 def bits_per_byte(LANES, AXIS):
-    """Returns eight, or the number of a row's columns if it has fewer."""
+    """Returns the number of bits used of each byte: 8, or LANES if a row has fewer columns."""
     return 8 if AXIS is None or LANES >= 8 else LANES
 
 
 @triton.jit
 def bytes_of(ptr, start, end, block, layout, TILE: tl.constexpr):
-    """Returns (pointers, mask) of the bytes with a tile's bits: a channel's elements follow each other, or a row's
-    columns do. No two programs share a byte."""
+    """Returns (pointers, mask) for the bytes that hold a tile's bits. Bits follow each other along a channel if AXIS is
+    None, and along a row otherwise. No two programs write to the same byte."""
     PER_BYTE: tl.constexpr = bits_per_byte(TILE.LANES, TILE.AXIS)
     byte = tl.arange(0, TILE.T * TILE.LANES // PER_BYTE)
     if TILE.AXIS is None:
@@ -104,7 +104,7 @@ def bytes_of(ptr, start, end, block, layout, TILE: tl.constexpr):
 
 @triton.jit
 def pack(positive, PER_BYTE: tl.constexpr):
-    """Returns booleans [T, LANES] as bytes, PER_BYTE of them each."""
+    """Packs booleans [T, LANES] into uint8, PER_BYTE bits in each."""
     N_BYTES: tl.constexpr = positive.shape[0] * positive.shape[1] // PER_BYTE
     bits = tl.reshape(positive.to(tl.int32), [N_BYTES, PER_BYTE]) << tl.arange(0, PER_BYTE)[None, :]
     return tl.sum(bits, 1).to(tl.uint8)

@@ -1,7 +1,7 @@
-"""BatchNorm over the channels of [samples, channels, positions]; tiles.py says how they become tiles.
+"""BatchNorm over the channels of [samples, channels, positions]; tiles.py explains the layouts.
 
-n_splits programs share a block of channels, and each has a span of groups_per_split groups. Whichever of them comes
-last merges, in fixed order, what all have found: one launch normalizes, or one reduces and one applies.
+n_splits programs share a block of channels; each processes a range of groups_per_split groups. The last to arrive
+merges all partial results, in fixed order. A call is one fused launch, or a reducing launch and an applying one.
 """
 
 import triton
@@ -38,8 +38,13 @@ from triton_norm.kernels.tiles import (
 
 @triton.jit
 def merge_splits(partials_ptr, channels, n_splits, split_size, total, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns the moments [1, n] of whole channels, `total` elements each, from those of their splits, partials
-    [3, n_splits, n_channels], split_size elements each; the last may have fewer."""
+    """Returns the moments [1, n] of whole channels, merged from those of their splits.
+
+    Args:
+        partials_ptr: [3, n_splits, n_channels]: mean, mean_lo and m2.
+        split_size: elements of a channel in each split; the last may have fewer.
+        total: elements of a channel.
+    """
     kind = n_splits.to(tl.int64) * channels.n_channels
     zero = tl.zeros(channels.index.shape, COMPUTE)
     moments = Moments(zero, zero, zero)
@@ -59,7 +64,7 @@ def merge_splits(partials_ptr, channels, n_splits, split_size, total, BLOCK_K: t
 
 @triton.jit
 def factor_of(momentum, momentum_rest, num_batches_tracked_ptr, CUMULATIVE: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns how far running statistics move towards a batch's: by the momentum, or if CUMULATIVE to the average."""
+    """Returns the weight of the batch in the running statistics: the momentum, or 1 / (batches + 1) if CUMULATIVE."""
     if CUMULATIVE:
         factor = 1.0 / to_float(tl.load(num_batches_tracked_ptr) + 1, COMPUTE)
     else:
@@ -69,7 +74,7 @@ def factor_of(momentum, momentum_rest, num_batches_tracked_ptr, CUMULATIVE: tl.c
 
 @triton.jit
 def move_running(ptr, channels, value, factor):
-    """Sets running to (1 − factor) · running + factor · value, in the wider of running's and value's type."""
+    """Sets running to (1 − factor) · running + factor · value, in the wider type of running and value."""
     WIDE: tl.constexpr = tl.float64 if ptr.dtype.element_ty == tl.float64 else value.dtype
     running, factor = tl.load(ptr + channels.index, mask=channels.in_range, other=0.0).to(WIDE), factor.to(WIDE)
     moved = (1.0 - factor) * running + factor * value
@@ -78,7 +83,7 @@ def move_running(ptr, channels, value, factor):
 
 @triton.jit
 def finalise_statistics(moments, statistics_ptr, moments_ptr, channels, total, EPS: tl.constexpr, LOCAL: tl.constexpr):
-    """Stores the statistics of channels of `total` elements each, and their moments unless None; returns rstd."""
+    """Stores statistics [3, n_channels] of channels, `total` elements each, and moments unless None. Returns rstd."""
     index, mask, n_channels = channels.index, channels.in_range, channels.n_channels
     rstd = tl.rsqrt(moments.m2 / to_float(total, moments.m2.dtype) + EPS)
     tl.store(statistics_ptr + index, moments.mean, mask=mask)
@@ -138,30 +143,40 @@ def channels_forward_kernel(
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Reduces x to statistics of its channels (STATISTICS), normalizes it by them (APPLY), or does both in one launch.
+    """Computes y = f(z) with z = (x − mean) · rstd · weight + bias + residual, the statistics of the channels, or both.
 
-    STATISTICS: stores the batch's statistics and moves the running ones, the variance by the unbiased one. They move by
-    momentum + momentum_rest, two fp32 scalars that keep an fp64 module's precision; or, if CUMULATIVE, by
-    1 / (num_batches_tracked + 1), which grows by one when all is done.
+    If STATISTICS, reduces x to the batch's statistics, and updates the running ones with the batch's mean and unbiased
+    variance: running = (1 − factor) · running + factor · batch, where factor = momentum + momentum_rest, or
+    1 / (num_batches_tracked + 1) if CUMULATIVE; num_batches_tracked is incremented last.
 
-    APPLY: y = f(z) with z = (x − mean) · rstd · weight + bias + residual. Without STATISTICS it takes those at
-    statistics_ptr, or where that is None the running ones. It goes through x in the reverse of the reduction's order,
-    and so begins with what is still in cache. In one launch x's last tile stays in registers, while the programs of a
-    channel wait for each other. Grid: n_blocks · n_splits. Each half reads x once; in one launch the second reads
-    what fits in no register, from cache.
+    If APPLY, computes y. Without STATISTICS it reads them from statistics_ptr, or the running ones if that is None. It
+    sweeps x in the reverse of the reduction's order, to start with the data still in cache.
+
+    If both, in one fused launch, the programs of a block wait for each other, with their last tile of x in registers.
+
+    Grid: n_blocks · n_splits.
+    Bytes: STATISTICS reads x once. APPLY reads x, from cache if fused, and residual once, and writes y and bits once.
 
     Args:
-        x_ptr, residual_ptr: [samples, channels, positions], with the strides that follow; residual may be None.
-        y_ptr, bits_ptr: without gaps in x's layout; bits, if any, one for each element, say where z > 0.
+        x_ptr, residual_ptr: [samples, channels, positions], strides (*_sample_vecs, *_group_vecs, *_channel_vecs) · V.
+        y_ptr: dense, in x's layout.
+        bits_ptr: uint8, a bit for each element of y, set where z > 0; or None.
         weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr: [n_channels], or None.
-        statistics_ptr, moments_ptr: [3, n_channels], mean, mean_lo and rstd; or M2 in rstd's place, which statistics
-            have if LOCAL. moments may be None.
+        statistics_ptr: [3, n_channels]: mean, mean_lo, and rstd, or M2 if LOCAL.
+        moments_ptr: [3, n_channels]: mean, mean_lo and M2; or None.
         num_batches_tracked_ptr: one integer, or None.
-        partials_ptr, sync_ptr: moments [3, n_splits, n_channels] if SHARED, n_splits > 1; and 2 + n_blocks zeros.
+        partials_ptr: workspace [3, n_splits, n_channels], used if SHARED.
+        sync_ptr: 2 + n_blocks zeros.
+        momentum, momentum_rest: two fp32 scalars whose sum keeps the precision of an fp64 momentum.
+        LOCAL: the batch is one process's part of a larger one.
+        SHARED: n_splits > 1.
+        INDEX: integer type of group indices.
+        T: groups in a tile.
+        BLOCK_K: splits merged at a time.
     """
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = STATISTICS and APPLY
-    IN_PLACES: tl.constexpr = AXIS == 0 and not FOLD and not TOGETHER  # sums down columns are dear: one at the end
+    IN_PLACES: tl.constexpr = AXIS == 0 and not FOLD and not TOGETHER  # column sums are slow: one, at the end
     n_splits = tl.cdiv(n_groups, groups_per_split).to(tl.int32)
     n_blocks = tl.num_programs(0) // n_splits
     if TOGETHER and SHARED:

@@ -1,4 +1,4 @@
-"""The gradients of BatchNorm, and of what is fused behind it; channels.py says how programs share channels."""
+"""Gradients of BatchNorm and of the residual and activation fused with it; channels.py explains splits and blocks."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from triton_norm.kernels.tiles import (
 
 
 class Sums(NamedTuple):
-    """Names a channel's sums: of dz, and of dz · (x − mean)."""
+    """Bundles the sums of a channel: Σ dz and Σ dz · (x − mean)."""
 
     dz: tl.tensor
     dz_centred: tl.tensor
@@ -35,7 +35,7 @@ class Sums(NamedTuple):
 
 @triton.jit
 def merge_sums(partials_ptr, channels, n_splits, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns the sums [1, n] of whole channels from those of their splits, partials [2, n_splits, n_channels]."""
+    """Returns the sums [1, n] of whole channels from those of their splits, [2, n_splits, n_channels]."""
     kind = n_splits.to(tl.int64) * channels.n_channels
     sum_dz = tl.zeros(channels.index.shape, COMPUTE)
     sum_dz_centred = tl.zeros(channels.index.shape, COMPUTE)
@@ -50,8 +50,8 @@ def merge_sums(partials_ptr, channels, n_splits, BLOCK_K: tl.constexpr, COMPUTE:
 
 @triton.jit
 def finalise_sums(sums, rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total, LOCAL: tl.constexpr):
-    """Stores dweight and dbias, and means [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd, of channels of `total`
-    elements each, undivided if LOCAL; any of these may be None."""
+    """Stores dweight, dbias and means = (Σ dz, Σ dz · x_hat · rstd) / total for each channel; means are undivided if
+    LOCAL. Any of the three pointers may be None."""
     COMPUTE: tl.constexpr = rstd.dtype
     index, mask = channels.index, channels.in_range
     dweight = sums.dz_centred * rstd
@@ -117,25 +117,33 @@ def channels_backward_kernel(
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Computes dx, dresidual, dweight and dbias, each of which may be None, from dz = dy · f'(z).
+    """Computes dx, dresidual = dz, dweight = Σ dz · x_hat and dbias = Σ dz, from dz = dy · f'(z).
 
-    dz is the residual's gradient too. z is positive where bits, if any, say so, and otherwise computed again from x,
-    and from the residual.
+    f'(z) is computed from bits, if any; otherwise z is recomputed from x and residual.
 
-    REDUCE: dbias = Σ dz and dweight = Σ dz · x_hat, and their means, or sums if LOCAL, for the other half. APPLY:
-    dx = (dz − mean(dz) − (x − mean) · mean(dz · x_hat) · rstd) · rstd · weight. Both in one launch: the last tiles of x
-    and dy stay in registers, while the programs of a channel wait for each other; or, where the statistics are
-    CONSTANT, dx = dz · rstd · weight, and nothing waits. Grid and bytes as in the forward; reads x and dy, and writes
-    dx and dresidual.
+    If REDUCE, computes dweight and dbias, and stores means for APPLY.
+
+    If APPLY, computes dresidual and dx = (dz − mean(dz) − (x − mean) · mean(dz · x_hat) · rstd) · rstd · weight, or
+    dx = dz · rstd · weight if the statistics are CONSTANT.
+
+    If both, in one fused launch, the programs of a block wait for each other, unless CONSTANT, with their last tiles of
+    x and dy in registers.
+
+    Grid: n_blocks · n_splits.
+    Bytes: REDUCE reads x and dy once. APPLY reads them, from cache if fused, and writes dx and dresidual once.
 
     Args:
-        dy_ptr, x_ptr, residual_ptr: [samples, channels, positions], with the strides that follow.
-        bits_ptr: as the forward has left them. bits and residual may be None.
-        dx_ptr, dresidual_ptr: without gaps in x's layout.
+        dy_ptr, x_ptr, residual_ptr: [samples, channels, positions], strides (*_sample_vecs, *_group_vecs,
+            *_channel_vecs) · V, but dy's not multiplied if DY_SPREAD is 0; residual may be None.
+        bits_ptr: bits written by the forward, or None.
+        dx_ptr, dresidual_ptr: dense, in x's layout; or None.
         weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, running_mean_ptr, running_var_ptr: [n_channels], or None.
-        statistics_ptr: [3, n_channels], mean, mean_lo and rstd, or None where the running ones are used.
-        means_ptr: [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd; None where nothing needs them.
-        partials_ptr, sync_ptr: sums [2, n_splits, n_channels] if SHARED, n_splits > 1; and 2 + n_blocks zeros.
+        statistics_ptr: [3, n_channels]: mean, mean_lo and rstd; None to use the running ones.
+        means_ptr: [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd; None if APPLY does not need them.
+        partials_ptr: workspace [2, n_splits, n_channels], used if SHARED.
+        sync_ptr: 2 + n_blocks zeros.
+        DY_SPREAD: 0 if dy is one element expanded over a channel's lanes, else 1.
+        LOCAL, SHARED, INDEX, T, BLOCK_K: as in channels_forward_kernel.
     """
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = REDUCE and APPLY and not CONSTANT

@@ -1,11 +1,10 @@
-"""Lets programs of one launch wait for each other, with no cooperative launch and no occupancy query.
+"""A barrier among programs of one launch, without a cooperative launch or an occupancy query.
 
-A program takes its place by ticket, so places are held in the order in which programs started. The members of the first
-unfinished team have then started or are the next to start, and no program waits for one that can't: whatever the
-grid's size, and as long as the teams of all launches that run at once have fewer members than the GPU holds programs.
+Programs draw tickets, so they are assigned to teams in the order in which they start. The unfinished team with the
+lowest index therefore has all its members running or next to start, and no program waits for one that can't start. This
+holds for any grid size, if the teams of all concurrent launches have fewer members than the GPU has program slots.
 
-`sync_ptr` is the first of 2 + n_teams int32: tickets taken, teams that have closed, and each team's arrivals. They are
-zeros when a launch begins.
+`sync_ptr` points to 2 + n_teams int32, zero when a launch begins: tickets drawn, teams closed, each team's arrivals.
 """
 
 from typing import NamedTuple
@@ -15,8 +14,15 @@ import triton.language as tl
 
 
 class Team(NamedTuple):
-    """Names which team a program is of, as which member, how many these are, where they leave what the others read, and
-    their counters."""
+    """Bundles a program's position in its team with the team's workspace.
+
+    Args:
+        index: index of the team.
+        member: index of this program in the team.
+        n_members: programs in the team.
+        partials_ptr: workspace through which the members exchange partial results.
+        sync_ptr: counters, see the module's docstring.
+    """
 
     index: tl.tensor
     member: tl.tensor
@@ -27,21 +33,21 @@ class Team(NamedTuple):
 
 @triton.jit
 def take_place(sync_ptr, n_members):
-    """Takes this program's ticket; returns its team, and its place there."""
+    """Draws a ticket. Returns this program's team index and its member index there."""
     ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed", scope="gpu")
     return ticket // n_members, ticket % n_members
 
 
 @triton.jit
 def arrive(sync_ptr, team):
-    """Makes what this program has stored visible to its team; returns how many arrivals there were before."""
+    """Makes this program's stores visible to its team, and counts an arrival. Returns the earlier arrivals."""
     tl.debug_barrier()
     return tl.atomic_add(sync_ptr + 2 + team, 1, sem="acq_rel", scope="gpu")
 
 
 @triton.jit
 def wait(sync_ptr, team, arrivals):
-    """Waits until the team has arrived that often; what was stored before is then visible, to volatile loads."""
+    """Waits until the team's counter reaches `arrivals`. Volatile loads then see the members' stores."""
     while tl.atomic_add(sync_ptr + 2 + team, 0, sem="acquire", scope="gpu") < arrivals:
         pass
     tl.debug_barrier()
@@ -49,16 +55,16 @@ def wait(sync_ptr, team, arrivals):
 
 @triton.jit
 def meet(sync_ptr, team, arrivals):
-    """Arrives, and waits until the team has arrived that often."""
+    """Arrives, and waits until the team's counter reaches `arrivals`."""
     arrive(sync_ptr, team)
     wait(sync_ptr, team, arrivals)
 
 
 @triton.jit
 def close(sync_ptr, team, n_teams, count_ptr):
-    """Leaves a team's counter as it was found; the last member to arrive calls this.
+    """Resets a team's counter to 0; called by the last member to arrive.
 
-    The last team to close leaves the others as they were found, too, and adds one to *count_ptr, if any.
+    The last team to close also resets the two shared counters, and adds one to *count_ptr unless that is None.
     """
     tl.store(sync_ptr + 2 + team, 0)
     if tl.atomic_add(sync_ptr + 1, 1, sem="acq_rel", scope="gpu") == n_teams - 1:

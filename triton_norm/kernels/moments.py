@@ -1,7 +1,7 @@
-"""Sums and centres a 2-D tile, and merges moments, for both families of kernels.
+"""Sums, means and moments of 2-D tiles, for the row kernels and the channel kernels.
 
-A reduction keeps the tile's rank, so that its result broadcasts against the tile: AXIS is 1 for rows, 0 for a matrix
-whose columns are channels, None for a tile that is one channel's alone.
+A reduction keeps the tile's rank, so that its result broadcasts against the tile. AXIS is 1 to reduce each row, 0 to
+reduce each column, and None if the whole tile belongs to one channel.
 """
 
 from typing import NamedTuple
@@ -11,8 +11,12 @@ import triton.language as tl
 
 
 class Moments(NamedTuple):
-    """Names the moments of sets of values: mean + mean_lo is a set's mean to twice the precision, m2 the sum of the
-    squared deviations from it."""
+    """Bundles the first two moments of sets of values.
+
+    Args:
+        mean, mean_lo: high and low part of the mean; mean + mean_lo has twice the precision of either.
+        m2: sum of the squared deviations from the mean.
+    """
 
     mean: tl.tensor
     mean_lo: tl.tensor
@@ -21,13 +25,13 @@ class Moments(NamedTuple):
 
 @triton.jit
 def to_float(count, COMPUTE: tl.constexpr):
-    """Returns a count, which the compiler may have specialised, as a [1, 1] tile of COMPUTE."""
+    """Returns a count as a [1, 1] tile of COMPUTE. It may be a constant by specialisation, which has no `to`."""
     return tl.zeros([1, 1], COMPUTE) + count
 
 
 @triton.jit
 def tile_sum(tile, AXIS: tl.constexpr):
-    """Returns the sum over AXIS, or over the whole tile where AXIS is None; reduced axes stay with length 1."""
+    """Returns the sum over AXIS, or over the whole tile if AXIS is None. Reduced axes keep length 1."""
     if AXIS is None:
         total = tl.sum(tl.sum(tile, 1, keep_dims=True), 0, keep_dims=True)
     else:
@@ -37,18 +41,21 @@ def tile_sum(tile, AXIS: tl.constexpr):
 
 @triton.jit
 def divide(a, b, inverse):
-    """Returns a / b, correctly rounded but for rare cases, from a rounded inverse of b."""
+    """Returns a / b, correctly rounded but for rare cases, given inverse = 1 / b rounded."""
     quotient = a * inverse
     return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
 
 
 @triton.jit
 def centre(x, mask, count, AXIS: tl.constexpr):
-    """Returns (x − mean, mean, mean_lo) over AXIS, of `count` elements; mean + mean_lo has twice the precision.
+    """Returns (x − mean, mean, mean_lo) over AXIS.
 
-    x must be 0, and the result is 0, outside the mask. The mean of what a first mean leaves is taken off again: a
-    constant row centres to exactly 0, and a large mean leaves no rounding error of its own size. Sums are of terms
-    scaled by a power of two, which rounds nothing and lets no finite row overflow.
+    A first mean is subtracted, and then the mean of the remainder: a constant row centres to exactly 0, and a large
+    mean adds no rounding error of its own magnitude. Terms are scaled by a power of two, so that no sum overflows.
+
+    Args:
+        x: [M, N], 0 outside the mask; so is the result.
+        count: number of elements reduced.
     """
     SIZE: tl.constexpr = x.shape[0] * x.shape[1] if AXIS is None else x.shape[AXIS]
     SCALE: tl.constexpr = 1.0 / SIZE
@@ -63,7 +70,7 @@ def centre(x, mask, count, AXIS: tl.constexpr):
 
 @triton.jit
 def moments_of(x, mask, count, AXIS: tl.constexpr, CENTRED: tl.constexpr):
-    """Returns (x − mean, moments) of a tile over AXIS, `count` elements each; rows that are not CENTRED have mean 0."""
+    """Returns (x − mean, moments) of a tile over AXIS, `count` elements each. The mean is 0 unless CENTRED."""
     if CENTRED:
         centred, mean, mean_lo = centre(x, mask, count, AXIS)
     else:
@@ -75,14 +82,18 @@ def moments_of(x, mask, count, AXIS: tl.constexpr, CENTRED: tl.constexpr):
 
 @triton.jit
 def scaled_from(x, shift):
-    """Returns (x − shift) / 4: no difference of two of these overflows."""
+    """Returns (x − shift) / 4. The difference of two such values can't overflow."""
     return x * 0.25 - shift * 0.25
 
 
 @triton.jit
 def take_in(values, mask, inverse_count, mean, m2):
-    """Returns (mean, M2) of each place of a tile with one more value there (Welford 1962), where the mask is set; the
-    inverse is of the number of values that are there then."""
+    """Returns (mean, m2) for each position of a tile after adding one more value there (Welford 1962).
+
+    Args:
+        mask: positions that receive a value.
+        inverse_count: 1 / number of values at a position, including the new one.
+    """
     delta = tl.where(mask, values - mean, 0.0)
     mean += delta * inverse_count
     return mean, m2 + delta * (values - mean)
@@ -90,7 +101,7 @@ def take_in(values, mask, inverse_count, mean, m2):
 
 @triton.jit
 def merge(count_a, a, count_b, b):
-    """Returns the moments of two sets together (Chan, Golub, LeVeque 1979). Counts are floats, and count_b is not 0."""
+    """Returns the moments of the union of two sets (Chan, Golub, LeVeque 1979); count_b is not 0."""
     share = count_b / (count_a + count_b)
     step = (b.mean - a.mean) * share
     mean = a.mean + step
@@ -101,10 +112,14 @@ def merge(count_a, a, count_b, b):
 
 @triton.jit
 def merge_all(counts, sets, total, AXIS: tl.constexpr):
-    """Returns the moments of all the sets along an axis together, from those of each; a set of no elements has zeros.
+    """Returns the moments of the union of all sets along AXIS.
 
-    The moments of a vector of sets are scalars, of a tile the axis stays with length 1. Means are summed as differences
-    from the first set's, so that equal ones merge to themselves exactly.
+    Means are summed as differences from the first set's mean, so that equal means merge to themselves exactly.
+
+    Args:
+        counts: elements of each set; 0 for an empty set, whose moments are 0.
+        sets: moments [n], merged to scalars, or [M, N], merged along AXIS, which keeps length 1.
+        total: sum of the counts.
     """
     KEEP: tl.constexpr = len(sets.mean.shape) > 1
     index = tl.arange(0, sets.mean.shape[AXIS])
@@ -122,10 +137,14 @@ def merge_all(counts, sets, total, AXIS: tl.constexpr):
 
 @triton.jit
 def merge_places(counts, mean, m2, shift):
-    """Returns the moments of a tile's columns from those of its places, of `counts` [T, 1] values each.
+    """Returns the moments of a tile's columns, merged from the moments of its positions.
 
-    The values are as `scaled_from` the columns' shift leaves them. As in `centre`, the mean of what a first mean leaves
-    is taken off.
+    As in `centre`, a first mean is subtracted, and then the mean of the remainder.
+
+    Args:
+        counts: [T, 1], number of values at the positions of each row.
+        mean, m2: [T, LANES], moments of the values after `scaled_from`.
+        shift: [1, LANES], the shift given to `scaled_from`.
     """
     share = counts / tl.sum(counts, 0, keep_dims=True)
     first = tl.sum(mean * share, 0, keep_dims=True)

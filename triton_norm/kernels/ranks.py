@@ -1,4 +1,4 @@
-"""Merges the statistics of a batch that processes share, from those of their shares."""
+"""Merges the BatchNorm statistics of a batch that is distributed over processes (ranks)."""
 
 import triton
 import triton.language as tl
@@ -11,8 +11,7 @@ from triton_norm.kernels.tiles import Channels
 
 @triton.jit
 def shares_of(gathered_ptr, start, channels, n_ranks, BLOCK_K: tl.constexpr):
-    """Returns (pointers [BLOCK_K, n], there, counts [BLOCK_K, 1]) of the ranks from `start` on; a rank whose share is
-    empty is not there."""
+    """Returns (pointers [BLOCK_K, n], mask, counts [BLOCK_K, 1]) for the ranks from `start` on, without empty ones."""
     ranks = start + tl.arange(0, BLOCK_K)[:, None]
     packed = gathered_ptr + ranks.to(tl.int64) * (3 * channels.n_channels + 1)
     counts = tl.load(packed + 3 * channels.n_channels, mask=ranks < n_ranks, other=0.0)
@@ -21,7 +20,7 @@ def shares_of(gathered_ptr, start, channels, n_ranks, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def first_and_total(gathered_ptr, n_channels, n_ranks, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns the first rank whose share is not empty, and the number of a channel's elements in all shares; [1, 1]."""
+    """Returns the first rank that is not empty, and the elements of a channel over all ranks: [1, 1] each."""
     first = tl.zeros([1, 1], tl.int32) + (n_ranks - 1)
     total = tl.zeros([1, 1], COMPUTE)
     for start in range(0, n_ranks, BLOCK_K):
@@ -51,18 +50,22 @@ def merge_ranks_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Merges the moments of n_ranks shares of a batch, moves the running statistics by them, and counts.
+    """Merges the moments of n_ranks ranks, and updates the running statistics and the batch counter.
 
-    Means are summed as differences from the first, so that equal ones merge to themselves exactly. A batch of one value
-    a channel has no unbiased variance: the running one stays; of an empty batch both do.
+    Means are summed as differences from the first, so that equal means merge to themselves exactly. A channel with one
+    value has no unbiased variance: running_var keeps its value. An empty batch changes neither running statistic.
 
-    Grid: blocks of channels, of which the last to come counts.
+    Grid: cdiv(n_channels, BLOCK_C).
+    Bytes: reads gathered mean and mean_lo twice, and M2 once.
 
     Args:
-        gathered_ptr: [n_ranks, 3 · n_channels + 1]: mean, mean_lo and M2, and the number of a channel's elements.
-        merged_ptr: [3 · n_channels + 1], the same of the whole batch, with rstd in M2's place.
-        running_mean_ptr, running_var_ptr, num_batches_tracked_ptr: [n_channels] both, and one integer; or None.
-        sync_ptr: 2 + n_blocks zeros; None where there is no counter.
+        gathered_ptr: [n_ranks, 3 · n_channels + 1]: mean, mean_lo and M2 by channel, and the elements of a channel.
+        merged_ptr: [3 · n_channels + 1], of the whole batch, with rstd in place of M2.
+        running_mean_ptr, running_var_ptr: [n_channels], or None.
+        num_batches_tracked_ptr: one integer, or None.
+        sync_ptr: 2 + n_blocks zeros; None without num_batches_tracked.
+        momentum, momentum_rest, CUMULATIVE: as in channels_forward_kernel.
+        BLOCK_K, BLOCK_C: ranks and channels of a tile.
     """
     block = tl.program_id(0)
     index = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]

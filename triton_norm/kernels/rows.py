@@ -1,7 +1,7 @@
-"""LayerNorm and RMSNorm over contiguous rows: y = (x − mean) · rstd · weight + bias, mean being 0 for RMSNorm.
+"""LayerNorm and RMSNorm over contiguous rows: y = (x − mean) · rstd · weight + bias, with mean = 0 for RMSNorm.
 
-Column counts and row strides come divided by V, the largest power of two that divides them all, and are multiplied back
-here: the compiler then knows that addresses and masks change every V elements, and moves V elements an instruction.
+Column counts and row strides are passed divided by V, the largest power of two that divides them all, and are
+multiplied back in the kernel. The compiler can then prove that V elements share one access.
 """
 
 import triton
@@ -13,7 +13,7 @@ from triton_norm.kernels.moments import Moments, merge, merge_all, moments_of, t
 
 @triton.jit
 def load_columns(ptr, cols, n_cols, OFFSET: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns OFFSET + a parameter's columns as a row to broadcast. Every program reads them: they stay in cache."""
+    """Returns OFFSET + a parameter's columns, [1, BLOCK_N]. Every program reads them, so they should stay in cache."""
     columns = tl.load(ptr + cols, mask=cols < n_cols, other=0.0, eviction_policy="evict_last").to(COMPUTE)
     if OFFSET != 0.0:
         columns += OFFSET
@@ -22,8 +22,8 @@ def load_columns(ptr, cols, n_cols, OFFSET: tl.constexpr, COMPUTE: tl.constexpr)
 
 @triton.jit
 def at(rows_ptr, cols, V: tl.constexpr):
-    """Returns pointers to these columns of rows [BLOCK_M, 1], of which the launch knows each V to be aligned."""
-    # The sum stands here: what is told of an argument is lost where the compiler puts a function into its caller.
+    """Returns pointers to columns of rows [BLOCK_M, 1], marked as aligned in runs of V for the compiler."""
+    # The pointers are added here, because a hint on a function's argument is lost when the function is inlined.
     ITEMSIZE: tl.constexpr = rows_ptr.dtype.scalar.element_ty.primitive_bitwidth // 8
     ALIGNMENT: tl.constexpr = V * ITEMSIZE if V * ITEMSIZE < 16 else 16
     return tl.multiple_of(rows_ptr + cols, [1, ALIGNMENT])
@@ -33,7 +33,7 @@ def at(rows_ptr, cols, V: tl.constexpr):
 def load_summed(
     x_rows, residual_rows, total_rows, cols, mask, V: tl.constexpr, EVICTION: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """Returns x; or x + residual, rounded once to the total's type, and stores it."""
+    """Returns x; or with a residual x + residual, rounded once to total's type and stored."""
     x = tl.load(at(x_rows, cols, V), mask=mask, other=0.0, eviction_policy=EVICTION)
     if residual_rows is not None:
         residual = tl.load(at(residual_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
@@ -45,7 +45,7 @@ def load_summed(
 
 @triton.jit
 def exchange_moments(moments, team, n_cols, SPAN: tl.constexpr, PEERS: tl.constexpr, CENTRED: tl.constexpr):
-    """Returns the moments of a whole row from those of the spans that a team holds, the same bits in each member."""
+    """Returns the moments of a whole row, merged from the spans of a team's members; bitwise equal in each member."""
     KINDS: tl.constexpr = 3 if CENTRED else 1
     members = tl.arange(0, PEERS)
     n_peers = team.n_members
@@ -73,7 +73,7 @@ def exchange_moments(moments, team, n_cols, SPAN: tl.constexpr, PEERS: tl.conste
 
 @triton.jit
 def rounded(x_hat, ROUNDED: tl.constexpr):
-    """Returns x_hat rounded to the type ROUNDED, in its own type; x_hat itself where that is None."""
+    """Returns x_hat rounded to the type ROUNDED, but in its own type; x_hat unchanged if ROUNDED is None."""
     if ROUNDED is not None:
         x_hat = x_hat.to(ROUNDED).to(x_hat.dtype)
     return x_hat
@@ -90,7 +90,7 @@ def centred_on(x, moments, CENTRED: tl.constexpr):
 
 @triton.jit
 def normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
-    """Returns x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = centred · rstd; either parameter may be None."""
+    """Returns x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = centred · rstd. Either parameter may be None."""
     y = rounded(centred * rstd, ROUNDED)
     if weight_ptr is not None:
         y *= load_columns(weight_ptr, cols, n_cols, WEIGHT_OFFSET, rstd.dtype)
@@ -125,22 +125,28 @@ def rows_forward_kernel(
     PIECES: tl.constexpr,
     PEERS: tl.constexpr,
 ):
-    """Normalizes rows: y = x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = (x − mean) · rstd.
+    """Computes y = x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = (x − mean) · rstd, for every row.
 
-    The mean is 0 unless CENTRED. x_hat is rounded to the type ROUNDED before the weight, unless that is None. With a
-    residual, what is normalized is total = x + residual, rounded to its own type.
+    With a residual, x is replaced by total = x + residual, rounded to total's type.
 
-    A span of a row is PIECES pieces of BLOCK_N columns. The last piece stays in registers; the others are swept again,
-    backwards, so that they come from cache. Where a row has several spans, as many programs, at most PEERS, share it
-    and exchange their moments; BLOCK_M is 1 then. Grid: cdiv(n_rows, BLOCK_M) · n_peers, n_peers = cdiv(n_cols,
-    PIECES · BLOCK_N). Reads x and residual, and writes y and total, once where PIECES is 1.
+    A program reduces a span of PIECES · BLOCK_N columns, BLOCK_N at a time. The last piece stays in registers. The
+    others are read again, backwards, so that they come from cache. If n_peers = cdiv(n_cols, PIECES · BLOCK_N) > 1,
+    BLOCK_M is 1, and n_peers programs share a row and exchange their moments.
+
+    Grid: cdiv(n_rows, BLOCK_M) · n_peers.
+    Bytes: reads x and residual, and writes y and total, once. If PIECES > 1, reads x, or total, again but for a piece.
 
     Args:
-        x_ptr, residual_ptr: [n_rows, n_cols], with rows x_row_vecs · V and residual_row_vecs · V apart.
-        y_ptr, total_ptr: [n_rows, n_cols] without gaps. residual and total may be None.
+        x_ptr, residual_ptr: [n_rows, n_cols], row strides *_row_vecs · V; residual may be None.
+        y_ptr, total_ptr: [n_rows, n_cols], contiguous; total is None without a residual.
         weight_ptr, bias_ptr: [n_cols], or None.
-        statistics_ptr: the rows' means [n_rows], if CENTRED, and then their rstds [n_rows]; or None.
-        partials_ptr, sync_ptr: [n_rows, 3 or 1, n_peers], and 2 + n_rows zeros; None where PEERS is 1.
+        statistics_ptr: [2, n_rows], mean and rstd; [1, n_rows], rstd, unless CENTRED; or None.
+        partials_ptr: workspace [n_rows, 3 if CENTRED else 1, n_peers]; None if PEERS is 1.
+        sync_ptr: 2 + n_rows zeros; None if PEERS is 1.
+        ROUNDED: type that x_hat is rounded to before it is scaled, or None.
+        CENTRED: subtracts the mean: LayerNorm; otherwise RMSNorm.
+        COMPUTE: type of the arithmetic and of the statistics.
+        PEERS: upper bound of n_peers, a power of two.
     """
     SPAN: tl.constexpr = BLOCK_N * PIECES
     EVICTION: tl.constexpr = "evict_last" if PIECES > 1 and residual_ptr is None else "evict_first"

@@ -1,4 +1,4 @@
-"""The gradients of LayerNorm and RMSNorm over contiguous rows; rows.py says how columns and strides come."""
+"""Gradients of LayerNorm and RMSNorm over contiguous rows; rows.py explains V and the _vecs arguments."""
 
 from typing import NamedTuple
 
@@ -10,19 +10,19 @@ from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.rows import at, rounded
 
 TURNS = tl.constexpr(4)
-"""Slots of a team's partials, a ring. A program writes turn t only after all peers have read turn t − 4 from that slot:
-it has collected turn t − 2, so every peer had published that, and had collected turn t − 4 before."""
+"""Slots for partials of a team, used as a ring. A program writes turn t only after every peer has read turn t − 4 from
+that slot: it has collected turn t − 2, so every peer had published t − 2, and had collected t − 4 before that."""
 
 
 class Sums(NamedTuple):
-    """Names the sums of rows [BLOCK_M, 1] that dx takes: of wdy, and of wdy · x_hat."""
+    """Bundles the row sums [BLOCK_M, 1] that dx depends on: Σ wdy and Σ wdy · x_hat."""
 
     wdy: tl.tensor
     wdy_x_hat: tl.tensor
 
 
 class Waiting(NamedTuple):
-    """Names what a program keeps of rows whose sums are not there yet; `x` may be x_hat."""
+    """Bundles the state of rows whose sums are still being exchanged; `x` may hold x_hat."""
 
     rows: tl.tensor
     dy: tl.tensor
@@ -33,7 +33,7 @@ class Waiting(NamedTuple):
 
 @triton.jit
 def load_gradient(ptr, rows, row_vecs, cols, mask, V: tl.constexpr, COLUMN_STRIDE: tl.constexpr):
-    """Returns a tile of a gradient whose rows are row_vecs · V apart, or row_vecs if a row is one element expanded."""
+    """Returns a tile of a gradient, row stride row_vecs · V; or row_vecs, if each row is one element, expanded."""
     if COLUMN_STRIDE == 1:
         gradient = tl.load(at(ptr + rows * row_vecs * V, cols, V), mask=mask, other=0.0)
     else:
@@ -43,7 +43,7 @@ def load_gradient(ptr, rows, row_vecs, cols, mask, V: tl.constexpr, COLUMN_STRID
 
 @triton.jit
 def normalized(x, mean, rstd, mask, CENTRED: tl.constexpr):
-    """Returns x_hat, 0 outside the mask, in the type of rstd."""
+    """Returns x_hat in rstd's type, 0 outside the mask."""
     x_hat = x.to(rstd.dtype)
     if CENTRED:
         x_hat = tl.where(mask, x_hat - mean, 0.0)
@@ -52,7 +52,7 @@ def normalized(x, mean, rstd, mask, CENTRED: tl.constexpr):
 
 @triton.jit
 def weighted(dy, weight_ptr, weight, cols, mask, OFFSET: tl.constexpr, HOLD_WEIGHT: tl.constexpr):
-    """Returns dy · (weight + OFFSET); loads the weight unless HOLD_WEIGHT."""
+    """Returns dy · (weight + OFFSET). Loads the weight here unless HOLD_WEIGHT."""
     if weight_ptr is not None:
         if not HOLD_WEIGHT:
             weight = tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last")
@@ -63,21 +63,21 @@ def weighted(dy, weight_ptr, weight, cols, mask, OFFSET: tl.constexpr, HOLD_WEIG
 
 @triton.jit
 def sums_of(wdy, x_hat, CENTRED: tl.constexpr):
-    """Returns the sums of a tile's rows; Σ wdy is 0 unless CENTRED."""
+    """Returns the sums of a tile's rows. Σ wdy is 0 unless CENTRED."""
     sum_wdy_x_hat = tile_sum(wdy * x_hat, 1)
     return Sums(tile_sum(wdy, 1) if CENTRED else tl.zeros_like(sum_wdy_x_hat), sum_wdy_x_hat)
 
 
 @triton.jit
 def slots_of(team, turn, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
-    """Returns where a team's peers leave a turn's sums: [2 or 1, BLOCK_M, n_peers]."""
+    """Returns the pointer to a turn's slot of a team: [2 if CENTRED else 1, BLOCK_M, n_peers]."""
     KINDS: tl.constexpr = 2 if CENTRED else 1
     return team.partials_ptr + (team.index.to(tl.int64) * TURNS + turn % TURNS) * (KINDS * BLOCK_M) * team.n_members
 
 
 @triton.jit
 def publish(sums, team, turn, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
-    """Leaves the sums of this program's span of a turn's rows for its peers."""
+    """Stores the sums over this program's span of a turn's rows, and arrives."""
     in_group = tl.arange(0, BLOCK_M)[:, None]
     n_peers = team.n_members
     base = slots_of(team, turn, BLOCK_M, CENTRED)
@@ -89,7 +89,7 @@ def publish(sums, team, turn, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
 
 @triton.jit
 def collect(like, team, turn, PEERS: tl.constexpr, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr):
-    """Returns the sums, shaped as `like`, over all spans of the last turn's rows; the same bits in each peer."""
+    """Waits for the previous turn. Returns its row sums, shaped like `like`; bitwise equal in each peer."""
     in_group = tl.arange(0, BLOCK_M)[:, None]
     members = tl.arange(0, PEERS)
     n_peers = team.n_members
@@ -143,29 +143,35 @@ def rows_backward_kernel(
 ):
     """Computes dx = (wdy − mean(wdy) − x_hat · mean(wdy · x_hat)) · rstd + dtotal, and sums of dweight and dbias.
 
-    wdy = dy · (weight + WEIGHT_OFFSET), and mean(wdy) is 0 unless CENTRED. dbias = Σ dy and dweight = Σ dy · x_hat over
-    the rows, with x_hat rounded to the type ROUNDED, if any, as the forward's was.
+    wdy = dy · (weight + WEIGHT_OFFSET), and mean(wdy) is 0 unless CENTRED. Over the rows, dbias = Σ dy and dweight =
+    Σ dy · x_hat, with x_hat rounded to the type ROUNDED as in the forward.
 
-    A team takes every n_teams-th group of BLOCK_M rows. Its n_peers = cdiv(n_cols, BLOCK_N) programs, at most PEERS,
-    own a span of columns each, keep the sums of dweight and dbias in registers, and exchange the rows' sums: those of
-    the next rows before they wait for those of the last. Odd and even turns have arrivals of their own. Rows that wait
-    are added to dweight and dbias after the wait. The compiler would do that then anyway, with x_hat, dy and wdy of the
-    next rows in registers meanwhile, where x, or x_hat in its place, and dy are enough. Grid: n_teams · n_peers. Reads
-    x, dy and dtotal, and writes dx and dresidual, once.
+    A team takes every n_teams-th group of BLOCK_M rows. Each of its n_peers = cdiv(n_cols, BLOCK_N) programs owns a
+    span of columns, and accumulates dweight and dbias of that span in registers. Peers exchange the row sums: they
+    publish those of the next rows before they wait for those of the previous ones. Odd and even turns have separate
+    arrival counters. Rows are added to dweight and dbias after the wait: x and dy alone are then in registers while
+    they wait. The compiler would sink an earlier addition below the wait anyway, and keep x_hat and wdy in registers.
+
+    Grid: n_teams · n_peers.
+    Bytes: reads x, dy and dtotal, and writes dx and dresidual, once.
 
     Args:
-        dy_ptr, dtotal_ptr, x_ptr: [n_rows, n_cols], with the strides that follow; dtotal may be None.
+        dy_ptr, dtotal_ptr, x_ptr: [n_rows, n_cols], row strides *_row_vecs · V; dtotal may be None.
         weight_ptr: [n_cols], or None.
-        statistics_ptr: the rows' means [n_rows], if CENTRED, and then their rstds [n_rows], unless rstd_ptr has these.
-        rstd_ptr: the rows' rstds [n_rows], or None.
-        dx_ptr, dresidual_ptr: [n_rows, n_cols] without gaps, of equal values; or None.
-        dweight_sums_ptr, dbias_sums_ptr: [n_teams, n_cols], or None.
-        partials_ptr, sync_ptr: [n_teams, TURNS, 2 or 1, BLOCK_M, n_peers], and 2 + 2 · n_teams zeros; None where PEERS
-            is 1 or dx is None.
+        statistics_ptr: [2, n_rows], mean and rstd, or [1, n_rows], rstd, unless CENTRED.
+        rstd_ptr: [n_rows], used instead of the rstd in statistics; or None.
+        dx_ptr, dresidual_ptr: [n_rows, n_cols], contiguous, equal but for their types; or None.
+        dweight_sums_ptr, dbias_sums_ptr: [n_teams, n_cols] in COMPUTE, or None.
+        partials_ptr: workspace [n_teams, TURNS, 2 if CENTRED else 1, BLOCK_M, n_peers], or None.
+        sync_ptr: 2 + 2 · n_teams zeros. Both are None if PEERS is 1 or dx is None.
+        DY_COLUMN_STRIDE, DTOTAL_COLUMN_STRIDE: 1, or 0 if each row is one element, expanded.
+        PEERS: upper bound of n_peers, a power of two.
+        STAGES: software pipeline stages of the loop over rows.
+        HOLD_WEIGHT: keeps the weight in registers; otherwise it is loaded for each group of rows.
     """
     KEPT: tl.constexpr = BLOCK_M if PEERS == 1 else 1
     EXCHANGED: tl.constexpr = PEERS > 1 and dx_ptr is not None
-    KEEPS_X_HAT: tl.constexpr = x_ptr.dtype.element_ty == COMPUTE  # where it takes no more room than x
+    KEEPS_X_HAT: tl.constexpr = x_ptr.dtype.element_ty == COMPUTE  # x_hat takes no more registers than x
     NEEDS_X: tl.constexpr = dx_ptr is not None or dweight_sums_ptr is not None
     n_cols = n_col_vecs * V
     n_teams = tl.num_programs(0)
@@ -265,9 +271,13 @@ def rows_backward_finalise_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sums the teams' sums [n_sums, n_cols] to dweight and dbias [n_cols], in fixed order and rounded once.
+    """Computes dweight and dbias as the sums over n_sums partial sums, in fixed order, rounded once.
 
-    Grid: cdiv(n_cols, BLOCK_N). Either pair of pointers may be None.
+    Grid: cdiv(n_cols, BLOCK_N).
+
+    Args:
+        dweight_sums_ptr, dbias_sums_ptr: [n_sums, n_cols], or None.
+        dweight_ptr, dbias_ptr: [n_cols], or None.
     """
     n_cols = n_col_vecs * V
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

@@ -1,22 +1,21 @@
-"""Finds the elements of a channel in [samples, channels, positions], in any layout.
+"""Maps a channel's elements in [samples, channels, positions] to tiles, for every memory layout.
 
-A channel's elements come in groups, and a tile is T groups of LANES elements that lie side by side:
+A channel's elements are split into groups. A tile is T groups of LANES elements that are adjacent in memory:
 
-    flat      a group is V positions of one channel; LANES = V, the tile is one channel's alone (AXIS = None)
-    columns   a group is a row of a matrix, its lanes are columns (AXIS = 0)
+    flat      channels-first: a group is V positions of one channel. LANES = V, AXIS = None.
+    last      channels-last: a group is a row, which is one position; its lanes are channels. AXIS = 0, FOLD = 0.
+    folded    channels-first with few positions: a row is one sample, and a channel is `columns_per_channel` adjacent
+              columns. AXIS = 0. A single channel would be misaligned, so a block covers up to FOLD whole channels.
+              Column sums are folded into channel sums once, at the end.
 
-Channels-last, a row is a position and a column is a channel (FOLD = 0). Channels-first with few positions, a row is a
-sample, and a channel is `columns_per_channel` adjacent columns. One channel alone would be misaligned, so a block takes
-up to FOLD whole channels, and what is summed by column is folded into channels once, at the end.
-
-              channels of the elements in memory                 of a group
+              channel of each element, in memory order           of one group
     flat      0 0 0 0 0 0 0 0 1 1 1 1 1 1 1 1 2 2 2 2 2 2 2 2    0 0 0 0
     last      0 1 2 3 4 5 6 7 0 1 2 3 4 5 6 7 0 1 2 3 4 5 6 7    0 1 2 3 4 5 6 7
     folded    0 0 0 1 1 1 2 2 2 3 3 3 0 0 0 1 1 1 2 2 2 3 3 3    0 0 0 1 1 1 2 2 2 3 3 3
 
-Strides and column counts come divided by V, the largest power of two that divides them all: the compiler then knows
-that V elements share one access. A gradient that is one element expanded over a channel's lanes has SPREAD = 0, and its
-strides undivided. Values that belong to a lane's channel are [1, 1] or [1, LANES], and broadcast against the tile.
+Names that end in _vecs are divided by V, the largest power of two that divides all strides and column counts. The
+compiler can then prove that V elements share one access. A gradient that is one element expanded over a channel's lanes
+has SPREAD = 0 and undivided strides. Per-channel values are [1, 1] or [1, LANES], and broadcast against the tile.
 """
 
 from typing import NamedTuple
@@ -27,10 +26,17 @@ import triton.language as tl
 from triton_norm.kernels.moments import Moments, merge_all, tile_sum
 
 
-# Constants have a tuple of their own: in one that a compiled kernel assigns they would turn into run-time values.
+# Constants need a tuple of their own: beside run-time values they would become run-time values when compiled.
 class Tile(NamedTuple):
-    """Names a tile's constants: T groups of LANES elements, each V of which are aligned; the AXIS that a channel's sums
-    go over; and where a block is folded, for how many channels of how many columns at most it has room, else 0."""
+    """Bundles a tile's constants.
+
+    Args:
+        T: groups in a tile.
+        V: elements of an aligned access.
+        LANES: elements of a group.
+        AXIS: axis that sums over a channel reduce, see moments.py.
+        FOLD, WIDTH: capacity of a folded block in channels, and in columns a channel; 0 in other layouts.
+    """
 
     T: int
     V: int
@@ -41,8 +47,15 @@ class Tile(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Names the sizes that all tensors of a launch share; _vecs are columns, of all channels and of a block's, divided
-    by V. Flat, n_column_vecs is the number of channels."""
+    """Bundles the sizes that all tensors of a launch share.
+
+    Args:
+        n_groups: groups of each channel.
+        n_column_vecs: columns of all channels, divided by V; the number of channels in the flat layout.
+        block_vecs: columns of a block, divided by V.
+        columns_per_channel: columns of a channel; more than 1 in the folded layout only.
+        groups_per_sample: groups of a channel in one sample.
+    """
 
     n_groups: tl.tensor
     n_column_vecs: tl.tensor
@@ -52,7 +65,7 @@ class Layout(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Names a tensor's strides, divided by V, from one sample, group or channel to the next."""
+    """Bundles a tensor's strides between samples, groups and channels, divided by V."""
 
     sample: tl.tensor
     group: tl.tensor
@@ -60,7 +73,7 @@ class Strides(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """Names the indices [1, n] of some channels, which of these there are, and the number of all channels."""
+    """Bundles the indices [1, n] of some channels, the mask of those that exist, and the number of all channels."""
 
     index: tl.tensor
     in_range: tl.tensor
@@ -68,7 +81,7 @@ class Channels(NamedTuple):
 
 
 class View(NamedTuple):
-    """Names where a block's part of a tensor lies: pointers to the lanes of its group 0, [1, LANES], and strides."""
+    """Bundles a block's part of a tensor: pointers [1, LANES] to the lanes of group 0, and the tensor's strides."""
 
     lanes: tl.tensor
     strides: Strides
@@ -76,7 +89,7 @@ class View(NamedTuple):
 
 @triton.jit
 def lanes_of(block, layout, TILE: tl.constexpr):
-    """Returns the columns of a block's lanes, and their channels; [1, 1] or [1, LANES]."""
+    """Returns the columns of a block's lanes, and the lanes' channels: [1, 1] or [1, LANES]."""
     if TILE.AXIS is None:
         index = tl.zeros([1, 1], tl.int32) + block
         columns = index
@@ -95,7 +108,7 @@ def lanes_of(block, layout, TILE: tl.constexpr):
 
 @triton.jit
 def channels_of(block, lanes, layout, TILE: tl.constexpr):
-    """Returns the channels of a block's lanes, each once: as they are, or [1, FOLD]."""
+    """Returns each channel of a block once: [1, FOLD] if folded, else `lanes` unchanged."""
     if TILE.FOLD:
         within = tl.arange(0, TILE.FOLD)[None, :]
         n_within = layout.block_vecs * TILE.V // layout.columns_per_channel
@@ -106,14 +119,14 @@ def channels_of(block, lanes, layout, TILE: tl.constexpr):
 
 @triton.jit
 def span(split, groups_per_split, n_groups, INDEX: tl.constexpr):
-    """Returns the first group of a split, and the one after its last; INDEX has room for all groups and a tile more."""
+    """Returns the first group of a split, and the end of its range. INDEX is wide enough for n_groups + T."""
     first = split.to(INDEX) * groups_per_split
     return first, tl.minimum(first + groups_per_split, n_groups).to(INDEX)
 
 
 @triton.jit
 def view_of(ptr, strides, columns, channels, TILE: tl.constexpr, SPREAD: tl.constexpr = 1):
-    """Returns the view of a tensor from a block whose lanes have these columns and channels."""
+    """Returns the view of a tensor for a block with these columns and channels of its lanes."""
     if SPREAD == 0:
         lanes = ptr + channels.index.to(tl.int64) * strides.channel + tl.arange(0, TILE.LANES)[None, :] * 0
     elif TILE.AXIS is None:
@@ -125,7 +138,7 @@ def view_of(ptr, strides, columns, channels, TILE: tl.constexpr, SPREAD: tl.cons
 
 @triton.jit
 def group_offsets(start, layout, strides, TILE: tl.constexpr, SPREAD: tl.constexpr = 1):
-    """Returns the offsets [T, 1] of the groups from `start` on. Within a tile divisions are of 32 bits."""
+    """Returns the offsets [T, 1] of the groups from `start` on. Divisions within a tile are of 32 bits: faster."""
     UNIT: tl.constexpr = TILE.V if SPREAD else 1
     first_sample = start // layout.groups_per_sample
     group = (start - first_sample * layout.groups_per_sample).to(tl.int32) + tl.arange(0, TILE.T)[:, None]
@@ -136,7 +149,7 @@ def group_offsets(start, layout, strides, TILE: tl.constexpr, SPREAD: tl.constex
 
 @triton.jit
 def aligned(pointers, V: tl.constexpr):
-    """Returns pointers [T, LANES] of which each V are known to be aligned, whatever lies in their base's last bits."""
+    """Returns pointers [T, LANES], marked as aligned in runs of V for the compiler."""
     ITEMSIZE: tl.constexpr = pointers.dtype.scalar.element_ty.primitive_bitwidth // 8
     ALIGNMENT: tl.constexpr = V * ITEMSIZE if V * ITEMSIZE < 16 else 16
     return tl.multiple_of(pointers, [1, ALIGNMENT])
@@ -151,7 +164,7 @@ def tile_at(view, start, layout, TILE: tl.constexpr, SPREAD: tl.constexpr = 1):
 
 @triton.jit
 def dense_strides(layout, TILE: tl.constexpr):
-    """Returns the strides of a tensor without gaps in this layout, of int64."""
+    """Returns the int64 strides of a dense tensor in this layout."""
     vecs = tl.full([], layout.n_column_vecs, tl.int64)
     groups = tl.full([], layout.groups_per_sample, tl.int64)
     if TILE.AXIS is None:
@@ -163,7 +176,7 @@ def dense_strides(layout, TILE: tl.constexpr):
 
 @triton.jit
 def load_parameter(ptr, channels, default: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns one value a channel, `default` where there is no such parameter."""
+    """Returns a parameter's value for each channel, or `default` if ptr is None."""
     if ptr is None:
         value = tl.full([1, 1], default, COMPUTE)
     else:
@@ -173,8 +186,12 @@ def load_parameter(ptr, channels, default: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_statistics(statistics_ptr, mean_ptr, var_ptr, channels, EPS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns (mean, mean_lo, rstd) from statistics [3, n_channels], perhaps this very launch's, or if that is
-    None from a mean and a variance."""
+    """Returns (mean, mean_lo, rstd) of some channels.
+
+    Args:
+        statistics_ptr: [3, n_channels], or None. Loads bypass L1, since this launch may have written them.
+        mean_ptr, var_ptr: [n_channels], used if statistics_ptr is None.
+    """
     index, mask = channels.index, channels.in_range
     if statistics_ptr is None:
         mean = tl.load(mean_ptr + index, mask=mask, other=0.0).to(COMPUTE)
@@ -190,7 +207,7 @@ def load_statistics(statistics_ptr, mean_ptr, var_ptr, channels, EPS: tl.constex
 
 @triton.jit
 def by_channel(values, columns_per_channel, TILE: tl.constexpr):
-    """Returns the values [1, LANES] of a block's columns as [WIDTH, FOLD], with 0 past a channel's own columns."""
+    """Rearranges the values [1, LANES] of a block's columns to [WIDTH, FOLD], padded with 0."""
     channel = tl.arange(0, TILE.WIDTH * TILE.FOLD) % TILE.FOLD
     column = tl.arange(0, TILE.WIDTH * TILE.FOLD) // TILE.FOLD
     index = tl.minimum(channel * columns_per_channel + column, TILE.LANES - 1)
@@ -200,7 +217,7 @@ def by_channel(values, columns_per_channel, TILE: tl.constexpr):
 
 @triton.jit
 def fold_moments(moments, count, columns_per_channel, TILE: tl.constexpr):
-    """Returns the moments [1, FOLD] of a block's channels from those of its columns, `count` elements each."""
+    """Returns the moments [1, FOLD] of a block's channels, merged from those of its columns, `count` elements each."""
     mean = by_channel(moments.mean, columns_per_channel, TILE)
     mean_lo = by_channel(moments.mean_lo, columns_per_channel, TILE)
     m2 = by_channel(moments.m2, columns_per_channel, TILE)
@@ -210,5 +227,5 @@ def fold_moments(moments, count, columns_per_channel, TILE: tl.constexpr):
 
 @triton.jit
 def fold_sum(values, columns_per_channel, TILE: tl.constexpr):
-    """Returns [1, FOLD] sums of a block's channels from those of its columns."""
+    """Returns the sums [1, FOLD] of a block's channels, from those of its columns."""
     return tile_sum(by_channel(values, columns_per_channel, TILE), 0)

@@ -1,4 +1,4 @@
-"""The configs of BatchNorm's kernels, the blocks that they go through memory in, and how programs share channels."""
+"""Lists the configs of the BatchNorm kernels, and plans how programs share channels."""
 
 import math
 from typing import NamedTuple
@@ -18,12 +18,12 @@ BACKWARD = "channels_backward_kernel"
 
 
 def channel_lanes(n_channels: int, limits: Limits) -> int:
-    """Returns how many channels wide a channels-last tile is."""
+    """Returns the width of a channels-last tile, in channels."""
     return min(limits.channels_last_lanes, next_power_of_2(n_channels))
 
 
 def folds(n_samples: int, n_positions: int, itemsize: int, limits: Limits) -> bool:
-    """Returns whether samples are better read as rows of whole channels, of which each has few positions."""
+    """Decides whether to read samples as rows of whole channels, since each channel has few positions."""
     access = vector_width(itemsize, n_positions) * itemsize
     narrow = access < limits.narrow_access_bytes or n_positions * itemsize < limits.short_channel_bytes
     fits = _fold_unit(n_positions) * n_positions <= limits.most_folded_columns
@@ -31,12 +31,12 @@ def folds(n_samples: int, n_positions: int, itemsize: int, limits: Limits) -> bo
 
 
 def _fold_unit(n_positions: int) -> int:
-    """Returns how many channels together have a multiple of eight positions, so that their bits are whole bytes."""
+    """Returns the fewest channels with a multiple of 8 positions together, so that their bits fill whole bytes."""
     return 8 // math.gcd(n_positions, 8)
 
 
 def fold(n_channels: int, n_positions: int, limits: Limits) -> tuple[int, int]:
-    """Returns (lanes, channels) of a block, with the fewest lanes idle."""
+    """Returns (lanes, channels) of a folded block, with the fewest idle lanes."""
     unit, widest = _fold_unit(n_positions), limits.most_folded_columns
     most = -(-n_channels // unit) * unit
     lanes, channels = 0, 1
@@ -48,11 +48,11 @@ def fold(n_channels: int, n_positions: int, limits: Limits) -> tuple[int, int]:
 
 
 class Plan(NamedTuple):
-    """How programs share the groups of a channel.
+    """Describes how programs share the groups of a channel.
 
     Args:
-        tile: elements that each program keeps while it waits for the others, 0 where none waits.
-        groups_per_split: groups that each program has.
+        tile: elements that stay resident in registers while a program waits; 0 if none waits.
+        groups_per_split: groups of each program.
     """
 
     tile: int
@@ -60,17 +60,17 @@ class Plan(NamedTuple):
 
 
 class SharedChannels(NamedTuple):
-    """Blocks of channels that programs share.
+    """Describes blocks of channels that programs share.
 
     Args:
-        kind: "flat", "last" or "folded".
-        lanes: elements of a block in a group.
+        kind: layout: "flat", "last" or "folded", see kernels/tiles.py.
+        lanes: elements of a group.
         vector: elements of an access.
         n_groups: groups of each block.
-        elements_per_group: of one channel.
-        n_blocks: blocks of all channels.
-        held_bytes: of an element of the tensors that programs keep in registers; 0 where none waits for others.
-        beside_bytes: of an element of the tensors that they read twice and don't keep.
+        elements_per_group: elements of a group that belong to one channel.
+        n_blocks: number of blocks.
+        held_bytes: bytes an element of the tensors that stay resident in registers; 0 for unfused launches.
+        beside_bytes: bytes an element of the tensors that are streamed twice.
         adds: the forward adds a residual.
     """
 
@@ -86,10 +86,10 @@ class SharedChannels(NamedTuple):
 
 
 def plan_channels_apart(work: SharedChannels, gpu: Gpu) -> Plan:
-    """Returns the plan of programs of which none waits for another.
+    """Returns the plan of launches whose programs don't wait for each other.
 
-    The splits of all blocks fill the GPU, many times over where they stay long enough. A split is a multiple of eight
-    groups, so that no two programs write one byte of bits.
+    The splits of all blocks fill the GPU, several times over if they are long enough. A split is a multiple of eight
+    groups, so that no two programs write to one byte of bits.
     """
     limits, n_groups = gpu.limits, work.n_groups
     fills = -(-gpu.multiprocessors // work.n_blocks)
@@ -100,16 +100,16 @@ def plan_channels_apart(work: SharedChannels, gpu: Gpu) -> Plan:
 
 
 def _crowds(work: "SharedChannels | ChannelWork") -> bool:
-    """Returns whether registers are left for half as large a tile only: beside a residual that is added to a flat one,
-    and in others where each element has an access, and so addresses, of its own."""
+    """Decides whether a tile has to be half as large, for lack of registers: in the flat layout if a residual is added,
+    in the others if each element needs an address of its own."""
     return work.adds if work.kind == "flat" else work.vector == 1
 
 
 def plan_channels(work: SharedChannels, gpu: Gpu) -> Plan | None:
-    """Returns the plan of one launch whose programs wait for each other, or None where two launches are better.
+    """Returns the plan of a fused launch, whose programs wait for each other, or None if two launches are better.
 
-    One launch is for tensors that are small, by programs that fill the GPU, where the elements that they can't keep
-    will still be in cache when they read them again.
+    A fused launch suits tensors that are small, if its programs fill the GPU, and if the elements that don't stay
+    resident will still be in L2 when they are read again.
     """
     limits, lanes, held = gpu.limits, work.lanes, work.held_bytes
     elements = work.n_groups * lanes
@@ -134,19 +134,16 @@ def plan_channels(work: SharedChannels, gpu: Gpu) -> Plan | None:
 
 
 class ChannelWork(NamedTuple):
-    """One launch on blocks of channels.
+    """Describes one launch on blocks of channels.
 
     Args:
-        kernel: its name.
-        role: "waits" for other programs, or else "reduces" or "applies" alone.
-        kind: "flat", "last" or "folded".
-        lanes: elements of a block in a group.
-        vector: elements of an access.
+        kernel: name of the kernel.
+        role: "waits" (fused), "reduces" or "applies".
+        kind, lanes, vector, adds: as in SharedChannels.
         width: channels of a block.
-        types: names of the types of the tensors of x's shape that are read.
-        held: elements of the tile that a program keeps while it waits, or 0.
-        held_bytes: of an element of that tile.
-        adds: the forward adds a residual.
+        types: names of the dtypes of the inputs of x's shape.
+        held: elements of the resident tile, or 0.
+        held_bytes: bytes an element of the resident tile.
     """
 
     kernel: str
@@ -161,19 +158,19 @@ class ChannelWork(NamedTuple):
     adds: bool = False
 
     def merged(self, limits: Limits) -> int:
-        """Returns how many splits are merged at a time."""
+        """Returns the number of splits that are merged at a time."""
         return max(16, min(128, limits.merged_elements // self.width))
 
     def key(self, limits: Limits) -> str:
         named = f"{self.role}, {self.kind}, {self.lanes} lanes by {self.vector}, {', '.join(self.types)}"
         if self.held:
             named += f", {self.held} held"
-        return f"{named}, {self.merged(limits)} merged" if self.kind == "folded" else named  # else the lanes decide
+        return f"{named}, {self.merged(limits)} merged" if self.kind == "folded" else named  # lanes decide otherwise
 
 
 def _config_of(n_warps: int, tile: int, work: ChannelWork, gpu: Gpu) -> Config:
-    """Returns a config with a limit on registers: left to itself, NVIDIA's assembler spills a few to fit more warps.
-    Folded, each of a thread's columns has moments of its own, and eight warps may have all registers."""
+    """Returns a config that limits registers. Without a limit, NVIDIA's assembler spills a few to fit more warps.
+    Folded, each column of a thread has moments of its own: up to eight warps may use all registers."""
     least_warps = gpu.limits.channel_warps_per_sm
     if work.kind == "folded" and n_warps <= 8:
         least_warps //= 2
@@ -187,18 +184,18 @@ def _config_of(n_warps: int, tile: int, work: ChannelWork, gpu: Gpu) -> Config:
 
 
 def _waiting_config(work: ChannelWork, gpu: Gpu) -> Config:
-    """Returns the config of programs that wait for each other: as few threads as can keep a tile of theirs."""
+    """Returns the config of programs that wait for each other, with the fewest threads that can hold the tile."""
     in_thread_bytes = gpu.limits.thread_held_bytes.of(work.kind)
     most_elements = work.held // (4 * gpu.warp)
     backward = work.kernel == BACKWARD
     if work.kind == "folded":
-        # Eight columns, each of which has moments of its own; eight warps may have twice the registers.
+        # A thread has eight columns, with moments of their own; eight warps may use twice the registers.
         most_elements = min(most_elements, 8 * max(1, work.held // work.lanes))
         if backward and work.vector > 1:
             in_thread_bytes *= 2
     else:
         if work.vector * work.held_bytes < VECTOR_BYTES * (2 if backward else 1):
-            # More addresses: 149 registers were spilled for bf16, channels-last, one element an access.
+            # Narrow accesses need more addresses: bf16, channels-last, one element an access spilled 149 registers.
             in_thread_bytes //= 2
         if _crowds(work):
             in_thread_bytes //= 2
@@ -207,14 +204,14 @@ def _waiting_config(work: ChannelWork, gpu: Gpu) -> Config:
 
 
 def _sweeping_configs(work: ChannelWork, gpu: Gpu) -> list[Config]:
-    """Returns the configs of programs that go through their elements tile by tile, and wait for no other."""
+    """Returns the configs of programs that process their elements tile by tile, and wait for none."""
     reduces, last = work.role == "reduces", work.kind == "last"
     most_threads = MOST_THREADS // 4 if reduces else MOST_THREADS // 2
     tiles: tuple[int, ...] = (4096, 8192, 2048) if last else (4096, 2048, 8192)
     per_threads = (32, 16) if reduces else (16, 32)
     if last and reduces and work.kernel == BACKWARD:
         tiles, per_threads = (2048, 4096, 8192), (16, 32)
-    if work.vector == 1:  # an address for each element
+    if work.vector == 1:  # each element needs an address
         tiles, per_threads = (2048, 4096), (8, 16)
     elif work.kind == "folded":
         tiles = (8192, 16384)
@@ -228,7 +225,7 @@ def _sweeping_configs(work: ChannelWork, gpu: Gpu) -> list[Config]:
 
 @remembered
 def channels(work: ChannelWork, gpu: Gpu) -> Space:
-    """Returns the configs of a launch; T is the groups of a tile, BLOCK_K the splits that are merged at a time."""
+    """Returns the configs of a launch. T is the groups of a tile, BLOCK_K the splits merged at a time."""
     if gpu.interpreted:
         tile = work.held or gpu.limits.interpreted_tile_elements // 4
         configs = [_config_of(warps_for(tile, 32, gpu), tile, work, gpu)]
@@ -241,5 +238,5 @@ def channels(work: ChannelWork, gpu: Gpu) -> Space:
 
 @remembered
 def merge_ranks(gpu: Gpu) -> Space:
-    """Returns the config of the launch that merges processes' moments: BLOCK_K ranks of BLOCK_C channels at a time."""
+    """Returns the config of `merge_ranks_kernel`."""
     return space_of("merge_ranks_kernel", "", [config(4, BLOCK_K=8, BLOCK_C=1024 if gpu.interpreted else 128)])

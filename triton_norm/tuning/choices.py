@@ -1,8 +1,8 @@
 """Chooses among the configs of a space.
 
-A choice is found in this order: made before in this process; `<gpu>.json`, measured by the project; a search by
-`triton.autotune` among the space's configs, which keeps its result on disk. A file that can't be used, and a choice in
-it that is not among its space's configs, is left out with one warning.
+The first of these decides: a choice made earlier in this process; `<gpu>.json`, measured by the project; a search by
+`triton.autotune`, whose result is cached on disk. A file that can't be read, or a choice that the space no longer has,
+is skipped with one warning.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from triton_norm.tuning.configs import Config, Space, config
 from triton_norm.tuning.memory import forget
 
 TUNED = Path(__file__).parents[1] / "tuned"
-"""Where the library's files of measured choices are."""
+"""The library's measured choices are in this folder."""
 
 
 @dataclass
 class _Choices:
-    """Choices by the names of GPUs.
+    """Holds choices by GPU name.
 
     Args:
-        folder: has the files of measured choices; None is a folder without any.
-        made: choices of this process, by GPU, kernel and key.
-        shipped: what the files hold that have been read.
-        warned: GPUs whose file has been warned of.
+        folder: folder of measured choices, or None.
+        made: choices of this process, by (GPU, kernel, key).
+        shipped: contents of the files read so far, by GPU.
+        warned: GPUs whose file has caused a warning.
     """
 
     folder: Path | None
@@ -43,8 +43,11 @@ _in_force = _Choices(TUNED)
 
 @contextlib.contextmanager
 def begun_anew(folder: Path | None) -> Iterator[None]:
-    """Begins with no choice made, within this context and in all threads. Measured choices are read from the files in
-    `folder`, or from none where it is None."""
+    """Starts with no choice made, within this context and in all threads.
+
+    Args:
+        folder: folder to read measured choices from, or None.
+    """
     global _in_force
     before, _in_force = _in_force, _Choices(folder)
     forget()
@@ -56,7 +59,7 @@ def begun_anew(folder: Path | None) -> Iterator[None]:
 
 
 def chosen(space: Space, gpu_name: str | None) -> Config | None:
-    """Returns the config for a space on a GPU (None: no GPU, the best guess), or None where a search has to find it."""
+    """Returns the config for a space, or None if it has to be searched for; the best guess if gpu_name is None."""
     if gpu_name is None or len(space.configs) == 1:
         return space.configs[0]
     key = (gpu_name, space.kernel, space.key)
@@ -81,34 +84,33 @@ def _warn_of_foreign_choices(gpu_name: str, space: Space, choice: Config) -> Non
 
 
 def choose(space: Space, gpu_name: str, choice: Config) -> None:
-    """Keeps the config that a search has found."""
+    """Records the result of a search."""
     _in_force.made[gpu_name, space.kernel, space.key] = choice
 
 
 def choose_only(gpu_name: str, choices: Mapping[tuple[str, str], Config]) -> None:
-    """Keeps these configs, by kernel and key, in place of all choices made so far in this process."""
+    """Replaces all choices made in this process by these, given by (kernel, key)."""
     _in_force.made.clear()
     _in_force.made.update({(gpu_name, *key): choice for key, choice in choices.items()})
     forget()
 
 
 def chosen_so_far(gpu_name: str | None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns what was chosen on a GPU so far, in the form of its file: keywords by kernel and key."""
+    """Returns the choices made on a GPU, in the format of its file: keywords by kernel and key."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for (name, kernel, key), choice in list(_in_force.made.items()):  # another thread may choose meanwhile
+    for (name, kernel, key), choice in list(_in_force.made.items()):  # a copy, since another thread may add a choice
         if name == gpu_name:
             found.setdefault(kernel, {})[key] = choice.keywords
     return found
 
 
 def file_name(gpu_name: str) -> str:
-    """Returns the name of the file of choices measured on a GPU."""
+    """Returns the name of a GPU's file of measured choices."""
     return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json"
 
 
 def measured(gpu_name: str) -> Mapping[str, Mapping[str, Config]]:
-    """Returns the choices measured on a GPU by kernel and key; a file that can't be used is left out with one
-    warning."""
+    """Returns the choices measured on a GPU, by kernel and key; empty with one warning if its file can't be read."""
     found = _in_force.shipped.get(gpu_name)
     if found is None:
         found = _in_force.shipped[gpu_name] = _read(gpu_name)
@@ -116,7 +118,7 @@ def measured(gpu_name: str) -> Mapping[str, Mapping[str, Config]]:
 
 
 def read_again() -> None:
-    """Has `measured` read the files anew: they may have changed."""
+    """Makes `measured` read the files again: they may have changed."""
     _in_force.shipped.clear()
 
 

@@ -1,4 +1,4 @@
-"""Configs: what a launch is specialised by; and spaces: the configs that one kernel may have."""
+"""Defines Config, the constants that a launch is compiled for, and Space, the candidates for one kernel and key."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,7 @@ from triton_norm.tuning.limits import MOST_THREADS, VECTOR_BYTES, Gpu
 
 @dataclass(frozen=True)
 class Config:
-    """The kernel's block sizes, how many warps and stages run them, and how many registers a thread may have, where
-    that is limited."""
+    """Holds a kernel's block sizes, its numbers of warps and stages, and its limit on registers a thread, if any."""
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
@@ -22,7 +21,7 @@ class Config:
 
     @functools.cached_property
     def span(self) -> int:
-        """Columns that a program owns of a row."""
+        """Returns the columns of a row that a program owns."""
         return self["BLOCK_N"] * self.keywords.get("PIECES", 1)
 
     @functools.cached_property
@@ -32,25 +31,24 @@ class Config:
 
 
 def config(num_warps: int, num_stages: int = 1, maxnreg: int | None = None, **blocks: int) -> Config:
-    """Returns the config that has these keywords."""
     return Config(tuple(blocks.items()), num_warps, num_stages, maxnreg)
 
 
 @dataclass(frozen=True)
 class Space:
-    """The configs that one kernel may be launched with for one key, the best guess first."""
+    """Holds the configs that a kernel may be launched with for one key, the best guess first."""
 
     kernel: str
     key: str
     configs: tuple[Config, ...]
 
     def find(self, keywords: Mapping[str, int]) -> Config | None:
-        """Returns the config that has these keywords, in whatever order, or None: no other config is ever launched."""
+        """Returns the config with these keywords, in any order, or None: no other config is ever launched."""
         return next((config for config in self.configs if config.keywords == keywords), None)
 
 
 def space_of(kernel: str, key: str, configs: Sequence[Config]) -> Space:
-    """Returns the space of these configs, each of them once."""
+    """Returns the space of these configs, without duplicates."""
     return Space(kernel, key, tuple(dict.fromkeys(configs)))
 
 
@@ -59,8 +57,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def vector_width(itemsize: int, *extents: int) -> int:
-    """Returns how many elements an access can move: the largest power of two that divides every extent, up to 16
-    bytes."""
+    """Returns the widest access, in elements: a power of two that divides every extent, at most 16 bytes."""
     width = VECTOR_BYTES // itemsize
     for extent in extents:
         while extent % width:
@@ -69,6 +66,5 @@ def vector_width(itemsize: int, *extents: int) -> int:
 
 
 def warps_for(elements: int, per_thread: int, gpu: Gpu) -> int:
-    """Returns the number of warps that have `elements`, of which each thread has `per_thread`; each has more where a
-    program can't have as many threads."""
+    """Returns the number of warps for `elements` at `per_thread` elements a thread, at most MOST_THREADS threads."""
     return min(MOST_THREADS, max(gpu.warp, next_power_of_2(elements) // per_thread)) // gpu.warp

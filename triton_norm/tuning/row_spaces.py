@@ -1,4 +1,4 @@
-"""The configs of LayerNorm's and RMSNorm's kernels, and how their programs share rows."""
+"""Lists the configs of the LayerNorm and RMSNorm kernels, and plans how programs share rows."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,15 +9,14 @@ from triton_norm.tuning.memory import remembered
 
 
 class RowWork(NamedTuple):
-    """Rows that a kernel goes through.
+    """Describes the rows that a kernel processes.
 
     Args:
         n_cols: columns of a row.
-        types: names of the types of the tensors of whole rows that are there: of the forward x, the residual and the
-            total; of the backward dy, dtotal and x.
-        stored_bytes: of an element in the widest of these types.
-        compute_bytes: of an element in the type that the kernel computes in.
-        output: name of the type of the forward's y.
+        types: names of dtypes: x, residual and total in the forward, dy, dtotal and x in the backward, if present.
+        stored_bytes: bytes an element of the widest of these types.
+        compute_bytes: bytes an element of the compute type.
+        output: name of the dtype of y; forward only.
     """
 
     n_cols: int
@@ -28,27 +27,26 @@ class RowWork(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Columns of a tile that holds a row."""
+        """Returns the columns of a tile that holds a row."""
         return next_power_of_2(self.n_cols)
 
     @property
     def key(self) -> str:
-        """Names the output's type only where it is not x's: choices that were measured before it was part of the key
-        are those of calls whose out_dtype was not given."""
+        """Returns the key of choices. It names y's type only if that is not x's: older measurements keep their keys."""
         named = f"columns {self.width}, {', '.join(self.types)}"
         return named if self.output in (None, self.types[0]) else f"{named} to {self.output}"
 
 
 def _shared(width: int, block: int, peers: int) -> dict[str, int]:
-    """Returns pieces of `block` columns, and programs to share them, for a row of `width` columns; powers of two."""
+    """Returns PIECES and PEERS for a row of `width` columns in pieces of `block`; all are powers of two."""
     members = min(peers, width // block)
     return {"PIECES": width // block // members, "PEERS": members}
 
 
 @remembered
 def rows_forward(work: RowWork, gpu: Gpu) -> Space:
-    """Returns the configs of a forward: several short rows a program, one row in registers, or spans of a long one for
-    programs that exchange moments."""
+    """Returns the configs of a forward: several short rows a program, one row in registers, or a long row in spans,
+    whose programs exchange moments."""
     width, limits = work.width, gpu.limits
     whole = width * work.stored_bytes <= limits.whole_row_bytes
     if gpu.interpreted:
@@ -59,7 +57,7 @@ def rows_forward(work: RowWork, gpu: Gpu) -> Space:
         tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)}, reverse=True)
         configs = [
             config(warps_for(tile, per_thread, gpu), BLOCK_M=tile // width, BLOCK_N=width, **_shared(width, width, 1))
-            for per_thread in ((32, 16) if width <= 8192 else (16, 32))  # else the first would spill a register
+            for per_thread in ((32, 16) if width <= 8192 else (16, 32))  # else the first would spill
             for tile in tiles
             if tile <= MOST_THREADS * per_thread
         ]
@@ -73,8 +71,7 @@ def rows_forward(work: RowWork, gpu: Gpu) -> Space:
 
 
 def _backward_config(elements: int, per_thread: int, gpu: Gpu, **blocks: Any) -> Config:
-    """Returns a config whose threads have as many registers as leave a multiprocessor room for all that it is to run
-    at once."""
+    """Returns a config that limits registers a thread, so that all programs meant for a multiprocessor fit."""
     n_warps = warps_for(elements, per_thread, gpu)
     share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread
     limit = min(share, REGISTERS_PER_SM // (n_warps * gpu.warp), MOST_REGISTERS_PER_THREAD)
@@ -82,8 +79,7 @@ def _backward_config(elements: int, per_thread: int, gpu: Gpu, **blocks: Any) ->
 
 
 def _whole_rows_backward(width: int, span: int, gpu: Gpu) -> list[Config]:
-    """Returns configs of programs that have whole rows; more than one stage fetches the next rows through shared memory
-    while these are computed."""
+    """Returns configs of programs with whole rows. More than one stage prefetches the next rows to shared memory."""
     tiles = ((span // 4, 16), (span // 2, 16), (span // 8, 8), (span // 2, 8)) if width < span else ((span, 8),)
     return [
         _backward_config(
@@ -106,8 +102,8 @@ def _shared_rows_backward(work: RowWork, span: int, gpu: Gpu) -> list[Config]:
     """Returns configs of programs that share each row, and exchange its sums."""
     width = work.width
     narrowest = width // gpu.most_peers
-    # Addresses of wide blocks take registers of every thread: with 16 elements each, unless they are stored in
-    # fewer bytes than they are computed in, 5 to 26 registers were spilled (sm_90, Triton 3.7.1 to 3.9.0).
+    # Wide blocks need registers for addresses: 16 elements a thread, not stored in a narrower type, spilled 5 to 26
+    # registers (sm_90, Triton 3.7.1 to 3.9.0).
     spills = span // 4 < narrowest <= span and work.stored_bytes >= work.compute_bytes
     fewer_threads = ((4, 32),) if spills else ()
     configs = [
@@ -124,14 +120,13 @@ def _shared_rows_backward(work: RowWork, span: int, gpu: Gpu) -> list[Config]:
         for share, per_thread in (*fewer_threads, (4, 16), (4, 8), (2, 16), (2, 8), (1, 8))
         for block in [max(narrowest, span // share)]
     ]
-    if width == 2 * span:  # which spills, and is faster in 16-bit types even so
+    if width == 2 * span:  # spills, but is faster in 16-bit types
         configs += [config(32, BLOCK_M=1, BLOCK_N=width, PEERS=1, STAGES=1, HOLD_WEIGHT=False)]
     return configs
 
 
 @remembered
 def rows_backward(work: RowWork, gpu: Gpu) -> Space:
-    """Returns the configs of a backward."""
     width, span = work.width, gpu.limits.backward_span_bytes // work.compute_bytes
     if gpu.interpreted:
         n_rows = max(1, gpu.limits.interpreted_tile_elements // width)
@@ -144,7 +139,7 @@ def rows_backward(work: RowWork, gpu: Gpu) -> Space:
 
 
 def rows_backward_teams(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu: Gpu) -> int:
-    """Returns how many teams share the rows, each of which leaves a row of sums: as many as run at once."""
+    """Returns the number of teams that share the rows, as many as run at once. Each leaves a row of partial sums."""
     elements = config["BLOCK_M"] * config["BLOCK_N"]
     per_sm: int = max(1, gpu.limits.rows_backward_elements_per_sm // elements)
     n_peers: int = -(-n_cols // config["BLOCK_N"])
@@ -153,14 +148,14 @@ def rows_backward_teams(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu
 
 
 def rows_backward_programs(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu: Gpu) -> int:
-    """Returns how many programs share the rows: every team's peers."""
+    """Returns the number of programs of all teams."""
     n_peers: int = -(-n_cols // config["BLOCK_N"])
     return rows_backward_teams(config, n_rows, n_cols, gpu) * n_peers
 
 
 @remembered
 def rows_backward_finalise(gpu: Gpu) -> Space:
-    """Returns the configs of the launch that adds up what a backward's teams have left."""
+    """Returns the configs of `rows_backward_finalise_kernel`."""
     shapes = ((4, 64, 512),) if gpu.interpreted else ((4, 128, 16), (4, 256, 8), (8, 128, 16), (8, 256, 16))
     configs = [config(n_warps, BLOCK_M=rows, BLOCK_N=columns) for n_warps, rows, columns in shapes]
     return space_of("rows_backward_finalise_kernel", "", configs)
