@@ -1,6 +1,6 @@
-"""The activations that can follow a normalization, one entry a name, in plain torch.
+"""Defines the activations that can follow a normalization, by name, in plain torch.
 
-kernels/activations.py computes the same functions, chosen by the same names.
+kernels/activations.py implements them under the same names.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 
 class Activation(NamedTuple):
-    """One activation f, y = f(z).
+    """Defines an activation y = f(z).
 
-    function: (z, slope) → y, torch's own.
-    gradient: (dy, z or its side of 0, slope) → dy · f'(z).
-    side: z → booleans, where f' depends on nothing else; None where the gradient needs z itself. What has a side can
-        be differentiated from one bit an element.
+    Args:
+        function: (z, slope) → y, torch's own.
+        gradient: (dy, z, slope) → dy · f'(z); with `side`, (dy, side(z), slope).
+        side: z → mask that f' depends on alone, so that one bit an element suffices for the backward; None: f' needs z.
 
-    `slope` is the negative slope of leaky_relu; the others ignore it.
+    `slope` is leaky_relu's slope below 0; the others ignore it.
     """
 
     function: Callable[[Tensor, float], Tensor]
@@ -36,7 +36,7 @@ ACTIVATIONS = {
     "relu": Activation(
         lambda z, slope: torch.relu(z),
         lambda dy, positive, slope: torch.where(positive, dy, 0.0),
-        lambda z: ~(z <= 0),  # as torch's: NaN passes through, and an infinite dy stops at 0
+        lambda z: ~(z <= 0),  # as torch: NaN passes, and an infinite dy stops at 0
     ),
     "silu": Activation(lambda z, slope: F.silu(z), _silu_gradient),
     "leaky_relu": Activation(
@@ -48,7 +48,7 @@ ACTIVATIONS = {
 
 
 def named(activation: str) -> Activation:
-    """Returns the activation of this name; raises ValueError for a name that is not in the table."""
+    """Returns the activation of this name; raises ValueError if there is none."""
     try:
         return ACTIVATIONS[activation]
     except KeyError:
@@ -57,18 +57,18 @@ def named(activation: str) -> Activation:
 
 
 def check(activation: str | None) -> None:
-    """Raises ValueError for a name that is not in the table; None is no activation."""
+    """Raises ValueError for an unknown name; None is no activation."""
     if activation is not None:
         named(activation)
 
 
 def activate(z: Tensor, activation: str | None, slope: float) -> Tensor:
-    """Returns f(z); z itself where there is no activation."""
+    """Returns f(z), or z without an activation."""
     return z if activation is None else named(activation).function(z, slope)
 
 
 def gradient(dy: Tensor, z: Tensor, activation: str | None, slope: float) -> Tensor:
-    """Returns dy · f'(z); dy itself where there is no activation."""
+    """Returns dy · f'(z), or dy without an activation."""
     if activation is None:
         return dy
     chosen = named(activation)
@@ -76,7 +76,7 @@ def gradient(dy: Tensor, z: Tensor, activation: str | None, slope: float) -> Ten
 
 
 def gradient_by_side(dy: Tensor, positive: Tensor, activation: str | None, slope: float) -> Tensor:
-    """Returns dy · f'(z) from the side of 0 that z is on; raises ValueError where f' needs z itself."""
+    """Returns dy · f'(z), given side(z); raises ValueError if f' needs z itself."""
     if not has_side(activation):
         raise ValueError(f"the gradient of activation {activation!r} needs more than the side of 0")
     assert activation is not None
@@ -84,5 +84,5 @@ def gradient_by_side(dy: Tensor, positive: Tensor, activation: str | None, slope
 
 
 def has_side(activation: str | None) -> bool:
-    """Returns whether the gradient of the activation needs no more of z than its side of 0."""
+    """Decides whether the gradient depends on z by a mask alone."""
     return activation is not None and named(activation).side is not None

@@ -1,4 +1,4 @@
-"""Which of torch's norms the code of a class calls as functions, read from its bytecode and not run."""
+"""Finds the norms of torch that the code of a class calls as functions, from its bytecode, without running it."""
 
 import dis
 import inspect
@@ -24,7 +24,7 @@ _NAMES: dict[Any, str] = {
 
 
 def norms_called_by(cls: type[Any]) -> tuple[str, ...]:
-    """Names of the functions, of those that its methods name by way of their globals and of modules there."""
+    """Returns the names of norms that the class's methods refer to, by their globals and modules found there."""
     found = {
         _NAMES[value]: None
         for base in cls.__mro__
@@ -39,7 +39,7 @@ def norms_called_by(cls: type[Any]) -> tuple[str, ...]:
 
 
 def _named(code: CodeType, variables: dict[str, Any]) -> Iterator[Any]:
-    """The values of the global names, and of what is looked up in modules from there, such as F.layer_norm."""
+    """Yields the values of global names, and of attributes looked up in modules from there, such as F.layer_norm."""
     value: Any = None
     for instruction in dis.get_instructions(code):
         if instruction.opname == "LOAD_GLOBAL":

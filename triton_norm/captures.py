@@ -1,16 +1,16 @@
-"""Decides what becomes of a call that one of torch's tools records or intercepts, instead of running it: one policy.
+"""Decides how a call is recorded or intercepted by torch's tools.
 
-| who has the call | LayerNorm, RMSNorm | BatchNorm |
-|---|---|---|
-| torch.export | torch's functions | torch's functions |
-| torch.compile | an operator that Inductor takes apart | torch's functions; operators where torch has no form |
-| both, with backend "triton" | operators | operators |
-| torch.jit.trace, torch.fx, torch.func, modes of functions | torch's functions | torch's functions |
-| modes of operators, such as make_fx and checkpoint policies | operators | operators |
+ who has the call | LayerNorm, RMSNorm | BatchNorm |
+---|---|---|
+ torch.export | torch's functions | torch's functions |
+ torch.compile | an operator that Inductor takes apart | torch's functions; operators where torch has no form |
+ both, with backend "triton" | operators | operators |
+ torch.jit.trace, torch.fx, torch.func, modes of functions | torch's functions | torch's functions |
+ modes of operators, such as make_fx and checkpoint policies | operators | operators |
 
-What is recorded is run later, elsewhere and by others. torch's functions go wherever torch goes, and its tools know how
-to switch, fold and fuse them. The operators have derivatives and fakes, and launch this library's kernels. For
-SyncBatchNorm in a group of processes torch has no form: it is operators always. docs/compile-and-export.md says more.
+A recorded call is run later, elsewhere, and by other tools. torch's functions run wherever torch does, and its tools
+can switch, fold and fuse them. The operators have derivatives and fakes, and launch this library's kernels.
+SyncBatchNorm in a group of processes is always operators: torch has no form of it. See docs/compile-and-export.md.
 """
 
 import torch
@@ -23,15 +23,15 @@ _included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 is_traced = torch._C._get_tracing_state
-"""Returns whether TorchScript records a call: something true if so."""
+"""Returns a true value if TorchScript records a call."""
 
 
 def records_torch(backend: str, exports: bool, compiles: Tensor | None) -> bool:
-    """Returns whether torch's own functions are to be recorded of a call that torch.export or torch.compile has.
+    """Decides whether torch.export or torch.compile should record torch's own functions for a call.
 
     Args:
-        exports: whether torch has a form of the call at all.
-        compiles: the input of a call that Inductor fuses in that form, where its sizes are known.
+        exports: torch has a form of the call.
+        compiles: input of a call that Inductor fuses in torch's form if the sizes are known; otherwise None.
     """
     if backend == "triton":
         return False
@@ -41,13 +41,12 @@ def records_torch(backend: str, exports: bool, compiles: Tensor | None) -> bool:
 
 
 def is_fusible(backend: str) -> bool:
-    """Returns whether torch.compile has the call, and may fuse it with what stands beside it."""
+    """Decides whether torch.compile records the call, and may fuse it with neighbouring operations."""
     return torch.compiler.is_compiling() and backend != "triton"
 
 
 def is_intercepted(*tensors: Tensor | None) -> bool:
-    """Returns whether something records or intercepts operators on these tensors; otherwise one costs time and does
-    what its function does."""
+    """Decides whether something records or intercepts operators on these tensors. If not, operators only cost time."""
     if torch.compiler.is_compiling():
         return True
     if _dispatch_modes() != 0 or _included(_PRE_DISPATCH):

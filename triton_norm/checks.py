@@ -1,4 +1,4 @@
-"""Arguments checked before anything is written: torch's exception types, in words that name the argument."""
+"""Checks arguments before anything is written. Raises torch's exception types, and names the argument."""
 
 import math
 import numbers
@@ -25,7 +25,7 @@ def module(function: str, name: str, value: object) -> None:
 
 
 def _is_number(function: str, name: str, value: object) -> None:
-    """As torch: any real number that a float can hold, or a tensor of no dimensions that has such a value."""
+    """Accepts, as torch does, a real number that fits a float, or a tensor of no dimensions with such a value."""
     if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         return
     scalar = isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad
@@ -37,12 +37,12 @@ def _is_number(function: str, name: str, value: object) -> None:
         float(value)  # type: ignore[arg-type]
     except OverflowError as error:
         raise OverflowError(f"{function}(): argument '{name}': {error}") from None
-    except RuntimeError as error:  # of a complex type, on meta
+    except RuntimeError as error:  # a complex tensor on meta
         raise RuntimeError(f"{function}(): argument '{name}': {error}") from None
 
 
 def _is_dense(function: str, name: str, tensor: Tensor, jagged: bool = False) -> None:
-    """Or else, where that is allowed, `jagged`: nested, and with a shape."""
+    """Requires a strided tensor; with `jagged`, also accepts a nested one in the jagged layout, which has a shape."""
     if jagged and tensor.layout == torch.jagged:
         return
     if tensor.is_nested:
@@ -97,7 +97,7 @@ def _normalized_shape(function: str, normalized_shape: object) -> tuple[int, ...
                 raise TypeError(_not_ints(function, length))
             try:
                 length = operator.index(length)
-            except TypeError:  # a tensor, but not of one integer
+            except TypeError:  # a tensor, but not one integer
                 raise TypeError(_not_ints(function, length)) from None
         shape.append(length)
     if not shape:
@@ -117,8 +117,7 @@ def _row_parameter(function: str, name: str, parameter: Tensor, shape: tuple[int
 
 
 def rows(function: str, tensors: RowTensors, options: RowOptions) -> tuple[int, ...]:
-    """Raises where torch's layer_norm or rms_norm does, and for wrong values of what these don't take; returns
-    normalized_shape as a tuple."""
+    """Checks layer_norm's or rms_norm's arguments, torch's as torch does. Returns normalized_shape as a tuple."""
     x, residual, weight, bias = tensors
     normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype = options
     _is_tensor(function, "input", x, optional=False)
@@ -159,7 +158,7 @@ def _residual(function: str, residual: Tensor, x: Tensor) -> None:
 
 
 def _fused(function: str, tensors: RowTensors, options: RowOptions) -> None:
-    """Raises for wrong values of what torch's functions don't take."""
+    """Checks the arguments that torch's functions lack."""
     x, residual, weight, _ = tensors
     _, _, residual_dtype, weight_offset, x_hat_dtype, out_dtype = options
     _is_tensor(function, "residual", residual)
@@ -179,11 +178,11 @@ def _fused(function: str, tensors: RowTensors, options: RowOptions) -> None:
 
 
 def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> None:
-    """Raises where torch's batch_norm does, for statistics that can't be moved one by one or by NaN, for a counter that
-    can't count, and for wrong values of what torch's doesn't take.
+    """Checks batch_norm's arguments, torch's as torch does. Also rejects running statistics whose elements share
+    memory, or that would become NaN, and a counter that can't count.
 
     Args:
-        whole: whether x is the whole batch; otherwise it may be of one value a channel.
+        whole: x is the whole batch; otherwise it may have one value a channel.
     """
     x, residual, weight, bias, running_mean, running_var, num_batches_tracked = given
     training, momentum, eps, activation, negative_slope = options
@@ -198,9 +197,7 @@ def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool =
         _is_number("batch_norm", "momentum", momentum)
     if x.layout in _SPARSE or x.is_nested:  # torch's batch_norm takes MKL-DNN's layout
         _is_dense("batch_norm", "input", x)
-    if x.dim() < 2 and (
-        x.dim() == 0 or not holds(x.numel() == 0)
-    ):  # torch takes a vector of no elements for no channels
+    if x.dim() < 2 and (x.dim() == 0 or not holds(x.numel() == 0)):  # for torch, an empty vector has no channels
         raise RuntimeError(
             f"batch_norm(): expected input of at least 2 dimensions (N, C, *), but got input of size {list(x.shape)}"
         )
@@ -230,7 +227,7 @@ def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool =
 
 
 def _activated(x: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> None:
-    """Raises for what torch's batch_norm doesn't take, before anything is written."""
+    """Checks the arguments that torch's batch_norm lacks."""
     _is_tensor("batch_norm", "residual", residual)
     if residual is not None:
         _residual("batch_norm", residual, x)
@@ -243,7 +240,7 @@ def _activated(x: Tensor, residual: Tensor | None, activation: str | None, negat
 
 
 def _check_momentum(momentum: float | None, running_mean: Tensor) -> None:
-    """torch's makes NaN of the statistics, which only an evaluation would show."""
+    """Rejects NaN, which would turn the statistics into NaN unnoticed until evaluation."""
     if momentum is not None and not torch.compiler.is_compiling() and math.isnan(momentum):
         raise ValueError(
             f"batch_norm(): momentum must not be nan, which running_mean and running_var of shape "
@@ -274,7 +271,7 @@ def _check_statistics(name: str, running: Tensor, training: bool) -> None:
         raise RuntimeError(f"batch_norm(): {name} must have one dimension, but is of shape {list(running.shape)}")
     if running.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"batch_norm(): not differentiable with respect to {name}, which requires grad")
-    if training and running.numel() > 1 and running.stride(0) == 0:  # torch's moves one element over and over
+    if training and running.numel() > 1 and running.stride(0) == 0:  # torch's would update one element repeatedly
         raise RuntimeError(
             f"batch_norm(): the elements of {name} share memory (shape {list(running.shape)}, stride 0), "
             "and can't be moved one by one"

@@ -1,4 +1,4 @@
-"""The norms of a model that exists, torch's and Hugging Face's, made this library's in place, and back."""
+"""Converts the norms of an existing model, torch's and Hugging Face's, to this library's in place, and reverts them."""
 
 import fnmatch
 import functools
@@ -31,10 +31,11 @@ _NORMS = (*_OURS, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 @dataclass(frozen=True)
 class Report:
-    """What `convert` did, by the names of the modules, "" being the model itself; print it for a table.
+    """Lists the modules that `convert` converted and skipped, by name, "" for the model itself. print() shows a table.
 
-    `converted` says of each what it was and is. `skipped` says why each other norm stays as it is, and which modules
-    call a norm as a function, which no exchange of modules reaches.
+    Args:
+        converted: class of each module before and after.
+        skipped: reason for each other norm, and for modules that call a norm as a function, which can't be converted.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
@@ -56,39 +57,39 @@ def convert(
     sync_batch_norm: bool = False,
     process_group: Any = None,
 ) -> Report:
-    """Makes the norms inside `model` this library's, in place: each keeps everything but its class.
+    """Converts the norms inside `model` to this library's, in place: each module keeps everything but its class.
 
-    Parameters, buffers, state_dict, hooks, device, mode, and the names of a module that has several, stay. Converted
-    are modules of exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d and SyncBatchNorm, and of those
-    classes of Hugging Face's transformers that `triton_norm.hugging_face` lists, for which their own arithmetic,
-    rounding included, is kept. Every other norm is skipped: subclasses, whose forward may differ, parametrized modules,
-    and what is not known. To convert is cheap, and to convert again harmless.
+    Parameters, buffers, state_dict, hooks, device, mode and shared modules are unchanged. Converted are modules of
+    exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d and SyncBatchNorm, and of the classes of Hugging
+    Face's transformers in `triton_norm.hugging_face`, whose arithmetic is reproduced, rounding included. Other norms
+    are skipped: subclasses, whose forward may differ, parametrized and unknown modules. Converting again is harmless.
 
-    Converted modules are instances of the class they had, by isinstance; those that `sync_batch_norm` converts are of
-    torch.nn.SyncBatchNorm, and no more of BatchNorm1d to 3d, as after torch's own conversion.
+    A converted module is an instance of its former class, by isinstance. With `sync_batch_norm` it is one of
+    torch.nn.SyncBatchNorm, but no more of BatchNorm1d to 3d, as after torch's own conversion.
 
-    Convert before `fully_shard` is called on norms themselves, to which it gives classes of its own; before or after
-    DistributedDataParallel, torch.compile and a device_map. Convert after whatever patches a class, as
-    `LlamaRMSNorm.forward = ...` does: a class that computes something else then is skipped, but one that is patched
-    later changes nothing in what the kernels compute for modules converted before. A converted norm saves its input
-    itself: `h += ...` behind `norm(h)` is an error in the backward, also where Hugging Face's class, which in half
-    precision saves a copy in float32, lets it pass.
+    Order: convert before `fully_shard` is called on norms themselves, since it changes their classes; before or after
+    DistributedDataParallel, torch.compile and a device_map; and after code that patches a class, such as
+    `LlamaRMSNorm.forward = ...`. A class that was patched to compute something else is skipped; a later patch has no
+    effect on modules that are converted already.
+
+    A converted norm saves its input: `h += ...` after `norm(h)` is an error in the backward, even where Hugging Face's
+    class, which saves a float32 copy in half precision, allows it.
 
     Args:
-        include: what alone to convert: names as in `model.named_modules()`, with shell-style wildcards, each for the
-            module of that name and all inside it, and classes, each for the modules of exactly that class.
-        exclude: what to leave, likewise; wins over `include`.
-        sync_batch_norm: whether to make BatchNorm1d to 3d, torch's and this library's, SyncBatchNorm.
-        process_group: for these; None is all processes. torch.nn.SyncBatchNorm keeps its own.
+        include: the only modules to convert. A name as in `model.named_modules()`, with shell-style wildcards, selects
+            a module and all inside it; a class selects the modules of exactly that class.
+        exclude: modules to skip, selected likewise; wins over `include`.
+        sync_batch_norm: converts BatchNorm1d to 3d, torch's and this library's, to SyncBatchNorm.
+        process_group: group of these; None: all processes. A torch.nn.SyncBatchNorm keeps its own.
 
     Returns:
-        a `Report` of what was converted, and of what was skipped and why.
+        a `Report` of the modules converted, and of those skipped and why.
 
     Raises:
-        TypeError: an argument is of the wrong type.
+        TypeError: an argument has the wrong type.
         ValueError: a name selects nothing, or process_group without sync_batch_norm.
 
-    A call that raises has changed nothing. `revert` undoes it.
+    Nothing has changed after an error. `revert` undoes a conversion.
     """
     _check("convert", model, sync_batch_norm, process_group)
     named = list(model.named_modules(remove_duplicate=False))
@@ -110,7 +111,7 @@ def convert(
 def _planned(
     named: list[tuple[str, nn.Module]], included: set[nn.Module] | None, excluded: set[nn.Module], sync_batch_norm: bool
 ) -> tuple[Report, dict[nn.Module, type[nn.Module]]]:
-    """Returns what is to be reported, and the class of each module that is to be converted."""
+    """Returns the report, and the new class of each module to convert."""
     report = Report()
     becomes: dict[nn.Module, type[nn.Module]] = {}
     norms_called = functools.cache(norms_called_by)  # models have many modules of few classes
@@ -131,20 +132,19 @@ def _planned(
 
 
 def revert(model: nn.Module) -> tuple[str, ...]:
-    """Gives every module that `convert` converted inside `model` the class back that it had; returns their names.
+    """Reverts every module that `convert` converted inside `model` to its former class. Returns their names.
 
-    A forward that was put on such a module since, as by accelerate's hooks or `module.forward = torch.compile(...)`,
-    stays; where it calls the forward of before, that calls the one of the class that the module is given back.
+    A forward set on such a module since, by accelerate's hooks or `module.forward = torch.compile(...)`, stays. If it
+    calls the converted forward, that calls the restored class's forward.
 
-    Tools that look up a module's exact class, such as torch.ao.quantization.fuse_modules, need it first;
+    Tools that look up a module's exact class, such as torch.ao.quantization.fuse_modules, need this first;
     docs/tools-by-class.md lists them.
 
     Raises:
-        TypeError: `model` is no module.
-        RuntimeError: something else has changed the class of a converted module since, by `fully_shard` or a
-            parametrization.
+        TypeError: `model` is not a module.
+        RuntimeError: the class of a converted module was changed since, by `fully_shard` or a parametrization.
 
-    A call that raises has changed nothing.
+    Nothing has changed after an error.
     """
     _check("revert", model)
     converted = [pair for pair in model.named_modules(remove_duplicate=False) if WAS in pair[1].__dict__]
@@ -166,7 +166,7 @@ def _give_back(module: nn.Module) -> None:
 
 
 def _change_all(changed: Iterable[nn.Module], change: Callable[[nn.Module], None]) -> None:
-    """Changes all modules, or, where that raises, none: a class may refuse that an attribute is set."""
+    """Changes all modules, or none if that raises: a class may refuse to have an attribute set."""
     before = [(module, type(module), dict(module.__dict__)) for module in changed]
     try:
         for module, _, _ in before:
@@ -196,7 +196,7 @@ def _check(function: str, model: object, sync_batch_norm: object = False, proces
 def _selected(
     argument: str, selections: Selection | Collection[Selection], named: list[tuple[str, nn.Module]]
 ) -> set[nn.Module]:
-    """The modules that are selected by one of their names, by that of a module they are in, or by their class."""
+    """Returns the modules selected by one of their names, by the name of an enclosing module, or by their class."""
     if isinstance(selections, (str, type)):
         selections = (selections,)
     elif not isinstance(selections, Collection):
@@ -216,7 +216,7 @@ def _selected(
 
 
 def _target(cls: type[nn.Module], sync_batch_norm: bool) -> type[nn.Module] | None:
-    """What modules of exactly this class become."""
+    """Returns the class that modules of exactly this class are converted to, or None."""
     if sync_batch_norm and cls in modules.BATCH_NORMS:
         return modules.SyncBatchNorm
     return _OURS.get(cls) or hugging_face.counterpart(cls)
@@ -225,7 +225,7 @@ def _target(cls: type[nn.Module], sync_batch_norm: bool) -> type[nn.Module] | No
 def _obstacle(
     module: nn.Module, target: type[nn.Module] | None, norms_called: Callable[[Any], tuple[str, ...]]
 ) -> str | None:
-    """Why a module is not converted; None where it can be, and where there is nothing to say of it."""
+    """Returns the reason to skip a module, or None if it can be converted or is no norm."""
     cls = type(module)
     if target is not None:
         if not _forward_is_its_class(module):
@@ -263,8 +263,8 @@ def _described(cls: type[nn.Module]) -> str:
 
 
 def _own_forward(module: nn.Module) -> str | None:
-    """The attribute of the module itself that holds its class's forward, bound to it: accelerate's hook, by which it
-    follows a device_map, keeps it to run between its own work, and leaves it in place of that when it is removed."""
+    """Returns the name of the module's own attribute that holds its class's forward, or None. accelerate's hooks, as
+    for a device_map, store that forward in `_old_forward`, and put it back to `forward` when they are removed."""
     name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     kept = module.__dict__.get(name)
     own = getattr(kept, "__self__", None) is module and getattr(kept, "__func__", None) is type(module).forward

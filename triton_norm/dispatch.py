@@ -1,4 +1,4 @@
-"""Triton or torch for a call, and why."""
+"""Decides whether Triton or torch serves a call, and why."""
 
 import contextlib
 import functools
@@ -35,31 +35,36 @@ _DEFAULT = _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
 
 class _Override(threading.local):
-    """The backend asked for, in each thread."""
+    """Holds the backend in force, in each thread."""
 
     name = _DEFAULT
 
 
 override = _Override()
 _newest = _DEFAULT
-"""The backend asked for last, in any thread. Compiled code goes by it: torch 2.11 doesn't guard on a thread's own."""
+"""Compiled code uses this backend, the one set last in any thread: torch 2.11 doesn't guard on a thread's own."""
 _contexts: dict[object, str] = {}
-"""The backends asked for now, by a token of each context, the latest last: threads leave theirs in any order."""
+"""Each open context has its backend here, by a token, the newest last: threads leave theirs in any order."""
 
 
 def asked_for() -> str:
-    """The backend for a call from here."""
+    """Returns the backend in force for a call from here."""
     return _newest if torch.compiler.is_compiling() else override.name
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within this context, in this thread, calls go where `name` says.
+    """Sets the backend of calls in this context, in this thread.
 
-    "auto" (the default): to the kernels what they serve, to torch the rest. "torch": all to torch. "triton": all to the
-    kernels; a call that they don't serve raises RuntimeError with the reason. Decided when the forward runs: its
-    backward follows it. Compiled code goes by the backend asked for last in any thread. The environment variable
-    TRITON_NORM_BACKEND sets the default.
+    A backward uses the backend of its forward. Compiled code uses the one set last in any thread. The environment
+    variable TRITON_NORM_BACKEND sets the default.
+
+    Args:
+        name: "auto" (the default): the kernels if they can serve the call, else torch. "torch": torch. "triton": the
+            kernels, or RuntimeError with the reason if they can't serve the call.
+
+    Raises:
+        ValueError: an unknown name.
     """
     global _newest
     before = override.name, _newest
@@ -82,7 +87,14 @@ def _entered(name: str) -> object:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where a call goes: `backend` is "triton" or "torch", `copies` what has to be copied before it can be read."""
+    """Tells where a call goes.
+
+    Args:
+        function: name of the function.
+        backend: "triton" or "torch".
+        reason: why.
+        copies: tensors that have to be copied first, and why.
+    """
 
     function: str
     backend: str
@@ -95,11 +107,11 @@ class Explanation:
 
 
 def unserved(tensors: Sequence[Tensor | None], columns: int | None = None) -> str | None:
-    """Returns why the kernels can't serve calls on tensors like these, None where they can.
+    """Returns why the kernels can't serve calls on tensors like these, or None.
 
     Args:
         tensors: x and the others.
-        columns: of x's rows; None: it has channels.
+        columns: columns of x's rows; None: x has channels.
     """
     x, *_ = tensors
     assert x is not None
@@ -116,7 +128,7 @@ def unserved(tensors: Sequence[Tensor | None], columns: int | None = None) -> st
             return "a tensor is not strided"
         if tensor.dtype not in plain.FLOATING:
             return f"of dtype {tensor.dtype}"
-        if torch.compiler.is_compiling():  # and can't trace what follows
+        if torch.compiler.is_compiling():  # torch.compile can't trace the rest
             continue
         if tensor.is_neg():
             return "a tensor holds its elements negated, as the imaginary part of a conjugate does"
@@ -130,7 +142,7 @@ def unserved(tensors: Sequence[Tensor | None], columns: int | None = None) -> st
 
 
 def unserved_now() -> str | None:
-    """Why the kernels can't serve any call at this moment."""
+    """Returns why the kernels can't serve any call at this moment, or None."""
     if _transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
@@ -141,12 +153,12 @@ def unserved_now() -> str | None:
 
 
 def goes_to_triton(reason: str | None, compiles_torch: Tensor | None = None, exports_torch: bool = True) -> bool:
-    """Returns whether a call goes to the kernels, or their operators, that `unserved` gave this reason for.
+    """Decides whether a call goes to the kernels or their operators. Raises RuntimeError if only they may, but can't.
 
     Args:
-        compiles_torch: the input of a call that torch.compile is to have in torch's own functions, where these can be
-            recorded of its sizes.
-        exports_torch: whether torch.export is to. Backend "triton" keeps the operators in both.
+        reason: reason from `unserved`.
+        compiles_torch: input of a call that torch.compile should record as torch's functions, if its sizes are known.
+        exports_torch: torch.export should record torch's functions. Backend "triton" records operators in both cases.
     """
     compiling = torch.compiler.is_compiling()
     chosen = _newest if compiling else override.name
@@ -160,7 +172,7 @@ def goes_to_triton(reason: str | None, compiles_torch: Tensor | None = None, exp
 
 @functools.cache
 def _cast_by_autocast(operator: str) -> bool:
-    """Returns whether CUDA's autocast computes aten::operator in float32; it has always left the CPU's alone."""
+    """Decides whether CUDA's autocast computes aten::operator in float32. The CPU's autocast never does."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "AutocastCUDA"))
 
 
@@ -169,21 +181,17 @@ def _is_on_gpu(x: Tensor) -> bool:
 
 
 def autocasts(function: str, x: Tensor) -> bool:
-    """Returns whether CUDA's autocast is on and computes this function of torch's of x in float32."""
+    """Decides whether CUDA's autocast is on and computes this function of x in float32."""
     return torch.is_autocast_enabled("cuda") and _is_on_gpu(x) and _cast_by_autocast(function)
 
 
 def is_fusible() -> bool:
-    """Returns whether torch.compile has the call, and may fuse it with what stands beside it."""
+    """Decides whether torch.compile records the call, and may fuse it with neighbouring operations."""
     return captures.is_fusible(asked_for())
 
 
 def explanation(function: str, copies: tuple[str, ...], x: Tensor, reason: str | None) -> Explanation:
-    """Returns in words what `goes_to_triton` decides of a call that is run; raises nothing.
-
-    Args:
-        reason: why the kernels can't serve it.
-    """
+    """Returns the decision of `goes_to_triton` for an eager call, in words. Doesn't raise."""
     chosen = asked_for()
     if chosen == "torch":
         return Explanation(function, "torch", "backend 'torch' was asked for")

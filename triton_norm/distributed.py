@@ -1,7 +1,6 @@
-"""BatchNorm of a batch that the processes of a group share: one exchange forward, one backward, over torch.distributed.
+"""Computes BatchNorm of a batch that the processes of a group share, with one exchange forward and one backward.
 
-The collectives are torch's functional ones: they are the same in eager and in compiled code, and wait for nothing on
-the host.
+Uses torch's functional collectives: they are the same in eager and in compiled code, and don't block the host.
 """
 
 from typing import Any, NamedTuple
@@ -21,14 +20,14 @@ from triton_norm.sync import operator
 
 
 class Group(NamedTuple):
-    """A process group that this process is a member of."""
+    """Identifies a process group that this process is a member of."""
 
     name: str
     size: int
 
 
 def shared_by(process_group: Any) -> Group | None:
-    """The group, by default all processes, if this process shares a batch with others there."""
+    """Returns the group, by default all processes, or None if this process is alone in it."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group: Any = dist.group.WORLD if process_group is None else process_group
@@ -49,14 +48,14 @@ def _check(group: Any) -> None:
 
 
 def gather(packed: Tensor, group: Group) -> Tensor:
-    """[n_ranks, n] of vectors [n]."""
+    """Returns the vectors [n] of all processes as [n_ranks, n]."""
     collectives = torch.ops._c10d_functional
     gathered: Tensor = collectives.wait_tensor(collectives.all_gather_into_tensor(packed, group.size, group.name))
     return gathered.view(group.size, -1)
 
 
 def _merged(tensors: BatchNormTensors, spec: BatchNormSpec, group: Group, by_kernels: bool) -> Tensor:
-    """Returns the statistics of the whole batch; moves the running ones."""
+    """Returns the statistics of the whole batch, and updates the running ones."""
     x, _, _, _, running_mean, running_var, counter = tensors
     gathered = gather(operator.moments_op(x.detach(), by_kernels), group)
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
@@ -64,7 +63,7 @@ def _merged(tensors: BatchNormTensors, spec: BatchNormSpec, group: Group, by_ker
         counters = [] if counter is None else [counter]
         return move_op(gathered, running, counters, spec.momentum, spec.eps, by_kernels)  # type: ignore[no-any-return]
     momentum = spec.momentum
-    if momentum is None:  # to read the counter waits for the GPU
+    if momentum is None:  # reading the counter waits for the GPU
         momentum = 1.0 / float(counter + 1)
     merged: Tensor = move_op(gathered, running, [], momentum, spec.eps, by_kernels)
     counter.add_(1)
@@ -72,15 +71,14 @@ def _merged(tensors: BatchNormTensors, spec: BatchNormSpec, group: Group, by_ker
 
 
 def sync_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, group: Group) -> Tensor:
-    """Returns `triton_norm.batch_norm` in training, with the statistics of the batch that `group` shares; x may be
-    empty.
+    """Returns `triton_norm.batch_norm` in training, with statistics of the batch that `group` shares; x may be empty.
 
-    dx is the gradient of the sum of all processes' losses; dweight and dbias are of this process's share alone, for
-    whoever sums or averages gradients over processes. All processes of the group have to call it, and go backward
-    through it, together and in the same order, their inputs of one type, or of types that are all computed in fp32.
+    dx is the gradient of the sum of all processes' losses; dweight and dbias are this process's part, to be summed or
+    averaged. All processes of the group must run it, and its backward, together and in the same order, with inputs of
+    one dtype, or of dtypes that are all computed in fp32.
     """
     spec, is_empty = resolve.batch_norm_spec(tensors, options, whole=False), holds(tensors.x.numel() == 0)
-    like = tensors.x.new_empty(1) if is_empty else tensors.x  # an empty share goes where the others go
+    like = tensors.x.new_empty(1) if is_empty else tensors.x  # an empty part goes to the same backend as the others
     _, residual, weight, bias, running_mean, running_var, _ = tensors
     read = like, residual, weight, bias, running_mean, running_var
     by_kernels = goes_to_triton(unserved(read), exports_torch=False)

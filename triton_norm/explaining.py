@@ -1,4 +1,4 @@
-"""Where a call would go, and what would be copied for it, without making it."""
+"""Explains where a call would go, and which tensors it would copy, without running it."""
 
 import inspect
 from collections.abc import Iterable
@@ -15,7 +15,6 @@ from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions, Ro
 
 
 def _named(function: Any, arguments: tuple[Any, ...], named_arguments: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
     try:
         given = inspect.signature(function).bind(*arguments, **named_arguments)
     except TypeError as error:
@@ -25,7 +24,7 @@ def _named(function: Any, arguments: tuple[Any, ...], named_arguments: dict[str,
 
 
 def _unsavable(inputs: dict[str, Tensor | None], parameters: Iterable[Tensor | None]) -> list[str]:
-    """Returns which of the inputs have to be copied for autograd to save them."""
+    """Lists the inputs that have to be copied for autograd to save them."""
     tensors = [tensor for tensor in (*inputs.values(), *parameters) if tensor is not None]
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
         return []
@@ -37,7 +36,7 @@ def _unsavable(inputs: dict[str, Tensor | None], parameters: Iterable[Tensor | N
 
 
 def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Explanation:
-    """Of the arguments of layer_norm or rms_norm, which are checked as there."""
+    """Explains a call of layer_norm or rms_norm, after the same checks."""
     named = _named(getattr(functional, function), arguments, named_arguments)
     x, residual = named["input"], named["residual"]
     tensors = RowTensors(x, residual, named["weight"], named.get("bias"))
@@ -50,7 +49,7 @@ def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Exp
         for name, tensor in (("input", x), ("residual", residual))
         if tensor is not None and tensor.numel() and copies(tensor, call.spec.n_cols)
     ]
-    if residual is None:  # with one, it is the total that is saved
+    if residual is None:  # with a residual the total is saved
         copied += _unsavable({"input": x}, (tensors.weight, tensors.bias))
     return explanation(function, tuple(copied), x, call.reason)
 
@@ -63,10 +62,10 @@ def _named_batch_norm(*arguments: Any, **named_arguments: Any) -> Explanation:
 
 
 def explain_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> Explanation:
-    """Returns the explanation of a call of batch_norm, whose arguments are checked as there.
+    """Explains a call of batch_norm, after the same checks.
 
     Args:
-        whole: whether x is the whole batch; otherwise it may be of one value a channel.
+        whole: x is the whole batch; otherwise it may have one value a channel.
     """
     x, residual, weight, bias, *_ = tensors
     overriding = overrides.overriding_argument((*tensors, *options))
@@ -87,12 +86,20 @@ def explain_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, who
 
 
 def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
-    """Where `target(*args, **kwargs)` would go, and why, and what it would have to copy; computes and moves nothing.
+    """Explains where `target(*args, **kwargs)` would go, why, and which tensors it would copy. Runs nothing.
 
-    `target` is layer_norm, rms_norm, batch_norm or one of this library's modules. Raises what the call itself would
-    raise for its arguments, and TypeError for another target. A gradient is copied where its strides are unlike its
-    input's and it is not one element expanded; that is only known in the backward. Of parameters that a hook exchanges
-    before the call, as `fully_shard`'s does, those are explained that are there outside it.
+    A gradient is copied if its strides differ from its input's and it is not one element expanded, which is known in
+    the backward only. Hooks that exchange parameters before a call, as `fully_shard`'s, don't run: the explanation is
+    for the parameters outside the call.
+
+    Args:
+        target: layer_norm, rms_norm, batch_norm or a module of this library.
+
+    Returns:
+        an `Explanation`.
+
+    Raises:
+        TypeError: another target. Errors of the call's arguments are those of the call itself.
     """
     if target is functional.layer_norm or target is functional.rms_norm:
         return _explain_rows(target.__name__, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""A BatchNorm in evaluation is a fixed scale and shift per channel, which the layer before it can do itself."""
+"""Folds a BatchNorm in evaluation, a fixed scale and shift per channel, into the layer before it."""
 
 import copy
 from types import MethodType
@@ -18,26 +18,25 @@ _KNOWN = {*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_BATCH_NORMS}
 
 
 def fold_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> nn.Module:
-    r"""A copy of `layer` that computes batch_norm(layer(x)) in evaluation, and leaves no BatchNorm to launch:
+    r"""Returns a copy of `layer` that computes batch_norm(layer(x)) in evaluation, with no BatchNorm left to launch:
 
-    weight' = weight · s and bias' = (bias − running_mean) · s + bias_bn per output channel,
-    s = weight_bn / sqrt(running_var + eps).
+    weight' = weight · s and bias' = (bias − running_mean) · s + bias_bn per output channel, s = weight_bn /
+    sqrt(running_var + eps).
 
     Args:
         layer: Conv1d to 3d, ConvTranspose1d to 3d or Linear, in evaluation mode.
         batch_norm: torch's or this library's BatchNorm1d to 3d or SyncBatchNorm, in evaluation mode, with running
-            statistics, and as many features as the layer has output channels. After a Linear it must see its features
-            as channels, that is, inputs of two dimensions.
+            statistics, and as many features as the layer has output channels. After a Linear, inputs must be [N, C], so
+            that features are channels.
 
     Returns:
-        a module of the layer's class and parameters' types, with a bias. Both arguments stay as they are.
+        a module of the layer's class and dtypes, with a bias. The arguments are unchanged.
 
     Raises:
         TypeError: another kind of layer, or a subclass or a module with a forward of its own, which may compute more.
-        RuntimeError: one in training mode, or of another number of channels, or a BatchNorm that keeps no running
-        statistics, or a parametrized layer, or two devices.
+        RuntimeError: training mode, different channel counts, no running statistics, a parametrized layer, two devices.
 
-    By torch.nn.utils.fusion, but for transposed convolutions of several groups, which that can't fold.
+    Source: torch.nn.utils.fusion, which can't fold transposed convolutions of several groups.
     """
     if not isinstance(batch_norm, nn.modules.batchnorm._BatchNorm):
         raise TypeError(f"fold_batch_norm(): argument 'batch_norm' must be BatchNorm, not {type(batch_norm).__name__}")
@@ -95,14 +94,14 @@ def _check_channels(layer: Any, batch_norm: nn.modules.batchnorm._BatchNorm) -> 
 
 
 def _computes_as_known(module: nn.Module) -> bool:
-    """Returns whether the forward is that of one of the known classes, and the convolution inside it."""
+    """Decides whether the forward is that of a known class, and for a convolution also `_conv_forward`."""
     base = next(cls for cls in type(module).__mro__ if cls in _KNOWN)
     names = ("forward", "_conv_forward") if issubclass(base, _CONVOLUTIONS) else ("forward",)
     return all(getattr(module, name) == MethodType(getattr(base, name), module) for name in names)
 
 
 def _with_parameters(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
-    """A copy, with a weight of ones and a bias of zeros where it has none, which torch's function for Linear needs."""
+    """Returns a copy with weight 1 and bias 0 in place of missing ones, which torch's function for Linear needs."""
     filled = copy.deepcopy(batch_norm)
     for name, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
         if getattr(filled, name) is None:
@@ -113,7 +112,7 @@ def _with_parameters(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.
 def _fold_grouped_transposed(
     layer: nn.modules.conv._ConvTransposeNd, batch_norm: nn.modules.batchnorm._BatchNorm
 ) -> nn.Module:
-    """The weight is of shape [in_channels, out_channels / groups, *kernel]."""
+    """Folds into a weight [in_channels, out_channels / groups, *kernel]."""
     folded = copy.deepcopy(layer)
     with torch.no_grad():
         assert batch_norm.running_mean is not None and batch_norm.running_var is not None

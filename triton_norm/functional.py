@@ -1,4 +1,4 @@
-"""torch.nn.functional's normalizations: check, decide between the kernels and torch, call."""
+"""Implements torch.nn.functional's normalizations: checks arguments, chooses kernels or torch, and runs the call."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,7 +56,7 @@ def normalize_rows(
 
 
 def _torch_normalize(function: str, tensors: RowTensors, options: RowOptions, spec: RowSpec) -> Any:
-    """Normalizes by torch's own function where that computes what is asked for."""
+    """Normalizes by torch's own function if it supports the spec, otherwise by reference.py."""
     x, residual, weight, bias = tensors
     shape = tuple(options.normalized_shape)
     if residual is not None:
@@ -87,40 +87,35 @@ def layer_norm(
     x_hat_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:
-    r"""y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias over the trailing axes, as
-    torch.nn.functional.layer_norm.
+    r"""Computes y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias, as torch.nn.functional.layer_norm.
 
-    mean and var = E[(x − mean)²], the biased variance, are each sample's own, over the axes of `normalized_shape`.
-    With `residual`, x is total = input + residual, rounded once to its own type, and (y, total) is returned.
+    mean and var = E[(x − mean)²], the biased variance, are taken for each sample, over the axes of `normalized_shape`.
+    With `residual`, x is total = input + residual, rounded once to total's dtype, and (y, total) is returned.
 
     Args:
-        input: of shape [*, *normalized_shape]; float32, float16, bfloat16 or float64, of any strides.
-        normalized_shape: the lengths of the axes to normalize over.
-        weight: of shape normalized_shape and any of those types, its own; None is 1.
-        bias: likewise; None is 0.
+        input: [*, *normalized_shape], float32, float16, bfloat16 or float64, with any strides.
+        normalized_shape: lengths of the trailing axes to normalize over.
+        weight, bias: [*normalized_shape], any of these dtypes; None: 1 and 0.
         eps: added to the variance, under the root.
-        residual: of input's shape and any of those types; both outputs' gradients flow to it and to input.
-        residual_dtype: the type of total; None is the residual's.
+        residual: of input's shape, any of these dtypes; the gradients of y and total flow to it and to input.
+        residual_dtype: dtype of total; None: residual's.
         weight_offset: added to the weight in float32: 1 for a weight that is stored as its distance from 1.
-        x_hat_dtype: a narrower type that x_hat, what the weight is applied to, is rounded to first; None: it is not.
-        out_dtype: the type of y; None is input's (float32 where CUDA's autocast says so).
+        x_hat_dtype: narrower dtype that x_hat = (x − mean) / sqrt(var + eps) is rounded to; None: no rounding.
+        out_dtype: dtype of y; None: input's, or float32 under CUDA's autocast.
 
     Returns:
-        y, contiguous, of input's shape; with `residual` also total, likewise.
+        y, contiguous, of input's shape; with `residual` (y, total).
 
     Raises:
-        RuntimeError: shapes or devices don't match, or the input's type isn't one of the four (NotImplementedError).
-        TypeError: an argument is of the wrong type.
+        RuntimeError: shapes or devices don't match.
+        NotImplementedError: a dtype is not supported.
+        TypeError: an argument has the wrong type.
         ValueError: residual_dtype without residual, or weight_offset without weight.
 
-    Statistics are computed and saved in float32, in float64 for float64 input. A sample's result has the same bits
-    whatever other samples are beside it. Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
+    Statistics are computed and saved in float32 (float64 for float64 input). A sample's bits don't depend on its batch.
 
-    The kernels keep x, or total, and 8 bytes a sample for the backward. Else a call takes memory only while it runs, of
-    M samples of N elements, on a GPU of S multiprocessors: the backward 8 m N bytes, m at most M, 8 S and 16384 S / N;
-    where P programs share a sample, P at most S / 3, the forward M (12 P + 4) + 8 and the backward m (32 P + 8) + 8
-    bytes more. They may share those of more than 64 KiB, in the backward 32 KiB in float32. Twice as much is the first
-    8, the 12 and the 32 in float64.
+    Memory: saves x or total and 8 bytes a sample (float64: 16) for the backward. Temporary memory: see docs/memory.md.
+    Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
     tensors = input, residual, weight, bias
     own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
@@ -143,34 +138,31 @@ def rms_norm(
     x_hat_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:
-    r"""y = x / sqrt(E[x²] + eps) · (weight + weight_offset) over the trailing axes, as torch.nn.functional.rms_norm.
+    r"""Computes y = x / sqrt(E[x²] + eps) · (weight + weight_offset), as torch.nn.functional.rms_norm.
 
-    E[x²] is each sample's own, over the axes of `normalized_shape`. With `residual`, x is total = input + residual,
-    rounded once to its own type, and (y, total) is returned.
+    E[x²] is taken for each sample, over the axes of `normalized_shape`. With `residual`, x is total = input + residual,
+    rounded once to total's dtype, and (y, total) is returned.
 
     Args:
-        input: of shape [*, *normalized_shape]; float32, float16, bfloat16 or float64, of any strides. Complex input
-            goes to torch.
-        normalized_shape: the lengths of the axes to normalize over.
-        weight: of shape normalized_shape and any of those types, its own; None is 1.
-        eps: added under the root; None is the machine epsilon of float32, of float64 for float64 input.
-        residual: of input's shape and any of those types; both outputs' gradients flow to it and to input.
-        residual_dtype: the type of total; None is the residual's.
-        weight_offset: added to the weight in float32: 1 for a weight that is stored as its distance from 1.
-        x_hat_dtype: a narrower type that x_hat, what the weight is applied to, is rounded to first; None: it is not.
-        out_dtype: the type of y; None is input's (float32 where CUDA's autocast says so).
+        input: [*, *normalized_shape], float32, float16, bfloat16 or float64, with any strides; complex goes to torch.
+        normalized_shape: lengths of the trailing axes to normalize over.
+        weight: [*normalized_shape], any of these dtypes; None: 1.
+        eps: added under the root; None: the machine epsilon of float32, or float64 for float64 input.
+        residual, residual_dtype, weight_offset, out_dtype: as layer_norm's.
+        x_hat_dtype: narrower dtype that x_hat = x / sqrt(E[x²] + eps) is rounded to; Hugging Face's Llama: input's.
 
     Returns:
-        y, contiguous, of input's shape; with `residual` also total, likewise.
+        y, contiguous, of input's shape; with `residual` (y, total).
 
     Raises:
-        RuntimeError: shapes or devices don't match, or the input's type isn't served (NotImplementedError).
-        TypeError: an argument is of the wrong type.
+        RuntimeError: shapes or devices don't match.
+        NotImplementedError: a dtype is not supported.
+        TypeError: an argument has the wrong type.
         ValueError: input of no dimensions, residual_dtype without residual, or weight_offset without weight.
 
-    y is rounded once, after the weight; with input's type for x_hat_dtype also before it, as by Hugging Face's Llama.
-    Mean squares are computed and saved in float32, in float64 for float64 input. A sample's result has the same bits
-    whatever other samples are beside it. Memory is as of layer_norm, with 4 bytes a sample kept, and 4 m N.
+    Statistics are computed and saved in float32 (float64 for float64 input). A sample's bits don't depend on its batch.
+
+    Memory: saves x or total and 4 bytes a sample (float64: 8) for the backward. Temporary memory: see docs/memory.md.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
     tensors = input, residual, weight, None
@@ -197,45 +189,42 @@ def batch_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
-    r"""y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), channel by channel, as
-    torch.nn.functional.batch_norm where there is neither a residual nor an activation f.
+    r"""Computes y = f((x − mean) / sqrt(var + eps) · weight + bias + residual) for each channel.
 
-    In training, mean and var = E[(x − mean)²], the biased variance, are the batch's, over every axis but the second,
-    and the running statistics move in place, the variance with the unbiased one of the batch:
-    running = (1 − momentum) · running + momentum · batch's. Otherwise mean and var are the running statistics.
+    Without residual and activation f this is torch.nn.functional.batch_norm. In training, mean and var =
+    E[(x − mean)²], the biased variance, are those of the batch, over every axis but the second. The running statistics
+    are updated in place: running = (1 − momentum) · running + momentum · batch, with the batch's unbiased variance.
+    Otherwise mean and var are the running statistics.
 
     Args:
-        input: x, of shape [N, C, *]; float32, float16, bfloat16 or float64, channels first or last.
-        running_mean, running_var: of C elements and any of those types; None, both, only in training.
-        weight: of C elements and any of those types; None is 1.
-        bias: likewise; None is 0.
-        training: whether to normalize with the batch's statistics.
-        momentum: the batch's share in the running statistics; None: 1 / num_batches_tracked, an average over batches.
+        input: x, [N, C, *], float32, float16, bfloat16 or float64, channels-first or channels-last.
+        running_mean, running_var: [C], any of these dtypes; both may be None in training.
+        weight, bias: [C], any of these dtypes; None: 1 and 0.
+        training: normalizes with the batch's statistics.
+        momentum: weight of the batch in the running statistics; None: 1 / num_batches_tracked, an average.
         eps: added to the variance, under the root; positive in training.
-        num_batches_tracked: an integer tensor of one element, counted up by one in training.
-        residual: of input's shape and any of those types; added before the activation.
-        activation: f: "relu", "silu", "leaky_relu" or None. What it is applied to is never stored: for the backward it
-            is computed again from x, or else, beside a residual, one bit an element is kept ("silu": the residual).
-        negative_slope: of leaky_relu, below 0; as torch.nn.functional.leaky_relu.
+        num_batches_tracked: an integer tensor of one element, incremented in training.
+        residual: of input's shape, any of these dtypes; added before the activation.
+        activation: f: "relu", "silu", "leaky_relu" or None.
+        negative_slope: slope of leaky_relu below 0.
 
     Returns:
-        y, of input's shape, type and memory format.
+        y, of input's shape, dtype and memory format.
 
     Raises:
-        RuntimeError: shapes or devices don't match, or the input's type isn't one of the four (NotImplementedError).
-        ValueError: one value per channel or only one of the running statistics, in training, or a wrong eps, or NaN to
-        move running statistics by.
-        TypeError: an argument is of the wrong type.
+        RuntimeError: shapes or devices don't match.
+        NotImplementedError: a dtype is not supported.
+        ValueError: in training, one value a channel, one of the running statistics without the other, or NaN for
+            momentum; or a wrong eps.
+        TypeError: an argument has the wrong type.
 
-    A call that raises has moved nothing, unless a launch has failed after the one that moves all. Statistics are
-    computed and saved in float32, in float64 for float64 input.
+    Running statistics are unchanged after an error, unless a launch fails after the one that updates them. Statistics
+    are computed and saved in float32; in float64 for float64 input.
+
+    Memory: saves x, and in training 12 bytes a channel (float64: 24), for the backward. The activation's argument is
+    recomputed from x; with a residual, one bit an element is saved ("silu": the residual). Temporary memory: see
+    docs/memory.md.
     Source: Ioffe and Szegedy, "Batch Normalization" (2015).
-
-    The kernels keep x for the backward, in training 12 bytes a channel, and what is said of `activation`. Else a call
-    takes memory only while it runs, in training where P programs share a channel: 12 C P bytes forward and 8 C (P + 1)
-    backward, and 4 for each block of channels. On a GPU of S multiprocessors P is at most S / 3 in one launch; in two,
-    16 S over the number of blocks, which are of one channel each, or of 32 where channels lie last. In float64 twice 8
-    and 12.
     """
     tensors = input, residual, weight, bias, running_mean, running_var, num_batches_tracked
     options = training, momentum, eps, activation, negative_slope
@@ -285,11 +274,11 @@ def normalize_channels(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Te
 def _taken(
     function: Any, torch_function: Callable[..., Any], tensors: tuple[Any, ...], fused: tuple[Any, ...]
 ) -> Callable[..., Any] | None:
-    """Returns what to call instead of `function`, where a mode or an argument takes the call by the protocol of
-    `__torch_function__`. Raises where backend "triton" was asked for, which nothing else may serve.
+    """Returns the function to call instead of `function` if a mode or an argument overrides it by `__torch_function__`,
+    or None. Raises RuntimeError if backend "triton" was set, since only the kernels may serve the call then.
 
     Args:
-        fused: the keyword-only arguments of `function`, in order.
+        fused: values of the keyword-only arguments of `function`, in order.
     """
     options = dict(zip(function.__kwdefaults__, fused, strict=True))
     found = overrides.taker(function, torch_function, tensors, options)
@@ -301,10 +290,10 @@ def _taken(
 
 
 def _counted_batch_norm(counter: Tensor | None, x: Tensor, running_mean: Tensor | None, *rest: Any) -> Tensor:
-    """Calls torch's batch_norm behind `reference.count`; takes the count back where it fails and has moved nothing.
+    """Calls torch's batch_norm, after `reference.count`. Undoes the count if the call fails before the statistics move.
 
-    A hook on saved tensors may raise before the statistics move, when the input is saved, and after it. A checkpoint
-    that has what it needs does so after it.
+    A hook on saved tensors may raise before the update, when the input is saved, or after it. A checkpoint that has
+    recomputed all it needs raises after it.
     """
     if counter is None or running_mean is None or torch.compiler.is_compiling():
         return F.batch_norm(x, running_mean, *rest)
@@ -317,27 +306,27 @@ def _counted_batch_norm(counter: Tensor | None, x: Tensor, running_mean: Tensor 
     except Exception:
         if torch.equal(before, running_mean):
             counter.sub_(1)
-            if not counter.is_inference():  # which have no version
+            if not counter.is_inference():  # inference tensors have no version
                 torch._C._autograd._unsafe_set_version_counter((counter,), (counter._version - 2,))
         raise
 
 
 def _torch_batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
-    """Normalizes by torch's own function, of wider tensors where it doesn't take these types or would round twice.
+    """Normalizes by torch's function, on wider tensors if it does not take these dtypes or would round twice.
 
-    The batch is counted first and the statistics are moved before y is computed: a checkpoint may end its second
-    forward as soon as what it needs has been saved.
+    Counts the batch and updates the statistics before y is computed: a checkpoint may stop its recomputation as soon as
+    it has the tensors it needs.
     """
     x, residual, weight, bias, running_mean, running_var, counter = tensors
     types = {tensor.dtype for tensor in (running_mean, running_var, weight, bias) if tensor is not None}
     fused = residual is not None or spec.activation is not None
     halves = x.dtype in HALVES
     if bias is not None and weight is None:
-        weight = torch.ones_like(bias)  # on CUDA torch's has no backward for a bias alone
+        weight = torch.ones_like(bias)  # torch's has no backward for a bias alone on CUDA
     taken = (types <= {x.dtype} and not (fused and halves)) or (halves and types == {torch.float32} and not fused)
     momentum = reference.count(counter, spec.momentum)
     is_torchs = has_known_sizes(x) and isinstance(momentum, float)
-    if taken and is_torchs and x.dim() <= 5:  # cuDNN takes no more axes
+    if taken and is_torchs and x.dim() <= 5:  # cuDNN takes at most 5 axes
         parameters = weight, bias, spec.training, momentum, spec.eps
         y = _counted_batch_norm(counter, x, running_mean, running_var, *parameters)
         if residual is not None:
@@ -349,7 +338,7 @@ def _torch_batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
         if is_empty or not is_torchs or {running_mean.dtype, running_var.dtype} != {compute}:
             if not is_empty:
                 reference.move_running_statistics(x, running_mean, running_var, momentum)
-            running_mean = running_var = None  # in training they are not read
+            running_mean = running_var = None  # not read in training
     running_mean, running_var, weight, bias, added = (
         None if tensor is None else tensor.to(compute) for tensor in (running_mean, running_var, weight, bias, residual)
     )
@@ -358,7 +347,7 @@ def _torch_batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
         moved_by = momentum if isinstance(momentum, float) else 0.0
         parameters = weight, bias, spec.training, moved_by, spec.eps
         z = _counted_batch_norm(counter, wide, running_mean, running_var, *parameters).view(x.shape)
-    else:  # which torch's own asks for
+    else:  # torch's function asks for the sizes
         widened = BatchNormTensors._make((wide, None, weight, bias, running_mean, running_var, None))
         z = reference.batch_norm(widened, spec._replace(activation=None))
     return activate(z if added is None else z + added, spec.activation, spec.slope).to(x.dtype)

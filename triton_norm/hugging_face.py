@@ -1,4 +1,4 @@
-"""Norms of Hugging Face's transformers that the kernels compute as they do; transformers itself is not imported."""
+"""Reproduces norms of Hugging Face's transformers with the kernels. transformers itself is not imported."""
 
 import functools
 import inspect
@@ -18,9 +18,14 @@ Type = Literal["input", "weight", "promoted"]
 
 
 class Arithmetic(NamedTuple):
-    """Of an RMSNorm of the last axis: which attribute is eps, whether there is a weight and what is added to it in
-    float32, and the types that x_hat, if given, and y are rounded to: the input's, the weight's, or that of a product
-    of the two."""
+    """Describes an RMSNorm over the last axis.
+
+    Args:
+        eps: name of the attribute that holds eps.
+        weighted: it has a weight.
+        weight_offset: added to the weight in float32.
+        x_hat, y: dtype that each is rounded to: the input's, the weight's, or that of their product; None: no rounding.
+    """
 
     eps: str = "eps"
     weighted: bool = True
@@ -110,7 +115,7 @@ _RMS_NORMS = {
         llama4.Llama4TextL2Norm nanochat.NanoChatRMSNorm
     """,
 }
-"""model.Class, from transformers.models.model.modeling_model."""
+"""Each entry is model.Class, of transformers.models.model.modeling_model."""
 
 _LAYER_NORMS = """
     convnext.ConvNextLayerNorm convnextv2.ConvNextV2LayerNorm deepseek_ocr2.DeepseekOcr2SamLayerNorm
@@ -120,11 +125,11 @@ _LAYER_NORMS = """
     sam2_video.Sam2VideoLayerNorm sam3_tracker.Sam3TrackerLayerNorm sam3_tracker_video.Sam3TrackerVideoLayerNorm
     sam_hq.SamHQLayerNorm seggpt.SegGptLayerNorm slanext.SLANeXtLayerNorm unlimited_ocr.UnlimitedOcrSamLayerNorm
 """
-"""Subclasses of torch.nn.LayerNorm that call its forward, with channels first if their data_format says so."""
+"""These subclasses of torch.nn.LayerNorm call its forward, channels-first if their data_format says so."""
 
 
 def _path(cls: type) -> str:
-    """model.Class of a class of transformers, nothing of another."""
+    """Returns model.Class for a class of transformers, "" for others."""
     package, _, rest = cls.__module__.partition(".models.")
     model, _, file = rest.partition(".")
     return f"{model}.{cls.__qualname__}" if package == "transformers" and file == f"modeling_{model}" else ""
@@ -134,7 +139,8 @@ ARITHMETIC = {path: arithmetic for arithmetic, paths in _RMS_NORMS.items() for p
 LAYER_NORMS = frozenset(_LAYER_NORMS.split())
 
 _COMPUTES_ELSE = "the model's own forward computes something else of these arguments"
-# Of float64 they too compute in float32. A set finds no symbol of torch.fx in it, which a tuple can't be asked for.
+# The classes compute float64 in float32, so it is missing here. A set, since `in` compares with a tuple's elements by
+# ==, which fails for a torch.fx proxy.
 _SERVED = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -147,38 +153,38 @@ def _dtype(kind: Type | None, x: Tensor, weight: Tensor) -> torch.dtype | None:
 
 
 class _Made(Scriptable):
-    """A class that is made when it is asked for, where copy and pickle can't find it.
+    """Marks classes that are created on request, so that copy and pickle can't find them by name.
 
-    `original` is the class that it is made from, `argument` the name that its forward gives the input.
+    Args:
+        original: the class that it is made from.
+        argument: name of the input in that class's forward.
     """
 
     argument: str
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Names `original` for the class. What derives from it is reduced as anything is, or refuses to be: the class
-        that torch's parametrizations make of it."""
+        """Pickles by `original`. A subclass, as torch's parametrizations create, is pickled as usual, if at all."""
         reduced: Any = super().__reduce_ex__(protocol)
         return (_make, (self.original,), *reduced[2:]) if is_counterpart(type(self)) else reduced
 
     def _input(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The one argument of a call, by position or by its name; None of any other call."""
+        """Returns the only argument of a call, passed by position or name, or None for any other call."""
         if named:
             return named.get(self.argument) if len(named) == 1 and not inputs else None
         return inputs[0] if len(inputs) == 1 else None
 
 
 class _RMSNorm(_Made):
-    """What a listed RMSNorm has before its own class in its order of inheritance. What the kernels can't serve is left
-    to that."""
+    """Precedes a listed RMSNorm in the order of inheritance. Calls that the kernels can't serve go to that class."""
 
     arithmetic: Arithmetic
 
     def _arguments(self: Any, x: Tensor) -> tuple[RowTensors, RowOptions] | None:
-        """Returns the arguments of rms_norm; None where the class computes something else, or raises."""
+        """Returns the arguments of rms_norm, or None if the class computes something else, or raises."""
         eps, weighted, weight_offset, x_hat, y = self.arithmetic
         if x.dtype not in _SERVED or x.dim() == 0:
             return None
-        if not (weighted and self.__dict__.get("with_scale", True)):  # by which a Gemma3nRMSNorm has no weight
+        if not (weighted and self.__dict__.get("with_scale", True)):  # False in a Gemma3nRMSNorm without weight
             plain = RowOptions._make((x.shape[-1:], getattr(self, eps), None, 0.0, None, x.dtype))
             return RowTensors._make((x, None, None, None)), plain
         weight = self.weight
@@ -189,7 +195,7 @@ class _RMSNorm(_Made):
         return RowTensors._make((x, None, weight, None)), options
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if not isinstance(self, _RMSNorm):  # what wrapped this forward still calls it, though the module was reverted
+        if not isinstance(self, _RMSNorm):  # a wrapper calls it after the module was reverted
             return type(self).forward(self, *inputs, **named)
         own, x = super().forward, self._input(inputs, named)  # type: ignore[misc]
         arguments = None if x is None else self._arguments(x)
@@ -211,7 +217,7 @@ class _RMSNorm(_Made):
 
 
 class _LayerNorm(_Made):
-    """What a listed LayerNorm has before its own class."""
+    """Precedes a listed LayerNorm in the order of inheritance."""
 
     def explain_call(self: Any, *inputs: Any, **named: Any) -> Explanation:
         x = inspect.signature(self.original.forward).bind(self, *inputs, **named).args[1]
@@ -228,7 +234,7 @@ def _takes(function: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> boo
 
 
 def counterpart(cls: Any) -> type[nn.Module] | None:
-    """What a module of a listed class, and of no subclass of it, becomes: a subclass of the same name."""
+    """Returns the class that modules of exactly this class are converted to, its subclass of the same name, or None."""
     path = _path(cls)
     return _counterpart(cls, path) if path in ARITHMETIC or path in LAYER_NORMS else None
 
@@ -243,12 +249,12 @@ def _counterpart(cls: Any, path: str) -> type[nn.Module]:
     }
     if path in ARITHMETIC:
         return type(cls.__name__, (_RMSNorm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
-    # super() in the class's own forward is this library's LayerNorm then.
+    # super() in the class's own forward is then this library's LayerNorm.
     return type(cls.__name__, (_LayerNorm, cls, LayerNorm), of_class)
 
 
 def _argument(cls: Any) -> str:
-    """The name of the first argument of the class's forward; nothing where it can't be given by name."""
+    """Returns the name of the first argument of the class's forward, "" if it can't be passed by name."""
     try:
         _, first, *_ = inspect.signature(cls.forward).parameters.values()
     except (TypeError, ValueError):
@@ -267,9 +273,11 @@ def _make(original: type[nn.Module]) -> nn.Module:
 
 
 def mismatch(module: nn.Module) -> str | None:
-    """Returns why a module of a listed class, of whichever version of transformers, can't be converted; None where it
-    computes what the list says: the same values, all but a few in the same bits, of x and weight each in half precision
-    and in float32."""
+    """Returns why a module of a listed class, of the installed version of transformers, can't be converted, or None.
+
+    Compares the module to its listed arithmetic on a few numbers, x and weight each in half precision and in float32.
+    Values must agree, and all but a few in every bit.
+    """
     name = type(module).__name__
     if _path(type(module)) not in ARITHMETIC:
         return None
@@ -280,7 +288,7 @@ def mismatch(module: nn.Module) -> str | None:
         types = itertools.product((halves, single), repeat=2)
         try:
             agrees = all(_agrees(module, x.to(x_dtype), weight.to(dtype)) for x_dtype, dtype in types)
-        except Exception as error:  # code that replaced the class's forward may raise anything on a CPU
+        except Exception as error:  # a patched forward may raise anything on a CPU
             said = f"{type(error).__name__}: {error}".partition("\n")[0]
             return f"its version of {name} could not be tried on a few numbers, and raised {said}"
     return None if agrees else f"its version of {name} computes something else than the one that is known"

@@ -1,4 +1,4 @@
-"""torch.nn's normalization layers with another forward: parameters, buffers and state_dicts are torch's own."""
+"""Replaces the forward of torch.nn's normalization layers. Parameters, buffers and state_dicts are torch's own."""
 
 import dataclasses
 import sys
@@ -45,7 +45,10 @@ def _statistics(module: nn.Module, counts: bool) -> tuple[Any, ...]:
 
 
 class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
-    """torch.nn.LayerNorm, computed by `triton_norm.layer_norm`, whose keyword arguments forward takes too."""
+    """Computes y = (x − mean) / sqrt(var + eps) · weight + bias, as torch.nn.LayerNorm, whose arguments it has.
+
+    forward also takes the keyword arguments of `triton_norm.layer_norm`.
+    """
 
     original = nn.LayerNorm
 
@@ -79,7 +82,10 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
 
 
 class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
-    """torch.nn.RMSNorm, computed by `triton_norm.rms_norm`, whose keyword arguments forward takes too."""
+    """Computes y = x / sqrt(E[x²] + eps) · weight, as torch.nn.RMSNorm, whose arguments it has.
+
+    forward also takes the keyword arguments of `triton_norm.rms_norm`.
+    """
 
     original = nn.RMSNorm
 
@@ -111,7 +117,7 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
 
 
 class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
-    """The forward that the three layers share; which ranks they take is torch's own `_check_input_dim`."""
+    """Implements the forward of the three layers; torch's own `_check_input_dim` checks the rank."""
 
     def _call(
         self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
@@ -168,19 +174,22 @@ def _called(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """torch.nn.BatchNorm1d, computed by `triton_norm.batch_norm`, whose `residual` and `activation` forward takes."""
+    """Computes y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), as torch.nn.BatchNorm1d, whose arguments
+    it has. forward also takes `residual`, `activation` and `negative_slope` of `triton_norm.batch_norm`."""
 
     original = nn.BatchNorm1d
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """torch.nn.BatchNorm2d, computed by `triton_norm.batch_norm`, whose `residual` and `activation` forward takes."""
+    """Computes y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), as torch.nn.BatchNorm2d, whose arguments
+    it has. forward also takes `residual`, `activation` and `negative_slope` of `triton_norm.batch_norm`."""
 
     original = nn.BatchNorm2d
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """torch.nn.BatchNorm3d, computed by `triton_norm.batch_norm`, whose `residual` and `activation` forward takes."""
+    """Computes y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), as torch.nn.BatchNorm3d, whose arguments
+    it has. forward also takes `residual`, `activation` and `negative_slope` of `triton_norm.batch_norm`."""
 
     original = nn.BatchNorm3d
 
@@ -188,38 +197,36 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 BATCH_NORMS: frozenset[type[nn.Module]] = frozenset(
     {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm1d, BatchNorm2d, BatchNorm3d}
 )
-"""The classes exactly one of which a module must be of to be made SyncBatchNorm."""
+"""Only modules of exactly these classes can become SyncBatchNorm."""
 
 
 class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
-    r"""y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), channel by channel, as torch.nn.SyncBatchNorm:
-    in training, mean and var are those of the batch that all processes of a group share.
+    r"""Computes y = f((x − mean) / sqrt(var + eps) · weight + bias + residual) by channel, as torch.nn.SyncBatchNorm.
 
-    The statistics are exchanged once in the forward, [3C + 1] numbers a process, and once in the backward, [2C], on the
-    GPU's own stream; results, running statistics among them, are those of BatchNorm over the joined batch. Shares may
-    be of different lengths, or empty. In evaluation, in a group of one process, and where torch.distributed is not
-    initialised, this is BatchNorm.
+    In training, mean and var are those of the batch that all processes of a group share. Results, running statistics
+    included, are those of BatchNorm over the joined batch. A process's part may have any length, or be empty. In
+    evaluation, in a group of one process, and without torch.distributed, this is BatchNorm.
+
+    The forward exchanges statistics once, [3C + 1] numbers a process, and so does the backward, [2C], on the GPU's
+    stream. dx is the gradient of the sum of all processes' losses. dweight and dbias are this process's part, as
+    torch's, for DistributedDataParallel to average.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: as of torch.nn.BatchNorm2d, and so are
-            parameters, buffers and the state_dict.
-        process_group: of torch.distributed, with any backend that serves the input's device; None: all processes.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch.nn.BatchNorm2d.
+        process_group: a group of torch.distributed whose backend supports the input's device; None: all processes.
 
-    The input is of shape [N, C, *], and forward takes `residual`, `activation` and `negative_slope` of
-    `triton_norm.batch_norm` too. dx is the gradient of the sum of all processes' losses, dweight and dbias are of this
-    process's share: as torch's, for DistributedDataParallel to average.
+    forward takes input [N, C, *], and `residual`, `activation` and `negative_slope` of `triton_norm.batch_norm`.
 
     Raises:
-        ValueError: input of less than two dimensions, or of no channels.
-        TypeError: in training, process_group is no group.
-        RuntimeError: it is one that was destroyed.
+        ValueError: input has less than two dimensions, or no channels.
+        TypeError: process_group is not a group, in training.
+        RuntimeError: process_group was destroyed.
 
-    and as `triton_norm.batch_norm`, but that one value per channel on one process is no error. A batch of one value per
-    channel in all moves no running variance, an empty one neither running statistic; to ask a GPU would be to wait for
-    it.
+    Other errors are those of `triton_norm.batch_norm`, but one value a channel on a process is valid. If the whole
+    batch has one value a channel, running_var is unchanged; if it is empty, both are. An error would need a GPU sync.
 
-    A subclass of torch.nn.SyncBatchNorm, and as that no instance of BatchNorm1d to 3d: what freezes, groups or reverts
-    layers by isinstance finds it. DistributedDataParallel, which refuses torch.nn.SyncBatchNorm on the CPU, takes it.
+    This class derives from torch.nn.SyncBatchNorm, so tools that look up layers by isinstance find it; it does not
+    derive from BatchNorm1d to 3d. DistributedDataParallel accepts it on the CPU, unlike torch.nn.SyncBatchNorm.
     """
 
     original = nn.SyncBatchNorm
@@ -268,20 +275,18 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """Replaces every BatchNorm in `module` by one of these that has its parameters and buffers, as
-        torch.nn.SyncBatchNorm's.
+        """Replaces every BatchNorm in `module` by a SyncBatchNorm with its parameters and buffers, as torch's method.
 
-        Replaced are modules of exactly the classes BatchNorm1d to 3d and SyncBatchNorm, torch's or this library's. A
-        subclass, whose forward may do more, stays, with a UserWarning that names it; so do a BatchNorm with a forward
-        of its own and a lazy one that has not been called yet. Hooks are not kept; `triton_norm.convert` keeps them.
+        Replaces modules of exactly the classes BatchNorm1d to 3d and SyncBatchNorm, torch's or this library's. A
+        subclass, a BatchNorm with a forward of its own, and a lazy one before its first call, stay, with a UserWarning
+        that names them: their forward may do more. Hooks are lost; `triton_norm.convert` keeps them.
 
         Returns:
-            `module`, or the new layer where `module` itself is replaced.
+            `module`, or the new layer if `module` itself is replaced.
 
         Raises:
-            TypeError: `module` is no module, or a layer's weight or bias is no parameter, as where it is pruned.
-
-        A call that raises has changed nothing.
+            TypeError: `module` is not a module, or a layer's weight or bias is not a parameter, as after pruning.
+                Nothing has changed then.
         """
         checks.module("convert_sync_batchnorm", "module", module)
         exact = {*BATCH_NORMS, nn.SyncBatchNorm, SyncBatchNorm}
@@ -317,15 +322,15 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
 
 
 def _changed(forward: Any, options: tuple[Any, ...]) -> dict[str, Any]:
-    """Returns those of the keyword arguments of a forward that are not its defaults, by name."""
+    """Returns the keyword arguments of a forward that differ from its defaults, by name."""
     defaults: dict[str, Any] = forward.__kwdefaults__
     named = zip(defaults.items(), options, strict=True)
     return {name: value for (name, default), value in named if value is not default}
 
 
 def _is_for_refusal(frame: FrameType | None) -> bool:
-    """Returns whether the frame that iterates over modules is the method of DistributedDataParallel that raises on
-    SyncBatchNorm; between the two lie the generators of the modules around."""
+    """Decides whether DistributedDataParallel's check for SyncBatchNorm iterates over modules in this frame, or in a
+    frame above it: the generators of enclosing modules lie between."""
     while frame is not None and frame.f_code.co_name in ("modules", "named_modules"):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == "_passing_sync_batchnorm_handle"

@@ -1,4 +1,4 @@
-"""The operators that calls become where they are recorded, under names that stay."""
+"""Lists the operators that recorded calls consist of, under stable names."""
 
 from triton_norm.channels import function  # noqa: F401  these three define them
 from triton_norm.library import DEFINED
@@ -17,5 +17,5 @@ OPERATORS = tuple(
         "sync_batch_norm_apply",
     )
 )
-"""The operators of forwards, for a policy of selective checkpoints: one that saves these computes no norm again, and
-moves no running statistics twice. The operators of backwards are not among them: a policy never sees one."""
+"""These are the operators of the forwards, for a policy of selective checkpoints. A policy that saves their results
+recomputes no norm, and updates no running statistics twice. Policies never see the operators of backwards."""

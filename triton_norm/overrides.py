@@ -1,4 +1,4 @@
-"""The protocol by which others take a call of a function of torch's: `__torch_function__` of a mode or an argument."""
+"""Finds the modes and arguments that override a call of torch's functions by `__torch_function__`."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from triton_norm import plain
 
 Function = Callable[..., Any]
 
-# Those of torch that change nothing of a call, or no more than torch's own functions do.
+# torch's implementations that change nothing of a call, or no more than torch's own functions do.
 _INERT = (
     torch._C._disabled_torch_function_impl,
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
@@ -22,10 +22,10 @@ _INERT = (
 
 
 def active_mode() -> str | None:
-    """Returns in words which mode takes calls here, None where none does.
+    """Returns a description of the mode that overrides calls here, or None.
 
-    torch's own modes, such as that of `with torch.device(...)` and those of its tracers, take none: they look for
-    certain functions of torch, and let the others pass.
+    Skips torch's own modes, such as that of `with torch.device(...)` and of its tracers: they act on certain functions
+    of torch, and pass on all others.
     """
     for mode in reversed(_get_current_function_mode_stack()):
         if not type(mode).__module__.startswith("torch."):
@@ -34,7 +34,7 @@ def active_mode() -> str | None:
 
 
 def overriding_argument(arguments: tuple[Any, ...]) -> str | None:
-    """Returns in words which argument takes calls by a `__torch_function__` of its own, None where none does."""
+    """Returns a description of the argument that overrides calls by its own `__torch_function__`, or None."""
     if not torch._C._is_torch_function_enabled():
         return None
     for argument in arguments:
@@ -48,14 +48,14 @@ def overriding_argument(arguments: tuple[Any, ...]) -> str | None:
 def taker(
     function: Function, torch_function: Function, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[str, Function] | None:
-    """Returns who takes a call of `function`, in words, and what to call instead; None where nobody does.
+    """Returns (description of the override, function to call instead) for a call of `function`, or None.
 
-    That is asked after torch.overrides.has_torch_function has said that somebody may. Whoever takes the call is handed
-    torch's own function, unless one of the options, which torch's has not, differs from its default.
+    Called after torch.overrides.has_torch_function has reported a candidate. The override receives torch's own
+    function, or this library's if an option that torch's function lacks differs from its default.
 
     Args:
-        arguments: those that may override: the tensors.
-        options: the keyword-only arguments of `function`, by name.
+        arguments: tensors that may override.
+        options: keyword-only arguments of `function`, by name.
     """
     who = active_mode() or overriding_argument(arguments)
     if who is None:

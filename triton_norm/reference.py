@@ -1,6 +1,6 @@
-"""The same functions in plain differentiable torch: the fallback, the double backward and an explanation.
+"""Implements the same functions in plain differentiable torch: fallback, double backward and explanation.
 
-Everything is computed in fp32, in fp64 for fp64 input, and rounded once at the end.
+Computes in fp32, in fp64 for fp64 input, and rounds once at the end.
 """
 
 import math
@@ -15,7 +15,7 @@ from triton_norm.plain import has_known_sizes
 from triton_norm.specs import BatchNormSpec, BatchNormTensors, RowSpec
 
 MOST_AXES = 64
-"""The most that torch's sums can reduce."""
+"""torch's sums reduce at most this many axes."""
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -36,7 +36,7 @@ def affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_off
 
 
 def add(x: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
-    """x + residual, rounded once."""
+    """Returns x + residual, rounded once."""
     compute = torch.float64 if dtype == torch.float64 else compute_dtype(x, residual)
     return (x.to(compute) + residual.to(compute)).to(dtype)
 
@@ -46,7 +46,7 @@ def normalize(
 ) -> Tensor:
     """Returns y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias over the trailing axes, var biased.
 
-    RMSNorm unless the spec is `centred`: mean is 0, and var is E[x²].
+    If the spec is not `centred`, mean is 0 and var is E[x²]: RMSNorm.
     """
     axes = tuple(range(-len(normalized_shape), 0))
     x_hat = x.to(compute_dtype(x))
@@ -60,8 +60,8 @@ def normalize(
 
 
 def batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
-    """Returns y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), the mean and the variance over every axis
-    but the second; moves no running statistics."""
+    """Returns y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), with statistics over every axis but the
+    second. Doesn't update running statistics."""
     whole, residual, weight, bias, running_mean, running_var, _ = tensors
     x = whole
     if x.dim() > MOST_AXES:
@@ -86,7 +86,7 @@ def batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
 
 
 def check_writable(*tensors: Tensor) -> None:
-    """Raises torch's RuntimeError for a tensor that only torch.inference_mode may write; torch itself writes first."""
+    """Raises torch's RuntimeError for inference tensors outside torch.inference_mode; torch itself writes first."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     for tensor in tensors:
@@ -95,8 +95,8 @@ def check_writable(*tensors: Tensor) -> None:
 
 
 def count(counter: Tensor | None, momentum: float | None) -> float | Tensor:
-    """Counts a batch, if there is a counter, and returns the momentum: where none is given, 1 / the batches so far, to
-    read which waits for the GPU; of a call that is recorded, a tensor."""
+    """Increments the counter, if any. Returns the momentum, or if that is None 1 / number of batches. Reading the
+    counter waits for the GPU; in a recorded call the result is a tensor."""
     if counter is not None:
         check_writable(counter)
         counter.add_(1)
@@ -108,10 +108,10 @@ def count(counter: Tensor | None, momentum: float | None) -> float | Tensor:
 
 
 def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor) -> None:
-    """Moves both in place: running = (1 − momentum) · running + momentum · batch, of the variance the unbiased one.
+    """Updates both in place: running = (1 − momentum) · running + momentum · batch, with the unbiased variance.
 
-    Of a batch whose size is not known while it is recorded, neither moves if it is empty, and no variance if it has one
-    value a channel.
+    If the batch's size is unknown while recording, an empty batch leaves both unchanged, and one value a channel leaves
+    the variance unchanged.
     """
     if x.dim() > MOST_AXES:
         x = x.flatten(2)
@@ -120,10 +120,10 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
     unbiased: Any
     with torch.no_grad():
         x, is_known = x.to(compute_dtype(x)), has_known_sizes(x)
-        if is_known:  # as torch's own batch_norm asks for them: Inductor computes them once then
+        if is_known:  # as torch's batch_norm does, so that Inductor computes them once
             var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
             unbiased = n / max(n - 1, 1)
-        else:  # torch's own warns of too few values
+        else:  # torch's function would warn of too few values
             n = x.new_full((), n)
             mean = x.sum(axes, keepdim=True) / n.clamp(min=1)
             var = (x - mean).square().sum(axes, keepdim=True) / n.clamp(min=1)
@@ -135,12 +135,12 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
             now = (1.0 - share) * wide + share * factor * batch.view(running.shape)
             moved.append(now if is_known else torch.where(n >= least, now, wide))
         check_writable(running_mean, running_var)
-        running_mean.copy_(moved[0])  # all that can fail is done
+        running_mean.copy_(moved[0])  # nothing can fail from here on
         running_var.copy_(moved[1])
 
 
 def differentiable(*tensors: Tensor | None) -> list[Any]:
-    """Returns the tensors, those that require no gradient as others that do."""
+    """Returns the tensors, with a detached copy that requires grad in place of each that does not."""
     return [
         tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_() for tensor in tensors
     ]
@@ -153,14 +153,14 @@ def gradients(
     wanted: Sequence[bool],
     may_be_unused: bool = False,
 ) -> list[Tensor | None]:
-    """Returns the gradients of function(*inputs) for the inputs wanted, None for the others.
+    """Returns the gradients of function(*inputs) for the inputs that are wanted, None for the others.
 
-    They are differentiable where autograd is on, and in forward mode. Each input is taken by a view of its own, so that
-    a tensor that serves as two of them has a gradient as each.
+    They are differentiable if autograd is on, and in forward mode. Each input is passed as a view of its own: a tensor
+    that is passed twice has a gradient for each.
 
     Args:
-        dy: the gradient of what `function` returns, or of each tensor that it does.
-        may_be_unused: whether what `function` returns may depend on none of an input: its gradient is None then.
+        dy: gradient of the output of `function`, or of each of its outputs.
+        may_be_unused: an output may not depend on an input, whose gradient is None then.
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():

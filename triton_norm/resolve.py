@@ -1,4 +1,4 @@
-"""Resolves a public call: what it asks for, whether the kernels serve it, and its plan, kept for the calls like it."""
+"""Resolves a public call to its spec, the backend that serves it, and its plan, which is cached for similar calls."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors,
 
 
 class Call(NamedTuple):
-    """What became of a public call.
+    """Holds the result of resolving a call.
 
     spec: a RowSpec or BatchNormSpec.
     reason: why the kernels can't serve calls like it; None where they can.
@@ -30,23 +30,23 @@ class Call(NamedTuple):
 
 
 def check_rows(function: str, tensors: RowTensors, options: RowOptions) -> Call:
-    """Returns a call of layer_norm or rms_norm, without its plan; raises what is to be raised of its arguments."""
+    """Checks a call of layer_norm or rms_norm. Returns it without a plan."""
     shape = checks.rows(function, tensors, options)
     eps = torch.finfo(reference.compute_dtype(tensors.x)).eps if options.eps is None else options.eps
     n_cols, centred = math.prod(shape), function == "layer_norm"
     out_dtype = options.out_dtype
     if out_dtype is None and tensors.x.dtype in HALVES and dispatch.autocasts(function, tensors.x):
-        out_dtype = torch.float32  # autocast would cast the input; the kernel reads it as it is
+        out_dtype = torch.float32  # autocast would cast the input; the kernel reads it unchanged
     dtypes = out_dtype, options.residual_dtype, options.x_hat_dtype
     spec = RowSpec._make((n_cols, float(eps), float(options.weight_offset), centred, *dtypes))
     return Call._make((spec, dispatch.unserved(tensors, columns=n_cols), None, options.normalized_shape))
 
 
 def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> BatchNormSpec:
-    """Returns what a call of batch_norm asks for; raises what is to be raised of its arguments.
+    """Checks a call of batch_norm. Returns its spec.
 
     Args:
-        whole: whether x is the whole batch; otherwise it may be of one value a channel.
+        whole: x is the whole batch; otherwise it may have one value a channel.
     """
     checks.batch_norm(tensors, options, whole)
     training, momentum, eps, activation, slope = options
@@ -55,26 +55,26 @@ def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole:
 
 
 def check_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> Call:
-    """Returns a call of batch_norm, without its plan; `batch_norm_spec` says what it raises."""
+    """Checks a call of batch_norm. Returns it without a plan."""
     spec = batch_norm_spec(tensors, options, whole)
     *read, _ = tensors
     return Call._make((spec, dispatch.unserved(read), None, None))
 
 
 def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> Call:
-    """Returns a call of layer_norm or rms_norm that is not like an earlier one, and keeps it for those like it.
+    """Resolves a call of layer_norm or rms_norm and caches it.
 
     Args:
-        key: to keep it by; None: it is not kept.
+        key: cache key; None: don't cache.
     """
     return _kept(key, tensors, options, lambda: check_rows(function, tensors, options), plan_of)
 
 
 def batch_norm(key: Any, tensors: BatchNormTensors, options: BatchNormOptions) -> Call:
-    """Returns a call of batch_norm, as `rows` does."""
+    """Resolves a call of batch_norm and caches it, as `rows`."""
     for running in (tensors.running_mean, tensors.running_var):
         if isinstance(running, Tensor) and running.requires_grad:
-            key = None  # an error where gradients are recorded
+            key = None  # raises while gradients are recorded
     return _kept(key, tensors, options, lambda: check_batch_norm(tensors, options), BatchNormPlan)
 
 

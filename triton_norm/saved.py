@@ -1,7 +1,7 @@
-"""What autograd keeps between a forward and its backward, and who can serve that backward.
+"""Handles the state that autograd saves between a forward and its backward, and decides who can run the backward.
 
-Between the two, hooks may have packed the saved tensors and given them back otherwise, and the backward may run under
-another mode than the forward: of vmap, of forward-mode differentiation, of tensors that are no plain memory.
+Hooks may have packed the saved tensors and restored different ones, and the backward may run under another mode than
+the forward: vmap, forward-mode differentiation, or tensors without plain memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,18 +17,19 @@ Form = tuple[torch.dtype, torch.Size, torch.device]
 
 
 class Parameter(NamedTuple):
-    """The type and shape of a weight or bias, whose gradient has them too."""
+    """Holds the dtype and shape of a weight or bias, and so of its gradient."""
 
     dtype: torch.dtype
     shape: torch.Size
 
 
 class Kept(NamedTuple):
-    """What a backward knows of its forward beside the saved tensors; calls of one kind have it in common.
+    """Holds facts of a forward that its backward needs beside the saved tensors; equal for calls of one kind.
 
-    forms: of the saved tensors, None where calls are traced.
-    dx, dresidual: the types of x and the residual.
-    weight, bias: their types and shapes.
+    Args:
+        forms: (dtype, shape, device) of each saved tensor; None while tracing.
+        dx, dresidual: dtypes of x and residual.
+        weight, bias: their dtypes and shapes.
     """
 
     forms: tuple[Form | None, ...] | None
@@ -39,7 +40,7 @@ class Kept(NamedTuple):
 
     @property
     def parameter_shape(self) -> torch.Size | None:
-        """The shape that weight and bias have in common."""
+        """Returns the shape that weight and bias have in common."""
         parameter = self.weight or self.bias
         return None if parameter is None else parameter.shape
 
@@ -53,10 +54,10 @@ def _parameter(tensor: Tensor | None) -> Parameter | None:
 
 
 def kept_of(saved: Iterable[Tensor | None] | None, inputs: Sequence[Tensor | None]) -> Kept:
-    """Returns what a backward has to know of its forward.
+    """Returns the facts of a forward for its backward.
 
     Args:
-        saved: the saved tensors; None where calls are traced.
+        saved: the saved tensors; None while tracing.
         inputs: x, residual, weight and bias.
     """
     x, residual, weight, bias = inputs
@@ -67,14 +68,14 @@ def kept_of(saved: Iterable[Tensor | None] | None, inputs: Sequence[Tensor | Non
 
 
 def check_restored(kept: Kept, kind: Any, tensors: Sequence[Tensor | None]) -> None:
-    """Checks the saved tensors that a backward is given.
+    """Checks the saved tensors that a backward receives.
 
     Args:
         kind: the NamedTuple that they were saved as.
 
     Raises:
-        RuntimeError: a hook has given back a tensor of another type, shape or device. Its values are in doubt, and the
-            kernels that were compiled for the first one would read past its end. Other strides are no error.
+        RuntimeError: a hook restored a tensor of another dtype, shape or device: its values may be wrong, and kernels
+            compiled for the original would read past its end. Other strides are valid.
     """
     if kept.forms is not None:
         for tensor, form in zip(tensors, kept.forms, strict=True):
@@ -95,11 +96,10 @@ def _described(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> s
 
 
 def needs_torch(gradients: Iterable[Tensor | None], saved: Iterable[Tensor | None], intercepted: bool) -> bool:
-    """Returns whether a backward has to be composed of torch's own functions.
+    """Decides whether a backward must be composed of torch's functions.
 
-    That is so where it is itself differentiated, in reverse or forward mode, or vmapped, or where its tensors are not
-    plain memory: torch's functions obey all of these, and a kernel launch none. Nothing else can be asked of what
-    torch.compile traces.
+    So it must if it is itself differentiated, in reverse or forward mode, or vmapped, or if its tensors have no plain
+    memory: torch's functions support all of these, a kernel launch none. torch.compile can't trace most of the queries.
     """
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return True
@@ -114,8 +114,7 @@ def needs_torch(gradients: Iterable[Tensor | None], saved: Iterable[Tensor | Non
 
 
 def bias_like(x: Tensor, kept: Kept) -> Tensor | None:
-    """Returns zeros in place of a bias that was not saved, None where there was none: no gradient depends on its
-    values."""
+    """Returns zeros for a bias that was not saved, or None without a bias: no gradient depends on its values."""
     if kept.bias is None:
         return None
     dtype, shape = kept.bias
@@ -123,14 +122,13 @@ def bias_like(x: Tensor, kept: Kept) -> Tensor | None:
 
 
 def shaped(gradient: Tensor | None, parameter: Parameter | None) -> Tensor | None:
-    """Returns the gradient [n] of a parameter in the parameter's own shape."""
     if gradient is None or parameter is None or len(parameter.shape) == 1:
         return gradient
     return gradient.view(parameter.shape)
 
 
 class Needs(NamedTuple):
-    """Which inputs a backward is asked for the gradients of."""
+    """Tells which inputs of a call need gradients."""
 
     x: bool
     residual: bool
@@ -139,16 +137,14 @@ class Needs(NamedTuple):
 
 
 def needs_of(ctx: Any) -> Needs:
-    """Returns which of a call's first four inputs need gradients."""
     x, residual, weight, bias, *_ = ctx.needs_input_grad
     return Needs(x, residual, weight, bias)
 
 
 def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
-    """Returns whether autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def is_unsavable(x: Tensor) -> bool:
-    """Returns whether x was made under torch.inference_mode: autograd saves a copy alone."""
-    return not torch.compiler.is_compiling() and x.is_inference()  # which torch.compile can't trace
+    """Decides whether x was made under torch.inference_mode: autograd can save a copy only."""
+    return not torch.compiler.is_compiling() and x.is_inference()  # torch.compile can't trace the query

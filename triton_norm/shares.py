@@ -1,7 +1,7 @@
-"""BatchNorm of a batch that processes share, piece by piece between their exchanges, in plain torch.
+"""Computes BatchNorm of a batch distributed over processes, in steps between the exchanges, in plain torch.
 
-Statistics travel packed in one vector [3C + 1]: mean, what rounding it has left, M2 (once merged: rstd), and the number
-of a channel's elements. All is computed in fp32, in fp64 for fp64 input, and rounded once at the end.
+Statistics are packed into a vector [3C + 1]: mean, mean_lo, M2 (rstd once merged) of each channel, and the elements of
+a channel. Computes in fp32, in fp64 for fp64 input, and rounds once at the end.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ def _axes(x: Tensor) -> tuple[int, ...]:
 
 
 def _by_channel(x: Tensor) -> tuple[int, ...]:
-    """The shape of one value a channel that broadcasts against x."""
+    """Returns the shape in which one value a channel broadcasts against x."""
     return (1, -1, *(1 for _ in x.shape[2:]))
 
 
 def moments(x: Tensor) -> Tensor:
-    """This process's share of a batch, packed; zeros where it is empty."""
+    """Returns the packed moments of this process's part of the batch; zeros if it is empty."""
     n_channels, compute = x.shape[1], reference.compute_dtype(x)
     if x.numel() == 0:
         return x.new_zeros(3 * n_channels + 1, dtype=compute)
@@ -40,11 +40,11 @@ def moments(x: Tensor) -> Tensor:
 def merge(
     gathered: Tensor, running: Sequence[Tensor], counter: Sequence[Tensor], momentum: float | None, eps: float
 ) -> Tensor:
-    """Returns the batch's statistics, packed, from gathered [n_ranks, 3C + 1].
+    """Returns the batch's packed statistics, from gathered [n_ranks, 3C + 1].
 
-    Moves the running mean and variance, and counts, where `running` and `counter` are not empty. Means are summed as
-    differences from the first, so that equal ones merge to themselves exactly. A batch of one value a channel has no
-    unbiased variance: the running one stays; of an empty batch both do.
+    Updates the running mean and variance, and counts, unless `running` and `counter` are empty. Means are summed as
+    differences from the first, so that equal means merge to themselves exactly. One value a channel leaves the running
+    variance unchanged, an empty batch both statistics.
     """
     counts = gathered[:, -1:]
     there = counts > 0
@@ -68,18 +68,18 @@ def merge(
             moved.append(torch.where(total >= least, now, wide))
     merged = torch.cat((mean.flatten(), rest.flatten(), torch.rsqrt(m2 / divisor + eps), total.view(1)))
     for kept, now in zip((*running, *counter), (*moved, *counted), strict=True):
-        kept.copy_(now)  # all that can fail is done
+        kept.copy_(now)  # nothing can fail from here on
     return merged
 
 
 def _statistics(x: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """(x − mean, rstd)"""
+    """Returns (x − mean, rstd)."""
     mean, rest, rstd = merged[:-1].view(3, *_by_channel(x)).unbind()
     return (x.to(merged.dtype) - mean) - rest, rstd
 
 
 def _activated(x_hat: Tensor, inputs: Inputs) -> Tensor:
-    """Returns z, what the activation is taken of."""
+    """Returns z, the argument of the activation."""
     _, residual, weight, bias = inputs
     z, shape = x_hat, _by_channel(x_hat)
     if weight is not None:
@@ -92,7 +92,6 @@ def _activated(x_hat: Tensor, inputs: Inputs) -> Tensor:
 
 
 def apply(inputs: Inputs, merged: Tensor, epilogue: Epilogue) -> Tensor:
-    """Returns y."""
     centred, rstd = _statistics(inputs.x, merged)
     return activate(_activated(centred * rstd, inputs), *epilogue).to(inputs.x.dtype)
 
@@ -105,8 +104,8 @@ def _gradient_of_z(dy: Tensor, x_hat: Tensor, inputs: Inputs, epilogue: Epilogue
 def sums(
     dy: Tensor, inputs: Inputs, merged: Tensor, wanted: Wanted, epilogue: Epilogue
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Returns dweight and dbias [C] of this process's share, None where they have no type, and Σ dz and
-    Σ dz · x_hat · rstd, [2C], of which `gradient` needs the sum over all processes."""
+    """Returns dweight and dbias [C] of this process's part, None if their dtype is, and (Σ dz, Σ dz · x_hat · rstd),
+    [2C]. `gradient` needs the latter summed over all processes."""
     x = inputs.x
     centred, rstd = _statistics(x, merged)
     dz = _gradient_of_z(dy, centred * rstd, inputs, epilogue)
@@ -127,20 +126,24 @@ def gradient(
     dresidual_dtype: torch.dtype | None,
     epilogue: Epilogue,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns dx, and dresidual where its type is given, from the sums of all processes."""
+    """Returns dx, and dresidual if its dtype is given.
+
+    Args:
+        sums: [2C], summed over all processes.
+    """
     x, _, weight, _ = inputs
     centred, rstd = _statistics(x, merged)
     dz = _gradient_of_z(dy, centred * rstd, inputs, epilogue)
     mean_dz, mean_slope = (sums / merged[-1]).view(2, *_by_channel(x)).unbind()
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype).reshape(_by_channel(x))
-    dx = (-centred * mean_slope + (dz - mean_dz)) * scale  # in x's layout: it is the first operand
+    dx = (-centred * mean_slope + (dz - mean_dz)) * scale  # centred comes first: the result has its layout
     return dx.to(x.dtype), None if dresidual_dtype is None else dz.to(dresidual_dtype)
 
 
 def batch_norm(inputs: Inputs, merged: Tensor, over_all: Callable[[Tensor], Tensor], formula: Formula) -> Tensor:
-    """Returns y, differentiable to any order: `over_all`, a sum over all processes, is.
+    """Returns y, differentiable to any order, provided `over_all`, a sum over all processes, is.
 
-    Statistics are computed again, from x less the constant that `merged` says its mean is.
+    Statistics are recomputed, after the mean in `merged` is subtracted from x as a constant.
     """
     x = inputs.x
     axes, shape = _axes(x), _by_channel(x)

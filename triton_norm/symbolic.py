@@ -1,4 +1,4 @@
-"""How torch.fx and torch.jit find a layer of this library: as torch's own in its place."""
+"""Makes torch.fx and torch.jit see a layer of this library as the torch layer that it stands for."""
 
 import contextlib
 import functools
@@ -11,30 +11,30 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 REVERTED = "_triton_norm_reverted"
-"""An attribute of a module whose class `revert` has exchanged while its forward was wrapped. The wrapper may still call
-the forward of the class before, which then calls that of the class now."""
+"""This attribute marks a module that was reverted while its forward was wrapped. The wrapper may still call the
+converted class's forward, which then calls the restored class's."""
 
 WAS = "_triton_norm_was"
-"""The attribute of a converted module that holds the class it had."""
+"""This attribute of a converted module holds its former class."""
 
 
 class Scriptable:
-    """A layer in whose place torch.jit.script takes one of the class `original`, torch's or Hugging Face's."""
+    """Lets torch.jit.script replace the layer by one of the class `original`, torch's or Hugging Face's."""
 
     original: type[nn.Module]
 
     def __prepare_scriptable__(self: Any) -> nn.Module:
         """Returns the layer to script, which shares parameters, buffers and hooks with this one.
 
-        torch.jit.script puts it in place of this one in the model that it is given, too: `convert` converts it again.
-        A subclass, whose forward may do more, is scripted itself.
+        torch.jit.script also replaces this layer in the model passed to it: `convert` converts it again. A subclass,
+        whose forward may do more, is scripted itself.
         """
         module: nn.Module = self
         return standing_for(module) or module
 
 
 def standing_for(module: nn.Module) -> nn.Module | None:
-    """Returns a module of the class that this one's class stands for, with the same attributes; None of a subclass."""
+    """Returns a module of the class `original` with the same attributes, or None for a subclass."""
     cls = vars(type(module)).get("original")
     if cls is None:
         return None
@@ -52,10 +52,10 @@ def _forward_is_its_class(module: nn.Module) -> bool:
 
 
 def instead(module: nn.Module, forward: Any, input: Any) -> Callable[..., Any] | None:
-    """Returns what to call instead of `forward`, a forward of this library's that is called; None to go on with it.
+    """Returns the function to call instead of this library's `forward`, or None to continue with it.
 
-    A module that was reverted is given the forward of its class. A layer that torch.fx traces is given a node of the
-    graph that calls the layer, where the tracer would make torch's own layer a leaf.
+    A reverted module calls its class's forward. A layer traced by torch.fx becomes a node that calls the layer, if the
+    tracer would treat torch's own layer as a leaf.
     """
     if type(module).forward is not forward:
         return functools.partial(type(module).forward, module) if REVERTED in module.__dict__ else None
@@ -78,8 +78,7 @@ def _leaf(module: Any, tracer: fx.Tracer) -> Callable[..., Any] | None:
 
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
-    """Keeps torch.jit.trace from recording in this context: sizes are ints there, which compare without a warning, and
-    no tensors."""
+    """Pauses torch.jit.trace's recording in this context: sizes are then ints, which compare without a warning."""
     state: Any = torch._C._get_tracing_state()
     if state is None:
         yield

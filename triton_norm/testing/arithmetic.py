@@ -1,4 +1,4 @@
-"""A GPU's arithmetic for the interpreter. `triton_norm.testing.correct_rounding` puts it in force."""
+"""Implements a GPU's arithmetic for the interpreter; `triton_norm.testing.correct_rounding` applies it."""
 
 import warnings
 from collections.abc import Callable
@@ -18,12 +18,12 @@ TensorHandle = interpreter.TensorHandle
 
 
 def _widened(data: Array) -> Array:
-    """Returns bf16, which the interpreter holds as uint16, as the fp32 of the same value."""
+    """Returns bf16, which the interpreter stores as uint16, as fp32."""
     return (data.astype(np.uint32) << 16).view(np.float32)
 
 
 def _fp32_rounded_to_odd(data: Array) -> Array:
-    """Cuts fp64 to fp32 with a sticky last bit, so that rounding it to fewer bits rounds the original value."""
+    """Truncates fp64 to fp32 with a sticky last bit, so that rounding to fewer bits then rounds the original value."""
     nearest = data.astype(np.float32)
     back = nearest.astype(np.float64)
     bits: Array = nearest.view(np.uint32) - (np.abs(back) > np.abs(data))
@@ -49,7 +49,7 @@ def _toward_zero_to_bf16(data: Array) -> Array:
 
 
 def _is_bf16(handle: Any) -> bool:
-    # A comparison's result keeps the operands' dtype in its handle, though its data are bool.
+    # The handle of a comparison's result has the operands' dtype, though its data are bool.
     return bool(handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16)
 
 
@@ -86,7 +86,7 @@ def _binary(original: Function) -> Function:
 
 
 def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-    """Rounds once, but for fp64: the product of two narrower numbers is exact in fp64."""
+    """Rounds once, except in fp64: the product of two narrower numbers is exact in fp64."""
     result = _number(x).astype(np.float64) * _number(y) + _number(z)
     return TensorHandle(to_bf16(result) if _is_bf16(z) else result.astype(z.data.dtype), z.dtype.scalar)
 
@@ -118,7 +118,7 @@ def _sum(original: Function) -> Function:
 
 
 def _scalar_argument(original: Function) -> Function:
-    """Makes an fp32 scalar of a float, which Triton leaves a Python float: sums of two would be rounded as fp64."""
+    """Converts a float argument to an fp32 scalar. Triton leaves it a Python float, and would add two in fp64."""
 
     def implicit_cvt(argument: Any) -> Any:
         if isinstance(argument, bool):
@@ -131,7 +131,7 @@ def _scalar_argument(original: Function) -> Function:
 
 
 def _without_warnings(original: Function) -> Function:
-    """Silences NumPy's warnings: a GPU says nothing when a number overflows or a NaN appears."""
+    """Silences NumPy's warnings: a GPU does not report overflow or NaN."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         with np.errstate(all="ignore"), warnings.catch_warnings():
@@ -154,7 +154,7 @@ def _bf16_constant(self: Any, value: float) -> Any:
 
 
 def replacements() -> list[tuple[Any, dict[str, Function]]]:
-    """Returns owners, and the attributes to replace in each."""
+    """Returns pairs of an owner and the attributes to replace in it."""
     executor, reduce = interpreter.GridExecutor, interpreter.ReduceOps
     builder: dict[str, Function] = {
         "cast_impl": _cast,

@@ -1,4 +1,4 @@
-"""Kernels interpreted with every access to memory checked."""
+"""Interprets kernels with every access to memory checked."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from triton_norm.testing.races import Clocks, MemoryLog, Race
 
 
 class RaceError(AssertionError):
-    """Tells that two programs of a launch touch the same memory, one of them writes it, and no atomics order them."""
+    """Reports that two programs of a launch touch the same memory, one of them writes it, and no atomics order them."""
 
 
 class Extent:
@@ -42,7 +42,7 @@ class Extent:
         if stride > span or (stride == span and self._axes):
             self._axes.append((stride, size))
         else:
-            # Adjacent or overlapping. Gaps that overlap are rare enough to take for filled.
+            # Adjacent or overlapping. Overlapping gaps are rare, and treated as filled.
             self.run, self._axes = span + stride * (size - 1), []
 
     def contains(self, addresses: Array, itemsize: int) -> Array:
@@ -56,13 +56,13 @@ class Extent:
         return bool(self.contains(np.array([address], dtype=np.uint64), 1).all())
 
     def contains_all(self, addresses: Array, itemsize: int, low: int, high: int) -> bool:
-        """Returns whether all addresses, of which `low` is the least and `high` the greatest, are elements'."""
+        """Returns whether all addresses are elements' addresses; `low` and `high` are the least and the greatest."""
         if low < self.start or high + itemsize > self.end:
             return False
         return not self._axes or bool(self.contains(addresses, itemsize).all())
 
     def distance(self, address: int, itemsize: int) -> int:
-        """Returns bytes past the end (> 0), before the start (< 0), or 0 for a gap between the elements."""
+        """Returns the bytes past the end (> 0), before the start (< 0), or 0 in a gap between the elements."""
         return max(address + itemsize - self.end, 0) or min(address - self.start, 0)
 
 
@@ -75,7 +75,7 @@ class Argument:
         self.text = f"{name} ({dtype} {list(tensor.shape)}, strides {list(tensor.stride())})"
         self.extent = Extent(tensor)
         self.bytes: dict[AccessKind, int] = {"load": 0, "store": 0, "atomic": 0}
-        # Kept alive, the tensor would pass for shared; forgotten, its address could pass for another tensor's.
+        # A weak reference: a strong one would make the tensor look shared; without any, its address could be reused.
         self._storage = StorageWeakRef(tensor.untyped_storage())
 
     def shares_memory_with(self, tensor: torch.Tensor) -> bool:
@@ -90,13 +90,13 @@ Part: TypeAlias = tuple[Argument, Array]
 
 @dataclass
 class Launch:
-    """Names a launch's kernel and arguments. Memory that two arguments share is counted for the first of them."""
+    """Records a launch's kernel and arguments. Memory that two arguments share counts for the first of them."""
 
     kernel: str
     arguments: dict[str, Argument]
 
     def bytes(self, kind: AccessKind, tensor: torch.Tensor | str | None = None) -> int:
-        """Returns the bytes of a kind of access to an argument (by name, or by a tensor in its memory) or to all."""
+        """Returns the bytes of a kind of access to one argument (name, or tensor in its memory), or to all."""
         if isinstance(tensor, str):
             return self.arguments[tensor].bytes[kind]
         arguments = self.arguments.values()
@@ -114,7 +114,7 @@ def _one_log_per_stretch_of_memory(arguments: list[Argument], clocks: Clocks) ->
 
 
 class Guard(interpreter.Observer):
-    """Checks each access as it happens and looks for races when a launch ends; keeps count of the bytes."""
+    """Checks each access as it happens, looks for races when a launch ends, and counts the bytes."""
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
@@ -197,7 +197,7 @@ class Guard(interpreter.Observer):
 
 @process_wide
 def _poisoned_allocations() -> Iterator[None]:
-    """Fills the results of torch.empty and its kin with NaN, or an integer type's largest value."""
+    """Fills the results of torch.empty and similar functions with NaN, or an integer type's largest value."""
     settings: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -211,19 +211,17 @@ def _poisoned_allocations() -> Iterator[None]:
 
 @contextmanager
 def guarded() -> Iterator[Guard]:
-    """Interprets kernels within `correct_rounding`, and makes errors of what a GPU would forgive or corrupt in silence.
+    """Interprets kernels within `correct_rounding`, and raises errors for faults that a GPU would not report.
 
-    Memory that was allocated and not written holds NaN, or an integer type's largest value, and so do the lanes that a
-    load without `other=` masks off: a kernel that uses either has wrong results. For the former torch's deterministic
-    mode is on (`torch.use_deterministic_algorithms`). Kernels' launches, and the bytes that each moved, are recorded
-    in the Guard that the context gives. It holds in all threads, as `correct_rounding` does, which says when it raises
-    RuntimeError.
+    Allocated memory that was not written holds NaN, or an integer type's largest value, and so do the lanes that a load
+    without `other=` masks off: a kernel that uses either has wrong results. To this end torch's deterministic mode is
+    on (`torch.use_deterministic_algorithms`). The Guard that the context yields records the launches, and the bytes
+    that each moved. Threads, and RuntimeError on entering, are as with `correct_rounding`.
 
     Raises, from a launch:
         IndexError: a load, store or atomic outside the elements of the launch's tensors, before it takes place.
         RaceError: two programs touch the same memory, one of them writes it, and no atomics order them.
-        AssertionError: the result of an operation on integers of at most 32 bits leaves their type, or a
-            tl.device_assert fails.
+        AssertionError: an operation on integers of at most 32 bits overflows, or a tl.device_assert fails.
     """
     guard = Guard()
     with (

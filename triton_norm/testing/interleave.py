@@ -1,7 +1,6 @@
-"""Programs that wait for each other, under Triton's interpreter.
+"""Runs programs that wait for each other in Triton's interpreter, by letting them take turns.
 
-Triton's own interpreter runs one program after the other, and the first that waits for a later one waits forever. Here
-they take turns.
+Triton's own interpreter runs one program after the other: the first that waits for a later one would wait forever.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ from triton.runtime.errors import InterpreterError
 from triton_norm.testing.interpreter import BUILDER, Array
 from triton_norm.testing.process_wide import process_wide
 
-# Rounds over the live programs without a change, until a delayed one gets its turn; twice as many are a deadlock.
+# After this many rounds over the live programs without a change, a delayed one gets its turn; after twice as many, it
+# is a deadlock.
 PATIENCE = 16
 
 
 class DeadlockError(AssertionError):
-    """Tells that all resident programs wait: for each other, or for one that starts when one of them has ended."""
+    """Reports that all resident programs wait: for each other, or for one that can only start when one of them ends."""
 
 
 class _Unwound(BaseException):
@@ -37,7 +37,7 @@ class _Unwound(BaseException):
 
 
 class _Program(threading.Thread):
-    """Runs within `step` alone, while the thread that launched it waits."""
+    """Runs a program within `step` alone, while the launching thread waits."""
 
     def __init__(self, number: int, grid_idx: tuple[int, int, int], body: Callable[[], object]) -> None:
         super().__init__(name=f"program {grid_idx}", daemon=True)
@@ -46,12 +46,11 @@ class _Program(threading.Thread):
         self.body = body
         self.ended = False
         self.error: BaseException | None = None
-        self._numpy_errors: Any = np.geterr()  # a setting of each thread
+        self._numpy_errors: Any = np.geterr()  # a thread-local setting
         self._turns: SimpleQueue[bool] = SimpleQueue()
         self._pauses: SimpleQueue[None] = SimpleQueue()
 
     def step(self) -> None:
-        """Runs the program until it pauses or ends."""
         if self.ident is None:
             self.start()
         else:
@@ -61,7 +60,7 @@ class _Program(threading.Thread):
             self.join()
 
     def pause(self) -> None:
-        """Gives up the turn; called by the program, in its thread."""
+        """Gives up the turn. The program calls it, in its own thread."""
         self._pauses.put(None)
         if not self._turns.get():
             raise _Unwound
@@ -84,10 +83,10 @@ class _Program(threading.Thread):
 
 
 class _Launch:
-    """Hands the baton round.
+    """Passes the turn from program to program.
 
-    A program runs in the launching thread, or, if that holds a paused program, in a thread of its own: a launch
-    without atomics starts none.
+    A program runs in the launching thread, or, if that has a paused program, in a thread of its own: a launch without
+    atomics starts no thread.
     """
 
     def __init__(self, kernel: str, programs: Sequence[_Program], resident: int, delayed: int | None) -> None:
@@ -115,7 +114,7 @@ class _Launch:
             raise self._failure
 
     def pause(self, progress: bool) -> None:
-        """Hands the turn on; called by the running program after each atomic, with whether that changed memory."""
+        """Passes the turn on, after each atomic of the running program; `progress`: the atomic changed memory."""
         program = self._running
         assert program is not None
         self._idle = 0 if progress else self._idle + 1
@@ -147,7 +146,7 @@ class _Launch:
         return self._live[-1]
 
     def _step(self, program: _Program) -> bool:
-        """Gives the program a turn; returns whether it has ended."""
+        """Gives the program a turn. Returns whether it has ended."""
         if self._here is None and program.ident is None:
             self._here = program
             program.body()
@@ -159,7 +158,7 @@ class _Launch:
         return program.ended
 
     def _fail(self, error: BaseException) -> NoReturn:
-        """Leaves the frames of the program that this thread holds, which would wrap an Exception."""
+        """Leaves the frames of the program in this thread; they would wrap an Exception."""
         self._failure = error
         raise _Unwound
 
@@ -170,7 +169,7 @@ class _Launch:
 
 
 class _AllPrograms:
-    """Stands in for a kernel's function, which the interpreter calls once a program: the first call runs them all."""
+    """Replaces a kernel's function, which the interpreter calls once a program: the first call runs them all."""
 
     def __init__(self, function: Any, run: Callable[[str, Callable[[], object]], None]) -> None:
         self.__name__ = function.__name__
@@ -185,7 +184,6 @@ class _AllPrograms:
 
 
 def _changed(pointers: Any, mask: Array | bool, found: Any) -> bool:
-    """Returns whether memory differs from what an atomic found in it."""
     taken = np.broadcast_to(np.asarray(mask, dtype=bool), pointers.data.shape)
     addresses, before = pointers.data[taken], found.data[taken]
     now = interpreter._interpreter.load(addresses, np.ones_like(addresses, dtype=bool), before, before.dtype)
@@ -217,17 +215,16 @@ def interleaved(
 ) -> Iterator[None]:
     """Lets the programs of each launch take turns, from one atomic to the next, so that they can wait for each other.
 
-    Of nested contexts the innermost holds.
+    The innermost of nested contexts applies.
 
     Args:
-        resident: the most programs that have started and not ended, as a GPU holds only so many; None: all of them.
+        resident: most programs that run at once, as on a GPU; None: all of them.
         order: returns, for a number of programs, the order in which they start. They are numbered from 0 as the
             interpreter goes through the grid, along its last axis first.
-        delayed: the number of a program that gets its turn only when all others wait.
+        delayed: number of a program that gets its turn only when all others wait.
 
     Raises:
-        DeadlockError: from a launch in which no program gets any further. A program waits if its atomics leave memory
-            as it was.
+        DeadlockError: from a launch in which all programs wait: their atomics don't change memory.
     """
     if resident is not None and resident < 1:
         raise ValueError(f"resident must be at least 1, got {resident}")

@@ -1,7 +1,6 @@
-"""Triton's interpreter, made to compute as a GPU does and to tell what memory a kernel touches.
+"""Makes Triton's interpreter compute as a GPU does, and reports the memory that a kernel touches.
 
-This package is all that depends on the private parts of triton.runtime.interpreter, which are the same in Triton 3.6
-to 3.9.
+Only this package depends on the private parts of triton.runtime.interpreter, the same in Triton 3.6 to 3.9.
 """
 
 import dataclasses
@@ -50,16 +49,16 @@ class Observer:
         """Reports an access before it takes place.
 
         Args:
-            addresses: uint64 [lanes], the address of the first byte of each lane that is not masked off.
-            itemsize: bytes a lane.
-            program: the program's place in the grid.
+            addresses: uint64 [lanes], first byte of each lane that is not masked off.
+            itemsize: bytes of a lane.
+            program: position of the program in the grid.
         """
 
     def synchronizes(self, addresses: Array, acquires: bool, releases: bool, program: Program) -> None:
         """Reports the memory semantics of an atomic, right after its `access`."""
 
     def launch_ends(self) -> None:
-        """Reports the end of a launch, unless that raised."""
+        """Reports the end of a launch that did not raise."""
 
 
 @contextmanager
@@ -81,7 +80,7 @@ def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 def correct_rounding() -> Iterator[None]:
     """Makes interpreted kernels round to bf16 as a GPU does.
 
-    Let r(a) be the bf16 nearest to the number a, of two that are as near the one whose last bit is 0; a NaN stays NaN.
+    Let r(a) be the bf16 nearest to the number a, ties to even; a NaN stays NaN.
 
         operation                   here              Triton's own interpreter
         fp32, fp16 → bf16           r(a)              truncated to 16 bits: off by up to an ulp, not half of one
@@ -91,11 +90,11 @@ def correct_rounding() -> Iterator[None]:
         tl.fma(a, b, c)             one rounding      two, in fp32 and fp16 as well
         a constant in bf16          r(a)              AttributeError
 
-    As on a GPU, too, a Python float or bool that a kernel is called with is an fp32 or int1 scalar with a scalar's
-    methods; minimum, maximum and clamp drop NaN unless told to propagate it; nothing warns of overflow or NaN.
+    As on a GPU, too, a Python float or bool argument is an fp32 or int1 scalar with a scalar's methods; minimum,
+    maximum and clamp drop NaN unless told to propagate it; overflow and NaN cause no warning.
 
-    Holds in all threads until it is left, and may be nested. Entering and leaving wait for the kernels of this library
-    that other threads interpret; kernels of your own must not run meanwhile.
+    The context applies to all threads, and may be nested. Entering and leaving wait until no other thread interprets a
+    kernel of this library; kernels of your own must not run meanwhile.
 
     Raises:
         RuntimeError: on entering, if the interpreter is off: TRITON_INTERPRET=1 must be set before triton_norm, or
@@ -109,9 +108,9 @@ def correct_rounding() -> Iterator[None]:
 
 @process_wide
 def int32_overflow_is_an_error() -> Iterator[None]:
-    """Raises AssertionError where an integer sum, difference or product leaves its type, or a tl.device_assert fails.
+    """Raises AssertionError if an integer sum, difference or product overflows, or a tl.device_assert fails.
 
-    Triton's own check is made of a dozen of its operations, this one of NumPy's.
+    Triton's own check consists of a dozen of its operations, this one of NumPy's.
     """
     builder = interpreter.interpreter_builder
     with (
@@ -139,9 +138,9 @@ class _NothingToRestore:
 
 
 def _types_made_once() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yields owners and the attributes to replace in each, so that a type knows its lengths as a tuple of Python's.
+    """Yields owners and the attributes to replace in each, so that types store their shape as a tuple of Python ints.
 
-    Triton's own types and tensors describe their shape in many Python objects, made and compared at each operation.
+    Triton's own types and tensors describe their shape by many Python objects, made and compared in each operation.
     """
     make_type, make_tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
     broadcast = TritonSemantic.broadcast_impl_value
@@ -157,7 +156,7 @@ def _types_made_once() -> Iterator[tuple[Any, dict[str, Any]]]:
         if made is None:
             make_type(self, element_ty, shape)
             self._lengths = lengths
-            made = types[id(element_ty), lengths] = dict(vars(self))  # which keeps element_ty, and so its id
+            made = types[id(element_ty), lengths] = dict(vars(self))  # keeps element_ty alive, and so its id valid
         vars(self).update(made)
 
     def tensor_init(self: Any, handle: Any, type: Any) -> None:
@@ -185,8 +184,8 @@ def _types_made_once() -> Iterator[tuple[Any, dict[str, Any]]]:
 def fast_launches() -> Iterator[None]:
     """Makes interpreted kernels faster, with the same results.
 
-    Triton's own interpreter patches all of triton.language anew at each call of a @triton.jit function; here it is
-    patched once. Integer overflow is looked for only within `int32_overflow_is_an_error`.
+    Triton's own interpreter patches all of triton.language at each call of a @triton.jit function; here it is patched
+    once. Integer overflow is checked only within `int32_overflow_is_an_error`.
     """
     original, original_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
     scalar_np_dtype = functools.cache(interpreter._get_np_dtype)
@@ -206,7 +205,7 @@ def fast_launches() -> Iterator[None]:
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
         original_tensor(tensor, scope)
-        # Triton 3.6 makes an int of an array of one element, which NumPy deprecates.
+        # Triton 3.6 converts an array of one element to int, which NumPy deprecates.
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def get_np_dtype(dtype: Any) -> Any:
@@ -248,7 +247,7 @@ def _poison(dtype: Any) -> Any:
 
 
 _gives_other = [False]
-"""Whether the load that is being made was given `other=`: Triton drops one that is a single 0, being false."""
+"""The last entry tells if the current load has `other=`. Triton drops an `other` that is a single 0, which is false."""
 
 
 def _load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
@@ -304,7 +303,7 @@ def _tensors(name: str, argument: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Unwraps an error, which Triton wraps in an InterpreterError for every @triton.jit function that it leaves."""
+    """Unwraps an error: Triton wraps it in an InterpreterError for every @triton.jit function that it leaves."""
     while isinstance(error, InterpreterError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -314,8 +313,8 @@ def _root_cause(error: BaseException) -> BaseException:
 def observe(observer: Observer, *, poison_masked_loads: bool = False) -> Iterator[None]:
     """Reports every launch and every access to memory to `observer`.
 
-    An error inside a kernel comes out as itself, not as an InterpreterError. With `poison_masked_loads`, the lanes that
-    a load without `other=` masks off read NaN (integers: their largest value), where Triton's own interpreter reads 0.
+    An error inside a kernel is raised as itself, not as an InterpreterError. With `poison_masked_loads`, the lanes that
+    a load without `other=` masks off read NaN (integers: their largest value); Triton's own interpreter reads 0.
     """
     executor = interpreter.GridExecutor
     original = executor.__call__

@@ -1,4 +1,4 @@
-"""Changes to Triton's interpreter, which are the whole process's, in force from entering a context to leaving it."""
+"""Manages changes to Triton's interpreter, which apply to the whole process while a context is open."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ Parameters = ParamSpec("Parameters")
 
 
 class _Change:
-    """Puts a change in force and takes it back, any number of times."""
+    """Applies a change and undoes it, any number of times."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
         self._make = make
@@ -28,12 +28,12 @@ class _Change:
 
 
 _in_force: list[_Change] = []
-"""The changes in the order in which they were made, each on top of those before it."""
+"""These changes are in force, in the order in which they were applied, each on top of those before it."""
 
 
 def _require_interpreter() -> None:
-    # Triton's own functions are interpreted if the variable was set when Triton was imported, and this library serves
-    # CPU tensors if it was set when the library was.
+    # Triton's own functions are interpreted if the variable was set when Triton was imported. This library serves CPU
+    # tensors if it was set when the library was imported.
     if not (dispatch.INTERPRETED and isinstance(tl.sum, InterpretedFunction)):
         raise RuntimeError(
             "Triton's interpreter is off: TRITON_INTERPRET=1 must be in the environment before anything imports "
@@ -44,10 +44,10 @@ def _require_interpreter() -> None:
 def process_wide(
     change: Callable[Parameters, Iterator[None]],
 ) -> Callable[Parameters, AbstractContextManager[None]]:
-    """Makes a context manager of a generator function that changes Triton's interpreter and then changes it back.
+    """Makes a context manager of a generator function that changes Triton's interpreter, yields, and undoes the change.
 
-    Contexts may be left in another order than they were entered in, as threads do: the changes on top of the one that
-    is left are taken back and made anew. Entering and leaving wait until no thread interprets a kernel of this library.
+    Threads may leave their contexts in any order: the changes on top of the one that ends are undone and applied again.
+    Entering and leaving wait until no thread interprets a kernel of this library.
 
     Raises:
         RuntimeError: on entering, if the interpreter is off.

@@ -1,4 +1,4 @@
-"""Finding two programs of one launch that touch the same memory with nothing that orders them."""
+"""Finds programs of one launch that touch the same memory with nothing that orders them."""
 
 from dataclasses import dataclass, field
 
@@ -12,10 +12,10 @@ SPARSE = 1 << 20
 
 
 class Clocks:
-    """Keeps the order that atomics put programs in: how much of each other program a program has seen (vector clocks).
+    """Tracks the order that atomics impose on programs by vector clocks: how much a program has seen of each other.
 
-    A program's run is cut into segments at its atomics. Releasing publishes, at the atomic's address, the end of the
-    program's current epoch and all it has itself seen; acquiring takes over what was published there.
+    A program's run is cut into segments at its atomics. A release publishes, at the atomic's address, the end of the
+    program's current epoch and all it has seen itself; an acquire takes over the clock published there.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class MemoryLog:
         return places if units == 1 else np.ravel(places[:, None] + np.arange(units))
 
     def _unordered(self, accesses: tuple[Array, Array, Array], unit: int) -> Race | None:
-        """Compares, at each place, every access with the 1st, 2nd, ... after it in the order of segments."""
+        """Compares, at each address, every access with the 1st, 2nd, ... after it in the order of segments."""
         place, segment, kind = accesses
         program = self._program_of[segment]
         a = np.arange(place.size)
@@ -128,7 +128,7 @@ class MemoryLog:
         return None
 
     def _not_ordered(self, a: Array, b: Array) -> Array:
-        """Returns, for each pair of segments, whether nothing orders them."""
+        """Returns the mask of pairs of segments that nothing orders."""
         n_segments = len(self.clocks.program_of)
         pairs, which = np.unique(a.astype(np.int64) * n_segments + b, return_inverse=True)
         ordered = [self.clocks.ordered(*divmod(pair, n_segments)) for pair in pairs.tolist()]
@@ -139,14 +139,14 @@ class MemoryLog:
 
 
 def _distinct(place: Array, segment: Array, kind: Array) -> tuple[Array, Array, Array]:
-    """Returns each access once, sorted by place, then by segment."""
+    """Returns each access once, sorted by address, then by segment."""
     first, n_actors = place.min(), (int(segment.max()) + 1) * len(KINDS)
     place, actor = np.divmod(np.unique((place - first) * n_actors + segment * len(KINDS) + kind), n_actors)
     return place + first, *np.divmod(actor, len(KINDS))
 
 
 def _written_and_shared(place: Array, program: Array, writes: Array) -> Array:
-    """Returns which accesses are to places that one program writes and another one touches."""
+    """Returns the mask of accesses to addresses that one program writes and another one touches."""
     first = place.min()
     extent = int(place.max() - first) + 1
     if extent > SPARSE + 4 * place.size:
