@@ -57,7 +57,6 @@ def named(activation: str) -> Activation:
 
 
 def check(activation: str | None) -> None:
-    """Raises ValueError for an unknown name; None is no activation."""
     if activation is not None:
         named(activation)
 

@@ -1,12 +1,12 @@
 """Decides how a call is recorded or intercepted by torch's tools.
 
- who has the call | LayerNorm, RMSNorm | BatchNorm |
----|---|---|
- torch.export | torch's functions | torch's functions |
- torch.compile | an operator that Inductor takes apart | torch's functions; operators where torch has no form |
- both, with backend "triton" | operators | operators |
- torch.jit.trace, torch.fx, torch.func, modes of functions | torch's functions | torch's functions |
- modes of operators, such as make_fx and checkpoint policies | operators | operators |
+| who has the call | LayerNorm, RMSNorm | BatchNorm |
+|---|---|---|
+| torch.export | torch's functions | torch's functions |
+| torch.compile | an operator that Inductor takes apart | torch's functions; operators where torch has no form |
+| both, with backend "triton" | operators | operators |
+| torch.jit.trace, torch.fx, torch.func, modes of functions | torch's functions | torch's functions |
+| modes of operators, such as make_fx and checkpoint policies | operators | operators |
 
 A recorded call is run later, elsewhere, and by other tools. torch's functions run wherever torch does, and its tools
 can switch, fold and fuse them. The operators have derivatives and fakes, and launch this library's kernels.

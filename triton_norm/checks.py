@@ -25,7 +25,7 @@ def module(function: str, name: str, value: object) -> None:
 
 
 def _is_number(function: str, name: str, value: object) -> None:
-    """Accepts, as torch does, a real number that fits a float, or a tensor of no dimensions with such a value."""
+    """Accepts a real number that fits a float, or a tensor of no dimensions with such a value, as torch does."""
     if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         return
     scalar = isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad
@@ -178,8 +178,8 @@ def _fused(function: str, tensors: RowTensors, options: RowOptions) -> None:
 
 
 def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> None:
-    """Checks batch_norm's arguments, torch's as torch does. Also rejects running statistics whose elements share
-    memory, or that would become NaN, and a counter that can't count.
+    """Checks batch_norm's arguments, torch's as torch does. Also rejects running statistics whose elements share memory
+    or would become NaN, and a counter that can't count.
 
     Args:
         whole: x is the whole batch; otherwise it may have one value a channel.

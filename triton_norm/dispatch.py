@@ -35,8 +35,6 @@ _DEFAULT = _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
 
 class _Override(threading.local):
-    """Holds the backend in force, in each thread."""
-
     name = _DEFAULT
 
 
@@ -203,6 +201,5 @@ def explanation(function: str, copies: tuple[str, ...], x: Tensor, reason: str |
 
 
 def explained_by(function: str, reason: str) -> Explanation:
-    """Returns the explanation of a call that goes to torch for this reason."""
     refused = "; backend 'triton' makes this an error" if asked_for() == "triton" else ""
     return Explanation(function, "torch", reason + refused)

@@ -36,7 +36,6 @@ def _unsavable(inputs: dict[str, Tensor | None], parameters: Iterable[Tensor | N
 
 
 def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Explanation:
-    """Explains a call of layer_norm or rms_norm, after the same checks."""
     named = _named(getattr(functional, function), arguments, named_arguments)
     x, residual = named["input"], named["residual"]
     tensors = RowTensors(x, residual, named["weight"], named.get("bias"))

@@ -155,10 +155,8 @@ def rms_norm(
         y, contiguous, of input's shape; with `residual` (y, total).
 
     Raises:
-        RuntimeError: shapes or devices don't match.
-        NotImplementedError: a dtype is not supported.
-        TypeError: an argument has the wrong type.
-        ValueError: input of no dimensions, residual_dtype without residual, or weight_offset without weight.
+        RuntimeError, NotImplementedError, TypeError: as layer_norm.
+        ValueError: as layer_norm, or input has no dimensions.
 
     Statistics are computed and saved in float32 (float64 for float64 input). A sample's bits don't depend on its batch.
 
@@ -274,8 +272,8 @@ def normalize_channels(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Te
 def _taken(
     function: Any, torch_function: Callable[..., Any], tensors: tuple[Any, ...], fused: tuple[Any, ...]
 ) -> Callable[..., Any] | None:
-    """Returns the function to call instead of `function` if a mode or an argument overrides it by `__torch_function__`,
-    or None. Raises RuntimeError if backend "triton" was set, since only the kernels may serve the call then.
+    """Returns the function to call instead if a mode or an argument overrides `function` by `__torch_function__`, or
+    None. Raises RuntimeError if backend "triton" was set, since only the kernels may serve the call then.
 
     Args:
         fused: values of the keyword-only arguments of `function`, in order.

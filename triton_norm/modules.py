@@ -203,9 +203,9 @@ BATCH_NORMS: frozenset[type[nn.Module]] = frozenset(
 class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     r"""Computes y = f((x − mean) / sqrt(var + eps) · weight + bias + residual) by channel, as torch.nn.SyncBatchNorm.
 
-    In training, mean and var are those of the batch that all processes of a group share. Results, running statistics
-    included, are those of BatchNorm over the joined batch. A process's part may have any length, or be empty. In
-    evaluation, in a group of one process, and without torch.distributed, this is BatchNorm.
+    In training, mean and var are those of the batch that all processes of a group share, and results, running
+    statistics included, are those of BatchNorm over the joined batch. A process's part may have any length, or be
+    empty. In evaluation, in a group of one process, and without torch.distributed, this is BatchNorm.
 
     The forward exchanges statistics once, [3C + 1] numbers a process, and so does the backward, [2C], on the GPU's
     stream. dx is the gradient of the sum of all processes' losses. dweight and dbias are this process's part, as
@@ -218,12 +218,12 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     forward takes input [N, C, *], and `residual`, `activation` and `negative_slope` of `triton_norm.batch_norm`.
 
     Raises:
-        ValueError: input has less than two dimensions, or no channels.
+        ValueError: input has less than two dimensions, or no channels; others as `triton_norm.batch_norm`.
         TypeError: process_group is not a group, in training.
         RuntimeError: process_group was destroyed.
 
-    Other errors are those of `triton_norm.batch_norm`, but one value a channel on a process is valid. If the whole
-    batch has one value a channel, running_var is unchanged; if it is empty, both are. An error would need a GPU sync.
+    One value a channel on a process is valid. If the whole batch has one value a channel, running_var is unchanged; if
+    it is empty, both running statistics are. An error would need a GPU sync.
 
     This class derives from torch.nn.SyncBatchNorm, so tools that look up layers by isinstance find it; it does not
     derive from BatchNorm1d to 3d. DistributedDataParallel accepts it on the CPU, unlike torch.nn.SyncBatchNorm.
@@ -329,8 +329,8 @@ def _changed(forward: Any, options: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _is_for_refusal(frame: FrameType | None) -> bool:
-    """Decides whether DistributedDataParallel's check for SyncBatchNorm iterates over modules in this frame, or in a
-    frame above it: the generators of enclosing modules lie between."""
+    """Decides whether DistributedDataParallel's check for SyncBatchNorm iterates over modules in this frame, or above
+    it, behind the generators of enclosing modules."""
     while frame is not None and frame.f_code.co_name in ("modules", "named_modules"):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == "_passing_sync_batchnorm_handle"

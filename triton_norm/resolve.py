@@ -55,18 +55,13 @@ def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole:
 
 
 def check_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> Call:
-    """Checks a call of batch_norm. Returns it without a plan."""
     spec = batch_norm_spec(tensors, options, whole)
     *read, _ = tensors
     return Call._make((spec, dispatch.unserved(read), None, None))
 
 
 def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> Call:
-    """Resolves a call of layer_norm or rms_norm and caches it.
-
-    Args:
-        key: cache key; None: don't cache.
-    """
+    """Resolves a call of layer_norm or rms_norm, and caches it unless the key is None."""
     return _kept(key, tensors, options, lambda: check_rows(function, tensors, options), plan_of)
 
 

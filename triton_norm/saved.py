@@ -40,7 +40,6 @@ class Kept(NamedTuple):
 
     @property
     def parameter_shape(self) -> torch.Size | None:
-        """Returns the shape that weight and bias have in common."""
         parameter = self.weight or self.bias
         return None if parameter is None else parameter.shape
 
@@ -54,12 +53,7 @@ def _parameter(tensor: Tensor | None) -> Parameter | None:
 
 
 def kept_of(saved: Iterable[Tensor | None] | None, inputs: Sequence[Tensor | None]) -> Kept:
-    """Returns the facts of a forward for its backward.
-
-    Args:
-        saved: the saved tensors; None while tracing.
-        inputs: x, residual, weight and bias.
-    """
+    """Returns the facts of a forward for its backward. saved: the saved tensors, None while tracing."""
     x, residual, weight, bias = inputs
     assert x is not None
     forms = None if saved is None else tuple(map(_form, saved))

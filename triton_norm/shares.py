@@ -73,13 +73,11 @@ def merge(
 
 
 def _statistics(x: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (x − mean, rstd)."""
     mean, rest, rstd = merged[:-1].view(3, *_by_channel(x)).unbind()
     return (x.to(merged.dtype) - mean) - rest, rstd
 
 
 def _activated(x_hat: Tensor, inputs: Inputs) -> Tensor:
-    """Returns z, the argument of the activation."""
     _, residual, weight, bias = inputs
     z, shape = x_hat, _by_channel(x_hat)
     if weight is not None:

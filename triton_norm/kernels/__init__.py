@@ -1,1 +1,1 @@
-"""The `@triton.jit` kernels, and nothing else: no torch, no allocation, no launch choices."""
+"""Holds the `@triton.jit` kernels, and nothing else: no torch, no allocation, no launch choices."""

@@ -1,4 +1,4 @@
-"""Activations behind a normalization, their derivatives, and the sign bits that some derivatives are computed from.
+"""Implements activations behind a normalization, their derivatives, and the sign bits that some derivatives use.
 
 triton_norm/activations.py lists the activations by name. Each function here fails to compile for an unknown name.
 """

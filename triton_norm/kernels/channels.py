@@ -1,4 +1,4 @@
-"""BatchNorm over the channels of [samples, channels, positions]; tiles.py explains the layouts.
+"""Computes BatchNorm of the channels of [samples, channels, positions]; tiles.py explains the layouts.
 
 n_splits programs share a block of channels; each processes a range of groups_per_split groups. The last to arrive
 merges all partial results, in fixed order. A call is one fused launch, or a reducing launch and an applying one.
@@ -38,12 +38,11 @@ from triton_norm.kernels.tiles import (
 
 @triton.jit
 def merge_splits(partials_ptr, channels, n_splits, split_size, total, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns the moments [1, n] of whole channels, merged from those of their splits.
+    """Returns the moments [1, n] of whole channels, `total` elements each, merged from those of their splits.
 
     Args:
         partials_ptr: [3, n_splits, n_channels]: mean, mean_lo and m2.
         split_size: elements of a channel in each split; the last may have fewer.
-        total: elements of a channel.
     """
     kind = n_splits.to(tl.int64) * channels.n_channels
     zero = tl.zeros(channels.index.shape, COMPUTE)

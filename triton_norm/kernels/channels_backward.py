@@ -1,4 +1,4 @@
-"""Gradients of BatchNorm and of the residual and activation fused with it; channels.py explains splits and blocks."""
+"""Computes the gradients of BatchNorm and its fused residual and activation; channels.py explains the splits."""
 
 from typing import NamedTuple
 
@@ -50,8 +50,7 @@ def merge_sums(partials_ptr, channels, n_splits, BLOCK_K: tl.constexpr, COMPUTE:
 
 @triton.jit
 def finalise_sums(sums, rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total, LOCAL: tl.constexpr):
-    """Stores dweight, dbias and means = (Σ dz, Σ dz · x_hat · rstd) / total for each channel; means are undivided if
-    LOCAL. Any of the three pointers may be None."""
+    """Stores dweight, dbias and means = (Σ dz, Σ dz · x_hat · rstd) / total, undivided if LOCAL, unless None."""
     COMPUTE: tl.constexpr = rstd.dtype
     index, mask = channels.index, channels.in_range
     dweight = sums.dz_centred * rstd

@@ -1,4 +1,4 @@
-"""A barrier among programs of one launch, without a cooperative launch or an occupancy query.
+"""Implements a barrier among programs of one launch, without a cooperative launch or an occupancy query.
 
 Programs draw tickets, so they are assigned to teams in the order in which they start. The unfinished team with the
 lowest index therefore has all its members running or next to start, and no program waits for one that can't start. This
@@ -14,15 +14,7 @@ import triton.language as tl
 
 
 class Team(NamedTuple):
-    """Bundles a program's position in its team with the team's workspace.
-
-    Args:
-        index: index of the team.
-        member: index of this program in the team.
-        n_members: programs in the team.
-        partials_ptr: workspace through which the members exchange partial results.
-        sync_ptr: counters, see the module's docstring.
-    """
+    """Bundles a program's index in its team with the team's workspace of partial results and counters."""
 
     index: tl.tensor
     member: tl.tensor

@@ -1,4 +1,4 @@
-"""Sums, means and moments of 2-D tiles, for the row kernels and the channel kernels.
+"""Computes sums, means and moments of 2-D tiles, for the row kernels and the channel kernels.
 
 A reduction keeps the tile's rank, so that its result broadcasts against the tile. AXIS is 1 to reduce each row, 0 to
 reduce each column, and None if the whole tile belongs to one channel.

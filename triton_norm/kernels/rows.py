@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm over contiguous rows: y = (x − mean) · rstd · weight + bias, with mean = 0 for RMSNorm.
+"""Computes LayerNorm and RMSNorm of contiguous rows: y = (x − mean) · rstd · weight + bias, with mean = 0 for RMSNorm.
 
 Column counts and row strides are passed divided by V, the largest power of two that divides them all, and are
 multiplied back in the kernel. The compiler can then prove that V elements share one access.

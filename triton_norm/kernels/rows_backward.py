@@ -1,4 +1,4 @@
-"""Gradients of LayerNorm and RMSNorm over contiguous rows; rows.py explains V and the _vecs arguments."""
+"""Computes the gradients of LayerNorm and RMSNorm of contiguous rows; rows.py explains V and the _vecs arguments."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.rows import at, rounded
 
 TURNS = tl.constexpr(4)
-"""Slots for partials of a team, used as a ring. A program writes turn t only after every peer has read turn t − 4 from
-that slot: it has collected turn t − 2, so every peer had published t − 2, and had collected t − 4 before that."""
+"""A team's partials have this many slots, used as a ring. A program writes turn t only after every peer has read turn
+t − 4 from that slot: it has collected turn t − 2, so every peer had published t − 2, and collected t − 4 before."""
 
 
 class Sums(NamedTuple):

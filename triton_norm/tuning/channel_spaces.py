@@ -18,7 +18,6 @@ BACKWARD = "channels_backward_kernel"
 
 
 def channel_lanes(n_channels: int, limits: Limits) -> int:
-    """Returns the width of a channels-last tile, in channels."""
     return min(limits.channels_last_lanes, next_power_of_2(n_channels))
 
 
@@ -158,7 +157,6 @@ class ChannelWork(NamedTuple):
     adds: bool = False
 
     def merged(self, limits: Limits) -> int:
-        """Returns the number of splits that are merged at a time."""
         return max(16, min(128, limits.merged_elements // self.width))
 
     def key(self, limits: Limits) -> str:
@@ -238,5 +236,4 @@ def channels(work: ChannelWork, gpu: Gpu) -> Space:
 
 @remembered
 def merge_ranks(gpu: Gpu) -> Space:
-    """Returns the config of `merge_ranks_kernel`."""
     return space_of("merge_ranks_kernel", "", [config(4, BLOCK_K=8, BLOCK_C=1024 if gpu.interpreted else 128)])

@@ -23,14 +23,7 @@ TUNED = Path(__file__).parents[1] / "tuned"
 
 @dataclass
 class _Choices:
-    """Holds choices by GPU name.
-
-    Args:
-        folder: folder of measured choices, or None.
-        made: choices of this process, by (GPU, kernel, key).
-        shipped: contents of the files read so far, by GPU.
-        warned: GPUs whose file has caused a warning.
-    """
+    """Holds the choices made in this process, the files read so far, and the GPUs warned about, by GPU name."""
 
     folder: Path | None
     made: dict[tuple[str, str, str], Config] = field(default_factory=dict)
@@ -43,11 +36,7 @@ _in_force = _Choices(TUNED)
 
 @contextlib.contextmanager
 def begun_anew(folder: Path | None) -> Iterator[None]:
-    """Starts with no choice made, within this context and in all threads.
-
-    Args:
-        folder: folder to read measured choices from, or None.
-    """
+    """Starts with no choice made, in this context and all threads. `folder` has the measured choices, or is None."""
     global _in_force
     before, _in_force = _in_force, _Choices(folder)
     forget()
@@ -84,7 +73,6 @@ def _warn_of_foreign_choices(gpu_name: str, space: Space, choice: Config) -> Non
 
 
 def choose(space: Space, gpu_name: str, choice: Config) -> None:
-    """Records the result of a search."""
     _in_force.made[gpu_name, space.kernel, space.key] = choice
 
 
@@ -105,7 +93,6 @@ def chosen_so_far(gpu_name: str | None) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def file_name(gpu_name: str) -> str:
-    """Returns the name of a GPU's file of measured choices."""
     return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json"
 
 

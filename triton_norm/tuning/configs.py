@@ -48,7 +48,6 @@ class Space:
 
 
 def space_of(kernel: str, key: str, configs: Sequence[Config]) -> Space:
-    """Returns the space of these configs, without duplicates."""
     return Space(kernel, key, tuple(dict.fromkeys(configs)))
 
 

@@ -27,7 +27,6 @@ class RowWork(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Returns the columns of a tile that holds a row."""
         return next_power_of_2(self.n_cols)
 
     @property
@@ -148,14 +147,12 @@ def rows_backward_teams(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu
 
 
 def rows_backward_programs(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu: Gpu) -> int:
-    """Returns the number of programs of all teams."""
     n_peers: int = -(-n_cols // config["BLOCK_N"])
     return rows_backward_teams(config, n_rows, n_cols, gpu) * n_peers
 
 
 @remembered
 def rows_backward_finalise(gpu: Gpu) -> Space:
-    """Returns the configs of `rows_backward_finalise_kernel`."""
     shapes = ((4, 64, 512),) if gpu.interpreted else ((4, 128, 16), (4, 256, 8), (8, 128, 16), (8, 256, 16))
     configs = [config(n_warps, BLOCK_M=rows, BLOCK_N=columns) for n_warps, rows, columns in shapes]
     return space_of("rows_backward_finalise_kernel", "", configs)
