@@ -1,4 +1,5 @@
-"""The README's figures: from the results that are stored beside this file, by command, with machine and date."""
+"""Writes the figures of the README and of docs/numerics.md, from the results that are stored beside this file, by
+command, with machine and date."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ Results = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+NUMERICS = ROOT / "docs" / "numerics.md"
 BEGIN, END = "<!-- figures: python -m perf readme -->", "<!-- end of figures -->"
 COUNTED = "without-a-gpu.json"
 WHO = ("triton_norm", "torch")
@@ -78,18 +80,31 @@ def load(folder: Path) -> tuple[list[Results], Results | None]:
     return timed, next((content for content in found if content["kind"] == "report"), None)
 
 
-def write(folder: Path, readme: Path = README) -> Path:
-    """Draws the pictures into `folder`, and puts what `block` says between the README's marks."""
+def write(folder: Path, readme: Path = README, numerics: Path = NUMERICS) -> Path:
+    """Draws the pictures into `folder`, and puts the figures between the marks of the README and of the page on
+    numerics; returns the README.
+
+    ValueError for a page without the marks, before anything is written.
+    """
     timed, counted = load(folder)
-    text = readme.read_text()
-    before, begin, rest = text.partition(BEGIN)
+    where = folder.resolve().relative_to(readme.resolve().parent).as_posix()
+    filled = {
+        readme: _filled(readme, block(timed, counted, where)),
+        numerics: _filled(numerics, errors(counted)),
+    }
+    _draw(timed, counted, folder)
+    for page, text in filled.items():
+        page.write_text(text)
+    return readme
+
+
+def _filled(page: Path, figures: str) -> str:
+    """Returns the page's text with these figures between its marks."""
+    before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{readme.name} has no place for figures, between {BEGIN} and {END}")
-    _draw(timed, counted, folder)
-    where = folder.resolve().relative_to(readme.resolve().parent).as_posix()
-    readme.write_text(f"{before}{BEGIN}\n{block(timed, counted, where)}{END}{after}")
-    return readme
+        raise ValueError(f"{page.name} has no place for figures, between {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{figures}{END}{after}"
 
 
 def _draw(timed: Sequence[Results], counted: Results | None, folder: Path) -> None:
@@ -105,12 +120,16 @@ def _draw(timed: Sequence[Results], counted: Results | None, folder: Path) -> No
 
 
 def block(timed: Sequence[Results], counted: Results | None, where: str) -> str:
-    """What stands in the README, in Markdown; `where`: the folder of the pictures."""
+    """Returns the README's figures in Markdown: of speed or, where no GPU has timed anything, of bytes and registers.
+
+    Args:
+        where: the folder of the pictures.
+    """
     parts = [_timed(run, where) for run in timed]
     if not timed:
         parts.append(NOT_TIMED)
-    if counted is not None:
-        parts.append(_errors(counted) if timed else _counted(counted, where))
+        if counted is not None:
+            parts.append(_counted(counted, where))
     return "\n".join(parts)
 
 
@@ -119,7 +138,7 @@ def _timed(run: Results, where: str) -> str:
     timed = {r["contender"] for r in ok(run["records"])}
     rivals = {name: title for name, title in RIVALS.items() if name in timed}
     lines = [
-        f"| op | pass | of a copy's bandwidth | {' | '.join(rivals.values())} |",
+        f"| op | pass | share of a copy's bandwidth | {' | '.join(rivals.values())} |",
         "|---|---|---|" + len(rivals) * "---|",
     ]
     for op in TITLE:
@@ -129,9 +148,10 @@ def _timed(run: Results, where: str) -> str:
                 cells = [_share(mine, run["copy_gbps"]), *(_faster(speedups(mine, name)) for name in rivals)]
                 lines.append(f"| {TITLE[op]} | {MODE_TITLE[mode]} | {' | '.join(cells)} |")
     text = (
-        f"Bytes that must move over the time that it takes, as a share of the {run['copy_gbps']:.0f} GB/s that a copy "
-        f"moves: least, most and median of the points that move {LARGE >> 20} MiB or more. Then how many times faster "
-        "than others, by geometric means, of how many points, small ones too.\n\n"
+        f"Share of a copy's bandwidth: the bytes that an op has to move over the time it takes, as a share of the "
+        f"{run['copy_gbps']:.0f} GB/s of a plain copy; lowest to highest, and median, of the points that move "
+        f"{LARGE >> 20} MiB or more. Then the speed-up over each contender: the geometric mean, and in brackets the "
+        "number of points, small ones among them.\n\n"
     )
     text += "\n".join(lines) + f"\n\n*{foot}*\n\n"
     text += _picture("Speed-up over torch eager, geometric means", f"{where}/{stem}-speedups.png", foot)
@@ -157,11 +177,13 @@ def _counted(counted: Results, where: str) -> str:
         ("Bytes that the kernels ask for, over the fewest that must move", "traffic"),
         ("Registers, spills, access widths and resident warps of the compiled kernels", "resources"),
     )
-    return "\n".join([*(_picture(text, f"{where}/{name}.png", foot) for text, name in pictures), _errors(counted)])
+    return "\n".join(_picture(text, f"{where}/{name}.png", foot) for text, name in pictures)
 
 
-def _errors(counted: Results) -> str:
-    """The largest errors by op and type, and where torch's are less."""
+def errors(counted: Results | None) -> str:
+    """Returns the largest errors by op and type, and where torch's are less, in Markdown; nothing of no results."""
+    if counted is None:
+        return ""
     compared = [r for r in ok(counted["numerics"]) if r["data"] != OVERFLOWING]
     columns = [(output, who) for output in OUTPUTS for who in WHO]
     lines = [f"| op | type | {' | '.join(map(', '.join, columns))} |", "|---|---|" + len(columns) * "---|"]
@@ -173,9 +195,9 @@ def _errors(counted: Results) -> str:
     lengths = ", ".join(str(n) for n in dict.fromkeys(r["columns"] for r in compared))
     data = ", ".join(dict.fromkeys(r["data"] for r in compared))
     return (
-        f"The largest errors against fp64, in ulp of a row's or channel's largest result, over {lengths} elements of "
-        f"data that norms find hard ({data}); torch on the same device. On "
-        f"{len(less)} of {len(compared) * len(OUTPUTS)} results torch is closer, which are below the table.\n\n"
+        f"The largest error of each result against fp64, in ulp of the largest result of its row or channel, over rows "
+        f"and channels of {lengths} elements. The data are hard for norms: {data}. torch ran on the same device, and "
+        f"is closer on {len(less)} of {len(compared) * len(OUTPUTS)} results, which are listed below the table.\n\n"
         + "\n".join(lines)
         + f"\n\n{_where_torch_is_closer(less)}*{machine(counted['environment'])}*\n"
     )

@@ -1,9 +1,8 @@
-"""The README's figures, from results that are stored or made up."""
+"""The figures of the README and of docs/numerics.md, from results that are stored or made up."""
 
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -34,20 +33,32 @@ def timed(gpu="NVIDIA Made-Up 1", date="2026-01-02"):
     return RUN | {"environment": RUN["environment"] | {"GPU": gpu, "date": date}, "records": records}
 
 
+PAGES = "README.md", "numerics.md"
+
+
+def write(project):
+    readme.write(project / "results", *(project / page for page in PAGES))
+
+
 @pytest.fixture
 def project(tmp_path):
-    """A README with a place for figures, and a folder for results."""
-    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    """A README and a page on numerics with a place for figures each, and a folder for results."""
+    for page in PAGES:
+        (tmp_path / page).write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     (tmp_path / "results").mkdir()
     return tmp_path
 
 
 def test_the_readme_shows_what_is_stored():
     """If this fails: python -m perf readme."""
-    text = readme.README.read_text()
-    shown = text.partition(f"{readme.BEGIN}\n")[2].partition(readme.END)[0]
+    shown, errors = (
+        page.read_text().partition(f"{readme.BEGIN}\n")[2].partition(readme.END)[0]
+        for page in (readme.README, readme.NUMERICS)
+    )
     timed_runs, counted = readme.load(cli.STORED)
     assert shown == readme.block(timed_runs, counted, "perf/results")
+    assert errors == readme.errors(counted)
+    assert counted["environment"]["date"] in errors
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", shown)
     assert pictures
     assert all((readme.ROOT / picture).is_file() for picture in pictures)
@@ -56,7 +67,7 @@ def test_the_readme_shows_what_is_stored():
 
 
 def test_stored_results_name_no_path_of_a_machine():
-    for path in (*cli.STORED.glob("*.json"), readme.README):
+    for path in (*cli.STORED.glob("*.json"), readme.README, readme.NUMERICS):
         assert not re.search(r"/(tmp|home|root|work|usr)/", path.read_text()), path.name
 
 
@@ -65,7 +76,7 @@ def test_a_timed_run_is_stored_by_its_gpu_and_shown_with_its_date(project):
     source.write_text(json.dumps(timed()))
     readme.store([source], project / "results")
     assert json.loads((project / "results" / "nvidia-made-up-1.json").read_text()) == timed()
-    readme.write(project / "results", project / "README.md")
+    write(project)
     text = (project / "README.md").read_text()
     assert text.startswith(f"before\n{readme.BEGIN}\n")
     assert text.endswith(f"{readme.END}\nafter\n")
@@ -90,11 +101,17 @@ def test_the_latest_run_comes_first_and_each_gpu_has_one(project):
 
 def test_without_a_timed_run_the_readme_says_so(project):
     shutil.copy(cli.STORED / readme.COUNTED, project / "results")
-    readme.write(project / "results", project / "README.md")
+    write(project)
     text = (project / "README.md").read_text()
     assert readme.NOT_TIMED in text
     assert "](results/traffic.png)" in text
     assert "](results/resources.png)" in text
+    assert "| LayerNorm | fp32 |" not in text
+    numerics = (project / "numerics.md").read_text()
+    assert numerics.startswith(f"before\n{readme.BEGIN}\n")
+    assert numerics.endswith(f"{readme.END}\nafter\n")
+    assert "old" not in numerics
+    assert "| LayerNorm | fp32 |" in numerics
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"kind": "tuning"}', '{"kind": "timing", "records": []}'])
@@ -106,13 +123,16 @@ def test_what_is_no_result_is_refused_and_nothing_stored(content, project, capsy
     assert list((project / "results").iterdir()) == []
 
 
-def test_a_readme_without_a_place_for_figures_is_left_alone(project):
-    (project / "README.md").write_text("nothing\n")
-    with pytest.raises(ValueError, match=r"README\.md has no place for figures"):
-        readme.write(project / "results", project / "README.md")
-    assert (project / "README.md").read_text() == "nothing\n"
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_without_a_place_for_figures_is_an_error_and_nothing_is_written(page, project):
+    (project / page).write_text("nothing\n")
+    before = [(project / one).read_text() for one in PAGES]
+    with pytest.raises(ValueError, match=f"{re.escape(page)} has no place for figures"):
+        write(project)
+    assert [(project / one).read_text() for one in PAGES] == before
 
 
-def test_the_marks_are_in_the_readme_once():
-    text = Path(readme.README).read_text()
+@pytest.mark.parametrize("page", [readme.README, readme.NUMERICS], ids=lambda page: page.name)
+def test_the_marks_are_in_each_page_once(page):
+    text = page.read_text()
     assert text.count(readme.BEGIN) == text.count(readme.END) == 1
