@@ -32,8 +32,8 @@ def normalize_rows(
     """Computes layer_norm or rms_norm.
 
     Args:
-        tensors, options: RowTensors and RowOptions, or their fields: a warm call needs no names.
-        instead: computes what the kernels can't serve; None: torch's functions do.
+        tensors, options: fields of RowTensors and RowOptions, which a warm call does not name to save time.
+        instead: computes y from x if the kernels can't serve the call; None: torch's functions.
     """
     if is_compiling():
         call = resolve.check_rows(function, RowTensors._make(tensors), RowOptions._make(options))
@@ -42,7 +42,7 @@ def normalize_rows(
         shape, eps, _, weight_offset, _, _ = options
         key = function, options, type(eps), type(weight_offset), residual is None, weight is None, bias is None
         call = plans.find(key, tensors)
-        # 4.0 equals 4, but is no length.
+        # 4.0 equals 4, but is not a length.
         if call is None or (shape is not call.shape and {*map(type, shape)} != _INT):
             call = resolve.rows(key, function, RowTensors._make(tensors), RowOptions._make(options))
         if call.plan is not None and override.name != "torch":
@@ -246,7 +246,7 @@ def normalize_channels(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Te
     """Computes batch_norm.
 
     Args:
-        tensors, options: BatchNormTensors and BatchNormOptions, or their fields: a warm call needs no names.
+        tensors, options: fields of BatchNormTensors and BatchNormOptions.
     """
     if is_compiling():
         call = resolve.check_batch_norm(BatchNormTensors._make(tensors), BatchNormOptions._make(options))

@@ -19,9 +19,9 @@ from triton_norm.symbolic import REVERTED
 
 
 def _parameters(module: nn.Module, *names: str) -> tuple[Any, ...]:
-    """Returns parameters of a module, of which torch.nn.Module's own look-up takes a Python call for each.
+    """Returns parameters of a module from its dict, since torch.nn.Module's own look-up takes a Python call for each.
 
-    A parametrized one is not in the module's dict.
+    The dict has no parametrized tensor; torch.nn.Module's look-up finds those.
     """
     if not is_compiling():
         there = module._parameters
@@ -122,7 +122,7 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
     def _call(
         self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Returns the fields of BatchNormTensors and of BatchNormOptions: a warm call needs no names."""
+        """Returns the fields of BatchNormTensors and those of BatchNormOptions."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum, training = self.momentum, self.training
         moves = training and self.track_running_stats
@@ -268,8 +268,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         return found if whole else dataclasses.replace(found, function="sync_batch_norm")
 
     def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yields what torch.nn.Module's does, but nothing where DistributedDataParallel looks for instances of
-        torch.nn.SyncBatchNorm to refuse: those compute on a GPU alone, and this one on the CPU too."""
+        """Yields as torch.nn.Module's, but nothing to the check by which DistributedDataParallel refuses
+        torch.nn.SyncBatchNorm on the CPU, where this class works."""
         if is_compiling() or not _is_for_refusal(sys._getframe(1)):
             yield from super().named_modules(*arguments, **named)
 

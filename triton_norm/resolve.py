@@ -17,10 +17,11 @@ from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors,
 class Call(NamedTuple):
     """Holds the result of resolving a call.
 
-    spec: a RowSpec or BatchNormSpec.
-    reason: why the kernels can't serve calls like it; None where they can.
-    plan: of a call that they serve, and that nothing records or intercepts.
-    shape: the normalized_shape that was given, a tuple of integers; None of a BatchNorm.
+    Args:
+        spec: a RowSpec or BatchNormSpec.
+        reason: why the kernels can't serve such calls, or None.
+        plan: plan of a call that the kernels serve and nothing records or intercepts, or None.
+        shape: normalized_shape as given, a tuple of integers; None for a BatchNorm.
     """
 
     spec: Any
