@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_norm
-from support.oracle import Results, assert_same_but_for_order, batch_norm_oracle, check, run
+from support.channel_norms import Call
+from support.oracle import Results, assert_same_but_for_order, run
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -53,13 +54,7 @@ def batch_norm(running: tuple[Tensor, Tensor] | None, eps: float = 1e-5):
 
 def against_oracle(x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor, training: bool) -> Results:
     running = None if training else statistics(x.shape[1], x.device.type)
-    actual = run(batch_norm(running), x, weight, bias, dy)
-    axes = (0, *range(2, x.dim()))
-    shape = (1, -1, *(1 for _ in x.shape[2:]))
-    mean = None if running is None else running[0].double().view(shape)
-    rstd = None if running is None else torch.rsqrt(running[1].double() + 1e-5).view(shape)
-    check(actual, x, weight, bias, dy, axes, batch_norm_oracle(running), mean, rstd)
-    return actual
+    return Call(x, None, weight, bias, dy, running).against_oracle()
 
 
 SHAPES = [

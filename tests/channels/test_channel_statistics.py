@@ -11,7 +11,6 @@ import triton_norm
 from support.channel_norms import (
     KINDS,
     SPLIT,
-    differentiated,
     drawn,
     running_statistics,
     same_bits,
@@ -19,6 +18,7 @@ from support.channel_norms import (
     taking_turns,
 )
 from support.gpus import with_numbers
+from support.oracle import differentiated
 from support.spaces import GPU
 from triton_norm.tuning import channel_spaces
 from triton_norm.tuning.choices import begun_anew
@@ -145,7 +145,7 @@ def test_a_search_moves_nothing(kind, momentum, form, searched, device):
         return triton_norm.batch_norm(x, mean, var, weight, bias, True, **tracked, **fused)
 
     with taking_turns():
-        call.check(differentiated(step, call.inputs(), call.dy))
+        call.check(differentiated(step, call.inputs(), (call.dy,)))
     assert len(searched) == 2 * 2 * launches  # forward and backward
     F.batch_norm(call.x.double(), wide_mean, wide_var, training=True, momentum=momentum or 1 / 4)
     torch.testing.assert_close(mean.double(), wide_mean, rtol=1e-6, atol=1e-6)

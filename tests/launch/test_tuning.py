@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import triton_norm
 from support import spaces
+from support.channel_norms import Call
 from support.gpus import H100, changed
-from support.oracle import batch_norm_oracle, check, run
 from support.row_norms import LAYER_NORM
 from support.spaces import GPU
 from triton_norm import launch
@@ -131,9 +131,7 @@ def test_every_config_for_channels_is_right(index, kind, held, numbers, monkeypa
     forget()
     weight, bias = torch.randn(2, 8, device=device)
     with interleaved() if INTERPRETED else contextlib.nullcontext():
-        actual = run(lambda x, w, b: triton_norm.batch_norm(x, None, None, w, b, True), x, weight, bias, dy)
-    axes = (0, *range(2, x.dim()))
-    check(actual, x, weight, bias, dy, axes, batch_norm_oracle(None))
+        Call(x, None, weight, bias, dy).against_oracle()
     monkeypatch.undo()
     forget()
 

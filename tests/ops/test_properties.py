@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import triton_norm
-from support.oracle import ulp
+from support.oracle import Inputs, Results, assert_within, differentiated, ulp, widen
 from support.row_norms import LAYER_NORM, NORMS
 from support.strategies import (
     BF16,
@@ -27,14 +27,12 @@ from support.strategies import (
     ROWS,
     Case,
     Channels,
-    Given,
     Lie,
     Rows,
     channels,
     cut,
     rows,
 )
-from support.truth import Found, Truth, within
 from triton_norm.tuning.limits import INTERPRETED
 
 EITHER = st.one_of(rows(fused=True), channels(fused=True))
@@ -73,20 +71,19 @@ def launched(case: Case, *inputs: Tensor | None) -> Iterator[None]:
     assert same(memories, before), "an input has been written to"
 
 
-def run(case: Case, tensors: Given) -> Found:
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors.inputs()]
+def run(case: Case, tensors: Inputs) -> Results:
     with launched(case, *tensors):
-        found = case.ours(*leaves)
-        outputs = found if isinstance(found, tuple) else (found,)
-        asked = [leaf for leaf in leaves if leaf is not None]
-        grads = iter(torch.autograd.grad(outputs, asked, (tensors.dy, tensors.dtotal)[: len(outputs)]))
-    total = outputs[1].detach() if len(outputs) > 1 else None
-    return Found(outputs[0].detach(), total, *(None if leaf is None else next(grads) for leaf in leaves))
+        return differentiated(case.ours, tensors.leaves(), (tensors.dy, tensors.dtotal))
 
 
 def against_fp64(case: Case, device: str) -> None:
-    truth = Truth(case, case.drawn(device))
-    truth.check(run(case, truth.tensors))
+    tensors = case.settled(case.drawn(device))
+    found = run(case, tensors)
+    assert found.y.dtype == (case.out or case.x)
+    for name, grad, leaf in zip(found._fields[2:], found.gradients, tensors.leaves(), strict=True):
+        assert (grad is None) == (leaf is None), name
+        assert grad is None or (grad.dtype, grad.shape) == (leaf.dtype, leaf.shape), name
+    case.bound(tensors).check(found)
 
 
 @examples(4)
@@ -117,9 +114,9 @@ def test_channels_with_what_is_fused_match_fp64(device, case):
     against_fp64(case, device)
 
 
-def of_samples(tensors: Given, chosen: Any) -> Given:
+def of_samples(tensors: Inputs, chosen: Any) -> Inputs:
     parameters = {"weight": tensors.weight, "bias": tensors.bias}
-    return Given(*(None if t is None else t[chosen] for t in tensors))._replace(**parameters)
+    return Inputs(*(None if t is None else t[chosen] for t in tensors))._replace(**parameters)
 
 
 @examples(0.4)
@@ -128,7 +125,7 @@ def of_samples(tensors: Given, chosen: Any) -> Given:
 def test_a_row_has_the_same_bits_beside_any_others(device, case, place, poison):
     """Alone, and among rows of another content."""
     tensors = case.drawn(device)
-    flat = Given(*(None if t is None else t.reshape(-1, *case.parameter_shape) for t in tensors))
+    flat = Inputs(*(None if t is None else t.reshape(-1, *case.parameter_shape) for t in tensors))
     flat = flat._replace(weight=tensors.weight, bias=tensors.bias)
     row = place % len(flat.x)
     chosen = slice(row, row + 1)
@@ -182,7 +179,7 @@ def test_the_same_call_gives_the_same_bits(device, case):
 @roomy
 def test_strided_rows_give_the_bits_of_contiguous_ones(device, case):
     tensors = case.drawn(device)
-    assert same(run(case, tensors), run(case, Given(*(t if t is None else t.contiguous() for t in tensors))))
+    assert same(run(case, tensors), run(case, Inputs(*(t if t is None else t.contiguous() for t in tensors))))
 
 
 @examples(0.4)
@@ -217,12 +214,12 @@ def test_a_constant_added_to_x_changes_y_by_no_more_than_without_it(device, case
     tensors = case.drawn(device)
     x = (tensors.x * 16).round() / 16
     exact = tensors._replace(x=(x.double() - x.double().mean(case.axes, keepdim=True)))
-    truth = Truth(case, exact)
-    truth.roundoff = torch.finfo(case.x).eps / 2
+    bound = case.bound(exact)
+    bound.roundoff = torch.finfo(case.x).eps / 2
     shifted = tensors._replace(x=x + math.copysign(2.0 ** abs(power), power))
     with torch.no_grad(), launched(case, *shifted):
-        y = case.ours(*shifted.inputs())
-    within(y, truth.exact.y, truth.errors().y)
+        y = case.ours(*shifted.leaves())
+    assert_within(y, bound.exact.y, bound.errors().y)
 
 
 @examples(0.3)
@@ -236,9 +233,9 @@ def test_a_constant_added_to_x_changes_y_by_no_more_than_without_it(device, case
 def test_gradients_of_what_is_centred_sum_to_zero(device, case):
     """But for roundoff, whatever the data: y does not change with a constant added to x."""
     tensors = case.drawn(device)
-    truth = Truth(case, tensors)
-    error = ulp(truth.exact.dx, case.x) + truth.errors().dx
-    dx = run(case, tensors).dx.double()
+    bound = case.bound(tensors)
+    error = ulp(bound.exact.dx, case.x) + bound.errors().dx
+    dx = run(case, tensors).dx.double().cpu()
     assert (dx.sum(case.axes).abs() <= error.sum(case.axes)).all()
 
 
@@ -251,7 +248,7 @@ def test_inference_gives_the_bits_of_training_and_writes_no_statistics(device, g
     if guard is not None:
         guard.launches.clear()
     with torch.no_grad(), launched(case, *tensors):
-        found = case.ours(*tensors.inputs())
+        found = case.ours(*tensors.leaves())
     assert same(found if isinstance(found, tuple) else (found, None), training[:2])
     if guard is not None and not (isinstance(case, Channels) and case.training):
         assert not any("statistics_ptr" in launch.arguments for launch in guard.launches)
@@ -280,19 +277,19 @@ def test_running_statistics_move_by_torchs_formula(device, case, momentum, kind,
     if momentum == 0.0:
         assert same((mean, var), before)
     share = 1 / (count + 1) if momentum is None else momentum
-    truth, left = Truth(case, tensors), tensors.x.double()
+    bound, left = case.bound(tensors), widen(tensors.x)
     first, _, mean_terms = (t.squeeze() for t in case.moments(left))
     left = left - left.mean(case.axes, keepdim=True)
     left = left - (rest := left.mean(case.axes, keepdim=True))  # as a first mean in fp64 is rounded, too
-    unbiased = truth.count / (truth.count - 1)
+    unbiased = bound.count / (bound.count - 1)
     batch_var = left.square().mean(case.axes) * unbiased
-    slip = truth.slack(mean_terms).square() * unbiased  # in what the variance is about
+    slip = bound.slack(mean_terms).square() * unbiased  # in what the variance is about
     for moved, kept, batch, terms, more in (
-        (mean, before[0].double(), first + rest.squeeze(), mean_terms, 0.0),
-        (var, before[1].double(), batch_var, batch_var, share * slip),
+        (mean, widen(before[0]), first + rest.squeeze(), mean_terms, 0.0),
+        (var, widen(before[1]), batch_var, batch_var, share * slip),
     ):
         exact = (1 - share) * kept + share * batch
-        within(moved, exact, truth.slack((1 - share) * kept.abs() + share * terms) + more)
+        assert_within(moved, exact, bound.slack((1 - share) * kept.abs() + share * terms) + more)
 
 
 @examples(6.5)

@@ -1,16 +1,14 @@
-"""Calls of batch_norm in every layout, with what may be fused behind it, and the truth about them in fp64.
+"""Calls of batch_norm in every layout, with what may be fused behind it, and their exact results.
 
-Bounds are derived as in oracle.py. z is what is activated: an error of z grows by no more than f' in y, and by no more
-than f'' in the gradient of z, g = dy · f'(z). Where z is next to 0, f' may be either side's: `drawn` has no such z if
-there is a residual to move it by, and no dy there otherwise.
+Where z, which is activated, is next to 0, the derivative may be either side's: `drawn` has no such z if there is a
+residual to move it by, and no dy there otherwise.
 """
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import triton_norm
-from support.oracle import assert_within, compute_dtype, widen
+from support.oracle import (
+    ErrorBound,
+    Formula,
+    Inputs,
+    Moments,
+    Results,
+    compute_dtype,
+    differentiated,
+    moments_about,
+    widen,
+)
 from triton_norm.channels import layout
 from triton_norm.tuning.limits import INTERPRETED
 
@@ -26,9 +34,7 @@ ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KINDS = ("flat", "last", "folded")
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-KINK = 1e-3  # z is this far from 0 at least where dy is not 0
-STEEPEST = 1.1  # silu's derivative
-BENT = 0.5  # its second derivative
+EPS = 1e-5
 
 FUSED = [(activation, residual) for activation in ACTIVATIONS for residual in (None, torch.float32)][1:]
 """Activations and a residual's type, None for none."""
@@ -88,26 +94,13 @@ def running_statistics(n_channels: int, device: str, dtype: torch.dtype = torch.
     return torch.randn(n_channels).to(device, dtype), (torch.rand(n_channels) + 0.5).to(device, dtype)
 
 
-class Found(NamedTuple):
-    """What a call and its backward give; None where there is nothing to ask for."""
-
-    y: Tensor
-    dx: Tensor | None
-    dresidual: Tensor | None
-    dweight: Tensor | None
-    dbias: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        return [tensor for tensor in self if tensor is not None]
-
-
-def same_bits(one: Found, other: Found) -> bool:
+def same_bits(one: Results, other: Results) -> bool:
     return all(map(torch.equal, one.tensors(), other.tensors()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """In training where `running` is None, otherwise in evaluation with those statistics."""
+    """A call in training where `running` is None, otherwise in evaluation with those statistics."""
 
     x: Tensor
     residual: Tensor | None
@@ -122,6 +115,7 @@ class Call:
         return self.x, self.residual, self.weight, self.bias
 
     def of(self, **others: Any) -> "Call":
+        """Returns the call with other tensors or options."""
         return dataclasses.replace(self, **others)
 
     def ours(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -130,9 +124,9 @@ class Call:
         return triton_norm.batch_norm(x, mean, var, weight, bias, self.running is None, **fused)
 
     def composed(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Of torch's functions, in the type of x."""
+        """Returns the result of torch's functions, in the type and on the device of x."""
         mean, var = (None, None) if self.running is None else (t.to(x) for t in self.running)
-        z = F.batch_norm(x, mean, var, weight, bias, self.running is None)
+        z = F.batch_norm(x, mean, var, weight, bias, self.running is None, eps=EPS)
         return self.activated(z if residual is None else z + residual)
 
     def activated(self, z: Tensor) -> Tensor:
@@ -142,67 +136,47 @@ class Call:
             return F.leaky_relu(z, self.slope)
         return F.silu(z) if self.activation == "silu" else z
 
-    def run(self, asked: Sequence[int] = range(4)) -> Found:
-        """`asked`: of x, residual, weight and bias, those that need a gradient."""
-        return differentiated(self.ours, self.inputs(), self.dy, asked)
+    def run(self, needs_grad: Sequence[int] = range(4)) -> Results:
+        """Returns the results, with the gradients of these of x, residual, weight and bias."""
+        return differentiated(self.ours, self.inputs(), (self.dy,), needs_grad)
 
-    def exact(self) -> Found:
-        # Contiguous: torch's own BatchNorm on the CPU has a wrong dx for some strides of x and dy.
-        # On the CPU, too: on CUDA it has no backward for a bias without a weight.
-        wide = [None if tensor is None else widen(tensor).cpu().contiguous() for tensor in self.inputs()]
-        return differentiated(self.composed, wide, self.dy.double().cpu().contiguous())
+    def bound(self) -> ErrorBound:
+        """Returns the exact results and their bounds."""
+        axes, shape = (0, *range(2, self.x.dim())), (1, -1, *(1 for _ in self.x.shape[2:]))
+        x = widen(self.x)
+        if self.running is None:
+            moments = moments_about(x.mean(axes, keepdim=True), x, axes)
+        else:
+            mean, var = (widen(tensor).view(shape) for tensor in self.running)
+            moments = Moments(mean, var, mean.abs())
+        formula = Formula(
+            self.composed,
+            axes,
+            (1, self.x.shape[1], *shape[2:]),
+            moments,
+            EPS,
+            compute_dtype(self.x),
+            constant=self.running is not None,
+            centred=self.running is None,
+            activation=self.activation,
+            slope=self.slope,
+        )
+        return ErrorBound(formula, Inputs(*self.inputs(), self.dy))
 
-    def against_oracle(self) -> Found:
+    def check(self, results: Results) -> None:
+        """Asserts that all results are within their bounds."""
+        self.bound().check(results)
+
+    def against_oracle(self) -> Results:
+        """Runs the call, and returns its results if they are within their bounds."""
         results = self.run()
         self.check(results)
         return results
 
-    def check(self, results: Found) -> None:
-        """Holds all of them to fp64."""
-        exact, axes = self.exact(), (0, *range(2, self.x.dim()))
-        shape = (1, -1, *(1 for _ in self.x.shape[2:]))
-        x, dy, residual, weight, bias = (
-            torch.zeros(()) if tensor is None else tensor.detach().double().cpu().contiguous()
-            for tensor in (self.x, self.dy, self.residual, self.weight, self.bias)
-        )
-        if self.running is None:
-            mean, var = x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)
-        else:
-            mean, var = (tensor.double().cpu().view(shape) for tensor in self.running)
-        w = torch.ones(()) if self.weight is None else weight.view(shape)
-        b = bias if self.bias is None else bias.view(shape)
-        rstd = torch.rsqrt(var + 1e-5)
-        blur = ((x - mean) * rstd).abs() + mean.abs() * rstd  # the mean is rounded to the type computed in
-        z_scale = (blur * w).abs() + b.abs() + residual.abs()
-        z = ((x - mean) * rstd * w + b + residual).requires_grad_()
-        (slope,) = torch.autograd.grad(self.activated(z).sum(), z)
-        g_scale = dy.abs() * (slope.abs() + (1 + BENT * z_scale if self.activation == "silu" else 0))
-        terms = (w * g_scale).abs()
-        if self.running is None:
-            terms = terms + terms.mean(axes, keepdim=True) + blur * (terms * blur).mean(axes, keepdim=True)
-        growth = math.log2(self.x.numel() // self.x.shape[1])
-        sum_growth = growth + math.sqrt(self.x.numel() // self.x.shape[1])
-        scales = (
-            (z_scale * max(STEEPEST, abs(self.slope)), growth),
-            (terms * rstd, growth),
-            (g_scale, growth),
-            ((g_scale * blur).sum(axes), sum_growth),
-            (g_scale.sum(axes), sum_growth),
-        )
-        for actual, true, (scale, grown) in zip(results, exact, scales, strict=True):
-            if actual is not None and true is not None:
-                assert_within(actual, true, scale, grown, compute_dtype(self.x))
-
-
-def differentiated(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, asked: Sequence[int] = range(4)
-) -> Found:
-    """y and the gradients of function(x, residual, weight, bias) for dy."""
-    leaves = [None if tensor is None else tensor.detach().requires_grad_(i in asked) for i, tensor in enumerate(inputs)]
-    y = function(*leaves)
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    grads = iter(torch.autograd.grad(y, wanted, dy))
-    return Found(y.detach(), *(next(grads) if leaf is not None and leaf.requires_grad else None for leaf in leaves))
+    def away_from_the_kink(self) -> "Call":
+        """Returns the call with a dy of 0 where the derivative may be either side's."""
+        near = self.bound().near_the_kink().to(self.dy.device)
+        return self.of(dy=self.dy.clone().masked_fill_(near, 0.0))
 
 
 def drawn(
@@ -216,7 +190,12 @@ def drawn(
     activation: str | None = None,
     slope: float = 0.01,
 ) -> Call:
-    """`residual`: its type, None for none."""
+    """Returns a call of normally distributed tensors.
+
+    Args:
+        kind: The layout: one of KINDS.
+        residual: The residual's type, None for none.
+    """
     x = laid((3 * torch.randn(shape, dtype=torch.float64) + 2).to(device, dtype), kind)
     weight, bias = (torch.randn(shape[1], dtype=torch.float64).to(device, dtype) for _ in range(2))
     added = None if residual is None else laid(torch.randn(shape, dtype=torch.float64).to(device, residual), kind)
@@ -224,15 +203,8 @@ def drawn(
     running = None if training else running_statistics(shape[1], device, compute_dtype(x))
     assert layout.kind_of(x) == kind
     call = Call(x, added, weight, bias, dy, running, activation, slope)
+    if activation is None:
+        return call
     if added is not None:
-        added[near_the_kink(call)] += 0.25
-    return call if activation is None else away_from_the_kink(call)
-
-
-def near_the_kink(call: Call) -> Tensor:
-    wide = (None if tensor is None else widen(tensor).contiguous() for tensor in call.inputs())
-    return call.of(activation=None).composed(*wide).abs() < KINK
-
-
-def away_from_the_kink(call: Call) -> Call:
-    return call.of(dy=call.dy.clone().masked_fill_(near_the_kink(call), 0.0))
+        added[call.bound().near_the_kink().to(device)] += 0.25
+    return call.away_from_the_kink()

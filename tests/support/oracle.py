@@ -1,66 +1,243 @@
-"""torch in fp64 as the truth, and how far from it a correctly rounded fp32 computation may be.
-
-A bound is one ulp of the output's type, for the final rounding, plus growth · u · scale: u is the roundoff of the type
-that was computed in, scale the sum of the absolute values of the terms that make the result up, so that cancellation is
-paid for and nothing else is. Growth is FACTOR for the operations on an element, plus how roundoff grows in a sum of n
-terms: log2 n for means, whose terms are added in a tree, sqrt n for dweight and dbias, which programs sum in turns.
-"""
+"""Exact results by torch in fp64, and how far from them a correctly rounded computation may be: see ErrorBound."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from triton_norm import reference
 from triton_norm.tuning.limits import INTERPRETED
 
 FACTOR = 8.0
+"""Roundings that the operations on one element may add up to, in units of roundoff."""
+
+STEEPEST_SILU = 1.1
+"""An upper bound of silu's derivative."""
+
+BENT_SILU = 0.5
+"""An upper bound of silu's second derivative."""
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call and the gradients of its outputs; None for those that are missing."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+    dtotal: Tensor | None = None
+
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+
+class Results(NamedTuple):
+    """The outputs and the gradients of one call; None for those that are missing."""
+
+    y: Tensor
+    total: Tensor | None
+    dx: Tensor | None
+    dresidual: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        return self[2:]
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self if tensor is not None]
+
+
+def differentiated(
+    function: Callable[..., Any],
+    leaves: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needs_grad: Sequence[int] = range(4),
+) -> Results:
+    """Returns the outputs of function(x, residual, weight, bias) and the leaves' gradients.
+
+    Args:
+        leaves: x, residual, weight and bias.
+        grads: The gradients of y and, where there is one, of the total.
+        needs_grad: The indices of the leaves that need a gradient.
+    """
+    own = [None if t is None else t.detach().requires_grad_(i in needs_grad) for i, t in enumerate(leaves)]
+    found = function(*own)
+    outputs = found if isinstance(found, tuple) else (found,)
+    wanted = [leaf for leaf in own if leaf is not None and leaf.requires_grad]
+    gradients = iter(torch.autograd.grad(outputs, wanted, grads[: len(outputs)]))
+    total = outputs[1].detach() if len(outputs) > 1 else None
+    of_leaves = (next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in own)
+    return Results(outputs[0].detach(), total, *of_leaves)
+
+
+def run(function: Callable[..., Any], x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor) -> Results:
+    """Returns the results of function(x, weight, bias) for dy."""
+    return differentiated(lambda x, _, weight, bias: function(x, weight, bias), (x, None, weight, bias), (dy,))
 
 
 def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbours of a type at the values of an fp64 tensor."""
+    """Returns the distance between neighbours of a type at the values of an fp64 tensor."""
     info = torch.finfo(dtype)
     exponent = torch.floor(torch.log2(exact.abs().clamp_min(info.smallest_normal)))
     return info.eps * torch.exp2(exponent)
 
 
-def assert_within(actual: Tensor, exact: Tensor, scale: Tensor, growth: float, computed: torch.dtype) -> None:
+def assert_within(actual: Tensor, exact: Tensor, error: Tensor, name: str = "y") -> None:
+    """Asserts that `actual` is no farther from `exact` than `error` and one ulp, for the final rounding."""
     assert actual.shape == exact.shape
-    roundoff = torch.finfo(computed).eps / 2
-    exact = exact.cpu()
-    bound = ulp(exact, actual.dtype) + (FACTOR + growth) * roundoff * scale.cpu()
+    bound = ulp(exact, actual.dtype) + error
     excess = ((actual.detach().double().cpu() - exact).abs() / bound).nan_to_num(nan=math.inf)
     worst = excess.max().item() if excess.numel() else 0.0
-    assert worst <= 1.0, f"{worst:.3g} times the bound, at {int(excess.argmax())} of {tuple(exact.shape)}"
+    assert worst <= 1.0, f"{worst:.3g} times the bound, at {int(excess.argmax())} of {name} {list(exact.shape)}"
 
 
-@dataclass
-class Results:
-    """What a normalization and its backward give; None where there is nothing to ask for."""
+class Moments(NamedTuple):
+    """The mean and the variance that x is normalized by, in fp64, and the terms that the mean's error grows from."""
 
-    y: Tensor
-    dx: Tensor | None
-    dweight: Tensor | None
-    dbias: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        return [tensor for tensor in (self.y, self.dx, self.dweight, self.dbias) if tensor is not None]
+    mean: Tensor
+    var: Tensor
+    mean_terms: Tensor
 
 
-def run(function: Callable[..., Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor) -> Results:
-    """y and the gradients of function(x, weight, bias) for dy."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
-    y = function(*leaves)
-    asked = [leaf for leaf in leaves if leaf is not None]
-    found = iter(torch.autograd.grad(y, asked, dy))
-    grads = [None if leaf is None else next(found) for leaf in leaves]
-    return Results(y.detach(), *grads)
+def moments_about(mean: Tensor, x: Tensor, axes: Sequence[int]) -> Moments:
+    """Returns the moments of x about a mean, which is rounded to the type computed in."""
+    return Moments(mean, (x - mean).square().mean(axes, keepdim=True), mean.abs())
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A normalization, as fp64 computes it.
+
+    Args:
+        function: Returns y of (x, residual, weight, bias), where the residual is added to the affine x_hat.
+        axes: The axes that are reduced.
+        parameter_shape: The shape in which weight and bias are broadcast to x.
+        moments: Of x, or those given.
+        computed: The type that is computed in.
+        constant: The moments are given, so that x has no gradient through them.
+        centred: A constant added to x changes nothing.
+        x_hat_dtype: The type that x_hat is rounded to.
+    """
+
+    function: Callable[..., Tensor]
+    axes: tuple[int, ...]
+    parameter_shape: tuple[int, ...]
+    moments: Moments
+    eps: float
+    computed: torch.dtype
+    constant: bool = False
+    centred: bool = True
+    activation: str | None = None
+    slope: float = 0.0
+    x_hat_dtype: torch.dtype | None = None
+
+
+class ErrorBound:
+    """The exact results of one call, and for each the largest error of a correctly rounded computation.
+
+    An error is growth · u · terms, beside the ulp of the final rounding: u is the roundoff of the type computed in, and
+    terms the sum of the absolute values that a result is made up from, so that cancellation is paid for and nothing
+    else is. Growth is FACTOR for the operations on an element, plus the growth of roundoff in a sum of n terms: log2 n
+    for means, whose terms are added in a tree, sqrt n for dweight and dbias, which programs sum in turns. Where
+    elements cancel, their mean is as inexact as their sizes make it, and so is x_hat. An error of z, which is
+    activated, grows by f' in y and by f'' in the gradient of z, g = dy · f'(z). x_hat_dtype rounds by half an ulp of
+    its own.
+
+    torch, whose fp64 is as inexact as the kernels', is given x without a first mean. All of it is on the CPU, as
+    torch's BatchNorm on CUDA has no backward for a bias without a weight, and contiguous, as on the CPU it has a wrong
+    dx for some strides of x and dy.
+
+    Args:
+        inputs: Those of the call, where x is the tensor that is normalized: the sum, if a residual is added first.
+    """
+
+    def __init__(self, formula: Formula, inputs: Inputs) -> None:
+        self.formula = formula
+        x, residual, weight, bias, dy, dtotal = (widen(tensor) for tensor in inputs)
+        mean, var, mean_terms = formula.moments
+        self.rstd = torch.rsqrt(var + formula.eps)
+        self.count = math.prod(x.shape[axis] for axis in formula.axes)
+        self.roundoff = torch.finfo(formula.computed).eps / 2
+        self.growth = FACTOR + math.log2(self.count)
+        zero = torch.zeros((), dtype=torch.float64)
+        self.w = zero + 1 if weight is None else weight.reshape(formula.parameter_shape)
+        b = zero if bias is None else bias.reshape(formula.parameter_shape)
+        added = zero if residual is None else residual
+        x_hat = (x - mean) * self.rstd
+        self.blur = x_hat.abs() + mean_terms * self.rstd
+        self.rounding = self._rounding_of(x_hat)
+        self.z = x_hat * self.w + b + added
+        self.z_terms = (self.blur * self.w).abs() + b.abs() + added.abs()
+        self.dtotal_terms = zero if dtotal is None else dtotal.abs()
+        self._set_gradient(dy)
+        y, _, dx, dresidual, *rest = differentiated(
+            formula.function, (x - mean if formula.centred else x, residual, weight, bias), (dy,)
+        )
+        if residual is None:  # or it is in x
+            dx = dresidual = dx if dtotal is None else dx + dtotal
+        self.exact = Results(y, x, dx, dresidual, *rest)
+
+    def _rounding_of(self, x_hat: Tensor) -> Tensor:
+        dtype = self.formula.x_hat_dtype
+        if dtype is None or torch.finfo(dtype).eps / 2 <= self.roundoff:
+            return torch.zeros_like(x_hat)
+        info = torch.finfo(dtype)
+        return info.eps / 2 * (x_hat.abs() + self.slack(self.blur) + info.smallest_normal)
+
+    def _set_gradient(self, dy: Tensor) -> None:
+        """Sets the terms of the gradient of z, and the largest derivative of the activation."""
+        activation, slope = self.formula.activation, self.formula.slope
+        z = self.z.detach().requires_grad_()
+        (derivative,) = torch.autograd.grad(reference.activate(z, activation, slope).sum(), z)
+        curved = activation == "silu"
+        self.g_terms = dy.abs() * (derivative.abs() + (1 + BENT_SILU * self.z_terms if curved else 0))
+        self.steepest = STEEPEST_SILU if curved else max(1.0, abs(slope))
+
+    def slack(self, terms: Tensor, growth: float = 0.0) -> Tensor:
+        """Returns the error of a result with these terms, whose roundoff grows by so much beside the mean's."""
+        return (self.growth + growth) * self.roundoff * terms
+
+    def near_the_kink(self) -> Tensor:
+        """Returns the elements whose z is so near 0 that the derivative of relu may be either side's."""
+        return self.z.abs() <= self.slack(self.z_terms)
+
+    def errors(self) -> Results:
+        """Returns the largest error of each result, but for its final rounding."""
+        formula, exact = self.formula, self.exact
+        y = self.slack(self.z_terms) * self.steepest + self.rounding * self.w.abs()
+        terms = (self.w * self.g_terms).abs()
+        if not formula.constant:
+            terms = terms + terms.mean(formula.axes, True) + self.blur * (terms * self.blur).mean(formula.axes, True)
+        dx = self.slack(terms * self.rstd + self.dtotal_terms)
+        rank = exact.dx.dim()
+        lengths = (1,) * (rank - len(formula.parameter_shape)) + formula.parameter_shape
+        summed = tuple(axis for axis in range(rank) if lengths[axis] == 1)
+        growth = math.sqrt(math.prod(exact.dx.shape[axis] for axis in summed))
+        of_weight = self.slack(self.g_terms * self.blur, growth) + self.g_terms * self.rounding
+        of_parameters = (
+            None if true is None else (error.sum(summed) if summed else error).reshape(true.shape)
+            for true, error in ((exact.dweight, of_weight), (exact.dbias, self.slack(self.g_terms, growth)))
+        )
+        dresidual = dx if exact.dresidual is exact.dx else self.slack(self.g_terms)
+        return Results(y, torch.zeros_like(exact.dx), dx, dresidual, *of_parameters)
+
+    def check(self, results: Results) -> None:
+        """Asserts that all results are within their bounds."""
+        for name, actual, exact, error in zip(results._fields, results, self.exact, self.errors(), strict=True):
+            if actual is not None:
+                assert_within(actual, exact, error, name)
 
 
 def assert_same_but_for_order(actual: Tensor, expected: Tensor) -> None:
-    """In the same bits where interpreted; a kernel compiled for other outputs may add a few terms in another order."""
+    """Asserts the same bits where interpreted; a kernel compiled for other outputs may add a few terms in another
+    order."""
     if INTERPRETED:
         assert torch.equal(actual, expected)
         return
@@ -68,66 +245,14 @@ def assert_same_but_for_order(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=torch.finfo(expected.dtype).eps, atol=slack)
 
 
-def _sum(terms: Tensor, axes: tuple[int, ...]) -> Tensor:
-    return terms.sum(axes) if axes else terms
-
-
 def widen(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().double()
+    """Returns the tensor in fp64, on the CPU and contiguous."""
+    return None if tensor is None else tensor.detach().double().cpu().contiguous()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
+    """Returns the type that a call on x computes in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def check(
-    actual: Results,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dy: Tensor,
-    axes: tuple[int, ...],
-    exact_function: Callable[..., Tensor],
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-    eps: float = 1e-5,
-    constant: bool | None = None,
-) -> None:
-    """Holds every tensor of `actual` to `exact_function` in fp64.
-
-    axes: those reduced over; the parameters' axes are the others (BatchNorm) or these (LayerNorm). mean and rstd are
-    given where they are not the biased moments of x over them: as constants (evaluation), unless `constant` is False.
-    """
-    # Contiguous: torch's own BatchNorm on the CPU has a wrong dx for some strides of x and dy.
-    wide, wide_dy = x.double().contiguous(), dy.double().contiguous()
-    exact = run(exact_function, wide, widen(weight), widen(bias), wide_dy)
-    constant = mean is not None if constant is None else constant
-    mean = wide.mean(axes, keepdim=True) if mean is None else mean
-    rstd = torch.rsqrt(wide.var(axes, correction=0, keepdim=True) + eps) if rstd is None else rstd
-    parameter_axes = exact_function.parameter_axes  # type: ignore[attr-defined]
-    shape = [length if axis in parameter_axes else 1 for axis, length in enumerate(x.shape)]
-    w = torch.ones(shape, dtype=torch.float64, device=x.device) if weight is None else weight.double().reshape(shape)
-    b = torch.zeros(shape, dtype=torch.float64, device=x.device) if bias is None else bias.double().reshape(shape)
-    computed = compute_dtype(x)
-    growth = math.log2(math.prod(x.shape[axis] for axis in axes))
-    x_hat = (wide - mean) * rstd
-    blur = x_hat.abs() + mean.abs() * rstd  # the mean is rounded to the type computed in
-    assert_within(actual.y, exact.y, (blur * w).abs() + b.abs(), growth, computed)
-    wdy = (w * wide_dy).abs()
-    if actual.dx is not None:
-        terms = wdy
-        if not constant:
-            terms = terms + wdy.mean(axes, keepdim=True) + blur * (wdy * blur).mean(axes, keepdim=True)
-        assert_within(actual.dx, exact.dx, terms * rstd.abs(), growth, computed)
-    summed = tuple(axis for axis in range(x.dim()) if axis not in parameter_axes)
-    sum_growth = growth + math.sqrt(math.prod(x.shape[axis] for axis in summed))
-    if actual.dweight is not None:
-        scale = _sum(wide_dy.abs() * blur, summed).reshape(exact.dweight.shape)
-        assert_within(actual.dweight, exact.dweight, scale, sum_growth, computed)
-    if actual.dbias is not None:
-        assert_within(
-            actual.dbias, exact.dbias, _sum(wide_dy.abs(), summed).reshape(exact.dbias.shape), sum_growth, computed
-        )
 
 
 def batch_norm_on_cpu(
@@ -138,17 +263,6 @@ def batch_norm_on_cpu(
     training: bool,
     eps: float,
 ) -> Tensor:
-    """torch's, which on CUDA has no backward for a bias without a weight, and takes no more than five axes."""
+    """Returns torch's result on the CPU: on CUDA it takes no more than five axes."""
     given = (None if tensor is None else tensor.cpu() for tensor in (x, *running, weight, bias))
-    return F.batch_norm(*given, training, 0.0, eps).to(x.device)
-
-
-def batch_norm_oracle(running: tuple[Tensor, Tensor] | None, eps: float = 1e-5) -> Callable[..., Tensor]:
-    """In training where `running` is None, otherwise in evaluation with those statistics."""
-
-    def exact(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        statistics = (None, None) if running is None else (running[0].double(), running[1].double())
-        return batch_norm_on_cpu(x, statistics, weight, bias, running is None, eps)
-
-    exact.parameter_axes = (1,)  # type: ignore[attr-defined]
-    return exact
+    return F.batch_norm(*given, training, 0.0, eps)

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm behind one face, so that a test of rows is a test of both."""
+"""LayerNorm and RMSNorm with one interface, so that a test of rows is a test of both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_norm
-from support.oracle import Results, check, run
+from support.oracle import ErrorBound, Formula, Inputs, Results, compute_dtype, moments_about, run, widen
 
 
 @dataclass(frozen=True)
@@ -30,50 +30,49 @@ class Norm:
         return lambda x, weight=None, bias=None: function(x, normalized_shape, weight, eps, **options)
 
     def ours(self, normalized_shape: tuple[int, ...], eps: float = 1e-5, **options: Any) -> Callable[..., Any]:
-        """function(x, weight=None, bias=None); RMSNorm leaves the bias out."""
+        """Returns function(x, weight=None, bias=None); RMSNorm leaves the bias out."""
         return self._of(self.function, normalized_shape, eps, options)
 
     def theirs(self, normalized_shape: tuple[int, ...], eps: float = 1e-5) -> Callable[..., Tensor]:
         return self._of(self.torch_function, normalized_shape, eps, {})
 
-    def exact(self, normalized_shape: tuple[int, ...], rank: int, eps: float = 1e-5) -> Callable[..., Tensor]:
-        """torch's, for `oracle.check` to call in fp64."""
-        function = self.theirs(normalized_shape, eps)
-        function.parameter_axes = tuple(range(rank - len(normalized_shape), rank))  # type: ignore[attr-defined]
-        return function
-
     def drawn(self, shape: tuple[int, ...], n_axes: int, dtype: torch.dtype, device: str) -> tuple[Tensor | None, ...]:
-        """x, weight, bias (None for RMSNorm) and dy."""
+        """Returns x, weight, bias (None for RMSNorm) and dy."""
         normalized = shape[len(shape) - n_axes :]
         x = (3 * torch.randn(shape, dtype=torch.float64) + 2).to(device, dtype)
         weight, bias = (torch.randn(normalized, dtype=torch.float64).to(device, dtype) for _ in range(2))
         dy = torch.randn(shape, dtype=torch.float64).to(device, dtype)
         return x, weight, bias if self.has_bias else None, dy
 
+    def bound(self, inputs: Inputs, n_axes: int = 1, eps: float = 1e-5) -> ErrorBound:
+        """Returns the exact results and their bounds."""
+        rank = inputs.x.dim()
+        axes, normalized = tuple(range(rank - n_axes, rank)), tuple(inputs.x.shape[rank - n_axes :])
+        x, theirs = widen(inputs.x), self.theirs(normalized, eps)
+        mean = x.mean(axes, keepdim=True) if self.has_bias else torch.zeros((), dtype=torch.float64)
+        formula = Formula(
+            lambda x, _, weight, bias: theirs(x, weight, bias),
+            axes,
+            normalized,
+            moments_about(mean, x, axes),
+            eps,
+            compute_dtype(inputs.x),
+            centred=self.has_bias,
+        )
+        return ErrorBound(formula, inputs)
+
+    def check(self, results: Results, *inputs: Tensor | None, n_axes: int = 1, eps: float = 1e-5) -> None:
+        """Asserts that the results for these x, weight, bias and dy are within their bounds."""
+        x, weight, bias, dy = inputs
+        self.bound(Inputs(x, None, weight, bias, dy), n_axes, eps).check(results)
+
     def against_oracle(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor, n_axes: int = 1, eps: float = 1e-5
     ) -> Results:
-        normalized = tuple(x.shape[x.dim() - n_axes :])
-        actual = run(self.ours(normalized, eps), x, weight, bias, dy)
-        self.check(actual, x, weight, bias, dy, n_axes, eps)
-        return actual
-
-    def check(
-        self,
-        actual: Results,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        dy: Tensor,
-        n_axes: int = 1,
-        eps: float = 1e-5,
-    ) -> None:
-        axes = tuple(range(x.dim() - n_axes, x.dim()))
-        normalized = tuple(x.shape[x.dim() - n_axes :])
-        zero = None if self.has_bias else torch.zeros((), dtype=torch.float64, device=x.device)
-        rms = None if self.has_bias else torch.rsqrt(x.double().square().mean(axes, keepdim=True) + eps)
-        exact = self.exact(normalized, x.dim(), eps)
-        check(actual, x, weight, bias, dy, axes, exact, zero, rms, eps, constant=False)
+        """Returns the kernels' results if they are within their bounds."""
+        results = run(self.ours(tuple(x.shape[x.dim() - n_axes :]), eps), x, weight, bias, dy)
+        self.check(results, x, weight, bias, dy, n_axes=n_axes, eps=eps)
+        return results
 
 
 LAYER_NORM = Norm("layer_norm", triton_norm.layer_norm, F.layer_norm, triton_norm.LayerNorm, nn.LayerNorm, True)

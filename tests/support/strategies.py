@@ -19,7 +19,7 @@ import triton_norm
 from support import spaces
 from support.channel_norms import ACTIVATIONS, SHARED, taking_turns
 from support.gpus import with_numbers
-from support.oracle import batch_norm_on_cpu
+from support.oracle import ErrorBound, Formula, Inputs, Moments, batch_norm_on_cpu, moments_about, widen
 from support.row_norms import NORMS, Norm
 from triton_norm import reference
 from triton_norm.tuning import row_spaces
@@ -51,20 +51,6 @@ CHANNELS = {
     "holding": SHARED | FOLDED | {"interpreted_tile_elements": 512},
 }
 """Numbers with which small inputs are cut up as large ones are on a GPU."""
-
-
-class Given(NamedTuple):
-    """What a call and its backward are given; None for what is missing."""
-
-    x: Tensor
-    residual: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    dy: Tensor
-    dtotal: Tensor | None
-
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        return self[:4]
 
 
 def _spaces(pieces: int) -> dict[str, Any]:
@@ -152,19 +138,11 @@ def values(hard: str, shape: Shape, axes: Sequence[int], generator: torch.Genera
     return noise * (1e2 if narrow else 1e15) if hard == "huge" else 3 * noise + 2
 
 
-class Moments(NamedTuple):
-    """`mean_terms`: what a mean's error grows from. Kernels add the mean of what a first mean leaves, x − mean, the
-    sizes of which count then, and round the mean itself."""
-
-    mean: Tensor
-    var: Tensor
-    mean_terms: Tensor
-
-
-def moments_about(mean: Tensor, x: Tensor, axes: Shape, centred: bool) -> Moments:
-    left = x - mean
-    terms = mean.abs() + (left.abs().mean(axes, keepdim=True) if centred else 0)
-    return Moments(mean, left.square().mean(axes, keepdim=True), terms)
+def moments_of(x: Tensor, axes: Shape) -> Moments:
+    """Returns the moments of x. Kernels add the mean of what a first mean leaves, x − mean, and round the mean itself:
+    the sizes of both are terms of its error."""
+    found = moments_about(x.mean(axes, keepdim=True), x, axes)
+    return found._replace(mean_terms=found.mean_terms + (x - found.mean).abs().mean(axes, keepdim=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +173,19 @@ class Case:
     def parameter_shape(self) -> Shape:
         raise NotImplementedError
 
-    @property
-    def centred(self) -> bool:
-        """Whether a constant added to x changes nothing."""
+    def moments(self, x: Tensor) -> Moments:
+        """Returns those that x, in fp64, is normalized by."""
         raise NotImplementedError
 
-    def drawn(self, device: str) -> Given:
+    def bound(self, inputs: Inputs) -> ErrorBound:
+        """Returns the exact results and their bounds."""
+        raise NotImplementedError
+
+    def settled(self, inputs: Inputs) -> Inputs:
+        """Returns the inputs with a dy of 0 where the derivative of an activation may be either side's."""
+        return inputs
+
+    def drawn(self, device: str) -> Inputs:
         generator = torch.Generator().manual_seed(self.seed)
         narrow = F16 in (self.x, self.weight, self.bias, self.residual, self.total, self.out)
 
@@ -214,7 +199,7 @@ class Case:
         weight, bias = (noise(self.parameter_shape, dtype) for dtype in (self.weight, self.bias))
         residual = noise(self.shape, self.residual, self.residual_lie)
         dy, dtotal = (noise(self.shape, dtype, self.dy_lie) for dtype in (self.out or self.x, self.total))
-        return Given(x, residual, weight, bias, dy, dtotal)
+        return Inputs(x, residual, weight, bias, dy, dtotal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,13 +211,6 @@ class Rows(Case):
     offset: float
     x_hat: Type
 
-    activation = None
-    constant = False
-
-    @property
-    def centred(self) -> bool:
-        return self.norm.has_bias
-
     @property
     def axes(self) -> Shape:
         return tuple(range(len(self.shape) - self.n_axes, len(self.shape)))
@@ -241,7 +219,7 @@ class Rows(Case):
     def parameter_shape(self) -> Shape:
         return self.shape[len(self.shape) - self.n_axes :]
 
-    def drawn(self, device: str) -> Given:
+    def drawn(self, device: str) -> Inputs:
         found = super().drawn(device)
         if not self.offset or found.weight is None:
             return found
@@ -255,16 +233,28 @@ class Rows(Case):
             options |= {"residual": residual, "residual_dtype": total}
         return self.norm.ours(self.parameter_shape, self.eps, **options)(x, weight, bias)
 
-    def summed(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """What is normalized."""
-        return x if residual is None else reference.add(x, residual, self.total)
-
     def exact(self, x: Tensor, _: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return self.norm.theirs(self.parameter_shape, self.eps)(x, weight, bias)
 
     def moments(self, x: Tensor) -> Moments:
-        mean = x.mean(self.axes, keepdim=True) if self.centred else torch.zeros((), dtype=F64, device=x.device)
-        return moments_about(mean, x, self.axes, self.centred)
+        if self.norm.has_bias:
+            return moments_of(x, self.axes)
+        return moments_about(torch.zeros((), dtype=F64), x, self.axes)
+
+    def bound(self, inputs: Inputs) -> ErrorBound:
+        summed = inputs.x if inputs.residual is None else reference.add(inputs.x, inputs.residual, self.total)
+        weight = None if inputs.weight is None else widen(inputs.weight) + self.offset
+        formula = Formula(
+            self.exact,
+            self.axes,
+            self.parameter_shape,
+            self.moments(widen(summed)),
+            self.eps,
+            F64 if F64 in (self.x, summed.dtype) else F32,
+            centred=self.norm.has_bias,
+            x_hat_dtype=self.x_hat,
+        )
+        return ErrorBound(formula, inputs._replace(x=summed, residual=None, weight=weight))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,17 +265,6 @@ class Channels(Case):
     running: torch.dtype
     activation: str | None
     slope: float
-
-    offset = 0.0
-    x_hat = None
-
-    @property
-    def constant(self) -> bool:
-        return not self.training
-
-    @property
-    def centred(self) -> bool:
-        return self.training
 
     @property
     def axes(self) -> Shape:
@@ -305,10 +284,6 @@ class Channels(Case):
         fused = {"residual": residual, "activation": self.activation, "negative_slope": self.slope}
         return triton_norm.batch_norm(x, mean, var, weight, bias, self.training, 0.1, self.eps, **fused)
 
-    def summed(self, x: Tensor, _: Tensor | None) -> Tensor:
-        """What is normalized."""
-        return x
-
     def exact(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean, var = (None, None) if self.training else (t.double() for t in self.statistics(x.device.type))
         z = batch_norm_on_cpu(x, (mean, var), weight, bias, self.training, self.eps)
@@ -316,10 +291,30 @@ class Channels(Case):
 
     def moments(self, x: Tensor) -> Moments:
         if self.training:
-            return moments_about(x.mean(self.axes, keepdim=True), x, self.axes, True)
-        shape = (1, -1, *(1 for _ in self.shape[2:]))
-        mean, var = (t.double().view(shape) for t in self.statistics(x.device.type))
+            return moments_of(x, self.axes)
+        mean, var = (widen(tensor).view(1, -1, *(1 for _ in self.shape[2:])) for tensor in self.statistics("cpu"))
         return Moments(mean, var, mean.abs())
+
+    def bound(self, inputs: Inputs) -> ErrorBound:
+        formula = Formula(
+            self.exact,
+            self.axes,
+            (1, self.shape[1], *(1 for _ in self.shape[2:])),
+            self.moments(widen(inputs.x)),
+            self.eps,
+            F64 if self.x == F64 else F32,
+            constant=not self.training,
+            centred=self.training,
+            activation=self.activation,
+            slope=self.slope,
+        )
+        return ErrorBound(formula, inputs)
+
+    def settled(self, inputs: Inputs) -> Inputs:
+        if self.activation not in ("relu", "leaky_relu"):
+            return inputs
+        near = self.bound(inputs).near_the_kink().to(inputs.dy.device)
+        return inputs._replace(dy=inputs.dy.masked_fill(near, 0.0)) if near.any() else inputs
 
 
 @st.composite

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm
 from support import processes
-from support.channel_norms import SHARED, Call, Found, drawn, laid, taking_turns
+from support.channel_norms import SHARED, Call, drawn, laid, taking_turns
 from support.gpus import with_numbers
+from support.oracle import Results
 from support.patience import LIMIT_S
 from triton_norm import dispatch
 from triton_norm.tuning.limits import INTERPRETED
@@ -84,7 +85,7 @@ def share_of(world: World, call: Call, sizes: dict[int, tuple[int, ...]]) -> Cal
     return call.of(x=x, residual=residual, dy=dy)
 
 
-def found_by(module: nn.Module, call: Call) -> Found:
+def found_by(module: nn.Module, call: Call) -> Results:
     x = call.x.detach().requires_grad_()
     residual = None if call.residual is None else call.residual.detach().requires_grad_()
     y = module(x, residual=residual, activation=call.activation, negative_slope=call.slope)
@@ -95,13 +96,13 @@ def found_by(module: nn.Module, call: Call) -> Found:
         assert made.shape == x.shape
         assert made.dtype == x.dtype
         assert x.numel() == 0 or made.stride() == x.stride()
-    return Found(y.detach(), dx, dresidual, *rest)
+    return Results(y.detach(), None, dx, dresidual, *rest)
 
 
-def joined(world: World, mine: Found) -> Found:
-    y, dx, dresidual, dweight, dbias = zip(*world.everyones(tuple(mine)), strict=True)
+def joined(world: World, mine: Results) -> Results:
+    y, _, dx, dresidual, dweight, dbias = zip(*world.everyones(tuple(mine)), strict=True)
     residuals = None if mine.dresidual is None else torch.cat(dresidual)
-    return Found(torch.cat(y), torch.cat(dx), residuals, sum(dweight), sum(dbias))
+    return Results(torch.cat(y), None, torch.cat(dx), residuals, sum(dweight), sum(dbias))
 
 
 def check_running(world: World, module: nn.Module, batches: list[Tensor]) -> None:
@@ -197,7 +198,7 @@ def only_the_gradients_asked_for(world: World) -> None:
         )
         share = share_of(world, call, ONE_EMPTY)
         module = module_of(share)
-        everything = found_by(module, share)[1:]
+        everything = found_by(module, share).gradients
         for asked in ((0,), (1,), (2, 3), (0, 2), (3,)):
             leaves = [share.x.detach(), share.residual.detach(), module.weight.detach(), module.bias.detach()]
             for i, leaf in enumerate(leaves):
