@@ -87,6 +87,23 @@ def guard(request: pytest.FixtureRequest) -> "Iterator[Guard | None]":
         yield guard
 
 
+@pytest.fixture
+def through_the_kernels() -> Iterator[None]:
+    """A call that the kernels can't serve is an error."""
+    import triton_norm
+
+    with triton_norm.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing that was compiled before is found, nor afterwards."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _no_search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU launches are the best guesses: searching for each of the tests' shapes would take most of their time."""

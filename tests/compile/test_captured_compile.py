@@ -25,18 +25,11 @@ from support.captured import (
 )
 
 pytestmark = [
-    pytest.mark.usefixtures("_fresh_dynamo"),
+    pytest.mark.usefixtures("fresh_dynamo"),
     # Dynamo's own, on every autograd.Function that it traces.
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
 ]
 RECORDING = pytest.mark.parametrize("backend", ["auto", "triton"])
-
-
-@pytest.fixture
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @BACKENDS

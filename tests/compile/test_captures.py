@@ -31,20 +31,13 @@ from support.captured import (
 )
 
 pytestmark = [
-    pytest.mark.usefixtures("_fresh_dynamo"),
+    pytest.mark.usefixtures("fresh_dynamo"),
     # torch's own, while it exports.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
 ]
 RECORDING = pytest.mark.parametrize("backend", ["auto", "triton"])
 STRICT = pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-
-
-@pytest.fixture
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def decomposed(module: nn.Module, example: Batch) -> nn.Module:

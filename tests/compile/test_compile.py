@@ -12,17 +12,10 @@ from support import operator_calls
 from triton_norm.library import DEFINED
 
 pytestmark = [
-    pytest.mark.usefixtures("_fresh_dynamo"),
+    pytest.mark.usefixtures("fresh_dynamo"),
     # Dynamo's own, on every autograd.Function that it traces.
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
 ]
-
-
-@pytest.fixture
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Network(nn.Module):

@@ -26,7 +26,7 @@ from triton_norm.tuning.configs import Config, config
 from triton_norm.tuning.limits import INTERPRETED
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.unguarded
+pytestmark = [pytest.mark.unguarded, pytest.mark.usefixtures("through_the_kernels")]
 
 if INTERPRETED:
     from triton_norm.testing.interleave import interleaved
@@ -37,12 +37,6 @@ SMALL = {"flat": ((2, 2, 4, 8), 32), "last": ((2, 8, 3, 4), 64), "folded": ((9, 
 """Shapes by kind, and tiles with which two programs share a channel."""
 
 Step = Callable[[], list[Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _through_the_kernels():
-    with triton_norm.backend("triton"):
-        yield
 
 
 def rows_step(norm: Norm, device: str, residual: bool = False) -> Step:

@@ -14,7 +14,7 @@ import triton_norm
 from support import spaces
 from support.allocations import allocations
 from support.at_once import at_once
-from support.channel_norms import taking_turns
+from support.turns import taking_turns
 from triton_norm import distributed, launch
 from triton_norm.channels import plan, running
 from triton_norm.specs import BatchNormOptions, BatchNormTensors

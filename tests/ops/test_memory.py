@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 from perf.stand_in import H100, as_on_gpu
 
-pytestmark = pytest.mark.unguarded
+pytestmark = [pytest.mark.unguarded, pytest.mark.usefixtures("through_the_kernels")]
 
 Kept = list[Tensor]
 
@@ -54,12 +54,6 @@ def ask_for(wanted: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
             tensor.requires_grad_(wanted in (name, "all"))
-
-
-@pytest.fixture(autouse=True)
-def _through_the_kernels():
-    with triton_norm.backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("wanted", ["all", "x", "weight"])

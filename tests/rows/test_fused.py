@@ -8,6 +8,8 @@ import triton_norm
 from support.oracle import assert_same_but_for_order, run
 from support.row_norms import LAYER_NORM, NORMS, RMS_NORM
 
+pytestmark = pytest.mark.usefixtures("through_the_kernels")
+
 HALF = torch.bfloat16
 TYPES = [
     (torch.float32, torch.float32, None),
@@ -22,12 +24,6 @@ TYPES = [
 @pytest.fixture(params=NORMS, ids=repr)
 def norm(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _through_the_kernels():
-    with triton_norm.backend("triton"):
-        yield
 
 
 def parts(norm, dtype, residual_dtype, device, shape=(6, 40)):

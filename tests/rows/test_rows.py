@@ -11,13 +11,9 @@ import triton_norm
 from support.oracle import assert_same_but_for_order, run
 from support.row_norms import LAYER_NORM, NORMS
 
+pytestmark = pytest.mark.usefixtures("through_the_kernels")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-
-
-@pytest.fixture(autouse=True)
-def _through_the_kernels():
-    with triton_norm.backend("triton"):
-        yield
 
 
 @pytest.fixture(params=NORMS, ids=repr)

@@ -4,10 +4,8 @@ Where z, which is activated, is next to 0, the derivative may be either side's: 
 residual to move it by, and no dy there otherwise.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -28,7 +26,6 @@ from support.oracle import (
     widen,
 )
 from triton_norm.channels import layout
-from triton_norm.tuning.limits import INTERPRETED
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -40,15 +37,22 @@ FUSED = [(activation, residual) for activation in ACTIVATIONS for residual in (N
 """Activations and a residual's type, None for none."""
 
 SHAPES = [
-    ("flat", (2, 3, 4, 4)),
-    ("flat", (3, 5, 5, 7)),  # 105 elements a channel: its last byte of bits is not full
+    ("flat", (2, 3, 4, 4)),  # the classic demonstration's
+    ("flat", (3, 5, 5, 7)),  # 105 elements a channel: one element an access, and its last byte of bits is not full
     ("flat", (6, 1, 5, 3)),  # one channel
+    ("flat", (3, 6, 50)),  # sequences: two elements an access
+    ("flat", (1, 4, 6, 6)),  # one sample
+    ("flat", (2, 16, 2, 4, 6)),  # volumes
+    ("flat", (3, 8, 2, 2, 2, 3)),  # more axes than any module takes
     ("last", (3, 3, 4, 5)),  # fewer channels than a byte has bits
     ("last", (2, 20, 3, 3)),  # the last byte of a position half full
-    ("last", (9, 5)),  # features
+    ("last", (2, 18, 3, 5)),  # an even number of channels
+    ("last", (2, 16, 2, 4, 6)),
+    ("last", (9, 5)),  # features: no positions
+    ("last", (64, 24)),  # features: wide accesses
+    ("last", (40, 3, 1, 1)),  # one position
     ("folded", (9, 5, 7, 7)),  # five of a block's eight channels, one sample more than eight
 ]
-
 SHARED = {
     "multiprocessors": 6,  # two programs a channel
     "min_held_elements": 1,
@@ -73,15 +77,6 @@ def share(numbers: Callable[..., None], tile: int, one_launch: bool = True, **ot
     if not one_launch:
         form = {"interpreted_tile_elements": 4 * tile, "one_launch_bytes": 0}
     numbers(**SHARED | form | others)
-
-
-def taking_turns() -> AbstractContextManager[None]:
-    """Where programs wait for each other."""
-    if not INTERPRETED:
-        return contextlib.nullcontext()
-    from triton_norm.testing.interleave import interleaved
-
-    return interleaved()
 
 
 def laid(x: Tensor, kind: str) -> Tensor:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 import triton_norm
 from support import spaces
-from support.channel_norms import ACTIVATIONS, SHARED, taking_turns
+from support.channel_norms import ACTIVATIONS, SHARED
 from support.gpus import with_numbers
 from support.oracle import ErrorBound, Formula, Inputs, Moments, batch_norm_on_cpu, moments_about, widen
 from support.row_norms import NORMS, Norm
+from support.turns import taking_turns
 from triton_norm import reference
 from triton_norm.tuning import row_spaces
 from triton_norm.tuning.configs import Space, config

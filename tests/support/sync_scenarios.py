@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm
 from support import processes
-from support.channel_norms import SHARED, Call, drawn, laid, taking_turns
+from support.channel_norms import SHARED, Call, drawn, laid
 from support.gpus import with_numbers
 from support.oracle import Results
 from support.patience import LIMIT_S
+from support.turns import taking_turns
 from triton_norm import dispatch
 from triton_norm.tuning.limits import INTERPRETED
 

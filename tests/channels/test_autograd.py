@@ -1,39 +1,25 @@
-"""What batch_norm takes and torch's doesn't, residual, activation and negative_slope: kept, differentiated, refused."""
+"""BatchNorm under autograd: tensors that are kept, gradients that are asked for, second derivatives, frozen tensors."""
 
 import contextlib
-import copy
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import triton_norm
-from support.channel_norms import (
-    ACTIVATIONS,
-    DTYPES,
-    FUSED,
-    KINDS,
-    MODES,
-    SHAPES,
-    SPLIT,
-    drawn,
-    laid,
-)
+from support.channel_norms import FUSED, KINDS, MODES, SHAPES, SPLIT, drawn, share
 from support.oracle import assert_same_but_for_order
+from support.turns import taking_turns
 from triton_norm.tuning.limits import INTERPRETED
 
 if INTERPRETED:
     from triton_norm.testing import interpreter
 
+
+pytestmark = pytest.mark.usefixtures("through_the_kernels")
+
 HALF = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _through_the_kernels():
-    with triton_norm.backend("triton"):
-        yield
 
 
 def bits_of(kind: str, shape: tuple[int, ...]) -> int:
@@ -107,15 +93,28 @@ def test_nothing_is_moved_but_what_has_to_be(activation, residual, kind, trainin
 
 
 @MODES
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_only_the_gradients_asked_for(activation, training, device):
-    call = drawn((3, 4, 5, 3), "flat", device, training=training, residual=HALF, activation=activation)
+@pytest.mark.parametrize(("activation", "residual"), [(None, None), (None, HALF), ("relu", HALF), ("silu", HALF)])
+def test_only_the_gradients_asked_for(activation, residual, training, device):
+    call = drawn((3, 4, 5, 3), "flat", device, training=training, residual=residual, activation=activation)
     everything = call.run()
     for asked in ((0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 2, 3)):
+        if residual is None and asked == (1,):
+            continue
         for i, (found, expected) in enumerate(zip(call.run(asked).gradients, everything.gradients, strict=True)):
-            assert (found is not None) == (i in asked)
+            assert (found is not None) == (i in asked and expected is not None)
             if found is not None:
                 assert_same_but_for_order(found, expected)
+
+
+@pytest.mark.parametrize("asked", [(0,), (3,), (0, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_gradients_asked_for_of_shared_channels(kind, asked, numbers, device):
+    """Without dx nothing waits: sums are then taken by other programs, and rounded otherwise."""
+    shape, tile = SPLIT[kind]
+    share(numbers, tile)
+    call = drawn(shape, kind, device)
+    with taking_turns():
+        call.check(call.run(asked))
 
 
 def test_what_is_not_kept_may_be_overwritten(device):
@@ -135,19 +134,9 @@ def test_what_is_not_kept_may_be_overwritten(device):
                 torch.autograd.grad(y, x, call.dy / 2)
 
 
-def test_what_has_to_be_copied_is_said(device):
-    x = torch.randn(3, 4, 6, 6, device=device)
-    other = laid(x, "last")
-    explain = triton_norm.explain
-    said = explain(triton_norm.batch_norm, x, None, None, training=True, residual=other)
-    assert said.copies == ("the residual: neither its channels nor its positions lie side by side",)
-    assert not explain(triton_norm.batch_norm, x, None, None, training=True, residual=x + 1).copies
-    assert not explain(triton_norm.BatchNorm2d(4, device=device), other, residual=other + 1, activation="relu").copies
-
-
 @pytest.mark.unguarded  # fp64 through hundreds of launches; the kernels are guarded above
 @MODES
-@pytest.mark.parametrize(("activation", "residual"), FUSED)
+@pytest.mark.parametrize(("activation", "residual"), [(None, None), *FUSED])
 def test_gradients_of_both_orders(activation, residual, training, device):
     residual = None if residual is None else torch.float64
     kind, shape = ("last", (3, 2)) if residual else ("flat", (2, 2, 2))
@@ -176,68 +165,6 @@ def test_differentiated_twice_a_gradient_goes_by_the_same_bits(activation, kind,
         torch.testing.assert_close(ours, kernels, rtol=1e-4, atol=1e-5 * kernels.abs().max().item())
 
 
-X = torch.ones(2, 3, 4)
-WRONG = [
-    ({"residual": torch.ones(3, 4)}, RuntimeError, r"residual of shape \[3, 4\] and input of size \[2, 3, 4\]"),
-    ({"residual": torch.ones(2, 3, 1)}, RuntimeError, r"residual of shape \[2, 3, 1\] and input of size \[2, 3, 4\]"),
-    ({"residual": [1.0]}, TypeError, "'residual' must be Tensor, not list"),
-    ({"residual": X.long()}, RuntimeError, "residual.*torch.int64"),
-    ({"residual": X.to("meta")}, RuntimeError, "input is on cpu and residual is on meta"),
-    ({"activation": "gelu"}, ValueError, "activation must be one of 'relu', 'silu', 'leaky_relu' or None.*'gelu'"),
-    ({"activation": "ReLU"}, ValueError, "activation must be one of.*'ReLU'"),
-    ({"activation": ""}, ValueError, "activation must be one of.*''"),
-    ({"activation": 3}, TypeError, "'activation' must be str or None, not int"),
-    ({"activation": F.relu}, TypeError, "'activation' must be str or None, not"),
-    ({"activation": "leaky_relu", "negative_slope": "steep"}, TypeError, "'negative_slope' must be float, not str"),
-]
-
-
-@MODES
-@pytest.mark.parametrize(("arguments", "error", "words"), WRONG)
-@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
-def test_a_wrong_call_has_moved_nothing(arguments, error, words, backend, training):
-    mean, var, counter = torch.zeros(3), torch.ones(3), torch.tensor(0)
-    with triton_norm.backend(backend), pytest.raises(error, match=words):
-        triton_norm.batch_norm(X, mean, var, training=training, num_batches_tracked=counter, **arguments)
-    with pytest.raises(error, match=words):
-        triton_norm.explain(triton_norm.batch_norm, X, mean, var, training=training, **arguments)
-    assert torch.equal(mean, torch.zeros(3))
-    assert torch.equal(var, torch.ones(3))
-    assert counter.item() == 0
-
-
-def test_one_value_per_channel_is_no_batch_with_a_residual_either(device):
-    module = triton_norm.BatchNorm1d(3, device=device)
-    x = torch.ones(1, 3, device=device)
-    with pytest.raises(ValueError, match=r"more than 1 value per channel when training, got input size.*\[1, 3\]"):
-        module(x, residual=x, activation="relu")
-    assert module.num_batches_tracked.item() == 0
-    assert torch.equal(module.eval()(-x, residual=-x, activation="relu"), torch.zeros_like(x))
-
-
-@MODES
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_modules_take_them(activation, training, device):
-    ours = triton_norm.BatchNorm2d(4, device=device).train(training)
-    theirs = nn.BatchNorm2d(4, device=device).train(training)
-    x, residual = torch.randn(2, 3, 4, 5, 6, device=device)
-    for _ in range(2):
-        y = ours(x, residual=residual, activation=activation, negative_slope=0.2)
-        z = theirs(x) + residual
-        expected = {"relu": F.relu(z), "silu": F.silu(z), "leaky_relu": F.leaky_relu(z, 0.2)}.get(activation, z)
-        torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
-
-
-@MODES
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("activation", "residual"), FUSED)
-def test_torchs_path_computes_the_same(activation, residual, dtype, training, device):
-    call = drawn((3, 5, 5, 7), "flat", device, dtype, training=training, residual=residual, activation=activation)
-    with triton_norm.backend("torch"):
-        call.against_oracle()
-
-
 def test_transforms(device):
     """The kernels don't serve these: torch's path does."""
     call = drawn((3, 4, 6), "flat", device, torch.float64, residual=torch.float64, activation="silu")
@@ -253,28 +180,72 @@ def test_transforms(device):
             torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @MODES
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_compiled_gives_the_bits_of_eager(activation, training, device):
-    eager = triton_norm.BatchNorm2d(4).to(device).train(training)
-    compiled = copy.deepcopy(eager)
+@pytest.mark.parametrize("frozen", ["weight", "bias", "weight bias", "input", "input weight", "input bias"])
+def test_frozen(frozen, training, guard, device):
+    theirs, ours = (norms.BatchNorm1d(6, device=device).train(training) for norms in (nn, triton_norm))
+    data = torch.randn(4, 6, 5, device=device)
+    grads = []
+    for module in (theirs, ours):
+        tensors = {"input": data.clone(), "weight": module.weight, "bias": module.bias}
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name not in frozen.split())
+        module(tensors["input"]).pow(3).sum().backward()
+        grads.append([tensor.grad for tensor in tensors.values()])
+    for expected, found in zip(*grads, strict=True):
+        assert (expected is None) == (found is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert guard is None or len(guard.launches) == 2
 
-    def step(module, run, x):
-        x, residual = (t.clone().requires_grad_() for t in x)
-        y = run(x, residual=residual, activation=activation)
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, residual, *module.parameters()))]
 
-    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-    for n in (2, 3):  # the second makes shapes dynamic
-        x = torch.randn(2, n, 4, 3, 6, device=device)
-        assert all(map(torch.equal, step(eager, eager, x), step(compiled, run, x)))
-    assert all(map(torch.equal, eager.buffers(), compiled.buffers()))
+def test_all_frozen_needs_no_graph_and_still_moves(device):
+    module = triton_norm.BatchNorm1d(3, device=device).requires_grad_(False)
+    y = module(torch.randn(5, 3, device=device))
+    assert not y.requires_grad
+    assert module.num_batches_tracked.item() == 1
+    with torch.inference_mode():
+        assert module(torch.randn(5, 3, device=device)).is_inference()
+    with torch.no_grad():
+        assert module.requires_grad_()(torch.randn(5, 3, device=device)).grad_fn is None
+    assert module.num_batches_tracked.item() == 3
+    assert module.running_mean.abs().sum() > 0
 
 
-@pytest.fixture
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def test_autograd_notices_what_is_overwritten(device):
+    """The input, as torch does; and, unlike torch, the running statistics that an evaluation's backward needs."""
+    module = triton_norm.BatchNorm1d(3, device=device)
+    x = torch.randn(5, 3, device=device).requires_grad_() * 1.0
+    y = module(x)
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = module.eval()(x.detach().requires_grad_())
+    module.train()(x.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_a_graph_that_is_kept_gives_the_same_bits_again(activation, device):
+    call = drawn((3, 4, 5, 6), "flat", device, residual=torch.float32, activation=activation)
+    leaves = [tensor.requires_grad_() for tensor in call.inputs()]
+    y = call.ours(*leaves)
+    first, second = (torch.autograd.grad(y, leaves, call.dy, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@MODES
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_penalty_on_the_gradient(kind, training, device):
+    """Second order, against torch in fp64."""
+    shape, _ = SPLIT[kind]
+    call = drawn(shape, kind, device, torch.float64, training=training)
+    found = []
+    for function in (call.ours, call.composed):
+        leaves = [tensor.detach().contiguous().requires_grad_() for tensor in (call.x, call.weight, call.bias)]
+        y = function(leaves[0], None, *leaves[1:])
+        (dx,) = torch.autograd.grad(y, leaves[0], call.dy, create_graph=True)
+        found.append(torch.autograd.grad(y.pow(2).sum() + dx.pow(2).sum(), leaves))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

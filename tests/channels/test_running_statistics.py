@@ -8,29 +8,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_norm
-from support.channel_norms import (
-    KINDS,
-    SPLIT,
-    drawn,
-    running_statistics,
-    same_bits,
-    share,
-    taking_turns,
-)
+from support.channel_norms import KINDS, SPLIT, drawn, running_statistics, same_bits, share
 from support.gpus import with_numbers
 from support.oracle import differentiated
 from support.spaces import GPU
+from support.turns import taking_turns
 from triton_norm.tuning import channel_spaces
 from triton_norm.tuning.choices import begun_anew
 from triton_norm.tuning.limits import INTERPRETED
 
+pytestmark = pytest.mark.usefixtures("through_the_kernels")
+
 HALF = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _through_the_kernels():
-    with triton_norm.backend("triton"):
-        yield
 
 
 @pytest.fixture(params=["one program", "one launch", "two launches"])
@@ -159,39 +148,3 @@ def test_the_same_bits_every_time(form, device):
     with taking_turns():
         first = call.run()
         assert all(same_bits(first, call.run()) for _ in range(4))
-
-
-def hard(kind: str) -> Tensor:
-    """In a channels-last image whose channels are read in many tiles, not all alike."""
-    x = torch.randn(32, 8, 4, 8)
-    if kind == "mean 1e6 times std":
-        x += 1e6
-    elif kind == "an outlier in the first tile":
-        x[0, :, 0, 0] = 1e6
-    elif kind == "an outlier in the last tile":
-        x[-1, :, -1, -1] = 1e6
-    elif kind == "drift":
-        x += torch.linspace(-1e3, 1e3, 32).view(-1, 1, 1, 1)
-    elif kind == "a step":
-        x = 1e-3 * x + 1e3 * (torch.arange(32) >= 16).view(-1, 1, 1, 1)
-    return x.to(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["normal", "mean 1e6 times std", "an outlier in the first tile", "an outlier in the last tile", "drift", "a step"],
-)
-def test_moments_of_many_tiles_are_those_of_all(kind, numbers, device):
-    numbers(one_launch_bytes=0, interpreted_tile_elements=256, channels_last_lanes=8)
-    x = hard(kind).to(device)
-    exact = F.batch_norm(x.double().cpu(), None, None, training=True)
-    y = triton_norm.batch_norm(x, None, None, training=True).double().cpu()
-    largest = exact.abs().amax((0, 2, 3), keepdim=True)
-    assert ((y - exact).abs() / largest).max() <= 8 * torch.finfo(torch.float32).eps
-
-
-def test_constant_channels_of_many_tiles_are_exactly_zero(numbers, device):
-    numbers(one_launch_bytes=0, interpreted_tile_elements=256, channels_last_lanes=8)
-    x = torch.linspace(0.1, 1e6, 8, device=device).view(1, 8, 1, 1).expand(32, 8, 4, 8)
-    x = x.contiguous(memory_format=torch.channels_last)
-    assert not triton_norm.batch_norm(x, None, None, training=True).any()

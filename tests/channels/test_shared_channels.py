@@ -1,33 +1,30 @@
-"""BatchNorm in one launch: programs that share a channel, keep what they can and wait for each other."""
+"""Programs that share a channel, in one launch and in two: they keep what they can and wait for each other."""
 
 import functools
-import random
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import triton_norm
 from support.channel_norms import KINDS, drawn, running_statistics, same_bits, share
+from support.turns import backwards, one_of_each, shuffled
 from triton_norm.channels import plan
 from triton_norm.tuning.limits import INTERPRETED
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU starts its programs in its own order")
+pytestmark = [
+    pytest.mark.usefixtures("through_the_kernels"),
+    pytest.mark.skipif(not INTERPRETED, reason="a GPU starts its programs in its own order"),
+]
 
 if INTERPRETED:
-    import triton.language as tl
-
+    from support.turns import place_by_program_id
     from triton_norm.kernels import channels, channels_backward
     from triton_norm.testing.interleave import DeadlockError, interleaved
 
-    @triton.jit
-    def place_by_program_id(sync_ptr, n_members):
-        return tl.program_id(0) // n_members, tl.program_id(0) % n_members
-
-
 FORWARD, BACKWARD = "channels_forward_kernel", "channels_backward_kernel"
 HALF = torch.bfloat16
+
 
 HELD = {  # kind: shape, tile
     "flat": ((3, 2, 8, 20), 256),  # the last of four programs has fewer elements
@@ -35,6 +32,7 @@ HELD = {  # kind: shape, tile
     "folded": ((29, 12, 7, 7), 4096),  # blocks of eight channels, the last half empty
 }
 """Two blocks of four programs with a tile each: everything is held."""
+
 
 CASES = [
     *((kind, *case) for kind, case in HELD.items()),
@@ -48,25 +46,6 @@ CASES = [
     ("folded", (30, 28, 3, 3), 1024),  # blocks of 24 channels, the last of four
     ("folded", (30, 30, 5), 512),  # an odd number of positions, of samples but for the last in eights
 ]
-
-
-def one_of_each(n: int, n_members: int = 4) -> list[int]:
-    """One member of each team after the other's: most resident programs are then of teams that can't be complete."""
-    return [member for first in range(n_members) for member in range(first, n, n_members)]
-
-
-def backwards(n: int) -> list[int]:
-    return list(range(n))[::-1]
-
-
-def shuffled(n: int) -> list[int]:
-    return random.Random(7).sample(range(n), n)
-
-
-@pytest.fixture(autouse=True)
-def _through_the_kernels():
-    with triton_norm.backend("triton"):
-        yield
 
 
 @pytest.fixture
@@ -87,32 +66,14 @@ def shared(launched) -> bool:
     return {"sync_ptr", "partials_ptr"} <= launched.arguments.keys()
 
 
+@pytest.mark.parametrize("one_launch", [True, False])
 @pytest.mark.parametrize(("kind", "shape", "tile"), CASES)
-def test_matches_fp64(kind, shape, tile, use, guard, device):
-    use(tile)
+def test_matches_fp64(kind, shape, tile, one_launch, use, guard, device):
+    use(tile, one_launch)
     with interleaved():
         drawn(shape, kind, device).against_oracle()
-    assert guard.kernels == [FORWARD, BACKWARD]
-    assert all(map(shared, guard.launches))
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("kind", KINDS)
-def test_running_statistics_move_once_a_call(kind, momentum, use, device):
-    shape, tile = HELD[kind]
-    use(tile)
-    mean, var = running_statistics(shape[1], device)
-    exact_mean, exact_var = mean.double(), var.double()
-    counter = torch.tensor(0, device=device)
-    for step in range(3):
-        x = drawn(shape, kind, device).x + step
-        with interleaved():
-            triton_norm.batch_norm(x, mean, var, training=True, momentum=momentum, num_batches_tracked=counter)
-        share_of_batch = 1 / (step + 1) if momentum is None else momentum
-        F.batch_norm(x.double(), exact_mean, exact_var, training=True, momentum=share_of_batch)
-        assert counter.item() == step + 1
-    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(var.double(), exact_var, rtol=1e-6, atol=1e-6)
+    assert guard.kernels == ([FORWARD, BACKWARD] if one_launch else [FORWARD, FORWARD, BACKWARD, BACKWARD])
+    assert not one_launch or all(map(shared, guard.launches))
 
 
 def stepped(call, running, device):
@@ -183,18 +144,6 @@ def test_the_next_launch_finds_the_zeros_as_the_last_one_did(one_launch, use, ke
     assert counter.item() == 4
 
 
-@pytest.mark.parametrize(
-    ("one_launch", "launches"), [(True, [FORWARD, BACKWARD]), (False, [*[FORWARD] * 2, *[BACKWARD] * 2])]
-)
-@pytest.mark.parametrize("kind", KINDS)
-def test_how_many_launches(kind, one_launch, launches, use, guard, device):
-    shape, tile = HELD[kind]
-    use(tile, one_launch)
-    with interleaved():
-        drawn(shape, kind, device).run()
-    assert guard.kernels == launches
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_is_one_launch_each_way_and_waits_for_nothing(kind, use, guard, device):
     """Not interleaved: a program that waited would hang."""
@@ -243,38 +192,6 @@ def test_two_launches_give_the_same_bits_from_the_same_tiles(kind, use, guard, d
     assert same_bits(one, call.run())
     partials = {launched.arguments["partials_ptr"].text for launched in guard.launches if shared(launched)}
     assert len(partials) == 2  # as many splits in both forms: forward's and backward's
-
-
-@pytest.mark.parametrize(("kind", "shape", "tile"), CASES)
-def test_two_launches_match_fp64(kind, shape, tile, use, guard, device):
-    use(tile, one_launch=False)
-    drawn(shape, kind, device).against_oracle()
-    assert guard.kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]
-
-
-@pytest.mark.parametrize("asked", [(0,), (3,), (0, 2)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_the_gradients_asked_for(kind, asked, use, device):
-    """Without dx nothing waits: sums are then taken by other programs, and rounded otherwise."""
-    shape, tile = HELD[kind]
-    use(tile)
-    call = drawn(shape, kind, device)
-    with interleaved():
-        call.check(call.run(asked))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_large_mean_leaves_no_error_of_its_own_size(kind, use, device):
-    """Means of 1e6 standard deviations, and a channel that is constant."""
-    shape, tile = HELD[kind]
-    use(tile)
-    x = drawn(shape, kind, device).x + 1e6
-    x[:, 1] = 1e6 / 3
-    exact = F.batch_norm(x.double().contiguous(), None, None, training=True)
-    with interleaved():
-        y = triton_norm.batch_norm(x, None, None, training=True)
-    assert (y - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
-    assert not y[:, 1].any()
 
 
 @pytest.mark.parametrize("cache", [0, 256])
