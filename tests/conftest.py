@@ -18,6 +18,7 @@ if not HAS_GPU:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 if TYPE_CHECKING:
+    from support.row_norms import Norm
     from triton_norm.testing.guards import Guard
 
 if INTERPRETED:
@@ -85,6 +86,14 @@ def guard(request: pytest.FixtureRequest) -> "Iterator[Guard | None]":
 
     with guarded() as guard:
         yield guard
+
+
+@pytest.fixture(params=["layer_norm", "rms_norm"])
+def norm(request: pytest.FixtureRequest) -> "Norm":
+    """Both norms of rows, one after the other."""
+    from support import row_norms
+
+    return getattr(row_norms, request.param.upper())
 
 
 @pytest.fixture

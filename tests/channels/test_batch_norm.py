@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import triton_norm
-from support.channel_norms import ACTIVATIONS, DTYPES, FUSED, KINDS, MODES, SHAPES, SPLIT, Call, drawn, laid, share
-from support.oracle import differentiated, ulp
+from support.channel_norms import ACTIVATIONS, FUSED, KINDS, MODES, SHAPES, SPLIT, Call, drawn, laid, share
+from support.oracle import DTYPES, differentiated, ulp
 from support.turns import taking_turns
 
 pytestmark = pytest.mark.usefixtures("through_the_kernels")

@@ -20,7 +20,6 @@ import triton_norm
 from perf.stand_in import H100, as_on_gpu
 from support.bars import records
 from support.channel_norms import share
-from support.row_norms import NORMS
 from triton_norm import launch
 from triton_norm.channels import layout
 from triton_norm.tuning import choices
@@ -125,7 +124,6 @@ ROWS = {
 """Rows, columns, and how far apart the inputs' rows lie."""
 
 
-@pytest.mark.parametrize("norm", NORMS, ids=repr)
 @pytest.mark.parametrize("what", ROWS)
 def test_rows(what, norm, numbers, run_only):
     """With a residual, and a gradient of the sum, whose rows lie as far apart; of the backward each group is a team."""

@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import triton_norm
 from support.allocations import allocations
 from support.channel_norms import ACTIVATIONS, MODES, running_statistics
-from support.row_norms import NORMS
 from triton_norm import distributed, launch, plans
 from triton_norm.specs import BatchNormOptions, BatchNormTensors
 from triton_norm.tuning import memory
@@ -58,7 +57,6 @@ def ask_for(wanted: str, **tensors: Tensor | None) -> None:
 
 @pytest.mark.parametrize("wanted", ["all", "x", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("norm", NORMS, ids=repr)
 def test_rows_keep_x_and_statistics(norm, dtype, wanted, device):
     x, weight, bias, _ = norm.drawn((6, 16), 1, dtype, device)
     ask_for(wanted, x=x, weight=weight, bias=bias)
@@ -69,7 +67,6 @@ def test_rows_keep_x_and_statistics(norm, dtype, wanted, device):
 
 
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", NORMS, ids=repr)
 def test_rows_keep_the_total_once_and_neither_of_its_parts(norm, residual_dtype, device):
     x, weight, bias, _ = norm.drawn((6, 16), 1, torch.bfloat16, device)
     residual = torch.randn(6, 16, device=device).to(residual_dtype)

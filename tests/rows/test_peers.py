@@ -1,7 +1,6 @@
 """Rows that several programs share: the same results, in whatever order the programs start and take their turns."""
 
 import functools
-import random
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ import triton_norm
 from support import spaces
 from support.gpus import H100, changed
 from support.oracle import run
-from support.row_norms import LAYER_NORM, NORMS
+from support.row_norms import LAYER_NORM
+from support.turns import backwards, shuffled
 from triton_norm.tuning import row_spaces
 from triton_norm.tuning.configs import config, next_power_of_2
 from triton_norm.tuning.limits import INTERPRETED
@@ -21,25 +21,12 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU starts its programs in its own order")
 
 if INTERPRETED:
-    import triton.language as tl
-
+    from support.turns import place_by_program_id
     from triton_norm.kernels import rows as forward_kernels
     from triton_norm.testing.interleave import DeadlockError, interleaved
 
-    @triton.jit
-    def place_by_program_id(sync_ptr, n_members):
-        return tl.program_id(0) // n_members, tl.program_id(0) % n_members
-
 
 SPAN = 32
-
-
-def backwards(n: int) -> list[int]:
-    return list(range(n))[::-1]
-
-
-def shuffled(n: int) -> list[int]:
-    return random.Random(7).sample(range(n), n)
 
 
 ORDERS = {"in order": None, "backwards": backwards, "shuffled": shuffled}
@@ -62,7 +49,6 @@ def share(numbers, monkeypatch):
         yield use
 
 
-@pytest.mark.parametrize("norm", NORMS, ids=repr)
 @pytest.mark.parametrize(("columns", "pieces", "at_once"), [(128, 1, 1), (90, 1, 2), (129, 2, 1), (256, 4, 2)])
 def test_matches_fp64(norm, columns, pieces, at_once, share, device):
     share(columns, pieces, at_once)
@@ -90,37 +76,6 @@ def test_the_bits_do_not_depend_on_the_programs_order(share, device):
         with interleaved(resident=resident, order=ORDERS[order], delayed=delayed):
             found = run(LAYER_NORM.ours((128,)), *inputs)
         assert all(map(torch.equal, found.tensors(), expected.tensors())), (order, resident, delayed)
-
-
-@pytest.mark.parametrize("norm", NORMS, ids=repr)
-def test_a_row_has_the_same_bits_in_any_batch(norm, share, device):
-    share(100, at_once=2)
-    x, weight, bias, dy = norm.drawn((11, 100), 1, torch.float32, device)
-    with interleaved():
-        whole = run(norm.ours((100,)), x, weight, bias, dy)
-        for rows in (slice(5, 8), slice(10, 11), slice(0, 11, 3)):
-            part = run(norm.ours((100,)), x[rows], weight, bias, dy[rows])
-            assert torch.equal(part.y, whole.y[rows])
-            assert torch.equal(part.dx, whole.dx[rows])
-
-
-@pytest.mark.parametrize("norm", NORMS, ids=repr)
-def test_a_residual_and_a_stream_of_another_type(norm, share, device):
-    share(100)
-    x, weight, bias, dy = norm.drawn((5, 100), 1, torch.bfloat16, device)
-    residual = torch.randn(5, 100, device=device)
-    leaves = [tensor.requires_grad_() for tensor in (x, residual)]
-    with interleaved():
-        y, total = norm.ours((100,), residual=residual)(x, weight, bias)
-        grads = torch.autograd.grad((y, total), leaves, (dy, torch.ones_like(total)))
-    exact = x.detach().float() + residual.detach()
-    assert torch.equal(total, exact)
-    expected = exact.double().requires_grad_()
-    z = norm.theirs((100,))(expected, weight.double(), None if bias is None else bias.double())
-    (wanted,) = torch.autograd.grad(z, expected, dy.double())
-    torch.testing.assert_close(y.double(), z, rtol=2**-8, atol=2**-8)
-    torch.testing.assert_close(grads[1].double(), wanted + 1, rtol=1e-5, atol=1e-5)
-    assert torch.equal(grads[0], grads[1].bfloat16())
 
 
 @pytest.mark.parametrize("of", [0, 1, 2])

@@ -28,7 +28,6 @@ from support.oracle import (
 from triton_norm.channels import layout
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KINDS = ("flat", "last", "folded")
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 EPS = 1e-5

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from triton_norm import reference
 from triton_norm.tuning.limits import INTERPRETED
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 FACTOR = 8.0
 """Roundings that the operations on one element may add up to, in units of roundoff."""
 

@@ -19,7 +19,7 @@ import triton_norm
 from support import spaces
 from support.channel_norms import ACTIVATIONS, SHARED
 from support.gpus import with_numbers
-from support.oracle import ErrorBound, Formula, Inputs, Moments, batch_norm_on_cpu, moments_about, widen
+from support.oracle import DTYPES, ErrorBound, Formula, Inputs, Moments, batch_norm_on_cpu, moments_about, widen
 from support.row_norms import NORMS, Norm
 from support.turns import taking_turns
 from triton_norm import reference
@@ -33,7 +33,6 @@ Type = torch.dtype | None
 """Of a tensor that may be missing, then None."""
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-DTYPES = (F32, BF16, F16, F64)
 HARD = ("normal", "far", "constant", "outlier", "tiny", "huge")
 EPSILONS = (1e-5, 1e-3, 1.0, 1e-12)  # beside the last fp16 can't hold the gradients of a constant
 SPAN = 32  # columns of a program, where several share a row
