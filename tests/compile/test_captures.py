@@ -288,7 +288,7 @@ def test_stages_of_a_pipeline(backend):
 @RECORDING
 def test_an_exported_llama(backend):
     """Every parameter of a converted model has the gradient that it has in transformers' own."""
-    models = pytest.importorskip("models")
+    models = pytest.importorskip("support.models")
     size = models.Size(layers=2, width=16, batch=2, tokens=3, image=16)
     theirs, inputs = models.llama(size).eval(), models.text(size)
     ours = copy.deepcopy(theirs)
