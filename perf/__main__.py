@@ -12,16 +12,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from perf import environment, options, supervise, workloads
+from perf import environment, options, workloads
 from perf.findings import NOT_TIMED, Findings, Record
 from perf.ledger import GPU_LOST
 from perf.options import Do
-from perf.supervise import LOST
 from perf.worker import Worker
 
 STORED = Path(__file__).resolve().parent / "results"
 NO_GPU = "this machine has no GPU, and nothing else is worth timing."
-INTERRUPTED = 130
+INTERRUPTED, LOST = 130, 3
+"""Exit statuses: of an interrupted run, and of one whose GPU no longer answers."""
 
 
 def say(text: str) -> None:
@@ -60,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     timing = (shared.folder, shared.points, shared.timing)
     verb("list", list_tasks, "what `run` would time, and who would be timed", *timing[1:])
-    run = verb("run", run_timing, "time the kernels on this machine's GPU, and nothing else", *timing)
-    text = "when the GPU or the process is lost, go on in a new process with what comes next"
-    run.add_argument("--keep-going", action="store_true", help=text)
+    verb("run", run_timing, "time the kernels on this machine's GPU, and nothing else", *timing)
     report = verb("report", report_files, "pictures and a page from results files", shared.folder)
     report.add_argument("files", nargs="+", type=Path)
     text = (
@@ -94,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     verb("numerics", compare_numerics, "errors against fp64 on hard data, triton_norm's beside torch's", shared.lines)
     text = "what a call costs on the host on top of its launches, over a stub of CUDA's driver"
     verb("host", time_host, text, shared.lines)
-    verb("anatomy", draw_anatomy, "the picture of which elements each norm reduces over", shared.folder)
     readme = verb("readme", write_readme, "the README's pictures and figures, from the results files that are stored")
     readme.add_argument("files", nargs="*", type=Path, help="results to store first")
     return parser
@@ -131,8 +128,6 @@ def everything(given: argparse.Namespace) -> int:
 def run_timing(given: argparse.Namespace) -> int:
     if not environment.has_gpu():
         return refuse("run", NO_GPU)
-    if given.keep_going:
-        return supervise.run(given.out / options.TIMING, options.seconds_of(given), say)
     findings = Findings(environment.describe())
     try:
         _time_into(findings, given)
@@ -272,14 +267,6 @@ def time_host(given: argparse.Namespace) -> int:
         from perf import host
 
         return _tell(host.records(Path(built)), host.line, given.lines)
-
-
-def draw_anatomy(given: argparse.Namespace) -> int:
-    from perf import anatomy
-
-    given.out.mkdir(parents=True, exist_ok=True)
-    say(str(anatomy.draw(given.out / "anatomy.png")))
-    return 0
 
 
 def write_readme(given: argparse.Namespace) -> int:

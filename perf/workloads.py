@@ -216,36 +216,81 @@ def _rows_to_inspect(full: bool) -> list[Point]:
     return several + bars(ROW_OPS[1:], dtypes=("bf16",), columns=(4096,))
 
 
-def _channels_to_inspect(full: bool, *shapes: tuple[tuple[int, ...], str]) -> list[Point]:
+def resource_points(full: bool = False) -> list[Point]:
+    """Returns shapes whose launches differ. They are compiled, never run. `full`: all that the bars for machine code
+    are stated for."""
     if full:
-        return channel_bars()
+        return bars() + channel_bars()
+    shapes = {
+        ((32, 64, 112, 112), "contiguous"),
+        ((32, 1024, 14, 14), "contiguous"),
+        ((32, 2048, 7, 7), "contiguous"),
+        ((32, 64, 112, 112), "channels_last"),
+        ((32, 1024, 14, 14), "channels_last"),
+    }
     chosen = [workload for workload in CHANNEL_BARS if (workload.shape, workload.layout) in shapes]
-    return channel_bars(dtypes=("bf16",), workloads=chosen)
+    return _rows_to_inspect(full) + channel_bars(dtypes=("bf16",), workloads=chosen)
+
+
+MULTIPROCESSORS = 132
+"""Of the GPU that bytes are counted for, an H100."""
+SLICE = "slices"
+"""The group of workloads that are parts of larger ones, to be counted on a part of that GPU."""
+# Rows of a slice, at most so many elements of them.
+SLICE_ROWS = {"forward": 32, "backward": 128}
+SLICE_ELEMENTS = 1 << 21
+# A multiprocessor has a row of so many columns alone; longer ones are shared.
+COLUMNS_PER_MULTIPROCESSOR = 8192
+CHANNEL_SLICES = {
+    # The part of a network's layer: how many multiprocessors it is for, and the whole layer.
+    ((32, 1, 112, 112), "contiguous"): (2, (32, 64, 112, 112)),
+    ((32, 16, 14, 14), "contiguous"): (2, (32, 1024, 14, 14)),
+    ((32, 248, 7, 7), "contiguous"): (16, (32, 2048, 7, 7)),
+    ((16384, 32), "contiguous"): (4, (16384, 1024)),
+    ((1, 64, 112, 112), "channels_last"): (4, (32, 64, 112, 112)),
+    ((32, 64, 14, 14), "channels_last"): (8, (32, 1024, 14, 14)),
+    ((256, 32, 7, 7), "channels_last"): (2, (256, 2048, 7, 7)),
+}
+
+
+def row_slices(
+    ops: Sequence[str],
+    modes: Sequence[str] = MODES,
+    dtypes: Sequence[str] = ("bf16",),
+    columns: Sequence[int] = QUICK_BAR_COLUMNS,
+) -> list[Point]:
+    return [
+        Point(op, mode, dtype, Workload("rows", SLICE, (min(SLICE_ROWS[mode], SLICE_ELEMENTS // n), n), f"{n} columns"))
+        for op in ops
+        for dtype in dtypes
+        for n in columns
+        for mode in modes
+    ]
+
+
+def channel_slices(ops: Sequence[str] = CHANNEL_OPS, dtypes: Sequence[str] = ("bf16",)) -> list[Point]:
+    return [
+        Point(op, mode, dtype, Workload("channels", SLICE, shape, f"part of {'×'.join(map(str, whole))}", layout))
+        for op in ops
+        for dtype in dtypes
+        for (shape, layout), (_, whole) in CHANNEL_SLICES.items()
+        for mode in MODES
+    ]
 
 
 def traffic_points(full: bool = False) -> list[Point]:
-    """`full`: everything that bars for bytes are stated for."""
-    return _rows_to_inspect(full) + _channels_to_inspect(
-        full,
-        ((32, 64, 112, 112), "contiguous"),
-        ((256, 64, 112, 112), "contiguous"),
-        ((32, 1024, 14, 14), "contiguous"),
-        ((32, 2048, 7, 7), "contiguous"),
-        ((16384, 1024), "contiguous"),
-        ((32, 64, 112, 112), "channels_last"),
-        ((32, 1024, 14, 14), "channels_last"),
-        ((256, 2048, 7, 7), "channels_last"),
-    )
+    """Returns slices of the workloads that bars for bytes are stated for: a few, or all row lengths, ops and types."""
+    if full:
+        both = ("bf16", "fp32")
+        return row_slices(ROW_OPS, dtypes=both, columns=BAR_COLUMNS) + channel_slices(dtypes=both)
+    several = row_slices(("layer_norm",)) + row_slices(("layer_norm",), dtypes=("fp32",), columns=(4096, 16384))
+    return several + row_slices(ROW_OPS[1:], columns=(4096,)) + channel_slices()
 
 
-def resource_points(full: bool = False) -> list[Point]:
-    """Shapes whose launches differ, nearly all counted too. They are compiled, never run. `full`: everything that bars
-    for machine code are stated for."""
-    return _rows_to_inspect(full) + _channels_to_inspect(
-        full,
-        ((32, 64, 112, 112), "contiguous"),
-        ((32, 1024, 14, 14), "contiguous"),
-        ((32, 2048, 7, 7), "contiguous"),
-        ((32, 64, 112, 112), "channels_last"),
-        ((32, 1024, 14, 14), "channels_last"),
-    )
+def multiprocessors_of(workload: Workload) -> int:
+    """Returns how many multiprocessors a slice is for; all of the GPU's for a workload that is none."""
+    if workload.group != SLICE:
+        return MULTIPROCESSORS
+    if workload.family == "rows":
+        return max(1, workload.features // COLUMNS_PER_MULTIPROCESSOR)
+    return CHANNEL_SLICES[workload.shape, workload.layout][0]

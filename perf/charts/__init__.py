@@ -1,6 +1,5 @@
 """The pictures, one module for each kind. Each function draws one PNG and returns its path."""
 
-from perf.charts.bounds import bounds
 from perf.charts.canvas import short
 from perf.charts.errors import errors
 from perf.charts.resources import resources
@@ -12,7 +11,6 @@ from perf.charts.traffic import PARTS, part_bytes, traffic
 
 __all__ = [
     "PARTS",
-    "bounds",
     "errors",
     "part_bytes",
     "resources",

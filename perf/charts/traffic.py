@@ -42,7 +42,7 @@ def traffic(records: Sequence[Record], machine: str, path: Path) -> Path:
     ops = [op for op in TITLE if any(record["op"] == op for record in counted)]
     modes = [mode for mode in PASSES if any(record["mode"] == mode for record in counted)]
     heights = [max(len(_of(counted, op, mode)) for mode in modes) for op in ops]
-    foot = ["counted under Triton's interpreter, as on 132 multiprocessors, nothing timed", machine]
+    foot = ["counted under Triton's interpreter, as launched on a GPU of 132 multiprocessors, nothing timed", machine]
     title = "Bytes that the kernels ask for, over the fewest that must move"
     height = BAR * sum(heights) + 0.62 * max(len(ops), 1)
     canvas = Canvas(height, title, foot, [*PARTS, EACH_ONCE, OF_TWO, FLOOR])

@@ -8,7 +8,6 @@ from perf import page
 from perf.findings import Findings, Record, device_of
 from perf.page import Entry
 from perf.points import FLOORS, MODE_TITLE, TITLE
-from perf.sections.drawing import Drawing
 from perf.sections.speed import kernels_table
 from perf.shortfalls import BARS, LARGE, LEVEL, MEANS, counted
 
@@ -28,25 +27,21 @@ METHOD = {
         "that does not, or that fails, is recorded with its message.",
     ),
     "Without a clock": (
-        "Traffic is counted address by address while Triton's interpreter runs the kernels on a part of the input, "
-        "with the launches that a GPU of 132 multiprocessors has for all of it; masked lanes count nothing. Counts of "
-        "one turn of rows and of two, of one block of channels and of two, and of two and three programs that share a "
-        "block, give what each more adds, and so the bytes of all of them. Time under the interpreter means nothing "
-        "and is not recorded.",
+        "Traffic is counted address by address while Triton's interpreter runs the kernels: exactly, on slices of "
+        "large inputs, with the launches of as large a slice of a GPU of 132 multiprocessors. Masked lanes count "
+        "nothing. Time under the interpreter means nothing and is not recorded.",
         "Machine code is what Triton compiles for a GPU that is not there, from the very arguments of a launch; "
         "occupancy follows from registers, shared memory and threads.",
     ),
 }
 
 
-def anatomy(drawing: Drawing) -> str:
-    def draw(path: Path) -> object:
-        from perf import anatomy
+ANATOMY = Path(__file__).resolve().parent.parent / "anatomy.png"
 
-        return anatomy.draw(path)
 
+def anatomy() -> str:
     caption = "In each panel the coloured elements share one mean and one variance; every other group has its own."
-    return drawing.figure("anatomy", draw, caption)
+    return page.figure(ANATOMY, caption)
 
 
 def method() -> str:

@@ -1,4 +1,4 @@
-"""What is known without a clock: errors, bytes, machine code, and the least time that follows from the last two."""
+"""What is known without a clock: errors, bytes and machine code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from perf.findings import (
     OUTPUTS,
     Record,
     access_bits,
-    in_a_line,
     is_worse,
     lying,
     ok,
@@ -36,11 +35,6 @@ CODE_NOTE = (
     "Kernels compiled with the launch that this library chooses where nothing was measured yet, and disassembled. "
     "Loads and stores of global memory: how many instructions × bytes an access. Resident: warps that a "
     "multiprocessor holds at once, of those that it could."
-)
-BOUNDS_NOTE = (
-    "Lower bounds on time, never measured: computed from the bytes that the kernels must move, the GPU's memory "
-    "bandwidth as its maker states it, and the loads that the compiled kernels can have under way at once. No call can "
-    "be faster; how much slower one is, only a GPU tells. No speed follows from this."
 )
 
 
@@ -143,39 +137,3 @@ def _code_row(r: Record) -> list[Entry]:
         Cell(spilled, r["spill_stores"] > 0), f"{r['shared_bytes']:,}", f"{r['instructions']:,}",
         Cell(resident, r["resident_warps"] < FEW_WARPS * r["possible_warps"]), r["limited_by"],
     ]  # fmt: skip
-
-
-def bounds(drawing: Drawing) -> str:
-    """Of points whose bytes were counted and whose kernels were compiled."""
-    found = _bounds(drawing)
-    if not ok(found):
-        return ""
-    foot = machine(drawing.findings.environment)
-    html = [page.paragraph(BOUNDS_NOTE)]
-    draw = partial(charts.bounds, found, foot)
-    html.append(drawing.figure("bounds", draw, "Lower bounds on time, computed and never measured."))
-    head = [
-        "op", "pass", "dtype", "shape", "GPU", "MiB that must move", "at most GB/s", "at least µs", "limited by",
-        "message",
-    ]  # fmt: skip
-    rows: list[list[Entry]] = []
-    for r in found:
-        row: list[Entry] = [*_about(r), str(r.get("gpu", r["target"]))]
-        if r["status"] == "ok":
-            row += [_mebi(r["bytes"]), f"{r['bandwidth_gbps']:,.0f}", f"{r['bound_us']:,.2f}", r["limited_by"]]
-        rows.append([*row, *[""] * (len(head) - 1 - len(row)), r["message"]])
-    table = page.table(head, rows, words=5, notes=2)
-    return "".join(html) + page.details("Every bound", table, note=counted(len(rows), "bound"))
-
-
-def _bounds(drawing: Drawing) -> list[Record]:
-    findings = drawing.findings
-    if not findings.traffic or not findings.resources:
-        return []
-    try:
-        from perf import bounds as computed
-
-        return list(computed.records(findings.traffic, findings.resources))
-    except Exception as error:
-        findings.problems.append(f"the bounds could not be computed: {in_a_line(error)}")
-        return []

@@ -52,43 +52,12 @@ TRAFFIC = """
 from dataclasses import replace
 
 from perf import traffic, workloads
-from perf.workloads import CHANNEL_BARS
 from perf.stand_in import H100
 
 gpu = replace(H100, limits=replace(H100.limits, one_launch_bytes=2**62))
-
-points = []
-for ops, dtype, shapes in json.loads(sys.argv[1]):
-    chosen = [workload for workload in CHANNEL_BARS if list(workload.shape) in shapes]
-    points += workloads.channel_bars(ops, dtypes=(dtype,), workloads=chosen)
-found = traffic.records(points, gpu)
-"""
-
-EXTENDED = """
-from dataclasses import replace
-
-from perf import traffic
-from perf.points import Point, Workload
-from perf.stand_in import H100
-
-direct, sizes, found = traffic.counted, [], []
-
-
-def noted(point, *rest):
-    sizes.append(point.workload.elements)
-    return direct(point, *rest)
-
-
-for shape, layout, most in json.loads(sys.argv[1]):
-    gpu = replace(H100, multiprocessors=14, limits=replace(H100.limits, one_launch_bytes=most))
-    workload = Workload("channels", "", tuple(shape), "", layout)
-    for mode in ("forward", "backward"):
-        point = Point("batch_norm_add_relu", mode, "bf16", workload)
-        traffic.counted = noted
-        extended = traffic.count(point, gpu)
-        traffic.counted = direct
-        found.append([extended, direct(point, gpu)[0].record(), max(sizes) / workload.elements])
-        sizes.clear()
+found = list(traffic.records(workloads.channel_slices(("batch_norm", "batch_norm_add_relu")), gpu))
+found += traffic.records(workloads.channel_slices(("batch_norm",), ("fp32",)))
+found += traffic.records(workloads.channel_slices(("batch_norm_eval",)))
 """
 
 
@@ -176,7 +145,7 @@ def inspected(target, ops, dtypes, shapes=()):
 def in_flight(record):
     """Bytes that the programs that run at once will read again."""
     (launch,) = record["launches"]
-    at_once = H100.limits.holding_programs_per_sm * H100.multiprocessors
+    at_once = H100.limits.holding_programs_per_sm * record["multiprocessors"]
     return record["again_bytes"] * min(1, at_once / launch["programs"])
 
 
@@ -184,7 +153,7 @@ def excess(record):
     """What is wrong with the bytes that a call moves.
 
     With bits, each weight once, as the other programs find it in cache, and so is what a program reads a second time in
-    one launch: of that, for all programs that run at once, there may be no more than a share of an H100's L2. Apart
+    one launch: of that, for all programs that run at once, there may be no more than a share of the cache. Apart
     from that, with a bar of its own, what programs of a channel leave for each other and read within microseconds:
     partial sums, what they wait with, and the statistics again.
     """
@@ -199,21 +168,17 @@ def excess(record):
         found.append(f"{over:.4f} of the floor of {len(record['launches'])} launches")
     if not exchanged <= EXCHANGED:
         found.append(f"{exchanged:.4f} of that floor are exchanged")
-    if record["again_bytes"] and in_flight(record) * H100.limits.cache_bytes_per_reread_byte > H100.l2_bytes:
+    cache = H100.l2_bytes * record["multiprocessors"] / H100.multiprocessors
+    if record["again_bytes"] and in_flight(record) * H100.limits.cache_bytes_per_reread_byte > cache:
         found.append(f"{in_flight(record)} bytes are read again at once")
     return found
 
 
-COUNTED = [
-    (("batch_norm", "batch_norm_add_relu"), "bf16", [(32, 512, 28, 28), (256, 1024, 14, 14), (32, 2048, 7, 7)]),
-    (("batch_norm",), "fp32", [(256, 64, 56, 56), (256, 2048, 7, 7), (2, 128, 32, 32, 32), (4096, 1000)]),
-    (("batch_norm_eval",), "bf16", [(32, 1024, 14, 14), (256, 2048, 7, 7), (65536, 64)]),
-]
-
-
 def test_bytes():
-    counted = records(TRAFFIC, json.dumps(COUNTED), TRITON_INTERPRET="1")
-    assert {tuple(record["shape"]) for record in counted} == {shape for *_, shapes in COUNTED for shape in shapes}
+    """In one launch wherever that is possible, and in as many as are chosen."""
+    counted = records(TRAFFIC, TRITON_INTERPRET="1")
+    assert {(tuple(record["shape"]), record["layout"]) for record in counted} == set(workloads.CHANNEL_SLICES)
+    assert {len(record["launches"]) for record in counted} == {1, 2}
     wrong = {named(record): excess(record) for record in counted}
     assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)
 
@@ -233,26 +198,3 @@ def test_launches_of_a_training_step_and_of_evaluation(monkeypatch):
             assert len(launches) == (1 if not plans or plans[-1] else 2), point
     evaluation = {("batch_norm_eval", mode): {1} for mode in MODES}
     assert counts == {(op, mode): {1, 2} for op in CHANNEL_OPS for mode in MODES} | evaluation
-
-
-ONE, TWO = 2**62, 0
-SHAPES = [  # four channels, three slabs of channels and a part of one, as many blocks of whole channels
-    ((16, 4, 64, 80), "contiguous", ONE),
-    ((8, 120, 25, 10), "channels_last", ONE),
-    ((64, 136, 7, 7), "contiguous", ONE),
-    ((16, 4, 16, 40), "contiguous", TWO),
-    ((8, 120, 25, 10), "channels_last", TWO),
-    ((32, 136, 7, 7), "contiguous", TWO),
-]
-
-
-def test_counts_of_few_blocks_and_splits_extend_to_those_of_all():
-    """On 14 multiprocessors. Blocks are shared by three programs or more; in one launch x and dy are read again."""
-    counts = records(EXTENDED, json.dumps(SHAPES), TRITON_INTERPRET="1")
-    launches = [1 if one else 2 for _, _, one in SHAPES for _ in MODES]
-    assert [len(direct["launches"]) for _, direct, _ in counts] == launches
-    again = [bool(direct["again"]["bulk"]) for _, direct, _ in counts]
-    assert again == [one > 0 for _, _, one in SHAPES for _ in MODES]
-    for extended, direct, part in counts:
-        assert part < 1
-        assert {name: extended[name] for name in direct} == direct

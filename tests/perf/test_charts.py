@@ -128,16 +128,6 @@ def compiled(spills=0):
     return records
 
 
-def lower_bounds():
-    limits = ("memory bandwidth", "occupancy", "latency")
-    return [
-        {**point.describe(), "target": "sm_90", "gpu": gpu, "bytes": 1, "bandwidth_gbps": 1.0, "limited_by": limit}
-        | {"bound_us": 0.2 * 3**number, "status": "ok", "message": ""}
-        for number, (point, limit) in enumerate(zip(workloads.traffic_points()[:9], 3 * limits, strict=True))
-        for gpu in ("A100 SXM 80 GB", "H100 SXM", "H200", "B200", "MI300X")
-    ]
-
-
 def is_drawn(path):
     return path.is_file() and path.read_bytes()[:4] == b"\x89PNG"
 
@@ -192,12 +182,6 @@ def test_errors(tmp_path):
 def test_resources(tmp_path):
     for number, chosen in enumerate((compiled(spills=60), all_failed(compiled()), [])):
         assert is_drawn(charts.resources(chosen, MACHINE, tmp_path / f"{number}.png"))
-
-
-def test_bounds(tmp_path):
-    records = lower_bounds()
-    for number, chosen in enumerate((records, records[:1], all_failed(records), [])):
-        assert is_drawn(charts.bounds(chosen, MACHINE, tmp_path / f"{number}.png"))
 
 
 def test_traffic_of_nothing(tmp_path):

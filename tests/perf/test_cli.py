@@ -1,20 +1,19 @@
 """The perf suite's command line: what is selected, what is refused and how it says so."""
 
 import json
-import math
 import os
 import signal
 
 import pytest
 
 from perf import __main__ as cli
-from perf import environment, options, supervise, workloads
+from perf import environment, options, workloads
 from perf.points import BOTH, FAMILY, MODES, PASSES
 
 pytestmark = pytest.mark.unguarded
 
 VERBS = (
-    "list", "run", "report", "compare", "resources", "code", "traffic", "tune", "numerics", "host", "anatomy", "readme"
+    "list", "run", "report", "compare", "resources", "code", "traffic", "tune", "numerics", "host", "readme"
 )  # fmt: skip
 
 
@@ -173,11 +172,3 @@ def test_what_needs_a_gpu_says_so_in_one_sentence(verb, capsys, monkeypatch, tmp
     monkeypatch.setattr(environment, "has_gpu", lambda: False)
     assert refused(capsys, verb, "--out", str(tmp_path / "out")) == f"perf {verb}: {cli.NO_GPU}"
     assert not (tmp_path / "out").exists()
-
-
-def test_keep_going_is_handed_to_processes_of_their_own(monkeypatch, tmp_path):
-    told = []
-    monkeypatch.setattr(environment, "has_gpu", lambda: True)
-    monkeypatch.setattr(supervise, "run", lambda *arguments: told.append(arguments) or 7)
-    assert cli.main(["run", "--keep-going", "--out", str(tmp_path), "--shapes", "full"]) == 7
-    assert told == [(tmp_path / "timing.json", math.inf, cli.say)]

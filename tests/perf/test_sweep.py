@@ -1,14 +1,11 @@
 """A timed run as a whole, and in several processes: what is kept, and what another run goes on with."""
 
 import json
-import math
-import subprocess
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from perf import ledger, measure, models, supervise, sweep
+from perf import ledger, measure, models, sweep
 from perf.contenders import Contender, Functions, torch_functions
 from perf.points import Point, Workload
 from support.timers import FakeTimer
@@ -127,39 +124,6 @@ def test_what_a_process_did_not_survive_is_recorded_and_not_tried_again(monkeypa
     assert results["records"][-1]["dtype"] == "fp16"
     assert (results["records"][-1]["status"], results["records"][-1]["message"]) == ("error", sweep.NOT_SURVIVED)
     assert not path.with_suffix(".at").exists()
-
-
-class Processes:
-    """Stands in for subprocess.run: each process leaves so much in the file and ends with a status."""
-
-    def __init__(self, path, *processes):
-        self.path, self.processes, self.commands = path, list(processes), []
-
-    def __call__(self, command):
-        self.commands.append(command[3:])
-        size, status = self.processes.pop(0)
-        self.path.write_text("x" * size)
-        return SimpleNamespace(returncode=status)
-
-
-@pytest.mark.parametrize(
-    ("processes", "status"),
-    [
-        ([(1, 0)], 0),
-        ([(1, 130)], 130),
-        ([(1, supervise.LOST), (2, -11), (3, 1)], 1),
-        ([(1, supervise.LOST), (1, supervise.LOST)], supervise.LOST),
-    ],
-)
-def test_the_next_process_goes_on_where_one_was_lost(processes, status, monkeypatch, tmp_path):
-    started = Processes(tmp_path / "timing.json", *processes)
-    monkeypatch.setattr(subprocess, "run", started)
-    arguments = ["run", "--keep-going", "--seconds", "60", "--op", "rms_norm"]
-    assert supervise.run(started.path, math.inf, lambda _: None, arguments) == status
-    assert started.processes == []
-    first, *others = started.commands
-    assert first == ["run", "--op", "rms_norm", "--seconds=inf"]
-    assert all(command == ["run", "--op", "rms_norm", "--resume", "--seconds=inf"] for command in others)
 
 
 def tiny(name):
