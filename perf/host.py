@@ -1,115 +1,40 @@
 """What the library costs on the host for each call, on top of the launches that the call makes.
 
-Triton compiles, loads and launches as on a GPU, but over `stub_cuda.c`, a driver that computes nothing; the tensors are
-on the CPU. The process must be one of its own, without TRITON_INTERPRET=1: its libcuda is the stub from then on.
+Triton compiles, loads and launches as on a GPU, over the driver of `triton_norm.testing.stub_driver`, which computes
+nothing. The process must be one of its own, without TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-import os
-import shutil
-import subprocess
-import sysconfig
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 import triton_norm
 from perf.findings import in_a_line
-from perf.stand_in import H100, as_on_gpu
-from triton_norm import dispatch, launch
 from triton_norm.rows import operator
 from triton_norm.rows.backward import RowBackwardTensors
 from triton_norm.specs import RowSpec, RowTensors, Wanted
+from triton_norm.testing import stub_driver
 
 Record = dict[str, Any]
 Call = Callable[[], object]
 
-STUB = Path(__file__).with_name("stub_cuda.c")
-TARGET = GPUTarget("cuda", 90, 32)
-GPU = replace(H100, name="stub")
 SHAPE = (8, 1024)
 IMAGES = (8, 64, 16, 16)
 BATCHES, CALLS = 300, 20  # the shorter a batch, the more run undisturbed on a busy machine
 WARMUPS = 5  # calls before each batch: the caches hold what the others left
 METADATA_AND_HOOKS = slice(6, 9)  # of a launcher's arguments
-
-
-def missing() -> str:
-    """What stands in the way of building the stub and Triton's launchers, and of using them, or nothing."""
-    if torch.cuda.is_available():
-        return "torch has loaded the driver of this machine's GPU, which a stub can't stand in for then"
-    if _compiler() is None:
-        return "there is no C compiler ($CC, cc, gcc or clang)"
-    header = Path(sysconfig.get_config_var("INCLUDEPY") or "", "Python.h")
-    return "" if header.exists() else f"there is no {header}"
-
-
-def _compiler() -> str | None:
-    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-
-
-def load_stub(folder: Path) -> Callable[[], int]:
-    """Makes the stub this process's libcuda, built in `folder`; returns what counts the launches so far."""
-    compiler, library = _compiler(), folder / "libcuda.so.1"
-    assert compiler is not None
-    headers = Path(nvidia.__file__).with_name("include")
-    build = [compiler, "-O2", "-shared", "-fPIC", f"-I{headers}", f"-Wl,-soname,{library.name}", str(STUB)]
-    subprocess.run([*build, "-o", str(library)], check=True)
-    os.environ |= {"CC": compiler, "TRITON_LIBCUDA_PATH": str(folder)}
-    # Triton asks the loader for libcuda.so.1, which finds what is loaded under that name.
-    count: Any = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL).launch_count
-    count.restype = ctypes.c_ulonglong
-    return lambda: int(count())
-
-
-class StubDriver:
-    """Triton's driver for NVIDIA, but for what it asks torch.cuda."""
-
-    def __init__(self) -> None:
-        self.utils = nvidia.CudaUtils()
-        self.launcher_cls = nvidia.CudaLauncher
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextmanager
-def served_as_on_gpu() -> Iterator[None]:
-    """CPU tensors go where CUDA's go; what asks torch.cuda is replaced by what takes as long to answer."""
-    with ExitStack() as replaced:
-        replaced.enter_context(as_on_gpu(GPU))
-        for module, name, stand_in in (
-            (dispatch, "_is_on_gpu", lambda x: x.is_cpu),
-            (launch, "current_device", lambda: None),  # the index of a device without one
-            (launch, "_has_streams", lambda device: True),
-            (torch.cuda, "is_current_stream_capturing", lambda: False),
-            (launch, "current_stream", lambda device: 0),
-            (launch, "search", lambda kernel, space, *arguments: space.configs[0]),
-        ):
-            replaced.enter_context(mock.patch.object(module, name, stand_in))
-        yield
 
 
 class Case(NamedTuple):
@@ -263,14 +188,12 @@ def measure(case: Case, launches: Callable[[], int]) -> Record:
 
 def records(folder: Path) -> Iterator[Record]:
     """One for each case; what is built lies in `folder`."""
-    reason = missing()
+    reason = stub_driver.missing()
     if reason:
         yield {"case": "all", "status": "skipped", "message": reason}
         return
     torch.set_num_threads(1)
-    launches = load_stub(folder)
-    triton.runtime.driver.set_active(StubDriver())
-    with served_as_on_gpu():
+    with stub_driver.installed(folder) as launches:
         for case in cases():
             try:
                 yield {"case": case.name, "status": "ok", "message": "", **measure(case, launches)}

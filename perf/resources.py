@@ -20,14 +20,16 @@ from triton.backends.compiler import GPUTarget
 from perf import assembly, ptx
 from perf.calls import bind, candidate, make_inputs
 from perf.findings import in_a_line
+from perf.functions import triton_norm_functions
 from perf.points import Point
-from perf.stand_in import OPS, as_on_gpu
 from triton_norm.launch import COMPILE_OPTIONS
+from triton_norm.testing.stub_driver import as_on_gpu
 from triton_norm.tuning import choices
 from triton_norm.tuning.configs import Config, Space
 from triton_norm.tuning.limits import Gpu
 
 Record = dict[str, Any]
+OPS = triton_norm_functions()
 NARROWER = ("SHARED", "LANES", "WIDTH")  # constants of launches, other values of which leave no more to do
 
 

@@ -22,9 +22,9 @@ import torch
 
 from perf.calls import Inputs, bind, candidate, make_inputs
 from perf.findings import in_a_line
+from perf.functions import triton_norm_functions
 from perf.gate import TOLERANCE, errors, expected, named, verdict
 from perf.points import BITS, BULK, PARAMETERS, STATISTICS, Point
-from perf.stand_in import H100, OPS, as_on_gpu
 from perf.workloads import multiprocessors_of
 from triton_norm.testing.interleave import interleaved
 from triton_norm.testing.interpreter import (
@@ -36,11 +36,13 @@ from triton_norm.testing.interpreter import (
     fast_launches,
     observe,
 )
+from triton_norm.testing.stub_driver import H100, as_on_gpu
 from triton_norm.tuning import row_spaces
 from triton_norm.tuning.limits import Gpu
 
 Record = dict[str, Any]
 
+OPS = triton_norm_functions()
 GROUPS = ("bulk", "bits", "parameters", "statistics", "partials")
 # No two programs of a launch load the same elements of these groups.
 UNSHARED = ("bulk", "bits")

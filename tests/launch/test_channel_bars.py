@@ -52,7 +52,7 @@ TRAFFIC = """
 from dataclasses import replace
 
 from perf import traffic, workloads
-from perf.stand_in import H100
+from triton_norm.testing.stub_driver import H100
 
 gpu = replace(H100, limits=replace(H100.limits, one_launch_bytes=2**62))
 found = list(traffic.records(workloads.channel_slices(("batch_norm", "batch_norm_add_relu")), gpu))

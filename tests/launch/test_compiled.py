@@ -14,10 +14,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch, triton
-from perf import host
+from triton_norm.testing import stub_driver
 
-if host.missing():
-    print(host.missing())
+if stub_driver.missing():
+    print(stub_driver.missing())
     sys.exit(77)
 import triton_norm
 from triton_norm.kernels import rows, rows_backward
@@ -44,9 +44,7 @@ def search(kernel, space, *arguments):
     return space.configs[0]
 
 with tempfile.TemporaryDirectory() as built:
-    host.load_stub(Path(built))
-    triton.runtime.driver.set_active(host.StubDriver())
-    with host.served_as_on_gpu(), mock.patch.object(launch, "search", search):
+    with stub_driver.installed(Path(built)), mock.patch.object(launch, "search", search):
         exec(sys.argv[1])
 """
 

@@ -229,7 +229,7 @@ SHARED = (64, 16, 28, 28)
 def test_programs_share_the_channels_of_that_shape():
     if not INTERPRETED:
         pytest.skip("the plan is that of a GPU: it is made where there is none")
-    from perf.stand_in import H100, as_on_gpu
+    from triton_norm.testing.stub_driver import H100, as_on_gpu
 
     launches = []
 

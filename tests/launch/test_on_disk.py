@@ -25,7 +25,8 @@ from triton_norm.tuning.row_spaces import RowWork, rows_forward
 
 pytest.importorskip("triton")
 
-from perf import host, tune
+from perf import tune
+from triton_norm.testing import stub_driver
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="on a GPU for real")
 pytestmark = pytest.mark.unguarded
@@ -150,7 +151,7 @@ import torch, triton
 from triton.runtime.cache import FileCacheManager
 
 import triton_norm
-from perf import host
+from triton_norm.testing import stub_driver
 from triton_norm.kernels import rows
 from triton_norm import launch
 from triton_norm.tuning.choices import choose_only, chosen_so_far
@@ -171,7 +172,7 @@ def call():
         assert launches() >= before + 3
     ((_, keys),) = chosen_so_far("stub").items()
     (keywords,) = keys.values()
-    assert rows_forward(RowWork(40, ("float32",), 4, 4), host.GPU).find(keywords)
+    assert rows_forward(RowWork(40, ("float32",), 4, 4), stub_driver.STUB_GPU).find(keywords)
     return [str(warning.message) for warning in warned]
 
 def full(manager, data, filename, **options):
@@ -180,10 +181,9 @@ def full(manager, data, filename, **options):
     return put(manager, data, filename, **options)
 
 put = FileCacheManager.put
-launches = host.load_stub(Path(tempfile.mkdtemp(dir=folder)))
-triton.runtime.driver.set_active(host.StubDriver())
+launches = stub_driver.load(Path(tempfile.mkdtemp(dir=folder)))
 with (
-    host.served_as_on_gpu(),
+    stub_driver.served(),
     mock.patch.object(launch, "search", search),
     mock.patch.object(triton.testing, "do_bench", lambda call, **options: (call(), [1.0] * 3)[1]),
 ):
@@ -237,8 +237,8 @@ with (
 def test_tritons_cache_can_not_be_used(tmp_path):
     """Full, in a folder that can't be, cut off, or with another's configs: launched all the same, with one warning."""
     skip_beside_a_driver()
-    if host.missing():
-        pytest.skip(host.missing())
+    if stub_driver.missing():
+        pytest.skip(stub_driver.missing())
     done = processes.run("-c", TRITONS_CACHE, str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 import triton_norm
-from perf.stand_in import H100, as_on_gpu
 from support.bars import records
 from support.channel_norms import share
 from triton_norm import launch
 from triton_norm.channels import layout
+from triton_norm.testing.stub_driver import H100, as_on_gpu
 from triton_norm.tuning import choices
 from triton_norm.tuning.configs import next_power_of_2
 from triton_norm.tuning.limits import INTERPRETED, MOST_COLUMNS

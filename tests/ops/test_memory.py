@@ -21,7 +21,7 @@ from triton_norm.tuning import memory
 
 pytest.importorskip("triton")
 
-from perf.stand_in import H100, as_on_gpu
+from triton_norm.testing.stub_driver import H100, as_on_gpu
 
 pytestmark = [pytest.mark.unguarded, pytest.mark.usefixtures("through_the_kernels")]
 

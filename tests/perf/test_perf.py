@@ -354,7 +354,6 @@ def test_shipped_choices_are_of_their_spaces_and_serve_the_quick_shapes(file):
     """In bf16, and the landmarks in fp32: on that GPU no call of theirs searches, or warns. All GPUs with a file have
     as many multiprocessors."""
     from perf import resources
-    from perf.stand_in import OPS
 
     shipped = json.loads(file.read_text())
     assert shipped["environment"]["multiprocessors"] == str(resources.TARGETS["sm_90"].multiprocessors)
@@ -362,7 +361,7 @@ def test_shipped_choices_are_of_their_spaces_and_serve_the_quick_shapes(file):
         points = workloads.points(("bf16", "fp32"))
         for point in (point for point in points if point.dtype == "bf16" or point.workload.landmark):
             inputs = calls.make_inputs(point, "cpu", blank=True)
-            call = calls.candidate("triton_norm", point, calls.bind(point, OPS, inputs), inputs)
+            call = calls.candidate("triton_norm", point, calls.bind(point, resources.OPS, inputs), inputs)
             call.run(call.prepare())
         spaces = {(made.space.kernel, made.space.key): made.space for made in launches}
     for (kernel, key), space in spaces.items():

@@ -10,6 +10,8 @@ not report accesses out of bounds, uninitialised memory, races or integer overfl
     interleaved()        lets programs of a launch wait for each other, which hangs otherwise
     fast_launches()      makes interpreting faster, with the same results
 
+The module `triton_norm.testing.stub_driver`, which is imported by that name, measures the host's time without a GPU.
+
 In a conftest.py, whose first lines set the variable, for all tests:
 
     @pytest.fixture(autouse=True)
