@@ -262,7 +262,7 @@ def normalize_channels(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Te
     training, momentum, *_ = options
     *others, counter = tensors
     tensors = BatchNormTensors._make((*others, counter if training else None))
-    # torch's own has no form for a momentum that depends on the counter.
+    # torch's function takes no momentum that depends on the counter.
     averages = training and momentum is None and counter is not None
     if goes_to_triton(call.reason, compiles_torch=None if averages else tensors.x):
         return channels.record(tensors, call.spec)

@@ -1,4 +1,4 @@
-"""The one place that launches: chooses the config, stands on the tensors' device, starts the kernel."""
+"""Launches kernels: chooses the config, selects the tensors' device, starts the compiled kernel."""
 
 import atexit
 import functools
@@ -24,34 +24,34 @@ T = TypeVar("T")
 INT32_END = 2**31
 
 Programs = Callable[..., int]
-"""The number of programs for a config's keywords and a call's own integers."""
+"""Functions of this type return the number of programs, from a config's keywords and a call's integers."""
 MOVED = ("running_mean_ptr", "running_var_ptr", "num_batches_tracked_ptr")
-"""What kernels move in place."""
+"""Kernels update these arguments in place."""
 
 COMPILE_OPTIONS: Mapping[str, Any] = MappingProxyType({"enable_fp_fusion": True})
-"""Options that every kernel is compiled with. Triton's own defaults differ by version: from 3.10 on it contracts no
-products and sums to fused multiply-adds unless asked to, which would change a norm's bits and its machine code."""
+"""Every kernel is compiled with these options. Triton's defaults differ by version: from 3.10 on it fuses no
+multiply-adds by default, which would change the bits of a norm and its machine code."""
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
-# A stream keeps at least this many zeros, enough for most launches.
+# The workspace of a stream has at least this many int32 zeros, enough for most launches.
 LEAST_ZEROS = 4096
-# At most this many streams keep zeros: a process may make streams without end.
+# At most this many streams have a workspace of zeros: a process may create streams without end.
 MOST_STREAMS = 1024
-# A search runs each config for the first of these times before it times it for the second.
+# A search warms up each config for the first of these times, and measures it for the second.
 SEARCH_WARMUP_MS, SEARCH_MS = 10, 40
 
 _zeros: dict[tuple[int, int], Tensor] = {}
 
 _starting: threading.RLock
-"""Held by the one thread that searches, compiles or interprets: Triton's interpreter keeps its place in globals, and a
-search times launches."""
+"""The thread that searches, compiles or interprets holds this lock: Triton's interpreter keeps its state in globals,
+and a search measures times."""
 
 
 def _make_lock() -> None:
-    """Anew in a forked child, where the thread that held it may not exist."""
+    """Creates the lock anew in a forked child, where the thread that held it may not exist."""
     global _starting
     _starting = threading.RLock()
 
@@ -66,9 +66,9 @@ def _has_streams(device: torch.device) -> bool:
 
 
 def zeros(n: int, device: torch.device) -> Tensor:
-    """At least n int32 zeros, for a kernel that leaves them zeros: kept for each stream, where kernels run in turn.
+    """Returns at least n int32 zeros, for a kernel that resets them to zeros.
 
-    A captured graph has its own, since it may be replayed on any stream.
+    They belong to the current stream, whose kernels run in order. A captured graph has its own: any stream may run it.
     """
     index = device.index
     if not _has_streams(device):
@@ -83,27 +83,27 @@ def zeros(n: int, device: torch.device) -> Tensor:
     if kept is None or kept.numel() < n:
         size = next_power_of_2(max(n, LEAST_ZEROS))
         if len(_zeros) >= MOST_STREAMS:
-            _zeros.clear()  # what comes to lie in their memory is their own streams', and so comes after their kernels
+            _zeros.clear()  # safe: a stream's memory is reused on that stream alone, after its kernels
         kept = _zeros[index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept
 
 
 def start(kernel: Any, count: int, arguments: Sequence[Any], constants: Mapping[str, Any], config: Config) -> Any:
-    """Through Triton's own launch, which compiles what it has not compiled yet; returns the compiled kernel."""
+    """Starts the kernel by Triton's own launch, which compiles it if necessary. Returns the compiled kernel."""
     return kernel[(count,)](*arguments, **constants, **config.keywords, **COMPILE_OPTIONS)
 
 
 class Launcher:
-    """One kernel with one set of constants on one device, for arguments of one signature: each call's tensors have the
-    same dtypes, with None in the same places, and the scalars behind a call's own integers are always `scalars`.
+    """Starts one kernel with one set of constants on one device, for arguments of one signature.
 
-    The kernel that was compiled for the first call whose tensors all lie on 16 bytes is therefore the right one for
-    every other such call, and `Launch` starts it without Triton's own look-up, which takes several times as long.
+    All calls pass tensors of the same dtypes, None in the same positions, and the same `scalars` behind their own
+    integers. The kernel compiled for the first call with tensors aligned to 16 bytes therefore fits every other such
+    call, and `Launch` starts it without Triton's own look-up of arguments, which takes several times as long.
 
     Args:
-        n_programs: the number of programs for a config's keywords and a call's integers.
-        scalars: arguments on whose values no kernel specialises.
-        constants: the kernel's constexpr arguments, but for those of the config.
+        n_programs: returns the number of programs.
+        scalars: arguments whose values no kernel is specialised for.
+        constants: constexpr arguments other than the config's.
     """
 
     def __init__(
@@ -124,21 +124,20 @@ class Launcher:
 
     @property
     def candidates(self) -> Sequence[Config]:
-        """The configs that the next call may launch."""
         return self.space.configs if self._config is None else [self._config]
 
     @functools.cached_property
     def span(self) -> int:
-        """The fewest columns of a row that a program may own."""
+        """Returns the fewest columns of a row that a program may own."""
         return min(config.span for config in self.candidates)
 
     @property
     def config(self) -> Config | None:
-        """The config that was chosen, None before the first launch of a kernel that has to be searched for."""
+        """Returns the chosen config, or None before the first launch of a kernel that has to be searched for."""
         return self._config
 
     def start(self, integers: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
-        """Starts the kernel as Triton does, on the current device, with its config chosen and compiled first."""
+        """Starts the kernel by Triton's own launch, on the current device; chooses its config and compiles it first."""
         arguments = (*tensors, *integers, *self._scalars)
         with _starting:
             compiled = _with_a_cache(self._kernel, lambda: self._choose_and_start(integers, arguments))
@@ -152,7 +151,7 @@ class Launcher:
 
     def _choose_and_start(self, integers: tuple[int, ...], arguments: Sequence[Any]) -> Any:
         if self._config is None:
-            self._config = choices.chosen(self.space, self._gpu)  # which another launcher may have found by now
+            self._config = choices.chosen(self.space, self._gpu)  # another launcher may have chosen it by now
         if self._config is None:
             assert self._gpu is not None
             count_of = self.n_programs
@@ -165,7 +164,7 @@ class Launcher:
 
 
 class Launch:
-    """A launcher's kernel on the grid of one set of integers, of which the first is the greatest."""
+    """Launches a launcher's kernel on the grid of one set of integers, the first of which is the greatest."""
 
     def __init__(self, launcher: Launcher, *integers: int) -> None:
         self.launcher, self._integers, self._index = launcher, integers, launcher.index
@@ -173,8 +172,7 @@ class Launch:
         self._hooks: tuple[Sequence[Any], Sequence[Any]] = ((), ())
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        """Starts the programs on the current stream of the tensors' device."""
-        if 0 <= self._index != current_device():  # Triton launches on the current one, whatever the arguments
+        if 0 <= self._index != current_device():  # Triton launches on the current device, whatever the arguments
             with torch.cuda.device(self._index):
                 self(*tensors)
             return
@@ -197,11 +195,12 @@ class Launch:
 
 @functools.cache
 def _starting_on(present: tuple[bool, ...]) -> Callable[..., Callable[..., bool]]:
-    """Returns a function of a compiled kernel, which returns a function of a stream and tensors. That starts the kernel
-    on their addresses and returns True, or returns False where one is not a multiple of 16 bytes.
+    """Returns bind(parts of a compiled kernel) → start(stream, *tensors), for tensors that are None unless `present`.
 
-    It is written for the places where there are tensors. A loop over 13 arguments, 9 of them tensors, took 1.4 µs more
-    of 3.7; an extension in C took 0.2 to 0.3 µs less than the loop, since data_ptr() itself is what takes the time.
+    start launches the kernel and returns True, or returns False if an address is not a multiple of 16 bytes.
+
+    The function is generated: a loop over 13 arguments, 9 of them tensors, took 1.4 µs more of 3.7. An extension in C
+    took 0.2 to 0.3 µs less than the loop, since data_ptr() itself dominates.
     """
     places = range(len(present))
     there = [place for place in places if present[place]]
@@ -223,16 +222,16 @@ def bind(run, count, function, metadata, behind):
 
 
 _UNUSABLE = OSError, ValueError, TypeError, LookupError
-"""What Triton raises where a file of its cache can't be written, or holds something else than it wrote."""
+"""Triton raises these errors if a file of its cache can't be written, or has unexpected content."""
 
 _CACHING = {"triton.compiler.compiler", "triton.runtime.cache", "triton.runtime.build"}
-"""Modules of Triton's that read and write it; all before a kernel is launched."""
+"""These modules of Triton read and write its cache, always before a kernel is launched."""
 
 _told: list[BaseException] = []
 
 
 def _tell_of_cache(error: BaseException) -> None:
-    """Once in a process."""
+    """Warns once in a process."""
     if not _told:
         _told.append(error)
         message = "triton_norm: Triton's cache on disk can't be used, and nothing is kept for the next process"
@@ -241,16 +240,16 @@ def _tell_of_cache(error: BaseException) -> None:
 
 @functools.cache
 def _folder() -> str:
-    """For what Triton must write to be able to compile, until this process ends."""
+    """Returns a temporary folder for Triton's files, deleted when the process ends."""
     folder = tempfile.mkdtemp(prefix="triton_norm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def _with_a_cache(kernel: Any, act: Callable[[], T]) -> T:
-    """What `act` returns, which launches the kernel; where Triton's cache stands in its way, with another meanwhile.
+    """Returns the result of `act`, which launches the kernel; if Triton's cache is unusable, with a temporary cache.
 
-    A RuntimeError is how a GPU refuses to load what was compiled. Triton would launch nothing in its place next time.
+    Loading a damaged binary raises RuntimeError. Triton would then silently launch nothing, so its caches are cleared.
     """
     try:
         return act()
@@ -273,7 +272,7 @@ def _with_a_cache(kernel: Any, act: Callable[[], T]) -> T:
 
 @functools.cache
 def _hooks() -> tuple[Sequence[Any], Sequence[Any]]:
-    """Whom Triton's launches tell of themselves, such as a profiler; the lists are theirs, and change."""
+    """Returns Triton's lists of launch enter and exit hooks. They are live: a profiler may add to them at any time."""
     from triton import knobs
 
     return knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
@@ -282,11 +281,10 @@ def _hooks() -> tuple[Sequence[Any], Sequence[Any]]:
 def search(
     kernel: Any, space: Space, n_programs: Callable[[Any], int], arguments: Sequence[Any], constants: Mapping[str, Any]
 ) -> Config:
-    """The fastest config for these arguments, by `triton.autotune`, which keeps what it finds on disk.
+    """Returns the fastest config for these arguments, by `triton.autotune`, which caches its result on disk.
 
-    A kernel writes its outputs from inputs that it leaves alone, and so may run any number of times, but that it begins
-    with zeros in its `sync_ptr`, if any, which are made anew, and that it moves some tensors in place: copies, here. A
-    result that can't be written, or one on disk that is none of these configs, is as if there were no disk.
+    Repeated runs are harmless: a kernel doesn't write its inputs, `sync_ptr` is reset to zeros, and tensors that are
+    updated in place are copied. A result that can't be written to disk, or that is none of these configs, is ignored.
     """
     import triton
     from triton.testing import do_bench
@@ -318,7 +316,7 @@ def search(
 
         def check_disk_cache(*arguments: Any) -> Any:
             found = look_up(*arguments)
-            for chosen in tuner.cache.values():  # what is launched next
+            for chosen in tuner.cache.values():  # launched next
                 known(chosen)
             return found
 

@@ -1,7 +1,7 @@
-"""Defines the `torch.library` operators of all families, each with a fake and a derivative; small conversions.
+"""Defines the `torch.library` operators of all families, each with a fake and a derivative.
 
-An operator is a node of whatever records it: torch.compile, torch.export, make_fx. A recorded node is differentiated,
-faked and run later by whoever has the graph, so each operator knows its own derivative.
+A recorded operator is differentiated, faked and run later, by torch.compile, torch.export, make_fx or others, so each
+operator has its own derivative.
 """
 
 import functools
@@ -16,10 +16,11 @@ Function = Callable[..., Any]
 
 
 class Derivative(NamedTuple):
-    """The derivative of an operator, for `torch.library.register_autograd`.
+    """Holds the derivative of an operator, for `torch.library.register_autograd`.
 
-    setup: (ctx, inputs, output) saves for `backward`.
-    backward: (ctx, *gradients of the outputs) → the gradients of the inputs, of which the last may be left out.
+    Args:
+        setup: (ctx, inputs, output) saves for `backward`.
+        backward: (ctx, *gradients of the outputs) → gradients of the inputs; trailing ones may be missing.
     """
 
     setup: Function
@@ -27,8 +28,7 @@ class Derivative(NamedTuple):
 
 
 def _library() -> torch.library.Library:
-    """Returns a library of this import's own: a second copy of the package in one process, as torch.package makes one,
-    has another namespace."""
+    """Returns a library with a namespace of its own, since torch.package may import a second copy of this package."""
     for number in itertools.count(1):
         try:
             return torch.library.Library("triton_norm" if number == 1 else f"triton_norm_{number}", "DEF")
@@ -40,14 +40,14 @@ def _library() -> torch.library.Library:
 
 _LIBRARY = _library()
 DEFINED: dict[str, Any] = {}
-"""All operators, by name."""
+"""This dict holds all operators, by name."""
 
 
 def operator(schema: str, implementation: Function, fake: Function, derivative: Derivative | None = None) -> Any:
     """Defines <namespace>::<schema> for every device, and returns it.
 
-    An operator without a derivative gives tensors that require no gradient: what it gives depends on its inputs in a
-    way that another operator's derivative accounts for. Only such may write its arguments.
+    The outputs of an operator without a derivative don't require grad: another operator's derivative accounts for their
+    dependence on the inputs. Only such operators may write to their arguments.
 
     `Library` costs a third of `torch.library.custom_op`'s time per call.
     """
@@ -70,7 +70,7 @@ def operator(schema: str, implementation: Function, fake: Function, derivative: 
 
 
 def _without_gradient(defined: Any) -> Function:
-    """Returns the operator's kernel for autograd: below that, and with one more version of what is written."""
+    """Returns the operator's autograd kernel: runs it below autograd, and increments versions of written tensors."""
     names = [argument.name for argument in defined._schema.arguments if argument.is_write]
     places = [place for place, argument in enumerate(defined._schema.arguments) if argument.is_write]
 
@@ -101,10 +101,11 @@ _KINDS: dict[Any, str] = {
 
 
 class _Bundle(NamedTuple):
-    """A kind of NamedTuple, whose fields may be NamedTuples, as the flat arguments of an operator.
+    """Describes a NamedTuple type, possibly nested, as the flat arguments of an operator.
 
-    schema: an argument each, in order.
-    make: (the values, in order) → the NamedTuple.
+    Args:
+        schema: the arguments, in order.
+        make: (values, in order) → the NamedTuple.
     """
 
     schema: list[str]
@@ -129,7 +130,7 @@ def _bundle(kind: Any) -> _Bundle:
 
 
 def _flat(call: Any) -> list[Any]:
-    """Returns the arguments of an operator from the NamedTuple of a call; torch.compile traces this."""
+    """Returns the operator's arguments from a call's NamedTuple. torch.compile traces this."""
     values: list[Any] = []
     for value in call:
         if isinstance(value, tuple):
@@ -153,17 +154,17 @@ def recorded(
     fake: Function,
     derivative: Derivative | None = None,
 ) -> Function:
-    """Defines the operator of calls of one kind, and returns a function of a call that gives its results.
+    """Defines an operator for calls of one type. Returns a function from a call to its results.
 
-    An operator's own results can't be None, and are tensors of no elements then.
+    An operator can't return None: it returns an empty tensor instead.
 
     Args:
-        call: the kind, a NamedTuple whose fields, or theirs, are the operator's arguments.
-        n_results: tensors.
-        present: (call) → which of the results are not None.
-        compute: (call) → the results, with None for what the call has no use for.
-        fake: the same, of tensors without contents.
-        derivative: `setup` is (ctx, call, results), and returns how many of these, the first, have gradients.
+        call: type of the call, a NamedTuple, possibly nested, of the operator's arguments.
+        n_results: number of results.
+        present: (call) → mask of the results that are not None.
+        compute: (call) → results, None for those that the call doesn't need.
+        fake: as compute, without contents.
+        derivative: its `setup` is (ctx, call, results), and returns how many leading results have gradients.
     """
     bundle = _bundle(call)
 
@@ -202,7 +203,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def nothing(x: Tensor) -> Tensor:
-    """Stands for an output that was not asked for: an operator's results can't be None."""
+    """Returns an empty tensor that stands for None, which an operator can't return."""
     return x.new_empty(0)
 
 

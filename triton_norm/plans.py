@@ -1,12 +1,11 @@
-"""The one cache of plans: from the signature of a call to what is ready for calls like it.
+"""Caches plans: from the signature of a call to the plan that serves calls like it.
 
-A signature is a key, of whatever is no tensor, and the forms of the tensors. A form is all that decides how a tensor is
-read, and who takes a call on it: class, dtype, device, shape, strides, whether it requires a gradient, and dispatch
-keys. These tell, together with this thread's state, whether a tensor is negated or of inference_mode, and whether
-autocast, a transform of torch.func or torch.jit.trace would take the call. What was asked once of a call need not be
-asked again of a call of the same signature.
+A signature is a key, made of everything that is not a tensor, and the forms of the tensors. A form is all that decides
+how a tensor is read, and who takes a call on it: class, dtype, device, shape, strides, requires_grad, and dispatch
+keys. With this thread's state the keys tell whether a tensor is negated or an inference tensor, and whether autocast, a
+transform of torch.func or torch.jit.trace would take the call. A call of the same signature needs no further checks.
 
-The families of kernels build the plans; nothing here knows what one holds.
+The families of kernels build the plans; this module doesn't look inside.
 """
 
 import operator
@@ -22,20 +21,19 @@ from triton_norm.tuning.memory import when_forgotten
 
 MOST_KEYS = 4096
 MOST_FORMS = 16
-"""Of one key: calls of ever new strides don't fill the memory."""
+"""A key has at most this many forms: calls of ever new strides must not exhaust memory."""
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class FormsInPython:
-    """The forms of some tensors."""
+    """Holds the forms of some tensors."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self._forms = list(map(_form, tensors))
 
     def check(self, *tensors: Any) -> bool:
-        """Returns whether these tensors are of the same forms."""
         return list(map(_form, tensors)) == self._forms
 
 
@@ -52,9 +50,9 @@ _guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 
 def forms_of(*tensors: Tensor) -> Any:
-    """Returns the forms of some tensors: torch.compile's own, in C++, where torch has them. No two may be one tensor.
+    """Returns the forms of some tensors: torch.compile's own class, in C++, if torch has it and no tensor is repeated.
 
-    Their check takes 0.25 µs for three tensors, and that of `FormsInPython` 4 µs (Python 3.11, torch 2.13).
+    Its check takes 0.25 µs for three tensors, that of `FormsInPython` 4 µs (Python 3.11, torch 2.13).
     """
     if _guards is None or len(set(map(id, tensors))) < len(tensors):
         return FormsInPython(*tensors)
@@ -62,23 +60,22 @@ def forms_of(*tensors: Tensor) -> Any:
 
 
 _plans: dict[Any, tuple[Callable[[Any], Any], list[tuple[Callable[..., bool], Any]]]] = {}
-"""By key and the first tensor's shape: what picks the tensors that are there, and each plan behind the check of its
-forms. Layers of one model differ in shapes above all, and a look-up is quicker than a check after the other."""
+"""Maps (key, first tensor's shape) to a function that picks the tensors that are not None, and the plans, each with the
+check of its forms. Layers of one model differ mostly in shape, and a look-up is faster than several checks."""
 
 when_forgotten(_plans.clear)
 
 
 _NOT_KEPT = KeyError, TypeError, AttributeError, RuntimeError
-"""Raised in a look-up for a call that none is like: with a list in its key, no tensor, or one without a shape."""
+"""A look-up raises these errors for a call that can't have a plan: a list in its key, or no shape."""
 
 
 def find(key: Any, tensors: Sequence[Tensor | None]) -> Any:
-    """Returns the plan that was kept for calls of this signature, None where there is none.
-
-    None too while a mode of operators or forward-mode differentiation may take the call, which no form tells.
+    """Returns the plan of calls of this signature, or None. Returns None, too, under a mode of operators or
+    forward-mode differentiation, which forms don't tell.
 
     Args:
-        key: says which of the tensors are None, if any may be.
+        key: tells which tensors are None, if any may be.
         tensors: the first is never None.
     """
     if _dispatch_modes() or forward_ad._current_level >= 0:
@@ -87,7 +84,7 @@ def find(key: Any, tensors: Sequence[Tensor | None]) -> Any:
         pick, kept = _plans[key, tensors[0].shape]  # type: ignore[union-attr]
         there = pick(tensors)
         for tensor in there:
-            if tensor.is_nested:  # whose strides the check in C++ must not ask for
+            if tensor.is_nested:  # the check in C++ must not ask for its strides
                 return None
     except _NOT_KEPT:
         return None
@@ -98,7 +95,7 @@ def find(key: Any, tensors: Sequence[Tensor | None]) -> Any:
 
 
 def keep(key: Any, tensors: Sequence[Tensor | None], plan: Any) -> None:
-    """Keeps a plan for calls of this signature, unless a tensor is none of plain memory, or it could not be found."""
+    """Caches a plan for calls of this signature, unless a tensor is not plain memory, or `find` could not find it."""
     if _dispatch_modes() or forward_ad._current_level >= 0:
         return
     if not all(tensor is None or (type(tensor) in REAL and is_plain(tensor)) for tensor in tensors):

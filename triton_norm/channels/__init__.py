@@ -1,1 +1,1 @@
-"""BatchNorm: how its tensors lie, what a call launches, its operators and its derivative."""
+"""Holds the memory layouts, plans, operators and derivatives of BatchNorm."""

@@ -1,4 +1,4 @@
-"""BatchNorm: the kernels' launches or their operators, and autograd."""
+"""Runs BatchNorm by the kernels or their operators, with autograd."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,19 +22,19 @@ from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula
 
 
 def bits_kind_of(tensors: BatchNormTensors, spec: BatchNormSpec) -> str | None:
-    """Returns how the bits lie that the forward leaves for the backward, which then needs no residual; None where the
-    backward needs none."""
+    """Returns the layout of the bits that the forward saves in place of the residual; None: no bits."""
     return kind_of(tensors.x) if tensors.residual is not None and has_side(spec.activation) else None
 
 
 class BatchNormPlan:
-    """The calls of one signature: their forwards with and without gradients, and what a backward has to know.
+    """Runs the forwards of all calls of one signature, with and without gradients.
 
-    requires_grad: whether a tensor does that has a gradient.
-    saves_copies: whether autograd can only save a copy of x or the residual.
-    bits_kind: of a forward with gradients.
-    recomputes: whether the backward computes again what the activation was taken of.
-    kept: what the backward has to know, once there was a forward with gradients.
+    Attributes:
+        requires_grad: an input requires grad.
+        saves_copies: autograd can save only a copy of x or residual.
+        bits_kind: layout of the bits of a forward with gradients, or None.
+        recomputes: the backward recomputes z, the activation's argument.
+        kept: facts for the backward, set by the first forward with gradients.
     """
 
     def __init__(self, spec: BatchNormSpec, tensors: BatchNormTensors) -> None:
@@ -54,14 +54,14 @@ class BatchNormPlan:
         self._forwards: dict[bool, ForwardPlan] = {}
 
     def forward(self, tensors: Sequence[Any], saves: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns y and what a backward takes beside the inputs: the batch's statistics, and bits."""
+        """Returns y, the batch's statistics and bits; the latter two may be None."""
         if not self._counts:
             return self._counted_apart(BatchNormTensors._make(tensors), saves)
         statistics = None
         if self.spec.training:
             _, _, _, _, running_mean, running_var, counter = tensors
             if self._refuses:
-                reference.check_writable(counter)  # torch moves such statistics anywhere
+                reference.check_writable(counter)  # torch updates inference statistics anywhere
             moved = running_mean, running_var, counter
             torch._C._increment_version(moved if self._moves_all else [one for one in moved if one is not None])
             statistics = self._like.new_empty(self._n_statistics)
@@ -73,19 +73,19 @@ class BatchNormPlan:
         return y, statistics, bits  # type: ignore[return-value]
 
     def _counted_apart(self, tensors: BatchNormTensors, saves: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Does what `forward` does, where no kernel can count."""
+        """Runs `forward` for a counter that no kernel can increment."""
         spec, counter = self.spec, tensors.num_batches_tracked
         assert counter is not None
         if spec.momentum is None:  # to read the counter waits for the GPU
             spec = spec._replace(momentum=1.0 / float(counter + 1))
         uncounted = tensors._replace(num_batches_tracked=None)
         found = BatchNormPlan(spec, uncounted).forward(uncounted, saves)
-        counter.add_(1)  # before a saved tensor's hook can end the call
+        counter.add_(1)  # before a hook on saved tensors can raise
         return found
 
 
 def savable(tensors: BatchNormTensors, spec: BatchNormSpec) -> BatchNormTensors:
-    """Returns the tensors, with copies of those that autograd has to save and can't."""
+    """Returns the tensors, with copies of those that autograd needs but can't save."""
     x, residual = tensors.x, tensors.residual
     if is_unsavable(x):
         tensors = tensors._replace(x=x.clone())
@@ -95,7 +95,7 @@ def savable(tensors: BatchNormTensors, spec: BatchNormSpec) -> BatchNormTensors:
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """First order through the kernels; `needs_torch` says which backwards go through `reference` instead."""
+    """Differentiates once by the kernels; `needs_torch` decides which backwards use `reference` instead."""
 
     @staticmethod
     def forward(
@@ -125,7 +125,7 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, saved, needs = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad
         if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            tensors = dy, *saved  # as BackwardTensors
+            tensors = dy, *saved  # fields of BackwardTensors
             backward = plans.find((plan, needs), tensors)
             if backward is not None:
                 return *backward(tensors), None, None, None, None
@@ -135,27 +135,26 @@ class BatchNormFunction(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-# torch.autograd.Function.apply without its look for torch.func's transforms, which `dispatch` has done.
+# torch.autograd.Function.apply without its check for torch.func's transforms, which `dispatch` has made.
 _apply: Any = super(torch.autograd.Function, BatchNormFunction).apply
 
 
 def launch(tensors: tuple[Any, ...], plan: BatchNormPlan) -> Tensor:
-    """Returns y through the kernels; normalizing with the batch's statistics moves the running ones, if any.
+    """Returns y by the kernels. In training, updates the running statistics, if any.
 
     Args:
-        tensors: the fields of BatchNormTensors.
+        tensors: fields of BatchNormTensors.
     """
     if plan.requires_grad and torch.is_grad_enabled():
         if plan.saves_copies:
-            # and so of other forms, for the backward alone
+            # have other forms, which affects the backward alone
             tensors = savable(BatchNormTensors._make(tensors), plan.spec)
         return _apply(*tensors, plan)  # type: ignore[no-any-return]
     return plan.forward(tensors, False)[0]
 
 
 def record(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
-    """Returns y through the operators that stand for a call where it is recorded; they keep for the backward
-    themselves."""
+    """Returns y by the operators that record the call. They save for the backward themselves."""
     counter = tensors.num_batches_tracked
     if counter is not None and not counts(tensors.x, counter):
         if spec.momentum is None:  # to read the counter waits for the GPU

@@ -1,4 +1,4 @@
-"""BatchNorm: the launches of one kernel, and how its programs share the work."""
+"""Prepares the launches of a BatchNorm kernel, and divides the work among its programs."""
 
 import functools
 import struct
@@ -19,12 +19,14 @@ Types = tuple[torch.dtype | None, ...]
 
 
 class Read(NamedTuple):
-    """What a launch reads and writes: of a shape, as a kind of layout, on a device.
+    """Describes the tensors of a launch.
 
-    lies: of the tensors that it goes through: of the forward x and the residual, of the backward x, dy, the residual.
-    x: its type.
-    swept: the types of the tensors that it goes through, in the kernel's order.
-    others: those of the kernel's other tensors, None for those that it isn't given.
+    Args:
+        kind: "flat", "last" or "folded".
+        lies: strides of the tensors of x's shape that it reads: forward x, residual; backward x, dy, residual.
+        x: dtype of x.
+        swept: dtypes of the tensors that it reads, in the kernel's order.
+        others: dtypes of the kernel's other tensors, None for those that are None.
     """
 
     shape: tuple[int, ...]
@@ -37,10 +39,11 @@ class Read(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One launch.
+    """Describes one launch.
 
-    partials: the number of splits whose sums it leaves in memory for the last one, 0 where there is one.
-    n_counts: of the zeros that it needs where it waits or counts.
+    Args:
+        partials: number of splits whose partial results need workspace; 0 if there is a single split.
+        n_counts: number of int32 zeros needed if programs wait or count.
     """
 
     launch: Launch
@@ -58,16 +61,13 @@ def _kernel(name: str) -> Any:
 
 
 def in_two_floats(value: float) -> tuple[float, float]:
-    """Returns the value as a sum of two fp32 numbers: a launch passes floats as fp32."""
+    """Returns the value as a sum of two fp32 numbers, since a launch passes floats as fp32."""
     high: float = struct.unpack("f", struct.pack("f", value))[0]
     return high, value - high
 
 
 class Launches:
-    """The launches of one kernel over one layout.
-
-    held_bytes: of an element of what one launch for both halves would keep and read again; 0: nothing waits.
-    """
+    """Prepares the launches of one kernel for one layout; arguments as in tuning.channel_spaces.SharedChannels."""
 
     def __init__(self, kernel: str, read: Read, held_bytes: int, beside_bytes: float = 0.0, adds: bool = False) -> None:
         self._kernel, self._read, self._held_bytes, self._adds = kernel, read, held_bytes, adds
@@ -88,13 +88,13 @@ class Launches:
         self._plan: Plan = plan or channel_spaces.plan_channels_apart(self._shared, gpu)
 
     def phases(self, asked: Phase, constant: bool = False) -> list[Phase]:
-        """Returns the launches' phases: two where both halves are asked for and one launch can't do them."""
+        """Returns the phases to launch: two if both halves are needed and can't be fused."""
         if asked is Phase.FUSED and not (self._plan.tile or constant):
             return [Phase.REDUCE, Phase.APPLY]
         return [asked]
 
     def scalars(self) -> tuple[int, ...]:
-        """Returns the kernel's arguments of geometry: of the layout, and the strides of each tensor."""
+        """Returns the kernel's integer arguments: the geometry of the layout, and the strides of each tensor."""
         strides = (stride for lie in self._read.lies for stride in self.layout.strides(lie))
         return *self.layout.geometry, *strides
 
@@ -102,8 +102,8 @@ class Launches:
         """Returns the launch of one phase.
 
         Args:
-            swept: the types of the tensors that it goes through.
-            scalars, constants: of the kernel.
+            swept: dtypes of the tensors of x's shape that it reads.
+            scalars, constants: arguments of the kernel.
         """
         layout, plan, n_groups = self.layout, self._plan, self._shared.n_groups
         n_splits = -(-n_groups // plan.groups_per_split)

@@ -1,4 +1,4 @@
-"""How [samples, channels, *positions] lies in memory, and as which tiles the kernels of kernels/channels.py read it."""
+"""Maps tensors [samples, channels, *positions] in memory to the tiles of kernels/channels.py."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,20 @@ from triton_norm.tuning.configs import next_power_of_2, vector_width
 from triton_norm.tuning.limits import VECTOR_BYTES, limits_in_force
 
 MOST_POSITIONS = 2**30
-"""Of a sample: the kernels number them, and what a tile reaches past them, in 32 bits."""
+"""A sample has at most this many positions: the kernels number them, and those of a tile past the end, in 32 bits."""
 
 MOST_COLUMNS = 2**30
-"""Of a folded sample: the kernels number them in 32 bits."""
+"""A folded sample has at most this many columns: the kernels number them in 32 bits."""
 
 MOST_CHANNELS = 2**29
-"""Of which the kernels number three statistics each in 32 bits."""
+"""There are at most this many channels: the kernels number three statistics of each in 32 bits."""
 
 
 class Lie(NamedTuple):
-    """A tensor's memory as [samples, channels, positions]; axes of length 1 have stride 0, a single sample that
-    without gaps. `misaligned` is the base's address modulo 16."""
+    """Holds a tensor's strides as [samples, channels, positions], and its address modulo 16 bytes, `misaligned`.
+
+    Axes of length 1 have stride 0, a single sample the dense stride: their own values would only compile more kernels.
+    """
 
     sample_stride: int
     channel_stride: int
@@ -34,7 +36,7 @@ class Lie(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the kernels need to know of x, but for the number of samples and strides; kernels/tiles.py has the terms."""
+    """Holds the constants that the kernels need of x's layout; kernels/tiles.py defines them."""
 
     axis: int | None
     vector: int
@@ -53,7 +55,6 @@ class Layout(NamedTuple):
 
     @property
     def elements_per_group(self) -> int:
-        """Elements of one channel in a group."""
         return self.vector if self.axis is None else self.columns_per_channel
 
     @property
@@ -62,7 +63,7 @@ class Layout(NamedTuple):
         return self.n_columns // unit, self.block_columns // unit, self.columns_per_channel, self.groups_per_sample
 
     def spread(self, lie: Lie) -> bool:
-        """Whether a channel's lanes lie side by side, and are not one element expanded."""
+        """Returns True if a channel's lanes are adjacent, False if they are one element, expanded."""
         if self.axis is None:
             return bool(lie.position_stride) or self.groups_per_sample * self.vector == 1
         if self.fold:
@@ -70,7 +71,7 @@ class Layout(NamedTuple):
         return bool(lie.channel_stride) or self.n_columns == 1
 
     def strides(self, lie: Lie | None) -> tuple[int, int, int]:
-        """(sample, group, channel) strides, divided by V unless the lanes are one element expanded."""
+        """Returns the (sample, group, channel) strides, divided by V unless the lanes are one element, expanded."""
         if lie is None:
             return 0, 0, 0
         spread = self.spread(lie)
@@ -81,7 +82,7 @@ class Layout(NamedTuple):
 
 
 def beyond(shape: Sequence[int]) -> str | None:
-    """What of [samples, channels, *positions] is too much for the kernels to number."""
+    """Returns the reason if a tensor has too many positions or channels for the kernels to number, or None."""
     if holds(math.prod(shape[2:]) > MOST_POSITIONS):
         return f"a sample has more than {MOST_POSITIONS} positions"
     if len(shape) > 1 and holds(shape[1] > MOST_CHANNELS):
@@ -90,7 +91,7 @@ def beyond(shape: Sequence[int]) -> str | None:
 
 
 def collapsed_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride with which these axes can be walked as one, 0 for a single element, or None."""
+    """Returns the stride if these axes are equivalent to one axis, 0 for a single element, or None."""
     inner, reach = 0, None
     for length, stride in zip(reversed(shape), reversed(strides), strict=True):
         if length == 1:
@@ -104,7 +105,7 @@ def collapsed_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:
-    """(sample, channel, position), or None where the positions can't be walked as one axis."""
+    """Returns the (sample, channel, position) strides, or None if the positions are not equivalent to one axis."""
     shape, strides = x.shape, x.stride()
     position_stride = collapsed_stride(shape[2:], strides[2:])
     if position_stride is None:
@@ -114,12 +115,12 @@ def _strides(x: Tensor) -> tuple[int, int, int] | None:
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether a position's channels lie side by side; where x has no second position, they are said to."""
+    """Decides whether a position's channels are adjacent; True if x has a single position."""
     return math.prod(x.shape[2:]) == 1 or (x.shape[1] > 1 and x.stride(1) == 1)
 
 
 def kind_of(x: Tensor) -> str:
-    """ "last": channels side by side; "folded": whole samples, of few positions a channel; "flat": positions."""
+    """Returns "last", "folded" or "flat", see kernels/tiles.py."""
     if channels_last(x):
         return "last"
     n_samples, n_channels, *positions = x.shape
@@ -134,7 +135,7 @@ def kind_of(x: Tensor) -> str:
 
 
 def reads(x: Tensor, kind: str, broadcast: bool = False) -> bool:
-    """Returns whether x can be read as that kind where it lies; a channel's lanes may be one element, `broadcast`."""
+    """Decides whether x can be read in this layout uncopied; with `broadcast`, lanes may be one element, expanded."""
     strides = _strides(x)
     if strides is None:
         return False
@@ -148,12 +149,10 @@ def reads(x: Tensor, kind: str, broadcast: bool = False) -> bool:
 
 
 def copies(x: Tensor, kind: str) -> bool:
-    """Whether x has to be copied before it can be read as that kind."""
     return not reads(x, kind)
 
 
 def _channels_last_strides(shape: Sequence[int]) -> list[int]:
-    """Returns the strides of [samples, channels, *positions] without gaps, with the channels side by side."""
     strides, stride = [1], max(shape[1], 1)
     for length in reversed(shape[2:]):
         strides.insert(1, stride)
@@ -162,32 +161,32 @@ def _channels_last_strides(shape: Sequence[int]) -> list[int]:
 
 
 def is_dense(x: Tensor, kind: str) -> bool:
-    """Returns whether x lies as `dense_like` gives it for that kind."""
+    """Decides whether x has the strides that `dense_like` gives in this layout."""
     if kind != "last" or math.prod(x.shape[2:]) == 1:
         return x.is_contiguous()
     return list(x.stride()) == _channels_last_strides(x.shape)
 
 
 def dense_like(x: Tensor, dtype: torch.dtype | None = None, kind: str | None = None) -> Tensor:
-    """Returns an empty tensor of x's shape without gaps, in the layout of `kind`; None is x's own."""
+    """Returns an empty dense tensor of x's shape in the layout `kind`; None: x's own."""
     if type(x.shape[0]) is int and x.is_contiguous() and (kind != "last" or math.prod(x.shape[2:]) == 1):
         return torch.empty_like(x, dtype=dtype)
     last = channels_last(x) if kind is None else kind == "last"
     if not last or math.prod(x.shape[2:]) == 1:
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     strides = _channels_last_strides(x.shape)
-    return x.new_empty_strided(x.shape, strides, dtype=dtype or x.dtype)  # no view, which autograd lets no one write to
+    return x.new_empty_strided(x.shape, strides, dtype=dtype or x.dtype)  # not a view: autograd forbids writes to it
 
 
 class Readable(NamedTuple):
-    """A tensor that the kernels can read, and how it lies."""
+    """Holds a tensor that the kernels can read, and its strides."""
 
     tensor: Tensor
     lie: Lie
 
 
 def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> Readable:
-    """Returns x, or a copy of it where its strides leave no other way to read it as `kind`, and how that lies."""
+    """Returns x, or a copy if its strides don't allow to read it in this layout, and the strides."""
     if not reads(x, kind, broadcast):
         x = dense_like(x, x.dtype, kind).copy_(x)
     strides = _strides(x)
@@ -196,7 +195,7 @@ def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> Readable:
 
 
 def _vector(lies: Sequence[Lie], *extents: int) -> int:
-    """Elements an access can move: 16 bytes' worth of the narrowest type, or what bases and extents allow."""
+    """Returns the widest access in elements: 16 bytes of the narrowest type, or less by addresses and extents."""
     vector = vector_width(min(lie.itemsize for lie in lies), *extents)
     for lie in lies:
         if lie.misaligned:
@@ -205,7 +204,7 @@ def _vector(lies: Sequence[Lie], *extents: int) -> int:
 
 
 def layout_of(shape: Sequence[int], kind: str, *lies: Lie) -> Layout:
-    """How tensors that lie so are read together, with the widest accesses that all of them allow."""
+    """Returns the layout in which tensors with these strides are read together, with the widest common access."""
     n_channels, n_positions = shape[1], math.prod(shape[2:])
     if kind == "last":
         spread = [lie for lie in lies if lie.channel_stride or n_channels == 1]
@@ -227,14 +226,14 @@ def layout_of(shape: Sequence[int], kind: str, *lies: Lie) -> Layout:
 
 
 def _bits_per_byte(n_channels: int, kind: str) -> int:
-    """As kernels/activations.py has it: of a position's channels, fewer than eight where those are fewer."""
+    """Returns the number of bits used of each byte, as in kernels/activations.py."""
     if kind != "last" or n_channels > 4:
         return 8
     return 4 if n_channels > 2 else n_channels
 
 
 def _bit_rows(shape: Sequence[int], kind: str) -> tuple[int, int]:
-    """(rows, bits in use in each) of one bit an element; each row begins with a byte."""
+    """Returns (rows, bits of a row) for one bit an element. Each row begins with a new byte."""
     n_samples, n_channels, *positions = shape
     n_positions = math.prod(positions)
     if kind == "flat":
@@ -245,14 +244,14 @@ def _bit_rows(shape: Sequence[int], kind: str) -> tuple[int, int]:
 
 
 def empty_bits(x: Tensor, kind: str) -> Tensor:
-    """Returns an empty tensor for one bit an element of x, laid as `kind`."""
+    """Returns an empty tensor for one bit an element of x, in the layout `kind`."""
     rows, used = _bit_rows(x.shape, kind)
     per_byte = _bits_per_byte(x.shape[1], kind)
     return x.new_empty(rows * ((used + per_byte - 1) // per_byte), dtype=torch.uint8)
 
 
 def side_of_zero(bits: Tensor, x: Tensor, kind: str) -> Tensor:
-    """Returns as booleans of x's shape the bits that a kernel has laid as `kind`, whatever x's own strides are now."""
+    """Returns the bits that a kernel has stored in the layout `kind` as booleans of x's shape."""
     rows, used = _bit_rows(x.shape, kind)
     within = torch.arange(_bits_per_byte(x.shape[1], kind), dtype=torch.uint8, device=x.device)
     spread = ((bits[:, None] >> within) & 1 != 0).view(rows, -1)[:, :used]

@@ -1,4 +1,4 @@
-"""BatchNorm: the `torch.library` operators with their fakes and derivatives."""
+"""Defines BatchNorm's `torch.library` operators, with fakes and derivatives."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,10 +25,11 @@ from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula
 
 
 class ForwardCall(NamedTuple):
-    """The arguments of the operator that normalizes with the batch's statistics.
+    """Holds the arguments of the operator that normalizes by the batch's statistics.
 
-    bits_kind: the kind of layout of the bits that are left for the backward; None: no bits.
-    tracks: whether the batch's moments are wanted, to move running statistics by.
+    Args:
+        bits_kind: layout of the bits for the backward; None: no bits.
+        tracks: the batch's moments are needed to update running statistics.
     """
 
     inputs: Inputs
@@ -38,7 +39,7 @@ class ForwardCall(NamedTuple):
 
 
 class InferenceCall(NamedTuple):
-    """The arguments of the operator that normalizes with the running statistics."""
+    """Holds the arguments of the operator that normalizes by the running statistics."""
 
     inputs: Inputs
     running_mean: Tensor
@@ -48,8 +49,6 @@ class InferenceCall(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """The arguments of the backward's operator."""
-
     tensors: BackwardTensors
     wanted: Wanted
     bits_kind: str | None
@@ -57,10 +56,10 @@ class BackwardCall(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """The tensors that the backward takes from the forward.
+    """Holds the tensors that the forward saves for the backward.
 
-    Bits stand for the residual. Without them the side that the activation was taken on is computed again, which is the
-    only use of the bias. The statistics are the batch's; without them the running ones were used.
+    Bits replace the residual. Without bits, z is recomputed for the activation's gradient; only then is the bias
+    needed. The statistics are the batch's; if they are None, the running ones were used.
     """
 
     x: Tensor
@@ -75,7 +74,7 @@ class Saved(NamedTuple):
 
 def _forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
     x, moments, unpacked = call.inputs.x, None, None
-    if x.numel() == 0:  # of a number of samples that whoever recorded the call could not know
+    if x.numel() == 0:  # the number of samples was unknown while recording
         y, statistics, moments, bits = _fake_forward(call)
         return y, statistics.zero_(), None if moments is None else moments.zero_(), bits
     if call.tracks:
@@ -107,7 +106,7 @@ def _fake_inference(call: InferenceCall) -> tuple[Tensor, Tensor | None]:
 
 
 def outputs(x: Tensor, bits_kind: str | None) -> tuple[Tensor, Tensor | None]:
-    """Returns y and the bits, without contents."""
+    """Allocates y and the bits, if any."""
     return dense_like(x, kind=bits_kind), None if bits_kind is None else empty_bits(x, bits_kind)
 
 
@@ -128,7 +127,7 @@ def _fake_backward(call: BackwardCall) -> Gradients:
 
 
 class _PassesDy(NamedTuple):
-    """A backward whose gradient of the residual is dy, as the residual's type."""
+    """Runs a backward without activation, where dresidual is dy in the residual's dtype."""
 
     plan: BackwardPlan
     dtype: torch.dtype
@@ -140,7 +139,7 @@ class _PassesDy(NamedTuple):
 
 
 def _launched(ctx: Any, wanted: Wanted, tensors: BackwardTensors) -> Gradients:
-    """Returns the gradients that are wanted, through the kernels, and keeps their plan for backwards of `ctx.plan`."""
+    """Returns the gradients by the kernels, and caches the plan for backwards of `ctx.plan`."""
     spec, kept = ctx.spec, ctx.kept
     part = backward_part(spec, wanted, ctx.bits_kind)
     if part is None:
@@ -154,8 +153,6 @@ def _launched(ctx: Any, wanted: Wanted, tensors: BackwardTensors) -> Gradients:
 
 
 class Asked(NamedTuple):
-    """What a backward is asked for."""
-
     spec: BatchNormSpec
     bits_kind: str | None
     kept: Kept
@@ -163,10 +160,10 @@ class Asked(NamedTuple):
 
 
 def composed_gradients(asked: Asked, dy: Tensor, saved: Any, function: Callable[..., Tensor]) -> list[Tensor | None]:
-    """Returns the gradients of x, residual, weight and bias, composed of torch's own functions.
+    """Returns the gradients of x, residual, weight and bias, composed of torch's functions.
 
     Args:
-        saved: a `Saved`, or another NamedTuple that has its x, residual, bits, weight and bias.
+        saved: a `Saved`, or another NamedTuple with x, residual, bits, weight and bias.
         function: (inputs, activation) → y.
     """
     spec, bits_kind, kept, (x_needs, residual_needs, *parameters_need) = asked
@@ -199,14 +196,14 @@ def _composed_gradients(asked: Asked, dy: Tensor, saved: Any) -> list[Tensor | N
 
 
 def for_backward(inputs: Inputs, bits: Tensor | None, activation: str | None) -> tuple[Tensor | None, ...]:
-    """Returns the first five tensors of `Saved`."""
+    """Returns the first five fields of `Saved`."""
     x, residual, weight, bias = inputs
     recomputes = activation is not None and bits is None
     return x, residual if recomputes else None, bits, weight, bias if recomputes else None
 
 
 def wanted_of(kept: Kept, needs: Needs, activation: str | None) -> Wanted:
-    """Returns the gradients to compute: without an activation the residual's is dy."""
+    """Returns the gradients to compute. Without an activation, dresidual is dy and needs no computation."""
     return Wanted(
         kept.dx if needs.x else None,
         kept.dresidual if needs.residual and activation is not None else None,
@@ -216,7 +213,7 @@ def wanted_of(kept: Kept, needs: Needs, activation: str | None) -> Wanted:
 
 
 def gradients_of(ctx: Any, saved: Saved, dy: Tensor) -> Sequence[Tensor | None]:
-    """Returns the gradients of x, residual, weight and bias, each in the shape and type of its own."""
+    """Returns the gradients of x, residual, weight and bias, in the shape and dtype of each."""
     spec: BatchNormSpec = ctx.spec
     kept: Kept = ctx.kept
     needs = needs_of(ctx)

@@ -1,4 +1,4 @@
-"""BatchNorm: a call's outputs, and the launches that fill them."""
+"""Plans and launches BatchNorm's forward and backward, and allocates their outputs and workspace."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,16 +17,17 @@ from triton_norm.tuning.limits import VECTOR_BYTES
 from triton_norm.tuning.memory import remembered
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""dx, dresidual, dweight and dbias."""
+"""The gradients are dx, dresidual, dweight and dbias."""
 
 
 class Part(NamedTuple):
-    """The part of the work that a call asks for.
+    """Describes the part of the work that a call needs.
 
-    phase: FUSED asks for both halves, in however many launches.
-    bits_kind: the kind of layout of the bits that tell on which side of 0 the activation was taken; None: no bits.
-    local: whether x is a process's share of a batch, and what is reduced is left undivided.
-    constant: whether, in a backward, the statistics do not depend on x.
+    Args:
+        phase: FUSED: both halves, in one launch or two.
+        bits_kind: layout of the activation's bits; None: no bits.
+        local: x is one process's part of the batch, and sums stay undivided.
+        constant: the statistics don't depend on x; backward only.
     """
 
     phase: Phase
@@ -36,12 +37,13 @@ class Part(NamedTuple):
 
 
 class BackwardTensors(NamedTuple):
-    """The tensors that the backward reads.
+    """Holds the tensors that the backward reads.
 
-    dy, x, residual: [N, C, *]; of the residual `operator.Saved` says when.
-    bits: one for each element of x, of the activation.
-    weight, bias: [C].
-    statistics: [3, C]; None: the running ones were used.
+    Args:
+        dy, x, residual: [N, C, *]; `operator.Saved` tells when residual is needed.
+        bits: uint8, one bit for each element of x, or None.
+        weight, bias, running_mean, running_var: [C], or None.
+        statistics: [3, C]; None: the running ones are used.
     """
 
     dy: Tensor
@@ -88,7 +90,7 @@ def _forward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
 
 
 class ForwardPlan:
-    """The forward of all calls of one signature that ask for one part of the work."""
+    """Runs the forward of all calls of one signature that need one part of the work."""
 
     def __init__(self, spec: BatchNormSpec, part: Part, tensors: BatchNormTensors) -> None:
         x, residual, *of_channels, _ = tensors
@@ -105,8 +107,8 @@ class ForwardPlan:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns y, if the part applies, and bits, if it has any.
 
-        If it reduces, fills `statistics`, and `moments` where they are given, and moves the running statistics. If not,
-        normalizes with `statistics`, or, where they are None, with the running ones.
+        If the part reduces, fills `statistics`, and `moments` unless None, and updates the running statistics.
+        Otherwise normalizes by `statistics`, or by the running ones if that is None.
         """
         part, given = self._part, tensors
         if self._copies:
@@ -159,7 +161,7 @@ def _copy_back(given: BatchNormTensors, moved: BatchNormTensors) -> None:
 
 
 def forward_plan_of(spec: BatchNormSpec, part: Part, tensors: BatchNormTensors) -> ForwardPlan:
-    """Returns the plan of forwards like this one, made where there is none yet."""
+    """Returns the plan of forwards of this signature, creating it if necessary."""
     key = spec, part, *(tensor is None for tensor in tensors)
     plan: ForwardPlan | None = plans.find(key, tensors)
     if plan is None:
@@ -169,16 +171,16 @@ def forward_plan_of(spec: BatchNormSpec, part: Part, tensors: BatchNormTensors) 
 
 
 def forward_part(spec: BatchNormSpec, bits_kind: str | None) -> Part:
-    """Returns the part of the work that a whole BatchNorm is."""
     return Part(Phase.FUSED if spec.training else Phase.APPLY, bits_kind)
 
 
 def forward(
     spec: BatchNormSpec, tensors: BatchNormTensors, bits_kind: str | None, moments: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns y, the batch's statistics [3, C] if they are used, and, laid as `bits_kind`, one bit an element.
+    """Returns y, the batch's statistics [3, C] in training, and one bit an element in the layout `bits_kind`, if any.
 
-    Fills moments [3, C], if any, with the batch's.
+    Args:
+        moments: [3, C], filled with the batch's moments; or None.
     """
     statistics = None
     if spec.training:
@@ -189,8 +191,7 @@ def forward(
 
 
 def gradients(x: Tensor, wanted: Wanted, bits_kind: str | None) -> Gradients:
-    """Returns dx and dresidual of x's shape, laid as `bits_kind` or else as x, dweight and dbias [C]; all empty, and
-    None where one is not wanted."""
+    """Allocates dx and dresidual, in the layout `bits_kind` or else x's, and dweight and dbias [C], where wanted."""
     dx, dresidual = (
         None if dtype is None else dense_like(x, dtype, bits_kind)
         for dtype in (wanted.dx_dtype, wanted.dresidual_dtype)
@@ -228,7 +229,7 @@ def _backward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
 
 
 class BackwardPlan:
-    """The backward of all calls of one signature that ask for one part of the work."""
+    """Runs the backward of all calls of one signature that need one part of the work."""
 
     def __init__(self, spec: BatchNormSpec, wanted: Wanted, part: Part, tensors: BackwardTensors) -> None:
         self._spec, self._wanted, self._part = spec, wanted, part
@@ -250,10 +251,10 @@ class BackwardPlan:
         self._steps: dict[Any, list[Step]] = {}
 
     def __call__(self, tensors: Sequence[Any], means: Tensor | None = None) -> Gradients:
-        """Returns what `gradients` says, with its contents.
+        """Returns the gradients that are wanted.
 
         Args:
-            means: [2, C], of dz and of dz · x_hat, where one half of the work is asked for: what it fills or reads.
+            means: [2, C], of dz and of dz · x_hat · rstd: written if the part only reduces, read if it only applies.
         """
         if self._copies:
             tensors = self._readable(BackwardTensors._make(tensors))
@@ -280,7 +281,7 @@ class BackwardPlan:
         return found
 
     def _readable(self, tensors: BackwardTensors) -> BackwardTensors:
-        """Returns the tensors as the kernels can read them. A hook may have given them back with other strides."""
+        """Returns tensors that the kernels can read. A hook may have restored them with other strides."""
         dy, x, residual, bits, *of_channels = tensors
         if bits is not None or self._spec.activation is None:
             residual = None
@@ -319,7 +320,7 @@ class BackwardPlan:
 
 
 def backward_plan_of(spec: BatchNormSpec, wanted: Wanted, part: Part, tensors: BackwardTensors) -> BackwardPlan:
-    """Returns the plan of backwards like this one, made where there is none yet."""
+    """Returns the plan of backwards of this signature, creating it if necessary."""
     key = spec, wanted, part, *(tensor is None for tensor in tensors)
     plan: BackwardPlan | None = plans.find(key, tensors)
     if plan is None:
@@ -329,7 +330,7 @@ def backward_plan_of(spec: BatchNormSpec, wanted: Wanted, part: Part, tensors: B
 
 
 def backward_part(spec: BatchNormSpec, wanted: Wanted, bits_kind: str | None) -> Part | None:
-    """Returns the part of the work that finds these gradients, None where none is wanted."""
+    """Returns the part of the work that computes these gradients, or None if none is wanted."""
     uses_sums = spec.training and wanted.dx_dtype is not None
     reduces = uses_sums or wanted.dweight_dtype is not None or wanted.dbias_dtype is not None
     applies = wanted.dx_dtype is not None or wanted.dresidual_dtype is not None

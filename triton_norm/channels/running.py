@@ -1,4 +1,4 @@
-"""The one operator that moves running statistics, of BatchNorm and SyncBatchNorm, and counts batches."""
+"""Defines the operator that updates running statistics, for BatchNorm and SyncBatchNorm, and counts batches."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from triton_norm.tuning.memory import remembered
 
 
 def counts(x: Tensor, num_batches_tracked: Tensor) -> bool:
-    """Returns whether the kernels can count: integers that do not wrap soon, on x's device."""
+    """Decides whether the kernels can increment the counter: an int32 or int64 on x's device."""
     return num_batches_tracked.device == x.device and num_batches_tracked.dtype in (torch.int64, torch.int32)
 
 
@@ -32,7 +32,7 @@ def _kernel() -> Any:
 def _launcher(
     types: tuple[torch.dtype | None, ...], device: torch.device, momentum: float | None, eps: float
 ) -> Launcher:
-    """`types`: of the moments, the running statistics and the counter."""
+    """Returns the launcher of `merge_ranks_kernel` for these dtypes of moments, running statistics and counter."""
     computed = types[0]
     assert computed is not None
 
@@ -60,8 +60,8 @@ def _move(
     eps: float,
     by_kernels: bool,
 ) -> Tensor:
-    """Returns the statistics [3C + 1] of the batch whose shares have these moments [n_ranks, 3C + 1], and moves the
-    running mean and variance by them, and counts, where there are any; `shares.merge` says how both are packed."""
+    """Returns the batch's statistics [3C + 1], merged from moments [n_ranks, 3C + 1]; `shares.merge` explains both.
+    Updates the running statistics and the counter, if any."""
     if not by_kernels:
         return shares.merge(moments, running, counter, momentum, eps)
     moments = moments.contiguous()
@@ -81,7 +81,7 @@ def _move(
     return merged
 
 
-# What is moved comes in lists, which may be empty: a mode that follows writes takes no None for a written tensor.
+# Written tensors are passed in lists, which may be empty: modes that track writes don't accept None for one.
 move_op = operator(
     "move_running_statistics(Tensor moments, Tensor(a!)[] running, Tensor(b!)[] counter, float? momentum, float eps, "
     "bool by_kernels) -> Tensor",

@@ -1,1 +1,1 @@
-"""LayerNorm and RMSNorm: what a call launches, its operators and its derivative."""
+"""Holds the plans, operators and derivatives of LayerNorm and RMSNorm."""

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: the launches of a backward, its outputs, and what its programs share."""
+"""Plans and launches the backward of LayerNorm and RMSNorm, and allocates its outputs and workspace."""
 
 import functools
 from collections.abc import Sequence
@@ -30,17 +30,19 @@ from triton_norm.tuning.memory import remembered
 from triton_norm.tuning.row_spaces import RowWork
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""dx, dresidual, dweight and dbias."""
+"""The gradients are dx, dresidual, dweight and dbias."""
 
 UNLIMITED = 2**62  # rows
 
 
 class RowBackwardTensors(NamedTuple):
-    """The tensors that the backward reads.
+    """Holds the tensors that the backward reads.
 
-    x: [*, n_cols], what was normalized: the total, where there is a residual.
-    dy, dtotal: the gradients of y and total, of x's shape.
-    statistics: [2 · n_rows], the means and then rstd; [n_rows] without means, or where rstd [n_rows] is given apart.
+    Args:
+        dy, dtotal: gradients of y and total, [*, n_cols].
+        x: [*, n_cols]; total, if there is a residual.
+        statistics: [2 · n_rows], mean and rstd; [n_rows], mean, if rstd is separate; [n_rows], rstd, without means.
+        rstd: [n_rows], or None.
     """
 
     dy: Tensor
@@ -59,11 +61,11 @@ def _kernels() -> Any:
 
 
 class RowGradients:
-    """Makes the gradients of backwards of one signature, without their contents.
+    """Allocates the gradients of backwards of one signature.
 
     Args:
-        parameter_shape: of the weight and the bias.
-        exact: whether strides are known; they are not while a call is recorded of sizes that are symbols.
+        parameter_shape: shape of weight and bias.
+        exact: strides are known; False while recording with symbolic sizes.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class RowGradients:
         self._like_weight = wanted.dweight_dtype == alike, wanted.dbias_dtype == alike
 
     def __call__(self, x: Tensor, weight: Any) -> Gradients:
-        """Returns dx and dresidual of x's shape, contiguous, dweight and dbias; None where one is not wanted."""
+        """Returns dx and dresidual, contiguous, of x's shape, dweight and dbias; None for those that are not wanted."""
         dx = dresidual = dweight = dbias = None
         dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = self.wanted
         dweight_alike, dbias_alike = self._like_weight
@@ -98,7 +100,7 @@ class RowGradients:
 
 
 class _Types(NamedTuple):
-    """The types of RowBackwardTensors, None for those that are None."""
+    """Holds the dtypes of RowBackwardTensors, None for those that are None."""
 
     dy: torch.dtype
     dtotal: torch.dtype | None
@@ -109,7 +111,7 @@ class _Types(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """How the rows that the backward reads lie: their strides, and the column strides of gradients, 0 or 1."""
+    """Holds the row strides of the tensors that the backward reads, and the column strides of the gradients, 0 or 1."""
 
     dy: int
     dtotal: int
@@ -158,7 +160,7 @@ def _backward_launcher(
 
 @remembered
 def _finalise_launcher(wanted: Wanted, n_cols: int, compute: torch.dtype, device: torch.device) -> Launcher:
-    """Its "rows" are those of the sums."""
+    """Returns the launcher of the kernel that sums partial sums; its integer is their number."""
     vector = vector_width(compute.itemsize, n_cols)
     return Launcher(
         _kernels().rows_backward_finalise_kernel,
@@ -172,11 +174,12 @@ def _finalise_launcher(wanted: Wanted, n_cols: int, compute: torch.dtype, device
 
 
 class _Backward:
-    """The launches of a backward whose tensors are aligned alike.
+    """Holds the launches of a backward for tensors of one alignment.
 
-    n_teams: of its programs at most, each of which leaves a row of sums.
-    n_sums: the elements of those rows.
-    slots: the shape of the memory in which a team's programs exchange sums; None where a program has whole rows.
+    Attributes:
+        n_teams: upper bound of the teams, each of which leaves a row of partial sums.
+        n_sums: elements of all these rows.
+        slots: shape of a team's workspace for exchanged sums, or None if a program has whole rows.
     """
 
     def __init__(self, launcher: Launcher, n_rows: int, n_cols: int, device: torch.device) -> None:
@@ -191,7 +194,7 @@ class _Backward:
 
 
 class RowBackwardPlan:
-    """The backward of all calls of one signature."""
+    """Runs the backward of all calls of one signature."""
 
     def __init__(
         self, spec: RowSpec, wanted: Wanted, tensors: RowBackwardTensors, parameter_shape: Sequence[int]
@@ -211,7 +214,7 @@ class RowBackwardPlan:
         self._made: dict[int, _Backward] = {}
 
     def _readable(self, tensors: Sequence[Any]) -> RowBackwardTensors:
-        """Returns the tensors as the kernels can read them. A hook may have given them back with other strides."""
+        """Returns tensors that the kernels can read. A hook may have restored them with other strides."""
         dy, dtotal, x, weight, statistics, rstd = tensors
         n_cols = self._spec.n_cols
         return RowBackwardTensors(
@@ -224,7 +227,6 @@ class RowBackwardPlan:
         )
 
     def __call__(self, tensors: Sequence[Any]) -> Gradients:
-        """Returns the gradients of these tensors, with their contents."""
         _, _, x, weight, _, _ = tensors
         found = dx, dresidual, dweight, dbias = self._gradients(x, weight)
         if self._copies:
@@ -258,8 +260,7 @@ class RowBackwardPlan:
         return made
 
     def _finalise(self, made: _Backward, statistics: Tensor) -> Launch:
-        """Returns the launch that adds up the teams' sums, of which there are as many as the first launch's config has
-        teams."""
+        """Returns the launch that sums the teams' partial sums; their number follows from the first launch's config."""
         config, device, n_cols = made.launch.launcher.config, statistics.device, self._spec.n_cols
         assert config is not None
         n_sums = row_spaces.rows_backward_teams(config.keywords, self._n_rows, n_cols, gpu_of(device))
@@ -271,7 +272,7 @@ class RowBackwardPlan:
 def backward_plan_of(
     spec: RowSpec, wanted: Wanted, tensors: RowBackwardTensors, parameter_shape: Sequence[int]
 ) -> RowBackwardPlan:
-    """Returns the plan of backwards like this one, made where there is none yet."""
+    """Returns the plan of backwards of this signature, creating it if necessary."""
     _, dtotal, _, weight, _, rstd = tensors
     key = spec, wanted, tuple(parameter_shape), dtotal is None, weight is None, rstd is None
     plan: RowBackwardPlan | None = plans.find(key, tensors)

@@ -1,4 +1,4 @@
-"""LayerNorm's and RMSNorm's forward as torch functions for Inductor, which fuses them with what stands beside them."""
+"""Decomposes the forward of LayerNorm and RMSNorm to torch functions, which Inductor fuses with their neighbours."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,13 +12,13 @@ from triton_norm.specs import RowSpec
 T = TypeVar("T")
 
 VERSION = 2
-"""Counts up with every change of `decomposed`: torch's caches of compiled code know an operator by its name alone."""
+"""Every change of `decomposed` increments this: torch's caches of compiled code identify an operator by its name."""
 
 NAME = f"_rows_forward_v{VERSION}"
 
 
 def _axes(x: Tensor, n_cols: int) -> tuple[int, ...]:
-    """Returns the trailing axes that make a row of n_cols elements."""
+    """Returns the trailing axes that form a row of n_cols elements."""
     n_axes, n = 1, x.shape[-1]
     while n != n_cols:
         n_axes += 1
@@ -27,10 +27,10 @@ def _axes(x: Tensor, n_cols: int) -> tuple[int, ...]:
 
 
 def _stored(x: Tensor) -> Tensor:
-    """Returns a half as memory holds it.
+    """Returns a 16-bit tensor rounded as in memory.
 
-    Inductor computes halves in float32, and may take one unrounded that it stores for the backward: the statistics
-    would be of other values then. It leaves out casts, but not what is done to the bits.
+    Inductor computes such tensors in float32, and may use the unrounded values in the statistics, but store the rounded
+    ones for the backward. It removes casts, but not operations on the bits.
     """
     return x.view(torch.int16).bitwise_or(0).view(x.dtype) if x.itemsize == 2 else x
 
@@ -43,10 +43,10 @@ def decomposed(
     saves: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the operator's (y, total, statistics, rstd), of which what a call has no use for has no elements.
+    """Returns the operator's (y, total, statistics, rstd); results that the call doesn't need are empty.
 
-    Statistics are LayerNorm's means, or RMSNorm's rstd, which is not apart then.
-    The moments are computed as torch's own LayerNorm computes them under Inductor, which makes one reduction of both.
+    Statistics are LayerNorm's means; for RMSNorm they are rstd, and rstd is empty. The moments are computed as torch's
+    LayerNorm computes them under Inductor, which makes one reduction of both.
     """
     spec = RowSpec(*options)
     normalized, total = x, None
@@ -69,7 +69,7 @@ def decomposed(
 
 
 def _register() -> None:
-    """Enters `decomposed` in Inductor's table, and in its copy, which another thread may just be making without it."""
+    """Adds `decomposed` to Inductor's table and its cached copy, which another thread may be building without it."""
     from torch._inductor import decomposition
 
     from triton_norm.library import DEFINED
@@ -81,7 +81,7 @@ def _register() -> None:
 
 
 def known(fake: Callable[..., T]) -> Callable[..., T]:
-    """Returns the fake of the operator, which is called before anybody compiles it, and tells Inductor of it first."""
+    """Wraps the operator's fake, which runs before any compilation, to register the decomposition with Inductor."""
 
     def told(*arguments: Any) -> T:
         with torch.utils._python_dispatch._disable_current_modes():

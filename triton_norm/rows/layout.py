@@ -1,4 +1,4 @@
-"""How tensors are read as rows, and what the launches of both directions have in common."""
+"""Reads tensors as rows, and holds helpers that forward and backward share."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ Types = tuple[torch.dtype | None, ...]
 
 
 class Rows(NamedTuple):
-    """A tensor as rows, with neighbours' distances in elements; `column` is 0 where a row is one element expanded."""
+    """Holds a tensor as rows, and its strides; `column` is 0 if each row is one element, expanded."""
 
     tensor: Tensor
     stride: int
@@ -22,9 +22,9 @@ class Rows(NamedTuple):
 
 
 def as_rows(x: Tensor, n_cols: int, broadcast: bool = False) -> Rows:
-    """Returns x as rows, in its own memory where its columns are adjacent or, with `broadcast`, one element expanded.
+    """Returns x as rows: a view if its columns are adjacent or, with `broadcast`, one element expanded; else a copy.
 
-    A single row's stride is that of rows without gaps: its own means nothing, and another would compile anew.
+    A single row gets the dense row stride: its own has no meaning, but another value would compile another kernel.
     """
     if x.is_contiguous():
         return Rows(x, n_cols, 1)
@@ -36,7 +36,7 @@ def as_rows(x: Tensor, n_cols: int, broadcast: bool = False) -> Rows:
 
 
 def copies(x: Tensor, n_cols: int, broadcast: bool = False) -> bool:
-    """Returns whether x has to be copied before it can be read as rows."""
+    """Decides whether x has to be copied to be read as rows."""
     if x.is_neg():
         return True
     try:
@@ -47,7 +47,7 @@ def copies(x: Tensor, n_cols: int, broadcast: bool = False) -> bool:
 
 
 def lie_of(x: Tensor, n_cols: int, broadcast: bool = False) -> tuple[int, int]:
-    """Returns the stride of the rows that x is read as, copied or not, and that of their columns."""
+    """Returns the row and column stride with which x, or its copy, is read."""
     if copies(x, n_cols, broadcast):
         return n_cols, 1
     _, stride, column = as_rows(x, n_cols, broadcast)
@@ -55,14 +55,13 @@ def lie_of(x: Tensor, n_cols: int, broadcast: bool = False) -> tuple[int, int]:
 
 
 def vector_of(misaligned: int, extents: int, itemsizes: Sequence[int]) -> int:
-    """Returns the columns that an access can move: 16 bytes' worth of the narrowest type, or what addresses and
-    extents, or'ed, allow."""
+    """Returns the widest access in columns: 16 bytes of the narrowest type, or less by addresses and extents, or'ed."""
     vector = vector_width(min(itemsizes), extents)
     return min(vector, max(1, (misaligned & -misaligned) // max(itemsizes))) if misaligned else vector
 
 
 def rounded_to(spec: RowSpec, compute: torch.dtype) -> Any:
-    """Returns what the kernels round x_hat to, if that is narrower than what they compute in."""
+    """Returns the type that the kernels round x_hat to; None if it is not narrower than the compute type."""
     dtype = spec.x_hat_dtype
     return None if dtype is None or dtype.itemsize >= compute.itemsize else triton_dtype(dtype)
 
@@ -82,20 +81,20 @@ def types_of(tensors: Sequence[Tensor | None]) -> Types:
 def meeting(
     n_teams: int, slots: tuple[int, ...], n_counts: int, compute: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Returns `slots` a team, in which a row's peers leave each other their sums, and the zeros that they begin with,
-    of so many counts a team."""
+    """Returns (partials, counters): the workspace in which a row's peers exchange sums, `slots` for each team, and
+    zeroed counters, `n_counts` for each team."""
     partials = torch.empty((n_teams, *slots), dtype=compute, device=device)
     return partials, torch.zeros(2 + n_counts * n_teams, dtype=torch.int32, device=device)
 
 
 def like(x: Tensor, dtype: torch.dtype | None, exact: bool) -> dict[str, Any]:
-    """Returns the options of torch.empty_like for a contiguous tensor of x's shape.
+    """Returns options for torch.empty_like that make a contiguous tensor of x's shape.
 
-    Without options it takes two thirds of the time: they are left out where x is such a tensor itself.
+    They are empty if x is such a tensor itself: torch.empty_like then takes two thirds of the time.
 
     Args:
-        dtype: None is x's.
-        exact: whether x's strides are known.
+        dtype: None: x's.
+        exact: x's strides are known.
     """
     if exact and dtype in (None, x.dtype) and x.is_contiguous():
         return {}

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: the `torch.library` operators with their fakes and derivatives, and autograd."""
+"""Defines LayerNorm's and RMSNorm's `torch.library` operators, with fakes and derivatives, and autograd function."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -28,10 +28,7 @@ from triton_norm.specs import RowSpec, RowTensors, Wanted
 
 
 class ForwardCall(NamedTuple):
-    """The arguments of the forward's operators.
-
-    saves: whether statistics are wanted, for a backward.
-    """
+    """Holds the arguments of the forward's operators. saves: statistics are needed for a backward."""
 
     tensors: RowTensors
     saves: bool
@@ -39,19 +36,18 @@ class ForwardCall(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """The arguments of the backward's operator."""
-
     tensors: RowBackwardTensors
     wanted: Wanted
     spec: RowSpec
 
 
 class Saved(NamedTuple):
-    """The tensors that the backward takes from the forward.
+    """Holds the tensors that the forward saves for the backward.
 
-    x: what was normalized: the total, where there is a residual.
-    statistics: None where an operator was recorded without gradients; they are computed again then.
-    rstd: where it is there, `statistics` are the means alone: those of the operator that Inductor takes apart.
+    Args:
+        x: total, if there is a residual.
+        statistics: None if an operator was recorded without gradients; they are then recomputed.
+        rstd: of the operator that Inductor decomposes; `statistics` are then the means alone.
     """
 
     x: Tensor
@@ -61,7 +57,7 @@ class Saved(NamedTuple):
 
 
 def _forward(call: ForwardCall) -> Outputs:
-    if call.tensors.x.numel() == 0:  # of a number of rows that whoever recorded the call could not know
+    if call.tensors.x.numel() == 0:  # the number of rows was unknown while recording
         return _fake_forward(call)
     return plan_of(call.spec, call.tensors).forward(call.tensors, call.saves)
 
@@ -75,16 +71,13 @@ def _present_forward(call: ForwardCall) -> list[bool]:
 
 
 def _apart(function: Callable[[ForwardCall], Outputs]) -> Callable[[ForwardCall], tuple[Tensor | None, ...]]:
-    """Returns the function with LayerNorm's means and rstd as two results, each in memory of its own.
-
-    Inductor so has no copies to make of them, where it finds both for another use too.
-    """
+    """Returns the function with LayerNorm's mean and rstd as separate tensors, to save Inductor copies."""
 
     def compute(call: ForwardCall) -> tuple[Tensor | None, ...]:
         y, total, statistics = function(call)
         if statistics is None or not call.spec.centred:
             return y, total, statistics, None
-        mean, rstd = statistics.view(2, -1)  # which also a number of rows that depends on data allows
+        mean, rstd = statistics.view(2, -1)  # valid for a data-dependent number of rows, too
         return y, total, mean.clone(), rstd.clone()
 
     return compute
@@ -103,7 +96,7 @@ def _fake_backward(call: BackwardCall) -> Gradients:
 
 
 def _composed(tensors: RowBackwardTensors, spec: RowSpec, wanted: Wanted) -> Gradients:
-    """Returns the gradients of the kernels' backward, composed of torch's own functions."""
+    """Returns the gradients of the backward kernels, composed of torch's functions."""
     dy, dtotal, x, weight, _, _ = tensors
     row = (spec.n_cols,)
 
@@ -112,7 +105,7 @@ def _composed(tensors: RowBackwardTensors, spec: RowSpec, wanted: Wanted) -> Gra
         return y.reshape(x.shape)
 
     weight, bias = None if weight is None else weight.reshape(-1), None
-    if wanted.dbias_dtype is not None:  # on whose values no gradient depends
+    if wanted.dbias_dtype is not None:  # no gradient depends on its values
         bias = torch.zeros(row, dtype=wanted.dbias_dtype, device=x.device, requires_grad=True)
     of_x = wanted.dx_dtype is not None or wanted.dresidual_dtype is not None
     asked = of_x, wanted.dweight_dtype is not None, bias is not None
@@ -126,7 +119,7 @@ def _composed(tensors: RowBackwardTensors, spec: RowSpec, wanted: Wanted) -> Gra
 
 
 def _wanted(kept: Kept, needs: Needs) -> Wanted:
-    """Returns the gradients to compute; x's and the residual's are computed once where they are of one type."""
+    """Returns the gradients to compute. If x and residual have one dtype, theirs is computed once."""
     twice = needs.x and needs.residual and kept.dresidual != kept.dx
     return Wanted(
         kept.dx if needs.x else kept.dresidual if needs.residual else None,
@@ -137,14 +130,14 @@ def _wanted(kept: Kept, needs: Needs) -> Wanted:
 
 
 def _assigned(wanted: Wanted, needs: Needs) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
-    """Returns what makes of the gradients computed, and None behind them, those of x, residual, weight and bias."""
+    """Returns a function from the computed gradients, followed by None, to those of x, residual, weight and bias."""
     dx, dresidual, dweight, dbias, nothing = range(5)
     of_residual = dx if wanted.dresidual_dtype is None else dresidual
     return operator.itemgetter(dx if needs.x else nothing, of_residual if needs.residual else nothing, dweight, dbias)
 
 
 def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of x, residual, weight and bias, each in the shape and type of its own."""
+    """Returns the gradients of x, residual, weight and bias, in the shape and dtype of each."""
     kept: Kept = ctx.kept
     spec, needs = ctx.spec, needs_of(ctx)
     wanted = _wanted(kept, needs)
@@ -188,7 +181,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None)
 
 
 class _SavedTwice(NamedTuple):
-    """The tensors that the derivative of the backward takes."""
+    """Holds the tensors that the derivative of the backward reads."""
 
     dy: Tensor
     dtotal: Tensor | None
@@ -240,7 +233,7 @@ backward_op = recorded(
 
 
 class RowsFunction(torch.autograd.Function):
-    """First order through the kernels; `needs_torch` says which backwards go through `reference` instead."""
+    """Differentiates once by the kernels; `needs_torch` decides which backwards use `reference` instead."""
 
     @staticmethod
     def forward(
@@ -262,7 +255,7 @@ class RowsFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
         if not (torch.compiler.is_compiling() or dy is None or torch.is_grad_enabled()):
-            tensors = dy, dtotal, *saved, None  # as RowBackwardTensors
+            tensors = dy, dtotal, *saved, None  # fields of RowBackwardTensors
             found = plans.find((plan, ctx.needs_input_grad, dtotal is None), tensors)
             if found is not None:
                 backward, assign = found
@@ -272,16 +265,12 @@ class RowsFunction(torch.autograd.Function):
         return *_gradients(ctx, Saved(*saved), dy, dtotal), None
 
 
-# torch.autograd.Function.apply without its look for torch.func's transforms, which `dispatch` has done.
+# torch.autograd.Function.apply without its check for torch.func's transforms, which `dispatch` has made.
 _apply: Any = super(torch.autograd.Function, RowsFunction).apply
 
 
 def record(tensors: RowTensors, spec: RowSpec, is_fusible: bool) -> Any:
-    """Returns y, or (y, total) with a residual, through the operator that stands for a call where it is recorded.
-
-    Args:
-        is_fusible: whether that is the one that Inductor takes apart.
-    """
+    """Returns y, or (y, total) with a residual, by an operator; is_fusible: by the one that Inductor decomposes."""
     saves = needs_gradient(tensors)
     if saves and tensors.residual is None and is_unsavable(tensors.x):
         tensors = tensors._replace(x=tensors.x.clone())
@@ -290,15 +279,15 @@ def record(tensors: RowTensors, spec: RowSpec, is_fusible: bool) -> Any:
 
 
 def launch(tensors: tuple[Any, ...], plan: RowPlan) -> Any:
-    """Returns y, or (y, total) with a residual, through the kernels. Without gradients no statistics are written.
+    """Returns y, or (y, total) with a residual, by the kernels. Stores no statistics without gradients.
 
     Args:
-        tensors: the fields of RowTensors.
+        tensors: fields of RowTensors.
     """
     if plan.requires_grad and torch.is_grad_enabled():
         if plan.is_unsavable:
             x, *others = tensors
-            tensors = x.clone(), *others  # and so of another form, for the backward alone
+            tensors = x.clone(), *others  # has another form, which affects the backward alone
         return _apply(*tensors, plan)
     y, total, _ = plan.forward(tensors, False)
     return y if total is None else (y, total)

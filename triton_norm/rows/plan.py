@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: the launches of a call, its outputs, and what its programs share."""
+"""Plans and launches the forward of LayerNorm and RMSNorm, and allocates its outputs and workspace."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from triton_norm.tuning.memory import remembered
 from triton_norm.tuning.row_spaces import RowWork
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
-"""y, total = x + residual, and statistics."""
+"""The outputs are y, total = x + residual, and statistics."""
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def _kernels() -> Any:
 
 
 class _ForwardTypes(NamedTuple):
-    """The types of the forward kernel's tensors, None for those that it isn't given."""
+    """Holds the dtypes of the forward kernel's tensors, None for those that are None."""
 
     x: torch.dtype
     residual: torch.dtype | None
@@ -45,7 +45,7 @@ class _ForwardTypes(NamedTuple):
 def _forward_launcher(
     spec: RowSpec, types: _ForwardTypes, strides: tuple[int, int], misaligned: int, device: torch.device
 ) -> Launcher:
-    """strides: of x's rows and the residual's."""
+    """Returns the launcher of a forward for these row strides of x and residual."""
     n_cols, (x_stride, residual_stride) = spec.n_cols, strides
     compute = torch.float64 if torch.float64 in (types.x, types.total) else torch.float32
     swept = types.x, types.residual, types.total
@@ -74,11 +74,7 @@ def _forward_launcher(
 
 
 class RowOutputs:
-    """Makes the outputs of calls of one signature, without their contents.
-
-    Args:
-        exact: whether x's strides are known; they are not while a call is recorded of sizes that are symbols.
-    """
+    """Allocates the outputs of calls of one signature. exact: strides are known; False with symbolic sizes."""
 
     def __init__(self, spec: RowSpec, tensors: RowTensors, exact: bool = True) -> None:
         x, residual, _, _ = tensors
@@ -90,7 +86,7 @@ class RowOutputs:
         self._n_statistics = x.numel() // spec.n_cols * (2 if spec.centred else 1)
 
     def __call__(self, tensors: Sequence[Any], saves: bool) -> Outputs:
-        """Returns y, total where there is a residual, and statistics where they are to be saved."""
+        """Returns y, total if there is a residual, and statistics if `saves`."""
         x, residual, _, _ = tensors
         return (
             torch.empty_like(x, **self._y),
@@ -100,11 +96,12 @@ class RowOutputs:
 
 
 class RowPlan:
-    """The forward of all calls of one signature.
+    """Runs the forward of all calls of one signature.
 
-    requires_grad: whether a tensor does.
-    is_unsavable: whether autograd can only save a copy of x.
-    kept: what the backward has to know, once there was a forward with gradients.
+    Attributes:
+        requires_grad: a tensor requires grad.
+        is_unsavable: autograd can save only a copy of x.
+        kept: facts for the backward, set by the first forward with gradients.
     """
 
     def __init__(self, spec: RowSpec, tensors: RowTensors) -> None:
@@ -118,7 +115,6 @@ class RowPlan:
         self._launches: dict[tuple[bool, int], tuple[Launch, int]] = {}
 
     def forward(self, tensors: Sequence[Any], saves: bool) -> Outputs:
-        """Returns the outputs of these tensors, with their contents."""
         found = y, total, statistics = self._outputs(tensors, saves)
         if self._copies:
             tensors = self._readable(*tensors)
@@ -151,7 +147,7 @@ class RowPlan:
 
 
 def plan_of(spec: RowSpec, tensors: RowTensors) -> RowPlan:
-    """Returns the plan of calls like this one, made where there is none yet."""
+    """Returns the plan of calls of this signature, creating it if necessary."""
     _, residual, weight, bias = tensors
     key = spec, residual is None, weight is None, bias is None
     plan: RowPlan | None = plans.find(key, tensors)

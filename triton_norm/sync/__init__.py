@@ -1,1 +1,1 @@
-"""SyncBatchNorm: its operators and their derivative."""
+"""Holds the operators and derivatives of SyncBatchNorm."""

@@ -1,8 +1,8 @@
-"""BatchNorm of a batch that processes share: its pieces as `torch.library` operators with their fakes and derivatives.
+"""Defines the steps of BatchNorm over a distributed batch as `torch.library` operators, with fakes and derivatives.
 
-shares.py has the pieces in plain torch, says what each does, and how statistics are packed. An operator launches the
-kernels, or calls those functions where it is told to and where a share is empty. The derivative of a call is that of
-its last operator, which knows how the statistics depend on x; the ones before it have none.
+shares.py has the steps in plain torch, and defines the packed statistics. An operator launches the kernels, or calls
+those functions if `by_kernels` is false or a process's part is empty. The last operator has the derivative of the whole
+call, including the statistics' dependence on x; the others have none.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,7 @@ from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula
 
 
 class Saved(NamedTuple):
-    """The tensors that the backward takes from the forward; of bits, residual and bias `channels.operator.Saved` says
-    when."""
+    """Holds the tensors saved for the backward; see `channels.operator.Saved` for bits, residual and bias."""
 
     x: Tensor
     residual: Tensor | None
@@ -37,13 +36,12 @@ class Saved(NamedTuple):
         return Inputs(self.x, self.residual, self.weight, self.bias)
 
     def before(self, dy: Tensor) -> BackwardTensors:
-        """Returns what the kernels' backward reads."""
         statistics = _statistics(self.merged)
         return BackwardTensors(dy, self.x, self.residual, self.bits, self.weight, self.bias, statistics, None, None)
 
 
 class ApplyCall(NamedTuple):
-    """The arguments of the operator that normalizes with the statistics of the whole batch."""
+    """Holds the arguments of the operator that normalizes by the whole batch's statistics."""
 
     inputs: Inputs
     merged: Tensor
@@ -54,7 +52,7 @@ class ApplyCall(NamedTuple):
 
 
 class SumsCall(NamedTuple):
-    """The arguments of the operator that reduces a process's share of a backward."""
+    """Holds the arguments of the operator that reduces a process's part in the backward."""
 
     dy: Tensor
     saved: Saved
@@ -70,7 +68,7 @@ class SumsCall(NamedTuple):
 
 
 class GradientCall(NamedTuple):
-    """The arguments of the operator that computes dx from the sums of all processes."""
+    """Holds the arguments of the operator that computes dx from the sums of all processes."""
 
     dy: Tensor
     saved: Saved
@@ -86,7 +84,7 @@ class GradientCall(NamedTuple):
 
 
 def _spec(activation: str | None = None, slope: float = 0.0) -> BatchNormSpec:
-    """Returns the spec of launches whose statistics are given: rstd, and so eps, is merged into them."""
+    """Returns the spec of launches that read the statistics. rstd already contains eps."""
     return BatchNormSpec(True, 0.0, 0.0, activation, slope)
 
 
@@ -158,14 +156,12 @@ def _fake_gradient(call: GradientCall) -> tuple[Tensor | None, Tensor | None]:
 
 
 def total(sums: Tensor, group_name: str) -> Tensor:
-    """Returns sums over all processes of the group."""
     collectives = torch.ops._c10d_functional
     return collectives.wait_tensor(collectives.all_reduce(sums, "sum", group_name))  # type: ignore[no-any-return]
 
 
 class Total(torch.autograd.Function):
-    """`total`, differentiable to any order, in forward mode and in batches: a derivative of a sum over all processes is
-    such a sum."""
+    """Computes `total`, differentiable to any order, in forward mode and in batches: its derivative is a `total`."""
 
     @staticmethod
     def forward(sums: Tensor, group_name: str) -> Tensor:
@@ -219,7 +215,7 @@ def _differentiate_apply(ctx: Any, dy: Tensor, *_: Any) -> Sequence[Tensor | Non
     dbias_dtype = kept.bias.dtype if needs.bias and kept.bias else None
     how = bits_kind, epilogue, by_kernels
     dweight, dbias, sums = _sums_op(SumsCall(dy, saved, dweight_dtype, dbias_dtype, *how))
-    sums = total(sums, group_name)  # all processes take part, whichever gradients each asks for
+    sums = total(sums, group_name)  # all processes take part, whichever gradients each needs
     dx = dresidual = None
     stored = kept.dresidual if needs.residual and epilogue.activation is not None else None
     if needs.x or stored is not None:
@@ -241,7 +237,7 @@ def _composed_gradients(asked: Asked, dy: Tensor, saved: Saved, group_name: str)
 
 
 def _undifferentiable(name: str) -> Derivative:
-    """Returns the derivative of a backward's operator, which is an error."""
+    """Returns a derivative that raises, for a backward's operator."""
 
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(
@@ -252,7 +248,7 @@ def _undifferentiable(name: str) -> Derivative:
     return Derivative(lambda ctx, call, results: len(results), backward)
 
 
-# In one operator: autograd's batches of gradients take an operator apart into calls, and stack what is not there yet.
+# One operator for both collectives: a batch of gradients would stack the first one's results before they are there.
 total_op: Any = operator(
     "sync_batch_norm_total(Tensor sums, str group_name) -> Tensor",
     total,

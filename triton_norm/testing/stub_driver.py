@@ -37,9 +37,9 @@ import triton_norm
 from triton_norm import dispatch, launch
 from triton_norm.tuning.limits import Gpu, assumed
 
-# An H100 that nothing was measured on yet.
+# This is an H100 without measured choices.
 H100 = Gpu(name=None, multiprocessors=132, l2_bytes=50 << 20)
-# The GPU that launches are chosen for over the stub, and its compute capability and warp size.
+# Launches over the stub are chosen for this GPU, with this compute capability and warp size.
 STUB_GPU = replace(H100, name="stub")
 STUB_TARGET = GPUTarget("cuda", 90, 32)
 STUB_SOURCE = Path(__file__).with_name("stub_cuda.c")
@@ -63,7 +63,7 @@ def as_on_gpu(gpu: Gpu, start: Callable[..., Any] | None = None) -> Iterator[Non
 
 
 def missing() -> str:
-    """Returns what stands in the way of building and using the stub, or an empty string."""
+    """Returns the reason why the stub can't be built or used, or an empty string."""
     if torch.cuda.is_available():
         return "torch has loaded the driver of this machine's GPU, which a stub can't stand in for then"
     if _compiler() is None:
@@ -80,7 +80,7 @@ def load(folder: Path) -> Callable[[], int]:
     """Builds the stub in `folder`, and makes it this process's libcuda until the process ends.
 
     Returns:
-        A function that returns how many launches there were so far.
+        A function that returns the number of launches so far.
     """
     compiler, library = _compiler(), folder / "libcuda.so.1"
     assert compiler is not None
@@ -88,7 +88,7 @@ def load(folder: Path) -> Callable[[], int]:
     build = [compiler, "-O2", "-shared", "-fPIC", f"-I{headers}", f"-Wl,-soname,{library.name}", str(STUB_SOURCE)]
     subprocess.run([*build, "-o", str(library)], check=True)
     os.environ |= {"CC": compiler, "TRITON_LIBCUDA_PATH": str(folder)}
-    # Triton asks the loader for libcuda.so.1, which finds what is loaded under that name.
+    # Triton asks the loader for libcuda.so.1, which finds the library loaded under that name.
     count: Any = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL).launch_count
     count.restype = ctypes.c_ulonglong
     triton.runtime.driver.set_active(_StubDriver())
@@ -96,7 +96,7 @@ def load(folder: Path) -> Callable[[], int]:
 
 
 class _StubDriver:
-    """Triton's driver for NVIDIA, but for what it asks torch.cuda."""
+    """Derives Triton's NVIDIA driver, without its queries of torch.cuda."""
 
     def __init__(self) -> None:
         self.utils = nvidia.CudaUtils()
@@ -137,10 +137,10 @@ def installed(folder: Path) -> Iterator[Callable[[], int]]:
         folder: an existing folder for the stub's library.
 
     Yields:
-        A function that returns how many launches there were so far.
+        A function that returns the number of launches so far.
 
     Raises:
-        RuntimeError: where the stub can't be built or used, with the reason, see `missing`.
+        RuntimeError: the stub can't be built or used, see `missing`.
     """
     reason = missing()
     if reason:
