@@ -4,6 +4,7 @@ import random
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -78,7 +79,7 @@ def seeded(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def guard(request: pytest.FixtureRequest) -> "Iterator[Guard | None]":
-    """What the guards have recorded so far in this test; None where the kernels run unguarded."""
+    """Records a test's launches; None if the kernels run unguarded."""
     if not INTERPRETED or request.node.get_closest_marker("unguarded"):
         yield None
         return
@@ -115,7 +116,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU launches are the best guesses: searching for each of the tests' shapes would take most of their time."""
+    """Launches the best guesses on a GPU: searching for each of the tests' shapes would take most of their time."""
     if not INTERPRETED and not request.node.get_closest_marker("searches"):
         from triton_norm import launch
 
@@ -137,3 +138,35 @@ def numbers() -> "Iterator[Callable[..., None]]":
                 assumed.enter_context(with_numbers(**values))
 
         yield use
+
+
+@pytest.fixture
+def few_programs(numbers: "Callable[..., None]") -> None:
+    """Wide tiles of channels-last images: the interpreter's cost is by the program."""
+    numbers(channels_last_lanes=8192)
+
+
+@pytest.fixture
+def unknown_gpu(tmp_path: Path) -> Iterator[Path]:
+    """A GPU that nothing is known of; returns the path that its file of choices would have."""
+    from support import spaces
+    from triton_norm.tuning.choices import file_name
+
+    with spaces.unknown_gpu(tmp_path):
+        yield tmp_path / file_name(spaces.GPU)
+
+
+@pytest.fixture
+def timings(monkeypatch: pytest.MonkeyPatch) -> "list[Callable[[], None]]":
+    """Has each config of a search seem faster than the one before; returns the calls that are timed."""
+    from triton.runtime.autotuner import Autotuner
+
+    timed: list[Callable[[], None]] = []
+
+    def bench(call: "Callable[[], None]", quantiles: object) -> list[float]:
+        call()
+        timed.append(call)
+        return [1.0 / len(timed)] * 3
+
+    monkeypatch.setattr(Autotuner, "do_bench", staticmethod(bench))
+    return timed

@@ -1,4 +1,4 @@
-"""Which calls go to the kernels, which to torch, and what is said about it."""
+"""Calls that go to the kernels, calls that go to torch, and the reasons that `explain` gives."""
 
 import functools
 import threading

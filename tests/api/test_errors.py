@@ -242,7 +242,7 @@ def test_what_torch_itself_refuses_is_not_counted_either():
 
 @pytest.fixture(scope="module")
 def group():
-    """Of two processes, of which there is one."""
+    """Makes a group of two processes, one of which exists."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield dist.new_group([0, 1])
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the library promises about its face and its house, read off its source and signatures."""
+"""Promises about the library's interface and its structure, read off its source and signatures."""
 
 import ast
 import inspect
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import triton_norm
 
 ROOT = Path(triton_norm.__file__).parent
+TESTS = Path(__file__).parents[1]
 FLOORS = (
     ("kernels", "tuning.memory"),
     ("tuning.limits",),
@@ -31,7 +32,8 @@ FLOORS = (
     ("__init__",),
     ("testing",),
 )
-"""From the ground up: data fall from modules to kernels. A module without a floor of its own is on its package's."""
+"""Modules from the ground up: data fall from modules to kernels. A module without a floor of its own is on its
+package's."""
 
 SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 KEYWORD_ONLY, EMPTY = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
@@ -127,3 +129,42 @@ def test_files_and_functions_are_short(module):
             assert function.end_lineno - function.lineno < MOST_OF_A_FUNCTION, function.name
             if function not in flat and not (module == "functional" and function.name in PUBLIC):
                 assert parameters(function) <= MOST_PARAMETERS, function.name
+
+
+NO_BEGINNING = {"About", "After", "As", "At", "Before", "Behind", "Beside", "Between", "By", "For", "From", "How", "In"}
+NO_BEGINNING |= {"Into", "Like", "Of", "On", "Over", "Since", "That", "Through", "To", "Under", "Until", "Via", "What"}
+NO_BEGINNING |= {
+    "When",
+    "Where",
+    "Whether",
+    "Which",
+    "While",
+    "Who",
+    "Whom",
+    "Whose",
+    "Why",
+    "With",
+    "Within",
+    "Without",
+}
+"""Words that leave out the subject of a sentence."""
+
+WRITTEN = [path for path in sorted(TESTS.rglob("*.py")) if path.parent.name != "perf" and path.name != "tuners.py"]
+
+
+def docstrings(source: Path) -> list[str]:
+    """Returns the docstrings of a file, and the strings below its constants."""
+    found = []
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            lines = [line.value for line in node.body if isinstance(line, ast.Expr)]
+            found += [line.value for line in lines if isinstance(line, ast.Constant) and isinstance(line.value, str)]
+    return [text.strip() for text in found]
+
+
+@pytest.mark.parametrize("source", WRITTEN, ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_docstrings_begin_with_a_verb_or_their_subject(source):
+    """Returns, Launches, Validates: not a preposition, nor a word that relates to what is not there."""
+    found = docstrings(source)
+    assert [text for text in found if text.split()[0].strip(",:;.") in NO_BEGINNING] == []
+    assert [text for text in found if text.startswith("The same")] == []

@@ -94,7 +94,7 @@ def test_an_unknown_one_is_an_error_wherever_it_arrives(device):
 
 
 def test_a_kernel_that_is_handed_an_unknown_one_does_not_compile(monkeypatch, device):
-    """Where the table has an entry that the kernels lack."""
+    """The table has an entry that the kernels lack."""
     monkeypatch.setitem(ACTIVATIONS, "tanhh", ACTIVATIONS["silu"])
     x = torch.randn(6, 4, device=device)
     with pytest.raises(Exception, match="unknown activation"):

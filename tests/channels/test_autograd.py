@@ -109,7 +109,7 @@ def test_only_the_gradients_asked_for(activation, residual, training, device):
 @pytest.mark.parametrize("asked", [(0,), (3,), (0, 2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_gradients_asked_for_of_shared_channels(kind, asked, numbers, device):
-    """Without dx nothing waits: sums are then taken by other programs, and rounded otherwise."""
+    """Nothing waits without dx: sums are then taken by other programs, and rounded otherwise."""
     shape, tile = SPLIT[kind]
     share(numbers, tile)
     call = drawn(shape, kind, device)
@@ -154,7 +154,7 @@ def test_gradients_of_both_orders(activation, residual, training, device):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
 def test_differentiated_twice_a_gradient_goes_by_the_same_bits(activation, kind, device):
-    """What create_graph=True computes with torch from the bits is what the kernels compute from them."""
+    """create_graph=True has torch compute from the bits the gradients that the kernels compute from them."""
     shape, _ = SPLIT[kind]
     call = drawn(shape, kind, device, residual=torch.float32, activation=activation)
     leaves = [tensor.detach().requires_grad_() for tensor in call.inputs()]

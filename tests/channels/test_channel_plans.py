@@ -1,4 +1,4 @@
-"""How BatchNorm's programs share channels: on GPUs of any size, for work of any size."""
+"""Plans of how BatchNorm's programs share channels, on GPUs of any size, for work of any size."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""When a batch is counted, and that statistics and counter move together, whatever else goes wrong."""
+"""Batches are counted as torch counts them; statistics and counter move together, whatever else goes wrong."""
 
 import pytest
 import torch

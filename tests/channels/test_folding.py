@@ -24,7 +24,7 @@ LAYERS = {
 
 
 def moved(batch_norm: nn.Module) -> nn.Module:
-    """With statistics and parameters of no special values."""
+    """Makes a layer whose statistics and parameters have no special values."""
     for tensor in (*batch_norm.parameters(), *(b for b in batch_norm.buffers() if b.is_floating_point())):
         tensor.data = torch.rand_like(tensor) + 0.5
     return batch_norm.double().eval()

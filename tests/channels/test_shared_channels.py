@@ -111,7 +111,7 @@ def test_the_bits_do_not_depend_on_the_programs_order(kind, use, device):
 
 @pytest.mark.parametrize("half", ["forward", "backward"])
 def test_places_by_program_id_hang_where_tickets_do_not(half, use, monkeypatch, device):
-    """As many programs are held at once as share a channel, and they are of different teams."""
+    """The programs held at once are as many as share a channel, and of different teams."""
     use(256)
     call = drawn((3, 5, 8, 20), "flat", device)  # five teams, and four programs at once
     adverse = functools.partial(interleaved, resident=4, order=one_of_each)

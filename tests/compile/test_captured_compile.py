@@ -220,7 +220,7 @@ def saves_what_is_moved(ctx, operator, *arguments, **named):
 )
 @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
 def test_a_policy_of_what_is_saved(compiles, policy, name, backend):
-    """What is saved is not run again: running statistics and the counter move once."""
+    """Saved results are not computed again: running statistics and the counter move once."""
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
 
     def capture(module: Network) -> Callable[..., Tensor]:

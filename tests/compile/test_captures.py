@@ -68,7 +68,7 @@ EXPORTS = [exported_without_gradients, decomposed, decomposed_without_gradients,
 @EVERY_CASE
 @STRICT
 def test_exported(strict, kind, training, backend):
-    """For any number of samples, and in torch's own functions unless the kernels are asked for."""
+    """Programs take any number of samples, and call torch's own functions unless the kernels are asked for."""
     n = Dim("n", min=2)
 
     def capture(module: nn.Module, example: Batch) -> nn.Module:

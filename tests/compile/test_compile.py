@@ -1,4 +1,4 @@
-"""Under torch.compile: no graph break, the same kernels, the same bits, the same running statistics."""
+"""torch.compile: no graph break, the same kernels, the same bits, the same running statistics."""
 
 import copy
 import hashlib
@@ -120,7 +120,7 @@ LAYERS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
 def test_an_exported_program_is_torchs_own_call_by_call(name, training, strict, device):
-    """With nothing before or behind it: no view, no cast, no question of a size."""
+    """Nothing stands before or behind the operator: no view, no cast, no question of a size."""
     x, shapes = torch.randn(3, 4, 3, 6, device=device), ({0: torch.export.Dim("batch", min=2)},)
     ours, theirs = (
         torch.export.export(

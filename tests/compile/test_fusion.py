@@ -1,4 +1,4 @@
-"""What Inductor makes of compiled norms: no more kernels than of torch's own, and results as exact."""
+"""Inductor's code of compiled norms: no more kernels than of torch's own, and results as exact."""
 
 import hashlib
 import inspect
@@ -131,7 +131,7 @@ def test_norms_of_rows_are_fused_with_their_neighbours(case, dtype, training, de
 
 
 def of_layout(x, layout):
-    """The same tensor, lying otherwise in memory."""
+    """Returns the tensor with other strides."""
     if layout == "columns apart":
         return x.mT.contiguous().mT
     if layout == "channels last":
@@ -169,7 +169,7 @@ def test_sizes_that_change_are_compiled_once_more(function, device):
 
 
 def test_what_a_half_s_statistics_are_of_is_what_the_backward_reads(device):
-    """Of rows far from zero, rounding x + residual changes more than x_hat is; the backward reads it rounded."""
+    """Rounding x + residual changes more than x_hat in rows far from zero; the backward reads it rounded."""
     x, residual, weight, bias = drawn([(6, 5, N)] * 2 + [(N,)] * 2, torch.bfloat16, device)
     x = x + 1000.0
     setting = "emulate_precision_casts_on_saved_tensors"
@@ -320,7 +320,7 @@ def code_of(function) -> list[str]:
 
 
 DIGESTS = {2: "0e60d8a70df13f01"}
-"""What `decomposed` and all that it calls here was at each version."""
+"""Digests of `decomposed` and of all that it calls here, by version."""
 
 
 def test_a_change_of_what_inductor_is_given_is_a_version_of_its_own():

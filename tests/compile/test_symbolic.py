@@ -227,7 +227,7 @@ def test_script(name, training, converted, device):
 
 
 def test_script_takes_the_layer_into_the_model_too(device):
-    """As torch's protocol has it: of a copy, it leaves the model alone."""
+    """Follows torch's protocol, by which the model itself is left alone."""
     norm, x = drawn("BatchNorm1d", True, device)
     model = ours_of(Model(norm))
     torch.jit.script(copy.deepcopy(model))

@@ -26,7 +26,7 @@ FUSERS: dict[str, tuple[bool, Callable[[nn.Module], nn.Module]]] = {
     "fuse_modules_qat": (True, lambda model: quantization.fuse_modules_qat(model, [GROUP])),
     "fuse_fx": (False, lambda model: quantize_fx.fuse_fx(model)),
 }
-"""By name: whether the model is in training, and the tool."""
+"""Tools by name, each with the mode that the model is in."""
 
 
 class Model(nn.Module):
@@ -48,7 +48,7 @@ def model(device) -> nn.Module:
 
 
 def classes(model: nn.Module) -> dict[str, type]:
-    """Of what is in a model; each graph module has a class of its own."""
+    """Returns the classes in a model; each graph module has a class of its own."""
     return {name: type(module) for name, module in model.named_modules() if name}
 
 
@@ -118,7 +118,7 @@ QUANTIZED = pytest.mark.skipif(
 @QUANTIZED
 @pytest.mark.parametrize("reverted", [False, True])
 def test_quantize_fx(reverted, model):
-    """Of a converted model the norm stays as it is, and in floating point; of a reverted one it is fused."""
+    """The norm of a converted model stays as it is, in floating point; that of a reverted model is fused."""
     model = model.cpu().eval()
     x = torch.randn(3, 2, 6, 6)
     expected = model(x)
@@ -149,7 +149,7 @@ def test_quantization_aware_training_by_quantize_fx(model):
 
 
 def fused_prepared_quantized(model: nn.Module, x: Tensor, converted: str) -> dict[str, Tensor]:
-    """What becomes of a model whose norm is converted inside the layer that torch.ao has made, if it is."""
+    """Makes a quantized model whose norm is converted, if it is, inside the layer that torch.ao has made."""
     fused = quantization.fuse_modules_qat(model, [GROUP])
     if converted == "fused":
         assert list(tn.convert(fused).converted) == ["conv.1"]

@@ -312,7 +312,7 @@ class Patching(nn.LayerNorm):
 
 
 def test_a_forward_that_torchs_class_borrows(monkeypatch, device):
-    """As a patch of torch's own class: for that, for what is derived from it, and after revert."""
+    """Patches act as on torch's own class: on it, on derived classes, and after revert."""
     x = torch.randn(3, 4, device=device)
     expected = tn.LayerNorm(4, device=device)(x)
     monkeypatch.setattr(nn.LayerNorm, "forward", tn.LayerNorm.forward)

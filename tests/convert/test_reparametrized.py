@@ -274,7 +274,7 @@ def of_none(module: nn.Module) -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("take", [deleted, of_none])
 def test_a_weight_that_is_missing(take, backend, name, device):
-    """Where the class's own forward does without one, the converted one does too; else they raise the same."""
+    """The converted forward does without a weight if the class's own does; else both raise the same error."""
     found = []
     for module in pair(name, device, take):
         torch.manual_seed(0)

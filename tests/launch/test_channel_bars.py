@@ -34,7 +34,7 @@ SPILLING = {
         _SPILLS.format("batch_norm_add_relu", "4096×1000"),
     },
 }
-"""What other Tritons than the one that the choices are made with spill, in the config that is tried first."""
+"""Kernels that spill in the config that is tried first, by versions of Triton that the choices were not made with."""
 KERNELS = {"channels_forward_kernel", "channels_backward_kernel"}
 
 RESOURCES = """
@@ -67,7 +67,7 @@ def named(record):
 
 
 def channels_lie_side_by_side(record):
-    """Where there is one channel, its positions do."""
+    """Returns True if channels lie side by side; of one channel the positions do."""
     return (record["layout"] == "channels_last" and record["shape"][1] > 1) or len(record["shape"]) == 2
 
 
@@ -118,7 +118,7 @@ FEW_CHANNELS = [
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_machine_code_for_few_channels(dtype):
-    """In one launch and in two. With three channels-last each element has an access, and so an address, of its own:
+    """Launches are one and two. With three channels-last each element has an access, and so an address, of its own:
     149 registers were spilled by the forward, 18 by the backward, in half as many threads."""
     compiled = inspected("sm_90", CHANNEL_OPS, (dtype,), FEW_CHANNELS)
     assert {record["shape"][1] for record in compiled} >= {1, 2, 3, 4}  # of 8 in fp32 the accesses are those of 4
@@ -150,7 +150,7 @@ def in_flight(record):
 
 
 def excess(record):
-    """What is wrong with the bytes that a call moves.
+    """Returns the faults of the bytes that a call moves.
 
     With bits, each weight once, as the other programs find it in cache, and so is what a program reads a second time in
     one launch: of that, for all programs that run at once, there may be no more than a share of the cache. Apart

@@ -1,4 +1,4 @@
-"""What is compiled and searched for, and what the code computes in, with Triton's real launches over a stub of CUDA."""
+"""Compilations, searches and the types that code computes in, by Triton's real launches over a stub of CUDA."""
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ def test_accesses_are_as_wide_as_a_base_allows(tmp_path):
 
 
 def test_products_and_sums_are_contracted_whatever_tritons_default(tmp_path):
-    """In every kernel that a call starts, and in every one that a search does."""
+    """Every kernel that a call or a search starts is contracted."""
     pytest.importorskip("triton")
     run_over_a_stub(FUSION, tmp_path, TRITON_DEFAULT_FP_FUSION="0")
 

@@ -42,7 +42,7 @@ class Devices:
         self.starts.append((self.current, stream, kind))
 
     def start(self, *arguments):
-        """As Triton's, which asks for the device and its stream itself."""
+        """Stands for Triton's launcher, which asks for the device and its stream itself."""
         self.note("first", STREAMS[self.current])
         return SimpleNamespace(run=self.run, function=None, packed_metadata=None)
 
@@ -238,7 +238,7 @@ def two_gpus() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("current", [0, 1])
 def test_modules_on_two_gpus(current):
-    """The same bits from either, whichever is current."""
+    """Either device gives the same bits, whichever is current."""
     two_gpus()
     found = []
     for index in (0, 1):

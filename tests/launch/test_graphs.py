@@ -119,7 +119,7 @@ def counts(model: nn.Module) -> list[int]:
 
 
 class NoWaiting(TorchDispatchMode):
-    """What would wait for the GPU, or bring something to it, which no graph can hold, is an error."""
+    """Waiting for the GPU, or bringing something to it, is an error: no graph can hold it."""
 
     REFUSED = (
         torch.ops.aten._local_scalar_dense.default,
@@ -161,7 +161,7 @@ def test_what_would_wait_is_refused():
 @pytest.mark.gpu
 @EVERY_MODEL
 def test_replays_of_graphed_callables_equal_eager_steps(name):
-    """With other inputs each time; running statistics move once for each replay, and not for the capture."""
+    """Replays have other inputs each; running statistics move once for each replay, and not for the capture."""
     model, inputs = converted(name, "cuda")
     eager = copy.deepcopy(model)
     graphed = torch.cuda.make_graphed_callables(model, (inputs("cuda"),), num_warmup_iters=WARM_UPS)
@@ -223,7 +223,7 @@ def test_inference_in_a_graph(name):
 
 
 SHARED = (64, 16, 28, 28)
-"""Of a BatchNorm in one launch, in which several programs share each channel, on a GPU of 132 multiprocessors."""
+"""The shape of a BatchNorm in one launch whose programs share each channel, on a GPU of 132 multiprocessors."""
 
 
 def test_programs_share_the_channels_of_that_shape():
@@ -245,7 +245,7 @@ def test_programs_share_the_channels_of_that_shape():
 
 
 def trained(module: nn.Module, x: Tensor, times: int) -> list[Tensor]:
-    """Of the last of so many steps, and the statistics that all of them have moved."""
+    """Returns the results of the last of so many steps, and the statistics that all of them have moved."""
     leaf = x.detach().requires_grad_()
     for _ in range(times):
         y = module(leaf)

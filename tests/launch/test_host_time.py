@@ -1,4 +1,4 @@
-"""What a call costs on the host, over a CUDA driver that computes nothing.
+"""Host time of calls, over a CUDA driver that computes nothing.
 
 A bar is a ratio of times that `perf host` takes in turn, in batches shorter than a time slice, by the fastest of
 hundreds. A slow machine is slow in both; a busy one leaves some batch of each alone.

@@ -1,4 +1,4 @@
-"""What lies on disk and can't be used is as if it weren't; what is written there is whole at every moment."""
+"""Files that can't be used are as if they weren't there; files that are written are whole at every moment."""
 
 import itertools
 import json
@@ -13,12 +13,12 @@ import torch
 from test_compiled import skip_beside_a_driver
 
 import triton_norm
-from support import processes, spaces
+from support import processes
 from support.gpus import H100
 from support.spaces import GPU
 from triton_norm import launch
 from triton_norm.tuning.channel_spaces import ChannelWork, channels
-from triton_norm.tuning.choices import chosen, file_name
+from triton_norm.tuning.choices import chosen
 from triton_norm.tuning.configs import Config, Space
 from triton_norm.tuning.limits import INTERPRETED
 from triton_norm.tuning.row_spaces import RowWork, rows_forward
@@ -30,13 +30,6 @@ from triton_norm.testing import stub_driver
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="on a GPU for real")
 pytestmark = pytest.mark.unguarded
-
-
-@pytest.fixture
-def unknown_gpu(tmp_path):
-    """A GPU that nothing is known of; returns where its file would be."""
-    with spaces.unknown_gpu(tmp_path):
-        yield tmp_path / file_name(GPU)
 
 
 def space_of_40() -> Space:

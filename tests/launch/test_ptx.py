@@ -1,4 +1,4 @@
-"""What is read from PTX, of a kernel written by hand."""
+"""Facts that are read from PTX, of a kernel written by hand."""
 
 from perf import ptx
 from support.bars import wanting

@@ -63,7 +63,7 @@ def named(record):
     ],
 )
 def test_machine_code(target, ops, dtypes, columns):
-    """On Hopper of every row length, and of RMSNorm too, whose kernels are LayerNorm's with less to hold."""
+    """Covers every row length on Hopper, and RMSNorm, whose kernels are LayerNorm's with less to hold."""
     pytest.importorskip("triton")
     compiled = records(f"DTYPES, COLUMNS = {dtypes}, {columns}{RESOURCES}", target, *ops)
     assert {record["op"] for record in compiled} == {*ops, "layer_norm_residual"}
@@ -79,7 +79,7 @@ def test_machine_code(target, ops, dtypes, columns):
 
 @pytest.mark.long
 def test_machine_code_with_x_hat_rounded():
-    """As Hugging Face's Llama asks for it."""
+    """Covers the call that Hugging Face's Llama makes."""
     pytest.importorskip("triton")
     compiled = records(f"COLUMNS = {ROUNDED_COLUMNS}{ROUNDED}", "sm_90")
     assert {record["shape"][-1] for record in compiled} == set(ROUNDED_COLUMNS)
@@ -104,7 +104,7 @@ def bar(record):
     ],
 )
 def test_bytes(dtype, columns):
-    """As slices of a GPU of 132 multiprocessors launch them, with the fp32 sums of dweight and dbias, and each weight
+    """Counts what slices of a GPU of 132 multiprocessors move, with the fp32 sums of dweight and dbias, and each weight
     once: the other programs find it in cache.
     """
     counted = records(f"COLUMNS = {columns}{TRAFFIC}", dtype, TRITON_INTERPRET="1")

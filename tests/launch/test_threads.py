@@ -134,7 +134,7 @@ def test_a_call_that_raises_leaves_the_others_their_turn(monkeypatch):
 
 
 class Forgetful(dict):
-    """As if another thread made everything be forgotten whenever something has been remembered."""
+    """Forgets everything whenever something has been remembered, as another thread might."""
 
     def setdefault(self, key, value):
         kept = super().setdefault(key, value)

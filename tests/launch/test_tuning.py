@@ -136,38 +136,21 @@ def test_every_config_for_channels_is_right(index, kind, held, numbers, monkeypa
     forget()
 
 
-@pytest.fixture
-def unknown_gpu(monkeypatch, tmp_path):
-    """A GPU that nothing is known of, on which each config seems faster than the one before; returns the timings."""
-    from triton.runtime.autotuner import Autotuner
-
-    timed = []
-
-    def bench(call, quantiles):
-        call()
-        timed.append(call)
-        return [1.0 / len(timed)] * 3
-
-    monkeypatch.setattr(Autotuner, "do_bench", staticmethod(bench))
-    with spaces.unknown_gpu(tmp_path):
-        yield timed
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the search times for real")
-def test_a_search_runs_once_for_any_number_of_rows(unknown_gpu, device):
+def test_a_search_runs_once_for_any_number_of_rows(unknown_gpu, timings, device):
     weight = torch.randn(40, device=device, requires_grad=True)
     for n_rows in (3, 5, 64, 1):
         triton_norm.layer_norm(torch.randn(n_rows, 40, device=device), (40,), weight).sum().backward()
         if n_rows == 3:
-            searched = len(unknown_gpu)
+            searched = len(timings)
             assert searched > 2
-    assert len(unknown_gpu) == searched
+    assert len(timings) == searched
     space = rows_forward(of_rows(40), H100)
     assert choices.chosen(space, GPU) == space.configs[-1]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the search times for real")
-def test_a_search_leaves_peers_their_zeros(unknown_gpu, numbers, device):
+def test_a_search_leaves_peers_their_zeros(unknown_gpu, timings, numbers, device):
     """Each config is run with tickets and arrivals from zero, and the call itself once more."""
     numbers(multiprocessors=12, whole_row_bytes=1024, forward_piece_bytes=1024, backward_span_bytes=1024)
     gpu = gpu_of(torch.device(device))
@@ -176,17 +159,17 @@ def test_a_search_leaves_peers_their_zeros(unknown_gpu, numbers, device):
     inputs = LAYER_NORM.drawn((3, 900), 1, torch.float32, device)
     with interleaved():
         LAYER_NORM.against_oracle(*inputs)
-    assert len(unknown_gpu) > 2
+    assert len(timings) > 2
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the search times for real")
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_search_moves_running_statistics_once(unknown_gpu, momentum, numbers, device):
+def test_a_search_moves_running_statistics_once(unknown_gpu, timings, momentum, numbers, device):
     numbers(one_launch_bytes=0)  # whose one config is not searched for
     module = triton_norm.BatchNorm1d(3, momentum=momentum, device=device)
     x = torch.randn(4, 3, 8, device=device)
     module(x)
-    assert unknown_gpu
+    assert timings
     mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
     F.batch_norm(x, mean, var, training=True, momentum=momentum or 1.0)
     torch.testing.assert_close(module.running_mean, mean)
@@ -195,13 +178,13 @@ def test_a_search_moves_running_statistics_once(unknown_gpu, momentum, numbers, 
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU its own file is used")
-def test_a_shipped_choice_is_used_and_nothing_searched(unknown_gpu, tmp_path, device):
+def test_a_shipped_choice_is_used_and_nothing_searched(unknown_gpu, timings, tmp_path, device):
     space = rows_forward(of_rows(40), H100)
     wanted = space.configs[1]
     content = {"choices": {space.kernel: {space.key: wanted.keywords}}}
     (tmp_path / choices.file_name(GPU)).write_text(json.dumps(content))
     triton_norm.layer_norm(torch.randn(3, 40, device=device), (40,))
-    assert not unknown_gpu
+    assert not timings
     assert choices.chosen(space, GPU) == wanted
     assert choices.chosen_so_far(GPU) == {space.kernel: {space.key: wanted.keywords}}
 
@@ -241,7 +224,7 @@ def test_a_key_names_the_outputs_type_where_it_is_not_xs(types, output, key):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU its own choices are known")
-def test_outputs_of_other_types_have_choices_of_their_own(unknown_gpu, device):
+def test_outputs_of_other_types_have_choices_of_their_own(unknown_gpu, timings, device):
     """Those of x's type have the one that was measured for calls that don't say what they want."""
     x, weight = torch.randn(3, 40, device=device).bfloat16(), torch.ones(40, device=device)
     for out_dtype in (None, torch.bfloat16, torch.float32, torch.float16):

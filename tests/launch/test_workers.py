@@ -28,7 +28,7 @@ NORMS = (triton_norm.LayerNorm, (5, 24)), (triton_norm.RMSNorm, (3, 24)), (trito
 
 
 def forward_and_backward() -> list[np.ndarray]:
-    """Of a module of each kind, on inputs that are the same in every process."""
+    """Returns the results of a module of each kind, on inputs that are the same in every process."""
     found = []
     for norm, shape in NORMS:
         module = norm(24)
@@ -45,7 +45,7 @@ def send(sender: Connection) -> None:
 
 
 def in_a_child(method: str) -> list[np.ndarray]:
-    """What a process that begins now makes of it."""
+    """Returns the results of a process that begins now."""
     context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     with processes.ending_children(), receiver, sender:
@@ -101,7 +101,7 @@ def test_a_child_of_a_process_that_has_made_calls(method):
 
 @interpreted
 def test_a_fork_while_another_thread_holds_the_lock():
-    """Which no thread of the child could ever give back."""
+    """A lock is held that no thread of the child could ever give back."""
     expected = forward_and_backward()
     with meanwhile(hold_the_lock):
         assert_same(in_a_child("fork"), expected)

@@ -45,7 +45,7 @@ def class_at(path: str) -> type[nn.Module] | None:
 
 
 def made(cls: type[nn.Module], columns: int = COLUMNS) -> nn.Module:
-    """With a weight of random numbers, if any."""
+    """Makes a norm of the class; its weight, if it has one, is random."""
     first, *_ = inspect.signature(cls).parameters
     module = cls() if first == "eps" else cls(columns)
     for parameter in module.parameters():
@@ -146,7 +146,7 @@ def test_the_kernels_compute_the_same(path, x_dtype, dtype, device, guard):
 
 @pytest.mark.parametrize("path", FAMILIES)
 def test_what_the_kernels_dont_compute_goes_to_its_own_forward(path, device):
-    """Of float64 it computes in float32; and it takes weights of more dimensions."""
+    """The norm computes in float32 of float64, and takes weights of more dimensions."""
     theirs = made(class_at(path)).to(device)
     ours = converted(theirs)
     x = torch.randn(3, COLUMNS, device=device)
@@ -217,7 +217,7 @@ def test_copies_and_pickles(path):
 
 
 def test_a_gemma3n_norm_without_a_weight(device):
-    """By its flag, whatever weight it has since."""
+    """The flag decides, whatever weight the norm has since."""
     theirs = class_at("gemma3n.Gemma3nRMSNorm")(COLUMNS, with_scale=False).to(device)
     ours = converted(theirs)
     x = torch.randn(3, COLUMNS, device=device).bfloat16()
@@ -258,7 +258,7 @@ def test_a_norm_that_lacks_its_weight_is_skipped(path):
 
 @pytest.mark.parametrize("path", sorted(LAYER_NORMS))
 def test_every_layer_norm_calls_torchs_forward(path, monkeypatch):
-    """Which is what puts this library's in its place."""
+    """A class that calls torch's forward calls this library's once it is converted."""
     cls = class_at(path)
     if cls is None:
         pytest.skip("transformers has no such class")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,23 +14,11 @@ from torch._dynamo.backends.common import aot_autograd
 import triton_norm as tn
 from support.models import FULL, TINY, assert_same_step, built, convert, step
 
-# Dynamo's own, on every autograd.Function that it traces.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
-)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True)
-def _few_programs(numbers: Callable[..., None]) -> None:
-    """The interpreter's cost is by the program."""
-    numbers(channels_last_lanes=8192)
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo", "few_programs"),
+    # Dynamo's own, on every autograd.Function that it traces.
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
+]
 
 
 class Recorder:
@@ -46,7 +33,7 @@ class Recorder:
         return make_boxed_func(graph)
 
     def taken(self) -> list[bool]:
-        """Of each graph since the last call, whether it is of this library's kernels."""
+        """Returns for each graph since the last call: is it of this library's kernels?"""
         graphs, self.graphs = self.graphs, []
         return ["triton_norm" in code for code in graphs]
 

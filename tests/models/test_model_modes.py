@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import triton_norm as tn
 from support.models import FULL, TINY, assert_same_step, built, convert, expected, loss_of, norms_of, step
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 
 def _saved_and_loaded(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
@@ -35,12 +37,6 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 def classes(model: nn.Module) -> dict[str, type]:
     return {name: type(norm) for name, norm in norms_of(model).items()}
-
-
-@pytest.fixture(autouse=True)
-def _few_programs(numbers: Callable[..., None]) -> None:
-    """The interpreter's cost is by the program."""
-    numbers(channels_last_lanes=8192)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "resnet", "convnext"])
@@ -68,7 +64,7 @@ def test_copies_of_a_converted_model(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama", "resnet", "convnext"])
 def test_a_model_saved_by_hugging_face(name: str, tmp_path: Path, device: str) -> None:
-    """What is loaded is of its own classes, whatever was saved."""
+    """A loaded model has its own classes, whatever was saved."""
     model, inputs = built(name, TINY, device)
     before = classes(model)
     convert(model)
@@ -142,7 +138,7 @@ Types = dict[str, tuple[torch.dtype, ...]]
 
 
 def types_of(model: nn.Module, take: Callable[[nn.Module], Any]) -> tuple[Types, Any]:
-    """Of what each norm is given and gives."""
+    """Returns the types of each norm's input and output, and the results of `take`."""
     types: Types = {}
 
     def record(name: str, norm: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:

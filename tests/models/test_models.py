@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,16 +32,12 @@ from support.models import (
 if TYPE_CHECKING:
     from triton_norm.testing.guards import Guard
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 HALVES = ("llama", "gemma", "t5")
 by_name = pytest.mark.parametrize("name", CASES)
 MODES = [*((name, True) for name in CASES), *((name, False) for name in WITH_BATCH_NORM)]
 modes = pytest.mark.parametrize(("name", "training"), MODES)
-
-
-@pytest.fixture(autouse=True)
-def _few_programs(numbers: Callable[..., None]) -> None:
-    """The interpreter's cost is by the program."""
-    numbers(channels_last_lanes=8192)
 
 
 @by_name

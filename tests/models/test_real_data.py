@@ -128,7 +128,7 @@ def twins(network: Network, device: str) -> tuple[nn.Module, nn.Module]:
 
 
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """On the last 297 images, which no training here sees, in evaluation mode."""
+    """Returns the accuracy on the last 297 images, which no training here sees, in evaluation mode."""
     device = next(model.parameters()).device
     images, labels = (t[1500:].to(device) for t in digits)
     with torch.no_grad():

@@ -49,7 +49,7 @@ def reserved(shape: Sequence[int], strides: Sequence[int] | None = None, dtype: 
 
 
 def reserving(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What it would allocate is reserved."""
+    """Returns a function that reserves the memory that `allocate` would allocate."""
 
     def reserve(*args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("device") == "meta":
@@ -87,7 +87,7 @@ def named(kernel: Any, count: int, arguments: Sequence[Any], constants: Any, con
 
 @pytest.fixture
 def run_only(monkeypatch):
-    """Of every launch the programs run that a function of it says; returns what was launched."""
+    """Runs the programs of each launch that a function of it returns; returns the launches."""
     from triton_norm.testing.interpreter import BUILDER
 
     launched: list[Named] = []
@@ -109,7 +109,7 @@ def run_only(monkeypatch):
 
 
 def parts_around(places: Iterable[int], size: int, count: int) -> list[int]:
-    """Of so many parts of `size` each: the first, the last, and those that have the places."""
+    """Returns the first and the last of `count` parts of `size` each, and those that have the places."""
     return sorted({0, count - 1, *(place // size for place in places if place < size * count)})
 
 
@@ -126,7 +126,7 @@ ROWS = {
 
 @pytest.mark.parametrize("what", ROWS)
 def test_rows(what, norm, numbers, run_only):
-    """With a residual, and a gradient of the sum, whose rows lie as far apart; of the backward each group is a team."""
+    """Rows of the residual and of the sum's gradient lie as far apart; in the backward each group is a team."""
     n_rows, n_cols, stride = ROWS[what]
     numbers(interpreted_tile_elements=256, multiprocessors=2**40)
     block = 256 // next_power_of_2(n_cols)
@@ -170,7 +170,7 @@ FILLED = 200  # positions, on either side of a place
 
 
 def positions_of(offsets: Iterable[int], shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Of elements at these offsets, or before them: the number among their channel's."""
+    """Returns the place in its channel of each offset's element, or of the element before it."""
     n_samples, _, n_positions = shape
     found = []
     for offset in offsets:
@@ -183,7 +183,7 @@ def positions_of(offsets: Iterable[int], shape: Sequence[int], strides: Sequence
 
 
 def typed_range(first: Any, end: Any, step: Any) -> Iterator[Any]:
-    """Of tensors, like the loops of compiled code, whose variable has the type of their bounds."""
+    """Counts in tensors, as the loops of compiled code do, whose variable has the type of their bounds."""
     for passed in range(0, operator.index(end) - operator.index(first), operator.index(step)):
         yield first + passed
 

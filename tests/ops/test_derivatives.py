@@ -25,7 +25,7 @@ def rand(*shape: int) -> Tensor:
 
 
 def assert_same_derivatives(ours: Function, theirs: Function, leaves: list[Tensor]) -> None:
-    """Of the first order without more to come, as in training, and of the first and second with it."""
+    """Compares derivatives of the first order without more to come, as in training, and of both orders."""
     found, expected = ours(*leaves), theirs(*leaves)
     torch.testing.assert_close(found, expected, **EXACT)
     dys = [torch.randn_like(y).requires_grad_() for y in expected]
@@ -134,7 +134,7 @@ def channels(training: bool, activation: str | None) -> Callable[..., Tensor]:
 
 
 def bits_kind_of(activation: str | None, residual: bool) -> str | None:
-    """As a call of this library records it."""
+    """Returns the kind of bits that a call of this library records."""
     return "flat" if residual and activation in ("relu", "leaky_relu") else None
 
 

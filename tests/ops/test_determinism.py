@@ -1,4 +1,4 @@
-"""The same call gives the same bits: again, whatever the order of the programs, in another process, and under
+"""Calls repeated give the same bits: whatever the order of the programs, in another process, and under
 torch.use_deterministic_algorithms."""
 
 import contextlib
@@ -50,7 +50,7 @@ def rows_step(norm: Norm, device: str, residual: bool = False) -> Step:
 
 
 def channels_step(kind: str, device: str, training: bool = True, activation: str | None = None) -> Step:
-    """Beside an activation a residual; in training, also all that moves."""
+    """Makes a step, with a residual beside an activation, and in training with running statistics."""
     residual = None if activation is None else torch.float32
     call = drawn(SMALL[kind][0], kind, device, residual=residual, training=training, activation=activation)
     leaves = [None if tensor is None else tensor.requires_grad_() for tensor in call.inputs()]
@@ -154,7 +154,7 @@ def tuned(folder: Path, search: Callable[..., Config]) -> Iterator[None]:
 
 
 def digests() -> dict[str, str]:
-    """Of all that each step gives."""
+    """Returns a digest of all results of each step."""
     found = {}
     with triton_norm.backend("triton"):
         for name, step in STEPS.items():

@@ -1,4 +1,4 @@
-"""What fails halfway leaves everything as it was, or done."""
+"""Calls that fail halfway leave everything as it was, or done."""
 
 import contextlib
 import functools
@@ -147,7 +147,7 @@ def make(numbers, monkeypatch, device, zeros):
 
 
 def assert_unlocked() -> None:
-    """For any other thread too."""
+    """Asserts that no lock is held, for any other thread too."""
 
     def take() -> bool:
         with launch._starting:
@@ -225,15 +225,9 @@ def test_any_launch_of_a_step_fails(name, make, zeros, monkeypatch):
     assert fail_everywhere(make(name), zeros, failing, RuntimeError) >= 2
 
 
-@pytest.fixture
-def unknown_gpu(tmp_path):
-    with spaces.unknown_gpu(tmp_path):
-        yield
-
-
 @interpreted
 def test_any_timing_of_a_search_fails(make, zeros, unknown_gpu, monkeypatch):
-    """With the launch cut off, which leaves something in what began as zeros."""
+    """The launch is cut off, and leaves something in the zeros that it began with."""
     from triton.runtime.autotuner import Autotuner
 
     search, given = launch.search, [zeros.kept[:0]]

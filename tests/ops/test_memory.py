@@ -1,4 +1,4 @@
-"""What a training step keeps and what a call takes meanwhile, to the byte, and that nothing grows with their number."""
+"""Memory that a training step keeps and that a call takes meanwhile, to the byte; none grows with their number."""
 
 import contextlib
 import functools
@@ -111,7 +111,7 @@ def test_synchronized_statistics_are_kept_as_a_batchs_own(activation, monkeypatc
 
 
 def calls(device: str) -> dict[str, Callable[..., Any]]:
-    """By name, of x and a residual: every way to keep something."""
+    """Returns functions of x and a residual, by name: every way to keep something."""
     weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
     mean, var = running_statistics(8, device)
     batch_norm = functools.partial(triton_norm.batch_norm, weight=weight, bias=bias)
@@ -265,7 +265,7 @@ def test_ten_thousand_calls_leave_nothing_behind(name, launched):
 
 
 def tables() -> Iterator[tuple[str, int, int | None]]:
-    """What the library remembers by name: how much it is, and how much it may become, None where nothing says."""
+    """Returns the library's caches by name: their size, and their largest size, None if nothing says."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "triton_norm":
             for attribute, value in vars(module).items():

@@ -12,7 +12,7 @@ SHAPE = (6, 8)
 
 
 class Watched(TorchDispatchMode):
-    """In which calls go through the operators."""
+    """Mode under which calls go through the operators."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         return function(*arguments, **(options or {}))
@@ -44,7 +44,7 @@ def drawn(device):
 
 
 def negated(tensor):
-    """The same values in a tensor that holds the opposite ones."""
+    """Returns a tensor of the same values that holds the opposite ones."""
     found = torch._neg_view(-tensor)
     assert found.is_neg()
     return found
@@ -53,7 +53,7 @@ def negated(tensor):
 @pytest.mark.parametrize("name", ["x", "residual", "weight", "bias"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_inputs(function, name, device):
-    """After a call on tensors like them but for that, which is remembered."""
+    """An earlier call on tensors that differ in nothing else is remembered."""
     tensors = drawn(device)
     expected = function(**tensors)
     with triton_norm.backend("auto"):

@@ -15,7 +15,7 @@ FUNCTIONS = {
     "rms_norm": (((2,),), {"out_dtype": torch.float64}),
     "batch_norm": ((torch.zeros(2), torch.ones(2)), {"activation": "relu"}),
 }
-"""By name: arguments of torch's behind the input, and an option that is ours."""
+"""Arguments of torch's behind the input, and an option that is ours, by name."""
 EVERY_FUNCTION = pytest.mark.parametrize("name", FUNCTIONS)
 
 

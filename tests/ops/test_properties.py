@@ -1,4 +1,4 @@
-"""What holds for any shape, stride, type, flag and launch: against torch in fp64, and without an oracle.
+"""Properties of any shape, stride, type, flag and launch: against torch in fp64, and without an oracle.
 
 `pytest --hypothesis-profile=long tests/ops/test_properties.py` draws 50 times as many cases, others each time.
 """
@@ -44,7 +44,7 @@ def examples(share: float) -> Any:
 
 
 def roomy(test: Any) -> Any:
-    """With so long a frame that those above it have room in the chunk of memory that Python gets for it: kernels go
+    """Makes the frame so long that those above it have room in the chunk of memory that Python gets for it: kernels go
     back and forth over the end of an ordinary chunk, and map and unmap the next one thousands of times a second."""
     test.__code__ = test.__code__.replace(co_stacksize=40000)
     return test
@@ -340,7 +340,7 @@ MODULES = {1: (nn.BatchNorm1d, triton_norm.BatchNorm1d), 2: (nn.BatchNorm2d, tri
 )
 @roomy
 def test_modules_follow_torchs_through_any_steps(device, rank, momentum, affine, tracks, steps, seed):
-    """In fp64, and to many more digits than a wrong flag or formula would leave."""
+    """Results agree in fp64, to many more digits than a wrong flag or formula would leave."""
     options = {"momentum": momentum, "affine": affine, "track_running_stats": tracks, "dtype": F64, "device": device}
     theirs, ours = (module(3, **options) for module in MODULES[rank])
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What happens to an op between its forward and its backward: hooks on saved tensors, and other modes of autograd."""
+"""Events between an op's forward and its backward: hooks on saved tensors, and other modes of autograd."""
 
 import contextlib
 
@@ -16,12 +16,12 @@ EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def strided(tensor):
-    """The same values, two elements apart."""
+    """Returns the same values, two elements apart."""
     return torch.stack((tensor, torch.full_like(tensor, 77)), -1)[..., 0]
 
 
 def transposed(tensor):
-    """The same values, axes in memory the other way round."""
+    """Returns the same values, with the order of axes in memory reversed."""
     axes = tuple(reversed(range(tensor.dim())))
     return tensor.permute(axes).contiguous().permute(axes)
 
@@ -31,7 +31,7 @@ def channels_last(tensor):
 
 
 def shifted(tensor):
-    """The same values, not on 16 bytes."""
+    """Returns the same values, not aligned to 16 bytes."""
     memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
     return memory[1:].view(tensor.shape).copy_(tensor)
 
@@ -48,7 +48,7 @@ UNPACKED = [contiguous, strided, transposed, channels_last, shifted, negated]
 
 
 def gradients(op, tensors, dys, hooks=contextlib.nullcontext, **options):
-    """Of the outputs, for the tensors that there are."""
+    """Returns the gradients of the tensors that are not None."""
     with hooks():
         outputs = op.ours(*tensors)
     return torch.autograd.grad(outputs, [tensor for tensor in tensors if tensor is not None], dys, **options)
@@ -237,7 +237,7 @@ def kept_from(transform, x):
 @PATHS
 @pytest.mark.parametrize("transform", ["grad", "vjp", "jvp"])
 def test_a_tensor_that_was_kept_from_a_finished_transform(transform, path, device):
-    """As input, right for [[1, 2], [3, 5]] is what torch gives; as gradient and as weight too. The call before it, on
+    """Results are torch's for such an input, gradient and weight. The call before it, on
     tensors of the same kind, is remembered."""
     x = torch.tensor([[1.0, 2.0], [3.0, 5.0]], device=device)
     kept = kept_from(transform, x)

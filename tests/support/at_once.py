@@ -12,7 +12,7 @@ SWITCH = 1e-5  # seconds that a thread keeps the interpreter, of Python's 5e-3: 
 
 
 def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What each call returns in a thread of its own; raises what the first of those raised that did, and
+    """Returns the result of each call in a thread of its own; raises the first error among them, and
     AssertionError where one does not end."""
     begin, found = threading.Barrier(len(calls)), dict[int, Any]()
 

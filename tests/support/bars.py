@@ -1,4 +1,4 @@
-"""What the tests of bars share: records from a process of their own, and what is wrong with machine code."""
+"""Records of kernels from a process of their own, and the faults of machine code, for tests of bars."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from support import processes
 
 
 def records(code, *arguments, **environment):
-    """What `code` leaves in `found`, run where TRITON_INTERPRET is not set but by `environment`.
+    """Returns `found` as `code` leaves it, run where TRITON_INTERPRET is not set but by `environment`.
 
     What is compiled stays in Triton's cache, for the other tests and the report.
     """
@@ -19,7 +19,7 @@ def records(code, *arguments, **environment):
 
 
 def wanting(record, bits):
-    """What is wrong with a kernel's machine code; `bits`: of each access to x, y and their like.
+    """Returns the faults of a kernel's machine code; `bits` is the width of each access to x, y and their like.
 
     PTX says through which argument an access goes, and has the widths that the machine code has. Statistics, weights
     and sums may be narrower. Of AMD's machine code the arguments are not known.
@@ -43,5 +43,5 @@ def wanting(record, bits):
 
 
 def moved(found):
-    """Through which arguments the kernels of all records load and store."""
+    """Returns the arguments through which the kernels of all records load and store."""
     return {(name, kind) for record in found for name, access in record["accesses"].items() for kind in access}

@@ -59,7 +59,7 @@ class Ours(nn.Module):
 
 
 class Theirs(nn.Module):
-    """What `Ours` computes, by torch's layers."""
+    """Computes by torch's layers the results of `Ours`."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Compiled(nn.Module):
 
 
 class Traced(nn.Module):
-    """What make_fx records of a module, with parameters and buffers of its own."""
+    """Wraps the graph that make_fx records of a module, with parameters and buffers of its own."""
 
     def __init__(self, module: nn.Module, example: Batch, **options: Any) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def changed(gpu: Gpu, **numbers: Any) -> Gpu:
 
 @contextlib.contextmanager
 def with_numbers(**numbers: Any) -> Iterator[None]:
-    """Within this context the GPU in force, or what stands in for one, has these numbers."""
+    """Gives the GPU in force, or its stand-in, these numbers within this context."""
     present = torch.cuda.is_available() and not INTERPRETED
     with assumed(changed(gpu_of(torch.device("cuda" if present else "cpu")), **numbers)):
         yield

@@ -86,7 +86,7 @@ def vit(size: Size) -> nn.Module:
 
 
 def _decoder(size: Size) -> dict[str, Any]:
-    """What the configurations of Llama and Gemma share."""
+    """Returns the options that the configurations of Llama and Gemma share."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": size.width,
@@ -224,7 +224,7 @@ def norms_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """With no norm left out."""
+    """Converts the model, with no norm left out."""
     report = tn.convert(model)
     assert report.skipped == {}
     assert report.converted.keys() == norms_of(model).keys() != set()
@@ -326,15 +326,15 @@ RUNS = 9
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model not converted gives: in fp64, and how far from that it strays in its own type, with its parameters
-    as they are and in eight more runs with each of them moved by at most an ulp."""
+    """Results of a model that is not converted: in fp64, and how far from that it strays in its own type, with its
+    parameters as they are and in eight more runs with each of them moved by at most an ulp."""
 
     exact: dict[str, Tensor]
     plain: dict[str, Tensor]
     strays: dict[str, float]
 
     def check(self, found: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
-        """That `found` strays like that too, most of it not even as far."""
+        """Asserts that `found` strays no farther, and most of it not even as far."""
         assert found.keys() == self.exact.keys() == self.plain.keys()
         ratios = []
         for key, exact in self.exact.items():
@@ -361,7 +361,7 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 
 def assert_same_step(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """In the same bits on a CPU; a GPU adds up in an order of its own in some of torch's operators."""
+    """Asserts the same bits on a CPU; a GPU adds up in an order of its own in some of torch's operators."""
     if all(tensor.is_cpu for tensor in actual.values()):
         assert_same_bits(actual, expected)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)

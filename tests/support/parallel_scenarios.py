@@ -1,4 +1,4 @@
-"""What the processes of test_parallel_models.py go through: a step of training of a model whose batch they share.
+"""Scenarios of test_parallel_models.py: processes take a step of training of a model whose batch they share.
 
 It is held to the step in fp64 of one process without this library, on the whole batch. It may be twice as far from that
 as the same step in single precision is, whose sums are of another order, and a few ulp more for each norm.
@@ -36,7 +36,7 @@ Named = dict[str, Tensor]
 
 
 class Step(NamedTuple):
-    """What a step of training computes and leaves, by name, of the whole batch and whole parameters."""
+    """Returns the results of a step of training by name, of the whole batch and whole parameters."""
 
     outputs: Named
     gradients: Named
@@ -76,7 +76,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def step(model: nn.Module, batch: Named, world: World | None = None) -> Step:
-    """Of SGD; with a world, of this process's share of the batch."""
+    """Takes a step of SGD; with a world, on this process's share of the batch."""
     named = model.module if isinstance(model, DistributedDataParallel) else model
     if world is not None:
         batch = {name: world.share(tensor, HALVES) for name, tensor in batch.items()}
@@ -116,7 +116,7 @@ def data_parallel(world: World, model: nn.Module) -> nn.Module:
 def fully_sharded(
     world: World, model: nn.Module, norms: tuple[str, ...] = (), policy: MixedPrecisionPolicy | None = None
 ) -> nn.Module:
-    """By these norms, by blocks, and in all. fully_shard takes no parameters in channels last."""
+    """Shards these norms, blocks, and the whole. fully_shard takes no parameters in channels last."""
     model.to(memory_format=torch.contiguous_format)
     mesh = init_device_mesh(world.device.partition(":")[0], (world.size,))
     options: dict[str, Any] = {"mesh": mesh} if policy is None else {"mesh": mesh, "mp_policy": policy}
@@ -145,7 +145,7 @@ def wrapped(world: World, case: Case, wrap: Wrap, convert_first: bool = True, **
 
 
 def check_step(world: World, case: Case, wrap: Wrap, convert_first: bool = True, **options: Any) -> nn.Module:
-    """Which is that of one process."""
+    """Asserts that a step is that of one process."""
     model = wrapped(world, case, wrap, convert_first, **options)
     check(step(model, case.batch, world), case.exact, case.theirs)
     return model
@@ -228,7 +228,7 @@ def resnet_in_parallel(world: World) -> None:
 
 
 def resnet_in_a_group(world: World) -> None:
-    """That is given: of all, in which BatchNorm is that of the joined batch, and of each process alone."""
+    """The group is given: of all, in which BatchNorm is that of the joined batch, and of each process alone."""
     case = case_of("resnet", world.device)
     everyone = dist.new_group(list(range(world.size)))
     check_step(world, case, data_parallel, sync_batch_norm=True, process_group=everyone)
@@ -252,7 +252,7 @@ def check_apart(world: World, case: Case, **options: Any) -> None:
 
 
 def the_same_state(world: World) -> None:
-    """Under the same names, and each loads the other's."""
+    """State dicts have the same names, and each loads the other's."""
     for name in SIZES:
         case = case_of(name, world.device)
         for wrap in WRAPS:

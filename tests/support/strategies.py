@@ -1,4 +1,4 @@
-"""What property tests draw: shapes, types, values, how tensors lie in memory, and how launches are cut into programs.
+"""Cases that property tests draw: shapes, types, values, strides, and how launches are cut into programs.
 
 Integers stay below 100: from longer ranges hypothesis also draws constants of whichever modules are imported, and a
 derandomized run would not be the same on every worker.
@@ -30,7 +30,7 @@ from triton_norm.tuning.row_spaces import RowWork
 
 Shape = tuple[int, ...]
 Type = torch.dtype | None
-"""Of a tensor that may be missing, then None."""
+"""The type of a tensor, None if the tensor is missing."""
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 HARD = ("normal", "far", "constant", "outlier", "tiny", "huge")
@@ -70,7 +70,7 @@ def _spaces(pieces: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def cut(name: str, numbers: dict[str, dict[str, int]]) -> Iterator[None]:
-    """With the numbers of that name where kernels are interpreted; a GPU keeps its own."""
+    """Sets the numbers of that name where kernels are interpreted; a GPU keeps its own."""
     if not INTERPRETED:
         yield
         return
@@ -119,7 +119,7 @@ def lies(rank: int) -> st.SearchStrategy[Lie]:
 
 
 def types(of: torch.dtype) -> st.SearchStrategy[Type]:
-    """That of the input as often as all others, or none."""
+    """Draws the input's type as often as all others, or none."""
     return st.sampled_from((of, of, of, None, None, *DTYPES))
 
 
@@ -204,7 +204,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Rows(Case):
-    """Of layer_norm or rms_norm."""
+    """A call of layer_norm or rms_norm."""
 
     norm: Norm
     n_axes: int
@@ -259,7 +259,7 @@ class Rows(Case):
 
 @dataclasses.dataclass(frozen=True)
 class Channels(Case):
-    """Of batch_norm."""
+    """A call of batch_norm."""
 
     training: bool
     running: torch.dtype

@@ -61,7 +61,7 @@ def compiled_and_recorded(world: World) -> None:
 
 
 def compiled_without_a_function_of_autograd(world: World) -> None:
-    """Of which torch's caches of compiled code would know nothing."""
+    """The change is one that torch's caches of compiled code would know nothing of."""
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
@@ -79,7 +79,7 @@ def compiled_without_a_function_of_autograd(world: World) -> None:
 
 
 def compiled_distributed_tensors(world: World) -> None:
-    """Which are torch's own to normalize, compiled as in eager mode."""
+    """Torch itself normalizes these, compiled as in eager mode."""
     torch._dynamo.reset()
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     x = distribute_tensor(torch.randn(4, 8, device=world.device), mesh, [Replicate()])

@@ -107,7 +107,7 @@ def joined(world: World, mine: Results) -> Results:
 
 
 def check_running(world: World, module: nn.Module, batches: list[Tensor]) -> None:
-    """Against torch's module in fp64, on whole batches."""
+    """Compares with torch's module in fp64, on whole batches."""
     exact = nn.BatchNorm1d(batches[0].shape[1], momentum=module.momentum, dtype=torch.float64, device=world.device)
     for x in batches:
         exact(x.double().flatten(2) if x.dim() > 2 else x.double())
@@ -324,7 +324,7 @@ class Block(nn.Module):
 
 
 def compiled(world: World, backend: str, lengths: tuple[int, ...]) -> None:
-    """Without a graph break, and as eager; batch sizes change."""
+    """Compiled steps have no graph break and are as eager; batch sizes change."""
     torch._dynamo.reset()
     eager = Block().to(world.device)
     block = copy.deepcopy(eager)

@@ -1,4 +1,4 @@
-"""What tests of wrong calls share: how to see that nothing was launched or moved, and wrong arguments of many kinds."""
+"""Wrong arguments of many kinds, and checks that a wrong call has launched and moved nothing."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ BACKENDS = ("auto", "torch", "triton")
 
 
 def contents(value: Any) -> Any:
-    """What must stay as it is of a tensor, or of the tensors and the attributes of a module."""
+    """Returns the contents that must stay of a tensor, or of the tensors and the attributes of a module."""
     if isinstance(value, nn.Module):
         tensors = {**dict(value.named_parameters()), **dict(value.named_buffers())}
         return value.training, [*value.__dict__], {name: contents(tensor) for name, tensor in tensors.items()}
@@ -39,7 +39,7 @@ def surroundings() -> Any:
 
 @contextmanager
 def refused(error: type[Exception], words: str | None, *watched: Any) -> Iterator[pytest.ExceptionInfo]:
-    """Within this context `error` is raised, in these words, with nothing launched, and nothing `watched` changed."""
+    """Asserts that `error` is raised, in these words, with nothing launched, and nothing `watched` changed."""
 
     def fail(*_: Any) -> None:
         raise AssertionError("launched")

@@ -32,7 +32,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def replaced(module: nn.Module, kinds: tuple[type, ...], make) -> nn.Module:
-    """What timm's freeze_batch_norm_2d and Lightning's and mmcv's reverts do: a new layer for each of these kinds."""
+    """Replaces each layer of these kinds, as timm's freeze_batch_norm_2d and Lightning's and mmcv's reverts do."""
     if isinstance(module, kinds):
         return make(module)
     for name, child in module.named_children():
@@ -186,7 +186,7 @@ def test_compiled_code_finds_it(device):
 
 
 def wrapped_in_distributed_data_parallel(world: sync_scenarios.World) -> None:
-    """Which refuses torch's on the CPU, and only those."""
+    """DistributedDataParallel refuses torch's on the CPU, and only those."""
     parametrized = tn.SyncBatchNorm(4)
     parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
     inside = nn.Sequential(nn.Linear(4, 4), nn.ModuleList([by_convert(nn.BatchNorm1d(4))])[0])
@@ -272,7 +272,7 @@ def test_the_same_layer_twice_is_one_layer():
 
 
 def test_what_a_layer_holds_comes_along():
-    """As with torch's: children do, converted; hooks and attributes don't."""
+    """Children stay, converted; hooks and attributes don't: so it is with torch's."""
     layer = nn.BatchNorm2d(4)
     layer.extra = nn.BatchNorm2d(4)
     layer.note = "gone"
@@ -300,7 +300,7 @@ def test_a_forward_that_a_removed_hook_left_is_the_classes_own():
 
 
 def test_a_pruned_layer_raises_and_all_stay():
-    """As by torch's, which has then replaced the layers before it."""
+    """Layers before it are replaced by then, as they are by torch's."""
     model = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4)))
     prune.random_unstructured(model[1][0], "weight", amount=0.5)
     before = list(model.modules())

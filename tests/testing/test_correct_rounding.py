@@ -134,7 +134,7 @@ def cast_kernel(x_ptr, y_ptr, FAILS: tl.constexpr):
 
 
 def rounds(fails: bool = False) -> bool:
-    """Whether 1 + 3/4 of an ulp becomes 1 + an ulp; truncated, it is 1."""
+    """Returns True if 1 + 3/4 of an ulp becomes 1 + an ulp; truncated, it is 1."""
     x, y = torch.tensor([1 + 0.75 * 2**-7]), torch.zeros(1, dtype=torch.bfloat16)
     cast_kernel[(1,)](x, y, FAILS=fails)
     assert y.item() in (1, 1 + 2**-7)

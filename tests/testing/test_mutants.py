@@ -38,7 +38,7 @@ class BarrierError(AssertionError):
 
 
 class _Barriers(interpreter.Observer if INTERPRETED else object):
-    """Between a program's store and its load of the same place, or its next atomic that releases, there is a barrier.
+    """Asserts a barrier between a program's store and its load of the same place, or its next atomic that releases.
 
     One thread alone stores to `sync_ptr` and does the atomics.
     """
@@ -291,7 +291,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "cumulative statistics": _of(statistics_move, momentum=None),
     "shares of a batch": shares_of_a_batch,
 }
-"""What holds real tests' kernels to the truth, of few elements; right kernels pass each."""
+"""The checks of real tests, of few elements; right kernels pass each."""
 
 
 def caught(how: str) -> Any:

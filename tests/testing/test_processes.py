@@ -1,4 +1,4 @@
-"""What a failed test has started is gone after it, and fails no other."""
+"""Processes that a failed test has started are gone after it, and fail no other test."""
 
 import multiprocessing
 import re
