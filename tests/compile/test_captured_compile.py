@@ -185,9 +185,15 @@ def test_a_budget_of_what_is_saved(budget, name, backend):
 
 # torch's own, of gradients that it looks for where there are none.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@RECORDING
+@pytest.mark.parametrize(
+    ("forward", "backend"),
+    [
+        ("eager", "triton"),
+        ("compiled", "auto"),
+        *(pytest.param(*case, marks=pytest.mark.thorough) for case in (("eager", "auto"), ("compiled", "triton"))),
+    ],
+)
 @NETWORKS
-@pytest.mark.parametrize("forward", ["eager", "compiled"])
 def test_compiled_autograd(forward, name, backend):
     """`compiled_autograd` has the whole backward, also of an eager forward."""
     compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)

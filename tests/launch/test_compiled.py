@@ -124,33 +124,34 @@ def skip_beside_a_driver():
         pytest.skip("torch loads the driver of this machine's GPU, and the stub would be the second one")
 
 
-def run_over_a_stub(code, tmp_path, **others):
+def run_over_a_stub(code, **environment):
+    """Runs the code where launches go to a stub of CUDA. What is compiled stays in Triton's cache, for the others."""
     skip_beside_a_driver()
-    done = processes.run("-c", OVER_A_STUB, code, TRITON_CACHE_DIR=str(tmp_path), **others)
+    done = processes.run("-c", OVER_A_STUB, code, **environment)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr
 
 
-def test_another_number_of_rows_compiles_and_searches_nothing(tmp_path):
+def test_another_number_of_rows_compiles_and_searches_nothing():
     pytest.importorskip("triton")
-    run_over_a_stub(ANOTHER_NUMBER_OF_ROWS, tmp_path)
+    run_over_a_stub(ANOTHER_NUMBER_OF_ROWS)
 
 
-def test_scalars_never_make_a_kernel_compute_in_fp64(tmp_path):
+def test_scalars_never_make_a_kernel_compute_in_fp64():
     pytest.importorskip("triton")
-    run_over_a_stub(NO_FP64, tmp_path)
+    run_over_a_stub(NO_FP64)
 
 
-def test_accesses_are_as_wide_as_a_base_allows(tmp_path):
+def test_accesses_are_as_wide_as_a_base_allows():
     pytest.importorskip("triton")
-    run_over_a_stub(BASES, tmp_path)
+    run_over_a_stub(BASES)
 
 
 def test_products_and_sums_are_contracted_whatever_tritons_default(tmp_path):
     """Every kernel that a call or a search starts is contracted."""
     pytest.importorskip("triton")
-    run_over_a_stub(FUSION, tmp_path, TRITON_DEFAULT_FP_FUSION="0")
+    run_over_a_stub(FUSION, TRITON_DEFAULT_FP_FUSION="0")
 
 
 def test_what_is_compiled_ahead_of_time_is_what_is_launched():

@@ -225,9 +225,9 @@ for jit in (*KERNELS, channels.channels_forward_kernel, channels_backward.channe
 """
 
 
-def test_whole_calls_on_a_device_that_is_not_current(tmp_path):
+def test_whole_calls_on_a_device_that_is_not_current():
     """Forward and backward, through Triton's own launches."""
-    run_over_a_stub(ON_THE_SECOND, tmp_path)
+    run_over_a_stub(ON_THE_SECOND)
 
 
 def two_gpus() -> None:

@@ -1,6 +1,7 @@
 """The cache of plans: what a signature tells apart, and how little a call like an earlier one does."""
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -173,8 +174,9 @@ def test_compiled_calls_make_no_launcher_again(backend, device):
     assert launchers() == before
 
 
-OWN = Path(triton_norm.__file__).parent
-LAUNCHING = {OWN / "launch.py", *(OWN / "kernels").iterdir(), *(OWN / "testing").iterdir()}
+PACKAGE = Path(triton_norm.__file__).parent
+OWN = f"{PACKAGE}{os.sep}"
+LAUNCHING = {*map(str, (PACKAGE / "launch.py", *(PACKAGE / "kernels").iterdir(), *(PACKAGE / "testing").iterdir()))}
 
 
 def functions_of(call) -> list[str]:
@@ -182,9 +184,9 @@ def functions_of(call) -> list[str]:
     found = []
 
     def note(frame, event, argument):
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and OWN in path.parents and path not in LAUNCHING:
-            found.append(f"{path.name} {frame.f_code.co_name}")
+        path = frame.f_code.co_filename
+        if event == "call" and path.startswith(OWN) and path not in LAUNCHING:
+            found.append(f"{path.removeprefix(OWN)} {frame.f_code.co_name}")
 
     sys.setprofile(note)
     try:

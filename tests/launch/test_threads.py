@@ -298,4 +298,4 @@ assert sum(searches.values()) > before[1]
 def test_first_calls_from_many_threads_compile_and_search_once(tmp_path):
     """Also while all that the calls remember is forgotten again and again."""
     pytest.importorskip("triton")
-    run_over_a_stub(f"sys.path.append('tests')\n{NOTED}\n{MANY_FIRST_CALLS}", tmp_path)
+    run_over_a_stub(f"sys.path.append('tests')\n{NOTED}\n{MANY_FIRST_CALLS}", TRITON_CACHE_DIR=str(tmp_path))
