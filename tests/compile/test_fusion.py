@@ -373,7 +373,7 @@ fused()
 """,
     "of a module that is imported twice": """
 fused()
-for name in [name for name in sys.modules if name.partition(".")[0] in ("triton_norm", "inductor")]:
+for name in [name for name in sys.modules if name.partition(".")[0] in ("triton_norm", "support")]:
     del sys.modules[name]
 fused("triton_norm_2")
 """,

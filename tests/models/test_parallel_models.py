@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from support import parallel_scenarios, sync_scenarios
+from support import parallel_scenarios, worlds
 
 SCENARIOS = [
     parallel_scenarios.bert_in_parallel,
@@ -31,7 +31,7 @@ PATHS = pytest.mark.parametrize(
 @pytest.mark.long
 @PATHS
 def test_a_step_is_that_of_one_process(kernels, scenarios, tmp_path):
-    sync_scenarios.start(tmp_path, 2, kernels, scenarios, preload=IMPORTED)
+    worlds.start(tmp_path, 2, kernels, scenarios, preload=IMPORTED)
 
 
 @pytest.mark.gpu
@@ -39,4 +39,4 @@ def test_a_step_is_that_of_one_process(kernels, scenarios, tmp_path):
 def test_over_nccl(kernels, scenarios, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
-    sync_scenarios.start(tmp_path, 2, kernels, scenarios, backend="nccl")
+    worlds.start(tmp_path, 2, kernels, scenarios, backend="nccl")

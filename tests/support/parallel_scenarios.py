@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import triton_norm
 from support import models
-from support.sync_scenarios import World
+from support.worlds import World
 
 HALVES = {2: (8, 8)}  # so many that the interpreter has several channels in a program
 _TEXT = models.Size(layers=2, width=16, batch=16, tokens=5, image=0)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import triton_norm
 from support.channel_norms import Call, drawn
-from support.sync_scenarios import UNEVEN, World, module_of, shape_of, share_of, y_of_share
+from support.sync_scenarios import UNEVEN, module_of, shape_of, share_of, y_of_share
+from support.worlds import World
 
 
 def between_forward_and_backward(world: World) -> None:

@@ -11,7 +11,8 @@ from torch.distributed.tensor import Replicate, distribute_module, distribute_te
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import triton_norm
-from support.sync_scenarios import Block, World
+from support.sync_scenarios import Block
+from support.worlds import World
 
 
 def _step(module: nn.Module, function: Callable[[Tensor], Tensor], batch: Tensor) -> list[Tensor]:

@@ -1,18 +1,10 @@
-"""Processes that each hold their share of a batch, and what those of test_sync_batch_norm.py go through."""
+"""Scenarios of test_sync_batch_norm.py: exact results and exchanges of processes that share a batch."""
 
 import contextlib
 import copy
 import functools
-import multiprocessing
-import os
-import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,12 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm
-from support import processes
 from support.channel_norms import SHARED, Call, drawn, laid
 from support.gpus import with_numbers
 from support.oracle import Results
-from support.patience import LIMIT_S
 from support.turns import taking_turns
+from support.worlds import World
 from triton_norm import dispatch
 from triton_norm.tuning.limits import INTERPRETED
 
@@ -37,22 +28,6 @@ UNEVEN = {2: (5, 2), 3: (1, 4, 2)}
 ONE_EMPTY = {2: (0, 6), 3: (3, 0, 4)}
 """Together fewer samples than are folded."""
 MANY = {2: (9, 20), 3: (12, 9, 17)}
-
-
-@dataclass(frozen=True)
-class World:
-    rank: int
-    size: int
-    device: str
-
-    def share(self, tensor: Tensor, sizes: dict[int, tuple[int, ...]]) -> Tensor:
-        """This process's samples, of a tensor that all have drawn alike."""
-        return tensor.split(sizes[self.size])[self.rank]
-
-    def everyones(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -356,56 +331,3 @@ def compiled_by_inductor(world: World) -> None:
 def one_that_fails(world: World) -> None:
     assert world.rank != 1, f"rank {world.rank}"
     dist.barrier()
-
-
-def start(
-    folder: Path,
-    size: int,
-    kernels: bool,
-    scenarios: Sequence[Callable[[World], None]],
-    backend: str = "gloo",
-    preload: Sequence[str] = (),
-) -> None:
-    """So many processes, which go through these scenarios; raises what one of them does, with its traceback.
-
-    `preload`: modules that they import anyway, for the first call to import once for all processes.
-    """
-    multiprocessing.set_forkserver_preload(["numpy", "torch", "triton", *preload])
-    arguments = size, backend, str(folder / "store"), kernels, scenarios
-    method = "forkserver" if backend == "gloo" else "spawn"
-    environment = mock.patch.dict(os.environ, TRITON_INTERPRET=str(int(backend == "gloo")))
-    with environment, processes.ending_children():
-        started = torch.multiprocessing.start_processes(enter, arguments, nprocs=size, join=False, start_method=method)
-        give_up = time.monotonic() + LIMIT_S
-        while not started.join(max(0.0, give_up - time.monotonic())):
-            assert time.monotonic() < give_up, f"the processes still ran after {LIMIT_S:.0f} seconds"
-
-
-def enter(
-    rank: int, size: int, backend: str, file: str, kernels: bool, scenarios: Sequence[Callable[[World], None]]
-) -> None:
-    """One process of so many: goes through the scenarios."""
-    torch.set_num_threads(1)
-    device = f"cuda:{rank}" if backend == "nccl" else "cpu"
-    if backend == "nccl":
-        torch.cuda.set_device(device)  # which gathering of objects goes through
-    world = World(rank, size, device)
-    limit = timedelta(seconds=LIMIT_S)
-    dist.init_process_group(backend, init_method=f"file://{file}", timeout=limit, rank=rank, world_size=size)
-    guarded: Any = contextlib.nullcontext
-    if kernels and INTERPRETED:
-        from triton_norm.testing.guards import guarded
-    try:
-        for scenario in scenarios:
-            torch.manual_seed(0)
-            with warnings.catch_warnings(), triton_norm.backend("triton" if kernels else "torch"):
-                quiet = scenario.__name__.startswith("compiled")
-                warnings.simplefilter("ignore" if quiet else "error")
-                with contextlib.nullcontext() if scenario is compiled_by_inductor else guarded():
-                    scenario(world)
-    except RuntimeError as error:
-        if "by peer" in str(error):  # whose error is the one to tell
-            time.sleep(LIMIT_S)
-        raise
-    finally:
-        dist.destroy_process_group()

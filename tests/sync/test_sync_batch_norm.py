@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_norm
-from support import operator_calls, sync_between, sync_captured, sync_scenarios
+from support import operator_calls, sync_between, sync_captured, sync_scenarios, worlds
 from triton_norm.channels.running import move_op
 from triton_norm.sync import operator as synchronized
 
@@ -38,7 +38,7 @@ PATHS = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch
 
 @pytest.fixture
 def processes(tmp_path):
-    return functools.partial(sync_scenarios.start, tmp_path)
+    return functools.partial(worlds.start, tmp_path)
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 
 import triton_norm as tn
-from support import sync_scenarios
+from support import worlds
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -185,7 +185,7 @@ def test_compiled_code_finds_it(device):
         torch.testing.assert_close(y, tn.SyncBatchNorm(4, device=device)(x))
 
 
-def wrapped_in_distributed_data_parallel(world: sync_scenarios.World) -> None:
+def wrapped_in_distributed_data_parallel(world: worlds.World) -> None:
     """DistributedDataParallel refuses torch's on the CPU, and only those."""
     parametrized = tn.SyncBatchNorm(4)
     parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
@@ -200,7 +200,7 @@ def wrapped_in_distributed_data_parallel(world: sync_scenarios.World) -> None:
 
 
 def test_distributed_data_parallel_on_the_cpu(tmp_path):
-    sync_scenarios.start(tmp_path, 1, False, [wrapped_in_distributed_data_parallel])
+    worlds.start(tmp_path, 1, False, [wrapped_in_distributed_data_parallel])
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
