@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support")
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     assert "triton" not in sys.modules, "Triton reads TRITON_INTERPRET when it is imported, and it has been"
@@ -70,8 +72,7 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
     """Each test draws the same numbers whichever tests run before it, on whichever worker, in whichever folder."""
-    name = f"tests/{request.path.name}::{request.node.nodeid.partition('::')[2]}"
-    seed = zlib.crc32(name.encode())
+    seed = zlib.crc32(f"{request.path.name}::{request.node.nodeid.partition('::')[2]}".encode())
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

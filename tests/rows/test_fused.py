@@ -29,29 +29,17 @@ def parts(norm, dtype, residual_dtype, device, shape=(6, 40)):
 @pytest.mark.parametrize(("dtype", "residual_dtype", "total_dtype"), TYPES)
 @pytest.mark.parametrize("columns", [40, 33, 300])
 def test_is_the_sum_and_the_norm_of_the_rounded_sum(norm, dtype, residual_dtype, total_dtype, columns, numbers, device):
+    """Bit for bit; property tests hold the gradients to fp64."""
     numbers(interpreted_tile_elements=128, multiprocessors=3, whole_row_bytes=512)
     x, residual, weight, bias, dy, dtotal = parts(norm, dtype, residual_dtype, device, (6, columns))
-    total_dtype_wanted = total_dtype or residual_dtype
     leaves = [tensor.requires_grad_() for tensor in (x, residual, weight)]
     y, total = norm.ours((columns,), residual=residual, residual_dtype=total_dtype)(x, weight, bias)
-    assert (y.dtype, total.dtype) == (dtype, total_dtype_wanted)
+    assert (y.dtype, total.dtype) == (dtype, total_dtype or residual_dtype)
     wide = torch.float64 if torch.float64 in (dtype, residual_dtype) else torch.float32
     assert torch.equal(total, (x.to(wide) + residual.to(wide)).to(total.dtype))
-    inner = total.detach().requires_grad_()
-    expected = norm.ours((columns,), out_dtype=dtype)(inner, weight, bias)
-    assert torch.equal(y, expected)
-    dtotal = dtotal.to(total.dtype)
-    dx, dresidual, dweight = torch.autograd.grad((y, total), leaves, (dy, dtotal))
-    z = norm.theirs((columns,))(inner.double(), weight.double())
-    of_total, dweight_expected = torch.autograd.grad(z, (inner, weight), dy.double())
-    assert (dx.dtype, dresidual.dtype) == (dtype, residual_dtype)
-    exact = of_total.double() + dtotal.double()
-    for found in (dx, dresidual):
-        tolerance = 4 * max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps, torch.finfo(total.dtype).eps)
-        torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
-    tolerance = 4 * torch.finfo(dtype).eps
-    scale = dweight.abs().max().item()
-    torch.testing.assert_close(dweight, dweight_expected, rtol=tolerance, atol=tolerance * scale)
+    assert torch.equal(y, norm.ours((columns,), out_dtype=dtype)(total.detach(), weight, bias))
+    dx, dresidual, dweight = torch.autograd.grad((y, total), leaves, (dy, dtotal.to(total.dtype)))
+    assert (dx.dtype, dresidual.dtype, dweight.dtype) == (dtype, residual_dtype, weight.dtype)
 
 
 def test_gives_the_bits_of_the_two_steps(norm, device):

@@ -160,7 +160,7 @@ def test_nan_and_inf_where_torch_has_them(norm, poison, device):
 def test_largest_values_of_the_halves(norm, dtype, device):
     x = (torch.randn(4, 96).sign() * torch.finfo(dtype).max).to(device, dtype)
     theirs, ours = (f(x) for f in (norm.theirs((96,)), norm.ours((96,))))
-    assert torch.equal(ours.isfinite(), theirs.isfinite())
+    assert (ours.isfinite() | ~theirs.isfinite()).all()  # torch's is NaN beside a mean of 0, as the variance overflows
 
 
 @pytest.mark.unguarded  # fp64 through thousands of launches; the kernels are guarded above
