@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from perf import environment, options, workloads
-from perf.findings import NOT_TIMED, Findings, Record
-from perf.ledger import GPU_LOST
-from perf.options import Do
-from perf.worker import Worker
+from perf.findings import NOT_TIMED, Findings
+from perf.points import Point
+from perf.records import RESULTS, Outcome, Refused, ResultsFile, dumped, read
 
-STORED = Path(__file__).resolve().parent / "results"
+Do = Callable[[argparse.Namespace], int]
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "perf" / "results"
 NO_GPU = "this machine has no GPU, and nothing else is worth timing."
-INTERRUPTED, LOST = 130, 3
-"""Exit statuses: of an interrupted run, and of one whose GPU no longer answers."""
+STATIC = ("traffic", "resources", "numerics")
+"""The parts that need no clock: verbs, and kinds of records."""
+# Exit statuses: of an interrupted run, and of one that ended early.
+INTERRUPTED, FAILED = 130, 3
+# A process that is told to end has this long to.
+GRACE_SECONDS = 5.0
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-def refuse(verb: str, reason: object) -> int:
-    print(f"perf {verb}: {reason}", file=sys.stderr)
-    return 2
+def require_gpu() -> None:
+    if not environment.has_gpu():
+        raise Refused(NO_GPU)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return int(given.do(given))
+    except Refused as reason:
+        print(f"perf {given.verb}: {reason}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -50,12 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m perf", description=__doc__, parents=[shared.folder, shared.points, shared.timing]
     )
-    parser.set_defaults(do=everything)
+    parser.set_defaults(do=everything, verb="everything")
     verbs = parser.add_subparsers(metavar="PART")
 
     def verb(name: str, does: Do, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         part = verbs.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
-        part.set_defaults(do=does)
+        part.set_defaults(do=does, verb=name)
         return part
 
     timing = (shared.folder, shared.points, shared.timing)
@@ -100,49 +110,71 @@ def _parser() -> argparse.ArgumentParser:
 def everything(given: argparse.Namespace) -> int:
     from perf import report
 
-    findings = Findings(environment.describe())
-    stored = Findings({})
-    report.load(sorted(STORED.glob("*.json")), stored)
-    findings.timed += stored.timed
-    findings.problems += stored.problems
-    workers = {verb: Worker(verb, say) for verb in ("traffic", "resources", "numerics")}
+    file = ResultsFile(given.out / RESULTS, environment.describe(), given.resume)
+    stored, findings = Findings({}), Findings(file.results.run["environment"])
+    report.load(sorted(STORED.glob("*.jsonl")), stored)
     try:
         if environment.has_gpu():
-            _time_into(findings, given)
-        for worker in workers.values():
-            worker.start()
-        for worker in workers.values():
-            findings.problems += worker.wait()
+            _time_into(file, findings, given)
+        findings.problems += _in_processes(file)
     except KeyboardInterrupt:
         findings.interrupted = True
         say("interrupted: writing the report of what is done")
-    finally:
-        for worker in workers.values():
-            worker.stop()
-    findings.traffic += workers["traffic"].records
-    findings.resources += workers["resources"].records
-    findings.numerics += workers["numerics"].records
+    static = read(file.path)
+    for kind in STATIC:  # a resumed file has those of the run before it, too
+        setattr(findings, kind, getattr(static, kind)[len(getattr(file.results, kind)) :])
+    findings.timed += stored.timed
+    findings.problems += stored.problems
     return _finish(findings, given.out)
+
+
+def _in_processes(file: ResultsFile) -> list[str]:
+    """Runs the parts that need no clock, which add their records to the file, in processes of their own: the
+    interpreter and the compiler cannot share one. Returns the reasons of those that failed."""
+    problems = []
+    with ExitStack() as running, file.path.open("a") as out:
+        processes = {}
+        for verb in STATIC:
+            errors = running.enter_context(tempfile.TemporaryFile("w+"))
+            command = [sys.executable, "-m", "perf", verb, "--lines"]
+            processes[verb] = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=errors), errors
+            running.callback(_stop, processes[verb][0])
+        say(f"counting, compiling and comparing: {', '.join(processes)}")
+        for verb, (process, errors) in processes.items():
+            status = process.wait()
+            say(f"{verb}: done")
+            if status not in (0, 1):
+                errors.seek(0)
+                last = (errors.read().strip().splitlines() or ["no message"])[-1]
+                problems.append(f"{verb} ended with exit status {status}: {last}")
+    return problems
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:  # an import can swallow what the signal raises
+            process.kill()
+            process.wait()
 
 
 def run_timing(given: argparse.Namespace) -> int:
-    if not environment.has_gpu():
-        return refuse("run", NO_GPU)
-    findings = Findings(environment.describe())
-    try:
-        _time_into(findings, given)
-    except ValueError as error:
-        return refuse("run", error)
+    require_gpu()
+    file = ResultsFile(given.out / RESULTS, environment.describe(), given.resume)
+    findings = Findings(file.results.run["environment"])
+    _time_into(file, findings, given)
     return _finish(findings, given.out)
 
 
-def _time_into(findings: Findings, given: argparse.Namespace) -> None:
-    from perf import planning, sweep
+def _time_into(file: ResultsFile, findings: Findings, given: argparse.Namespace) -> None:
+    from perf import sweep
 
-    results = sweep.timed_run(planning.plan_of(given), given.out / options.TIMING, say)
-    findings.timed.insert(0, results)
+    run = sweep.timed_run(options.plan_of(given), file, say)
+    findings.timed.append(run)
     findings.timed_here = True
-    findings.interrupted = results.get("stopped") == "interrupted"
+    findings.interrupted = run.get("stopped") == "interrupted"
 
 
 def _finish(findings: Findings, out: Path) -> int:
@@ -152,8 +184,8 @@ def _finish(findings: Findings, out: Path) -> int:
     say(f"{NOT_TIMED + ' ' if not findings.timed_here else ''}The report is {index}")
     if findings.interrupted:
         return INTERRUPTED
-    if findings.timed_here and str(findings.timed[0].get("stopped", "")).startswith(GPU_LOST):
-        return LOST
+    if findings.timed_here and findings.timed[0].get("stopped"):
+        return FAILED
     return int(report.has_failed(findings))
 
 
@@ -166,50 +198,39 @@ def report_files(given: argparse.Namespace) -> int:
 
 
 def compare_files(given: argparse.Namespace) -> int:
-    from perf import compare, planning
+    from perf import compare
 
-    try:
-        contenders = planning.contenders_of(given.contenders)
-    except ValueError as error:
-        return refuse("compare", error)
+    contenders = options.contenders_of(given.contenders)
     return compare.compare(given.old, given.new, given.fail_below, contenders, given.any_gpu, say)
 
 
 def list_tasks(given: argparse.Namespace) -> int:
-    from perf import planning
-
-    try:
-        plan = planning.plan_of(given)
-    except ValueError as error:
-        return refuse("list", error)
+    plan = options.plan_of(given)
     for contender in plan.chosen():
         say(f"{contender.name}: {contender.status()}")
     for task in plan.tasks():
-        say(planning.line(task))
+        floor = f"  floor {task.floor_bytes / 2**20:.2f} MiB" if isinstance(task, Point) else ""
+        say(f"{task}  {task.workload.source if isinstance(task, Point) else task.source}{floor}")
     return 0
 
 
 def tune_launches(given: argparse.Namespace) -> int:
-    if not environment.has_gpu():
-        return refuse("tune", NO_GPU)
-    from perf import planning, tune
+    require_gpu()
+    from perf import tune
     from triton_norm.tuning.choices import TUNED
 
     seconds = float("inf") if given.seconds is None else given.seconds
-    try:
-        found = tune.run(planning.points_of(given), TUNED, given.out, seconds, say, fresh=given.fresh)
-    except OSError as error:
-        return refuse("tune", error)
+    found = tune.run(options.points_of(given), TUNED, given.out, seconds, say, fresh=given.fresh)
     if found.get("stopped") == "interrupted":
         return INTERRUPTED
     return int(bool(found.get("stopped") or found.get("problems")))
 
 
-def _tell(records: Iterable[Record], line: Any, as_json: bool) -> int:
+def _tell(kind: str, records: Iterable[Outcome], line: Callable[[Any], str], as_json: bool) -> int:
     failed = False
     for record in records:
         failed |= record["status"] != "ok"
-        say(json.dumps(record) if as_json else line(record))
+        say(dumped(kind, record) if as_json else line(record))
     return int(failed)
 
 
@@ -221,37 +242,33 @@ def count_traffic(given: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)  # as many as the interpreter has
     points = options.inspected_of(given, workloads.traffic_points)
-    return _tell(traffic.records(points), traffic.line, given.lines)
+    return _tell("traffic", traffic.records(points), traffic.line, given.lines)
 
 
 def compare_numerics(given: argparse.Namespace) -> int:
     os.environ["TRITON_INTERPRET"] = "0" if environment.has_gpu() else "1"
     from perf import numerics
 
-    return _tell(numerics.records(), numerics.line, given.lines)
+    return _tell("numerics", numerics.records(), numerics.line, given.lines)
 
 
 def compile_resources(given: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from perf import resources
 
-    try:
-        targets = resources.targets_of(given.target or resources.TARGETS)
-    except ValueError as error:
-        return refuse("resources", error)
+    targets = resources.targets_of(given.target or resources.TARGETS)
     points = options.inspected_of(given, workloads.resource_points)
-    return _tell(resources.records(points, targets, every_config=given.every_config), resources.line, given.lines)
+    return _tell(
+        "resources", resources.records(points, targets, every_config=given.every_config), resources.line, given.lines
+    )
 
 
 def compare_code(given: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from perf import code, resources
 
-    try:
-        targets = resources.targets_of(given.target or ["sm_90"])
-        before = code.load(given.compare) if given.compare else {}
-    except (OSError, ValueError) as error:
-        return refuse("code", error)
+    targets = resources.targets_of(given.target or ["sm_90"])
+    before = code.load(given.compare) if given.compare else {}
     points = options.inspected_of(given, workloads.resource_points)
     now = code.hashes(points, targets, given.every_config)
     if given.compare:
@@ -266,17 +283,14 @@ def time_host(given: argparse.Namespace) -> int:
         os.environ["TRITON_CACHE_DIR"] = built
         from perf import host
 
-        return _tell(host.records(Path(built)), host.line, given.lines)
+        return _tell("host", host.records(Path(built)), host.line, given.lines)
 
 
 def write_readme(given: argparse.Namespace) -> int:
     from perf import readme
 
-    try:
-        readme.store(given.files, STORED)
-        say(str(readme.write(STORED)))
-    except ValueError as error:
-        return refuse("readme", error)
+    readme.store(given.files, STORED)
+    say(str(readme.write(STORED)))
     return 0
 
 

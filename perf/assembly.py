@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import triton
+
+from perf.records import Code
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -85,7 +86,7 @@ def _sass_bits(instruction: str) -> int:
     return int(found[1]) if found else 32
 
 
-def nvidia(cubin: bytes, code: Sequence[str]) -> dict[str, Any]:
+def nvidia(cubin: bytes, code: Sequence[str]) -> Code:
     usage = _usage(cubin)
     mnemonics = [instruction.partition(".")[0] for instruction in code]
 
@@ -111,7 +112,7 @@ def _gcn_bits(instruction: str) -> int:
     return next((bits for name, bits in _GCN_NARROW.items() if name in instruction), 32)
 
 
-def amd(assembly: str) -> dict[str, Any]:
+def amd(assembly: str) -> Code:
     code = _GCN.findall(assembly)
 
     def field(name: str) -> int:

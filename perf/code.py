@@ -17,6 +17,7 @@ import triton
 
 from perf import assembly
 from perf.points import Point
+from perf.records import Refused
 from perf.resources import TARGETS, Target, compile_point
 
 Code = dict[str, dict[str, str]]  # by point and target, then by place and name of a launch: the SHA-256 of its code
@@ -55,10 +56,13 @@ def save(path: Path, code: Code, say: Callable[[str], None]) -> None:
 
 
 def load(path: Path) -> Code:
-    """Reads stored hashes; raises ValueError where they are of another Triton, whose code is another one anyway."""
-    stored = json.loads(path.read_text())
+    """Reads stored hashes; raises Refused where they are of another Triton, whose code is another one anyway."""
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} can't be read: {error}") from error
     if stored["triton"] != triton.__version__:
-        raise ValueError(f"{path} is of Triton {stored['triton']}, and this is {triton.__version__}")
+        raise Refused(f"{path} is of Triton {stored['triton']}, and this is {triton.__version__}")
     code: Code = stored["code"]
     return code
 

@@ -1,45 +1,34 @@
-"""Two timed runs, point by point: what became faster, what slower, and what is no longer right.
+"""Compares two timed runs, point by point.
 
-A ratio is the old time over the new one: 1.10 is 10 % faster. The verdict goes by the ratio of the medians, on every
-point; it is the threshold that allows for noise. Where the bands from 20 to 80 % of the two runs overlap, that is told
-("within the spread") and excuses nothing: short calls scatter so much that their bands nearly always do. Where torch's
-time has moved alike, it is the machine that has changed.
+A ratio is the old time over the new one: 1.10 is 10 % faster. Medians decide; the threshold allows for noise. Where the
+bands from the 20th to the 80th percentile of the two runs overlap, "within the spread" says so and excuses nothing: for
+short calls they nearly always do. Where torch's time has changed alike, the machine has changed.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import geometric_mean
+from typing import Any, NamedTuple
 
-from perf.findings import Record
+from perf import records
+from perf.records import Refused, Run
 
-Key = tuple[Any, ...]
-Say = Callable[[str], None]
-
+Key = tuple[str, str, str]
+"""Group, title and contender of a point."""
 REFERENCE = "torch"
-OK, REGRESSED, NOT_COMPARABLE = 0, 1, 2
+OK, REGRESSED = 0, 1
 FAILURES = ("wrong", "error")
-STEP = "step"
-GPU_UNKNOWN = "an unknown GPU"
 
 
-class NotComparable(ValueError):
-    """Why two files can't be compared, in a sentence."""
+class Pair(NamedTuple):
+    """One point of one contender in both runs, and the ratio of torch's times there."""
 
-
-@dataclass(frozen=True)
-class Pair:
-    """One point of one contender in both runs; `reference`: the ratio of torch's times there."""
-
-    title: str
     group: str
-    old: Record
-    new: Record
+    title: str
+    old: dict[str, Any]
+    new: dict[str, Any]
     reference: float | None
 
     @property
@@ -53,84 +42,68 @@ class Pair:
 
     @property
     def overlaps(self) -> bool:
-        """Whether the bands of the two runs have a time in common."""
-        bands = ("p20_us", "p80_us")
-        if not all(name in run for name in bands for run in (self.old, self.new)):
-            return False
-        return bool(self.old["p20_us"] <= self.new["p80_us"] and self.new["p20_us"] <= self.old["p80_us"])
+        old, new = self.old, self.new
+        return bool(old["p20_us"] <= new["p80_us"] and new["p20_us"] <= old["p80_us"])
 
 
-def _ratio(old: Record, new: Record) -> float | None:
-    if old["status"] != "ok" or new["status"] != "ok":
+def _ratio(old: dict[str, Any] | None, new: dict[str, Any] | None) -> float | None:
+    if not old or not new or old["status"] != "ok" or new["status"] != "ok":
         return None
     return float(old["median_us"] / new["median_us"])
 
 
-def _timed_run(path: Path) -> Record:
-    """The run in a results file: of a report the first, which is the one that the report was made for."""
+def _timed_run(path: Path) -> Run:
     try:
-        content = json.loads(path.read_text())
-        run = content if content["kind"] == "timing" else content["timed"][0] if content["kind"] == "report" else None
-        if run is not None and all(isinstance(record, dict) for record in _records(run)):
-            return dict(run)
-    except IndexError:
-        raise NotComparable(f"{path} is a report in which nothing was timed.") from None
-    except OSError as error:
-        raise NotComparable(f"{path} can't be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    raise NotComparable(f"{path} holds no results of a timed run.")
+        run = records.read(path).run
+    except ValueError as error:
+        raise Refused(f"{path} holds no results of a timed run: {error}.") from error
+    if not run["records"] and not run["steps"]:
+        raise Refused(f"{path} holds nothing that was timed.")
+    return run
 
 
-def _records(run: Record) -> list[Record]:
-    return [*run["records"], *run.get("steps", [])]
-
-
-def _key(record: Record) -> Key:
-    """What makes two records of one contender comparable; first the name of its group."""
+def _key(record: dict[str, Any]) -> Key:
     if "model" in record:
-        return STEP, record["model"], record["dtype"]
-    return f"{record['op']} {record['mode']}", record["dtype"], tuple(record["shape"]), record["layout"]
+        return "step", f"step {record['dtype']} {record['model']}", record["contender"]
+    group = f"{record['op']} {record['mode']}"
+    layout = "" if record["layout"] == "contiguous" else f" {record['layout']}"
+    return group, f"{group} {record['dtype']} {'x'.join(map(str, record['shape']))}{layout}", record["contender"]
 
 
-def _title(key: Key) -> str:
-    if key[0] == STEP:
-        return f"{STEP} {key[2]} {key[1]}"
-    group, dtype, shape, layout = key
-    return f"{group} {dtype} {'x'.join(map(str, shape))}" + ("" if layout == "contiguous" else f" {layout}")
-
-
-def _by_point(run: Record, path: Path) -> dict[tuple[Key, str], Record]:
-    """By point and contender, without what was not to be timed."""
+def _by_point(run: Run, path: Path) -> dict[Key, dict[str, Any]]:
+    """Returns the records by point and contender, without those that were not to be timed."""
     try:
-        found = {(_key(record), record["contender"]): record for record in _records(run)}
+        rows: list[dict[str, Any]] = [*map(dict, run["records"]), *map(dict, run["steps"])]
+        found = {_key(record): record for record in rows}
         timed = {key: r for key, r in found.items() if r["status"] in ("ok", *FAILURES)}
-        if all(r["median_us"] > 0 for r in timed.values() if r["status"] == "ok"):
+        if all(r["median_us"] > 0 and r["p20_us"] and r["p80_us"] for r in timed.values() if r["status"] == "ok"):
             return timed
     except (KeyError, TypeError):
         pass
-    raise NotComparable(f"{path} holds records that are not of timed points.")
+    raise Refused(f"{path} holds records that are not of timed points.")
 
 
-def _gpu(run: Record) -> str:
-    return str(run.get("environment", {}).get("GPU") or GPU_UNKNOWN)
+def _gpu(run: Run) -> str:
+    return run["environment"].get("GPU") or "an unknown GPU"
 
 
-def _pairs(
-    old: dict[tuple[Key, str], Record], new: dict[tuple[Key, str], Record], contenders: Sequence[str]
-) -> list[Pair]:
+def _compared(old: Path, new: Path, contenders: Sequence[str], any_gpu: bool) -> tuple[list[Pair], int, int]:
+    """Returns the pairs, and how many points only the old run and only the new one has."""
+    runs = _timed_run(old), _timed_run(new)
+    if _gpu(runs[0]) != _gpu(runs[1]) and not any_gpu:
+        raise Refused(f"{old} was measured on {_gpu(runs[0])}, and {new} on {_gpu(runs[1])}.")
+    before, after = (_by_point(run, path) for run, path in zip(runs, (old, new), strict=True))
     pairs = []
-    for (key, contender), before in old.items():
-        after = new.get((key, contender))
-        if contender not in contenders or after is None:
-            continue
-        torch_before, torch_after = old.get((key, REFERENCE)), new.get((key, REFERENCE))
-        reference = None
-        if torch_before and torch_after and contender != REFERENCE:
-            reference = _ratio(torch_before, torch_after)
-        title = _title(key) + (f", {contender}" if len(contenders) > 1 else "")
-        pairs.append(Pair(title, str(key[0]), before, after, reference))
-    return pairs
+    for (group, title, who), record in before.items():
+        if who in contenders and (group, title, who) in after:
+            reference = _ratio(before.get((group, title, REFERENCE)), after.get((group, title, REFERENCE)))
+            name = f"{title}, {who}" if len(contenders) > 1 else title
+            found = after[group, title, who]
+            pairs.append(Pair(group, name, record, found, None if who == REFERENCE else reference))
+    if not pairs:
+        raise Refused(f"{old} and {new} have no point of {' or '.join(contenders)} in common.")
+    mine = [{key for key in run if key[-1] in contenders} for run in (before, after)]
+    return pairs, len(mine[0] - mine[1]), len(mine[1] - mine[0])
 
 
 def compare(
@@ -139,70 +112,46 @@ def compare(
     fail_below: float,
     contenders: Sequence[str] = ("triton_norm",),
     any_gpu: bool = False,
-    say: Say = print,
+    say: Callable[[str], None] = print,
 ) -> int:
-    """Tells the points of `contenders`, the worst first. 0: all is well; 1: a ratio is below `fail_below`, or a point
-    was right and now fails; 2: the files can't be compared, for a reason told on stderr."""
-    try:
-        pairs, only_old, only_new = _compared(old, new, contenders, any_gpu)
-    except NotComparable as error:
-        print(f"perf compare: {error}", file=sys.stderr)
-        return NOT_COMPARABLE
-    for line in _table(pairs, fail_below):
-        say(line)
+    """Says how the points of `contenders` differ, the worst first.
+
+    Returns:
+        0: all is well; 1: a ratio is below `fail_below`, or a point was right and now fails.
+
+    Raises:
+        Refused: if the files can't be compared.
+    """
+    pairs, only_old, only_new = _compared(old, new, contenders, any_gpu)
+    ordered = sorted(pairs, key=_order)
+    lines = _aligned([("point", "old µs", "new µs", "ratio", REFERENCE, ""), *(_row(p, fail_below) for p in ordered)])
     broke = sum(pair.broke for pair in pairs)
     slower = sum(pair.ratio is not None and pair.ratio < fail_below for pair in pairs)
-    say("")
-    for line in _means(pairs):
+    lines += ["", *_means(pairs), "", f"{len(pairs)} points paired, {only_old} only in {old}, {only_new} only in {new}"]
+    for line in (*lines, f"{slower} below {fail_below:g}, {broke} that were right and now fail"):
         say(line)
-    say("")
-    say(f"{len(pairs)} points paired, {only_old} only in {old}, {only_new} only in {new}")
-    say(f"{slower} below {fail_below:g}, {broke} that were right and now fail")
     return REGRESSED if slower or broke else OK
 
 
-def _compared(old: Path, new: Path, contenders: Sequence[str], any_gpu: bool) -> tuple[list[Pair], int, int]:
-    """The pairs, and how many points only the old run and only the new one has."""
-    runs = _timed_run(old), _timed_run(new)
-    gpus = [_gpu(run) for run in runs]
-    if gpus[0] != gpus[1] and not any_gpu:
-        raise NotComparable(f"{old} was measured on {gpus[0]}, and {new} on {gpus[1]}.")
-    before, after = (_by_point(run, path) for run, path in zip(runs, (old, new), strict=True))
-    pairs = _pairs(before, after, contenders)
-    if not pairs:
-        raise NotComparable(f"{old} and {new} have no point of {' or '.join(contenders)} in common.")
-    mine = [{key for key in run if key[1] in contenders} for run in (before, after)]
-    return pairs, len(mine[0] - mine[1]), len(mine[1] - mine[0])
-
-
-def _order(pair: Pair) -> tuple[int, float]:
-    """Worst first: what fails now, then by ratio, then what can't have one."""
-    if pair.broke:
-        return 0, 0.0
-    return (2, 0.0) if pair.ratio is None else (1, pair.ratio)
+def _order(pair: Pair) -> tuple[bool, bool, float]:
+    """Puts what fails now first, then the least ratios, then what can't have one."""
+    return not pair.broke, pair.ratio is None, pair.ratio or 0.0
 
 
 def _row(pair: Pair, fail_below: float) -> tuple[str, ...]:
     times = [f"{run['median_us']:.1f}" if run["status"] == "ok" else run["status"] for run in (pair.old, pair.new)]
-    ratio = "" if pair.ratio is None else f"{pair.ratio:.3f}"
-    reference = "" if pair.reference is None else f"{pair.reference:.3f}"
     notes = ["was right"] if pair.broke else []
     if pair.ratio is not None:
         notes += ["BELOW"] if pair.ratio < fail_below else []
         notes += ["within the spread"] if pair.overlaps else []
     elif pair.new["status"] in FAILURES:
         notes.append(pair.new.get("message", ""))
-    return pair.title, *times, ratio, reference, ", ".join(note for note in notes if note)
-
-
-def _table(pairs: Iterable[Pair], fail_below: float) -> list[str]:
-    rows: list[tuple[str, ...]] = [("point", "old µs", "new µs", "ratio", REFERENCE, "")]
-    rows += [_row(pair, fail_below) for pair in sorted(pairs, key=_order)]
-    return _aligned(rows)
+    ratios = ("" if ratio is None else f"{ratio:.3f}" for ratio in (pair.ratio, pair.reference))
+    return pair.title, *times, *ratios, ", ".join(filter(None, notes))
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The first and the last column to the left, figures to the right."""
+    """Returns lines with the first and the last column to the left, and figures to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *figures, last in rows:
@@ -212,15 +161,15 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _means(pairs: Sequence[Pair]) -> list[str]:
-    """Geometric means of the ratios, ours and torch's, for each op and mode."""
+    """Returns geometric means of the ratios, ours and torch's, for each op and mode."""
+
+    def mean(ratios: Sequence[float]) -> str:
+        return f"{geometric_mean(ratios):.3f}" if ratios else ""
+
     rows: list[tuple[str, ...]] = [("geometric mean", "points", "ratio", REFERENCE, "")]
     for group in dict.fromkeys(pair.group for pair in pairs):
         mine = [pair for pair in pairs if pair.group == group]
         ratios = [pair.ratio for pair in mine if pair.ratio is not None]
         theirs = [pair.reference for pair in mine if pair.reference is not None]
-        rows.append((group, str(len(ratios)), _mean(ratios), _mean(theirs), ""))
+        rows.append((group, str(len(ratios)), mean(ratios), mean(theirs), ""))
     return _aligned(rows)
-
-
-def _mean(ratios: Sequence[float]) -> str:
-    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}" if ratios else ""

@@ -12,8 +12,8 @@ import torch
 
 from perf import others
 from perf.environment import version
-from perf.findings import in_a_line
 from perf.functions import Function, Functions, torch_functions, triton_norm_functions
+from perf.records import in_a_line
 
 __all__ = ["CONTENDERS", "Contender", "Function", "Functions", "torch_functions", "triton_norm_functions"]
 

@@ -1,4 +1,4 @@
-"""What was found out, and the few figures that are derived from it."""
+"""Everything that a report shows, and the figures that are derived from records."""
 
 from __future__ import annotations
 
@@ -8,73 +8,80 @@ from math import prod
 from typing import Any
 
 from perf.points import BULK, ITEMSIZE, PASSES, TITLE
+from perf.records import Numerics, PointFields, Resources, Results, Run, Step, Timing, Traffic, Ulps, ok
 
-Record = dict[str, Any]
+OURS = "triton_norm"
 OUTPUTS = ("y", "dx")
-OVERFLOWING = "as large as the type goes"  # data whose squares leave fp32
+OVERFLOWING = "as large as the type goes"
+"""Data whose squares leave fp32."""
+LARGE_BYTES = 16 << 20
+"""Inputs above this size are bound by memory, on which contenders are compared by bandwidth."""
 STEP_RIVALS = {
     "triton_norm": "torch",
     "triton_norm, compiled": "torch.compile",
     "triton_norm, compiled, kernels forced": "torch.compile",
 }
+STATUS_TEXT = {"wrong": "outside tolerance"}
+"""How a status is shown, where not by its name."""
 NOT_TIMED = "Nothing was timed on this machine: it has no GPU."
 
 
 @dataclass
 class Findings:
-    """Everything that one report shows. `timed` holds runs made here and runs read from files."""
+    """The content of one report.
+
+    Args:
+        environment: of the report.
+        timed: runs on GPUs, made here or read from files.
+        problems: sentences about the report itself.
+        timed_here: the first of `timed` was made for this report.
+    """
 
     environment: dict[str, str]
-    kind: str = "report"
-    format: int = 1
-    timed: list[Record] = field(default_factory=list)
-    traffic: list[Record] = field(default_factory=list)
-    resources: list[Record] = field(default_factory=list)
-    numerics: list[Record] = field(default_factory=list)
+    timed: list[Run] = field(default_factory=list)
+    traffic: list[Traffic] = field(default_factory=list)
+    resources: list[Resources] = field(default_factory=list)
+    numerics: list[Numerics] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     timed_here: bool = False
     interrupted: bool = False
 
-
-def in_a_line(error: BaseException) -> str:
-    """Its first and its last line: Triton's errors begin with a place and end with what is wrong."""
-    lines = str(error).strip().splitlines()
-    ends = dict.fromkeys(line.strip()[:300] for line in (lines[:1] + lines[-1:]))
-    return f"{type(error).__name__}: {' ... '.join(ends)}" if lines else type(error).__name__
-
-
-def ok(records: Sequence[Record]) -> list[Record]:
-    return [record for record in records if record["status"] == "ok"]
+    def add(self, results: Results) -> None:
+        if results.run["records"] or results.run["steps"]:
+            self.timed.append(results.run)
+        self.traffic += results.traffic
+        self.resources += results.resources
+        self.numerics += results.numerics
 
 
-def pairs(records: Sequence[Record], over: str, of: str = "triton_norm") -> list[tuple[Record, float]]:
-    """On every point that both were timed on: the record of `of`, and how many times faster than `over` it is."""
-    times: dict[tuple[Any, ...], dict[str, Record]] = {}
-    for record in ok(records):
-        key = tuple(record[name] for name in ("op", "mode", "dtype", "layout")) + tuple(record["shape"])
-        times.setdefault(key, {})[record["contender"]] = record
+def pairs(records: Sequence[Timing], over: str, of: str = OURS) -> list[tuple[Timing, float]]:
+    """Returns the record of `of`, and how many times as fast as `over` it is, for each point of both."""
+    times: dict[tuple[Any, ...], dict[str, Timing]] = {}
+    for r in ok(records):
+        key = (r["op"], r["mode"], r["dtype"], r["layout"], *r["shape"])
+        times.setdefault(key, {})[r["contender"]] = r
     both = [found for found in times.values() if over in found and of in found]
     return [(found[of], found[over]["median_us"] / found[of]["median_us"]) for found in both]
 
 
-def speedups(records: Sequence[Record], over: str, of: str = "triton_norm") -> list[float]:
+def speedups(records: Sequence[Timing], over: str, of: str = OURS) -> list[float]:
     return [ratio for _, ratio in pairs(records, over, of)]
 
 
-def step_speedups(steps: Sequence[Record]) -> list[tuple[Record, str, float]]:
-    """Steps with triton_norm, what each is held against, and how many times faster it is."""
+def step_speedups(steps: Sequence[Step]) -> list[tuple[Step, str, float]]:
+    """Returns steps with triton_norm, the contender that each is held against, and how many times as fast it is."""
     times = {(r["model"], r["dtype"], r["contender"]): r["median_us"] for r in ok(steps)}
     found = []
     for record in ok(steps):
-        over = STEP_RIVALS.get(record["contender"])
+        over = STEP_RIVALS.get(record["contender"], "")
         other = times.get((record["model"], record["dtype"], over))
-        if over and other:
+        if other:
             found.append((record, over, other / record["median_us"]))
     return found
 
 
-def split(records: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Record]]]:
-    """Timed records by op, mode and dtype."""
+def split(records: Sequence[Timing]) -> Iterator[tuple[str, str, str, list[Timing]]]:
+    """Yields op, mode and dtype with the records of each."""
     for op in TITLE:
         for mode in PASSES:
             mine = [record for record in records if (record["op"], record["mode"]) == (op, mode)]
@@ -82,57 +89,65 @@ def split(records: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Recor
                 yield op, mode, dtype, [record for record in mine if record["dtype"] == dtype]
 
 
-def device_of(run: Record) -> str:
-    return str(run["environment"].get("GPU", "unknown GPU"))
+def device_of(run: Run) -> str:
+    return run["environment"].get("GPU", "unknown GPU")
 
 
-def input_bytes(record: Record) -> int:
-    """Of x alone."""
+def input_bytes(record: PointFields) -> int:
+    """Returns the size of x."""
     return prod(record["shape"]) * ITEMSIZE[record["dtype"]]
 
 
-def shape_text(record: Record) -> str:
+def shape_text(record: PointFields) -> str:
     return "×".join(map(str, record["shape"]))
 
 
-def lying(record: Record) -> str:
-    """The shape, and for channels how it lies in memory."""
+def layout_text(record: PointFields) -> str:
+    """Returns the shape, and of channels their layout."""
     if len(record["shape"]) == 2:
         return shape_text(record)
     return f"{shape_text(record)} {'NHWC' if record['layout'] == 'channels_last' else 'NCHW'}"
 
 
-def streamed(record: Record) -> float:
-    """Bytes over the floor, without the weights that every program reads again and finds in cache."""
+def streamed(record: Traffic) -> float:
+    """Returns bytes over the floor, without weights that every program reads again and finds in cache."""
     again = sum(record["bytes"]["parameters"].values()) - sum(record["footprint"]["parameters"].values())
-    return float((record["total_bytes"] - again) / record["floor_bytes"])
+    return (record["total_bytes"] - again) / record["floor_bytes"]
 
 
-def uncached(record: Record) -> float:
-    """The same, without what a program reads again itself: a launch is made so only where that is still in cache."""
-    return streamed(record) - float(record["again_bytes"] / record["floor_bytes"])
+def uncached(record: Traffic) -> float:
+    """Returns `streamed` without the bytes that a program loads again, which are still in cache."""
+    return streamed(record) - record["again_bytes"] / record["floor_bytes"]
 
 
-def over_its_form(record: Record) -> float:
-    """The same, over the floor of as many launches as there are: of two, what is reduced is read twice."""
-    floor = "floor_bytes" if len(record["launches"]) == 1 else "apart_floor_bytes"
-    return uncached(record) * float(record["floor_bytes"] / record[floor])
+def _form_floor(record: Traffic) -> int:
+    """Returns the floor for as many launches as there are: two have to read twice what is reduced."""
+    return record["floor_bytes"] if len(record["launches"]) == 1 else record["apart_floor_bytes"]
 
 
-def exchanged(record: Record) -> float:
-    """What of that is partial sums, what programs wait with, and statistics beyond each once: in cache all of it."""
-    floor = "floor_bytes" if len(record["launches"]) == 1 else "apart_floor_bytes"
-    partials = sum(record["bytes"]["partials"].values()) - record["again"].get("partials", 0)
+def over_its_form(record: Traffic) -> float:
+    """Returns `uncached` bytes over the floor for as many launches as there are."""
+    return uncached(record) * record["floor_bytes"] / _form_floor(record)
+
+
+def exchanged(record: Traffic) -> float:
+    """Returns the part of `over_its_form` that programs leave for each other, all of it in cache: partial sums,
+    counters, and statistics beyond each once."""
+    partials = sum(record["bytes"]["partials"].values())
     statistics = sum(record["bytes"]["statistics"].values()) - sum(record["footprint"]["statistics"].values())
-    return float((partials + statistics - record["again"].get("statistics", 0)) / record[floor])
+    return (partials + statistics) / _form_floor(record)
 
 
-def access_bits(record: Record) -> int:
-    """Of x, y and their like the narrowest access; where arguments are not told apart, the widest of all."""
+def access_bits(record: Resources) -> int:
+    """Returns the narrowest access to x, y and their like; where arguments are not told apart, the widest of all."""
     bulk = [access for name, access in record["accesses"].items() if name in BULK]
     if record["accesses"]:
         return min((int(bits) for access in bulk for widths in access.values() for bits in widths), default=128)
     return max(map(int, {**record["loads"], **record["stores"]}), default=128)
+
+
+def ulps_of(record: Numerics, output: str) -> Ulps:
+    return record["y"] if output == "y" else record["dx"]
 
 
 def ulps_text(ulps: float | None) -> str:
@@ -140,13 +155,17 @@ def ulps_text(ulps: float | None) -> str:
 
 
 def worst(errors: Sequence[float | None]) -> float | None:
-    """The largest; None, not finite, if any is."""
+    """Returns the largest error, or None, which is not finite, if any is."""
     return None if None in errors else max(error for error in errors if error is not None)
 
 
-def is_worse(ulps: dict[str, float | None]) -> bool:
-    """Whether triton_norm is further off than torch, in the digits that are shown."""
-    ours, theirs = ulps["triton_norm"], ulps["torch"]
+def is_worse(ulps: Ulps) -> bool:
+    """Returns whether triton_norm is further off than torch, in the digits that are shown."""
+    ours, theirs = ulps[OURS], ulps["torch"]
     if ours is None or theirs is None:
         return ours is None and theirs is not None
     return round(ours, 2) > round(theirs, 2)
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -21,13 +21,12 @@ from torch.nn import functional as F
 from triton.backends.nvidia import driver as nvidia
 
 import triton_norm
-from perf.findings import in_a_line
+from perf.records import Host, in_a_line, made
 from triton_norm.rows import operator
 from triton_norm.rows.backward import RowBackwardTensors
 from triton_norm.specs import RowSpec, RowTensors, Wanted
 from triton_norm.testing import stub_driver
 
-Record = dict[str, Any]
 Call = Callable[[], object]
 
 SHAPE = (8, 1024)
@@ -170,7 +169,7 @@ def yardstick() -> Call:
     return functools.partial(F.layer_norm, torch.randn(1, 8), (8,), torch.ones(8), torch.zeros(8))
 
 
-def measure(case: Case, launches: Callable[[], int]) -> Record:
+def measure(case: Case, launches: Callable[[], int]) -> dict[str, Any]:
     for _ in range(WARMUPS):
         case.call()
     before = launches()
@@ -186,7 +185,7 @@ def measure(case: Case, launches: Callable[[], int]) -> Record:
     return {"launches": count, **figures, "torch_us": torch_us, "direct": case.direct}
 
 
-def records(folder: Path) -> Iterator[Record]:
+def records(folder: Path) -> Iterator[Host]:
     """One for each case; what is built lies in `folder`."""
     reason = stub_driver.missing()
     if reason:
@@ -196,18 +195,18 @@ def records(folder: Path) -> Iterator[Record]:
     with stub_driver.installed(folder) as launches:
         for case in cases():
             try:
-                yield {"case": case.name, "status": "ok", "message": "", **measure(case, launches)}
+                yield made(Host, {"case": case.name, "status": "ok", "message": ""}, measure(case, launches))
             except Exception as error:
                 yield {"case": case.name, "status": "error", "message": in_a_line(error)}
 
 
-def ratio(record: Record) -> float | None:
+def ratio(record: Host) -> float | None:
     """Returns the time of a forward and backward over that of the bare autograd.Function; None of other cases."""
     bare_us = record["bare_us"]
     return None if bare_us is None else record["call_us"] / bare_us
 
 
-def line(record: Record) -> str:
+def line(record: Host) -> str:
     if record["status"] != "ok":
         return f"{record['case']}: {record['status']}, {record['message']}"
     over = ratio(record)

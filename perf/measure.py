@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch._C._autograd import DeviceType
 
 from perf.calls import Candidate, Inputs, bind, candidate, make_inputs
 from perf.contenders import Contender
-from perf.findings import Record, in_a_line
 from perf.gate import TOLERANCE, errors, expected, outputs, verdict
 from perf.points import Point
+from perf.records import Spread, Timing, in_a_line, made
 
 WARMUPS = 3
 HOST_CALLS = 9
@@ -26,12 +26,10 @@ MOST_KERNELS, KERNEL_NAME = 40, 160  # of what a profiler told, that is kept
 class Stopped(RuntimeError):
     """The GPU no longer answers: nothing measured after this could be trusted."""
 
-    def __init__(self, records: Sequence[Record], error: BaseException) -> None:
+    def __init__(self, records: Sequence[Any], error: BaseException) -> None:
         super().__init__(in_a_line(error))
-        self.records = [
-            record | ({"status": "error", "message": str(self)} if record["status"] == "ok" else {})
-            for record in records
-        ]
+        failed = {"status": "error", "message": str(self)}
+        self.records = [record | failed if record["status"] == "ok" else record for record in records]
 
 
 class Timer(Protocol):
@@ -105,14 +103,14 @@ class CudaTimer:
         torch.cuda.synchronize()
 
 
-def summary(samples: Sequence[float]) -> dict[str, float]:
+def summary(samples: Sequence[float]) -> Spread:
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return {"median_us": statistics.median(samples), "p20_us": fifths[0], "p80_us": fifths[3]}
 
 
 def time_interleaved(
     entries: Sequence[Sequence[Candidate]], timer: Timer, seconds: float, backlog: bool = True
-) -> list[Record]:
+) -> list[Spread]:
     """For each contender, one call for each set of inputs. Rounds of one call of every contender, so that a drifting
     clock falls on all alike; the next round takes the next set."""
     for calls in entries:
@@ -148,11 +146,16 @@ def _input_sets(point: Point, device: str) -> list[Inputs]:
     return [first, *(make_inputs(point, device, seed) for seed in range(1, count))]
 
 
+def _record(point: Point, contender: Contender, status: str, message: str) -> Timing:
+    about = {"contender": contender.name, "status": status, "message": message}
+    return made(Timing, point.describe(), about)
+
+
 def _admit(
     contender: Contender, point: Point, sets: Sequence[Inputs], wanted: dict[str, torch.Tensor], timer: Timer
-) -> tuple[Record, list[Candidate]]:
+) -> tuple[Timing, list[Candidate]]:
     """Build a contender's calls, one for each set of inputs, and hold the first one's results against fp64."""
-    record: Record = {**point.describe(), "contender": contender.name}
+    record = _record(point, contender, "ok", "")
     try:
         functions = contender.load()
         forwards = [bind(point, functions, inputs) for inputs in sets]
@@ -164,7 +167,7 @@ def _admit(
     except Exception as error:
         return record | {"status": "error", "message": in_a_line(error)}, []
     message = verdict(measured, contender.accuracy * TOLERANCE[point.dtype])
-    record |= {"errors": {name: overall for name, (overall, _) in measured.items()}}
+    record["errors"] = {name: overall for name, (overall, _) in measured.items()}
     return record | {"status": "wrong" if message else "ok", "message": message}, [] if message else calls
 
 
@@ -176,12 +179,11 @@ def _kernels(calls: Sequence[Candidate], timer: Timer) -> list[str]:
         return [f"not told: {in_a_line(error)}"]
 
 
-def _failed(point: Point, contenders: Sequence[Contender], error: Exception) -> list[tuple[Record, list[Candidate]]]:
-    about = {**point.describe(), "status": "error", "message": in_a_line(error)}
-    return [({**about, "contender": contender.name}, []) for contender in contenders]
+def _failed(point: Point, contenders: Sequence[Contender], error: Exception) -> list[tuple[Timing, list[Candidate]]]:
+    return [(_record(point, contender, "error", in_a_line(error)), []) for contender in contenders]
 
 
-def measure_point(point: Point, contenders: Sequence[Contender], timer: Timer, seconds: float = 0.12) -> list[Record]:
+def measure_point(point: Point, contenders: Sequence[Contender], timer: Timer, seconds: float = 0.12) -> list[Timing]:
     """One record a contender: timed, or the reason why not."""
     try:
         sets = _input_sets(point, timer.device)
@@ -195,7 +197,7 @@ def measure_point(point: Point, contenders: Sequence[Contender], timer: Timer, s
     records = []
     for record, calls in admitted:
         if calls:
-            record |= next(timings)
+            record = made(Timing, record, next(timings))
             record["gbps"] = record["floor_bytes"] / record["median_us"] / 1e3
             record["kernels"] = _kernels(calls, timer)
         records.append(record)

@@ -13,9 +13,9 @@ from torch import nn
 
 import triton_norm
 from perf.calls import DTYPES, Candidate
-from perf.findings import Record, in_a_line
 from perf.gate import TOLERANCE
 from perf.measure import Stopped, Timer, time_interleaved
+from perf.records import Spread, Step, in_a_line, made
 
 Built = tuple[nn.Module, torch.Tensor]
 
@@ -44,7 +44,7 @@ class Model:
         """Worth the time that compiling it takes, in a quick run too."""
         return not self.slow_to_compile
 
-    def describe(self) -> Record:
+    def describe(self) -> dict[str, str]:
         return {"model": self.name, "source": self.source, "dtype": self.dtype}
 
     def __str__(self) -> str:
@@ -218,11 +218,15 @@ def verdict(found: dict[str, float], torchs: dict[str, float], tolerance: float)
     return ""
 
 
-def _admitted(trained: Trained, names: Sequence[str]) -> Iterator[tuple[Record, nn.Module | None]]:
+def _step(model: Model, contender: str, **fields: Any) -> Step:
+    return made(Step, model.describe(), {"contender": contender, "status": "ok", "message": ""}, fields)
+
+
+def _admitted(trained: Trained, names: Sequence[str]) -> Iterator[tuple[Step, nn.Module | None]]:
     wanted = trained.exact()
     torchs = _distances(trained.results(copy.deepcopy(trained.module)), wanted)
     for name in names:
-        record: Record = {**trained.model.describe(), "contender": name, "norms": trained.norms}
+        record = _step(trained.model, name, norms=trained.norms)
         try:
             module = WAYS[name].adapt(copy.deepcopy(trained.module))
             with WAYS[name].scope():
@@ -235,13 +239,12 @@ def _admitted(trained: Trained, names: Sequence[str]) -> Iterator[tuple[Record, 
         yield record, None if message else module
 
 
-def measure_step(model: Model, contenders: Collection[str], timer: Timer, seconds: float = 1.5) -> list[Record]:
+def measure_step(model: Model, contenders: Collection[str], timer: Timer, seconds: float = 1.5) -> list[Step]:
     """One record for each way that is named: the time of a step and of one without norms, or the reason why not."""
     names = [name for name in WAYS if name in contenders]
     reason = missing()
     if reason:
-        about = {**model.describe(), "status": "missing", "message": reason}
-        return [{**about, "contender": name} for name in names]
+        return [_step(model, name, status="missing", message=reason) for name in names]
     try:
         trained = Trained(model, timer.device)
         admitted = list(_admitted(trained, names))
@@ -253,10 +256,10 @@ def measure_step(model: Model, contenders: Collection[str], timer: Timer, second
         timings = time_interleaved(calls, timer, seconds, backlog=False) if calls else []
         found = dict(zip(modules, timings, strict=True))
     except Exception as error:
-        about = {**model.describe(), "status": "error", "message": in_a_line(error)}
-        records = [{**about, "contender": name} for name in names]
+        message = in_a_line(error)
+        records = [_step(model, name, status="error", message=message) for name in names]
     else:
-        records = [record | _per_step(record, found) for record, _ in admitted]
+        records = [made(Step, record, _per_step(record, found)) for record, _ in admitted]
     try:
         timer.synchronize()
     except Exception as error:
@@ -264,10 +267,10 @@ def measure_step(model: Model, contenders: Collection[str], timer: Timer, second
     return records
 
 
-def _per_step(record: Record, found: dict[str, Record]) -> Record:
+def _per_step(record: Step, found: dict[str, Spread]) -> dict[str, Any]:
     timing = found.get(record["contender"])
     if timing is None:
         return {}
     base = WAYS[record["contender"]].base
-    each = {name: timing[name] / STEPS for name in ("median_us", "p20_us", "p80_us", "host_us")}
+    each = {name: us / STEPS for name, us in timing.items() if name.endswith("_us") and isinstance(us, float)}
     return {**each, "repetitions": timing["repetitions"], "without_norms_us": found[base]["median_us"] / STEPS}

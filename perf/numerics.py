@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from unittest import mock
 
 import torch
@@ -18,11 +17,11 @@ import triton_norm
 from perf.calls import DTYPES, EPS
 from perf.contenders import Functions, torch_functions, triton_norm_functions
 from perf.environment import has_gpu
-from perf.findings import OUTPUTS, OVERFLOWING, in_a_line, ulps_text
+from perf.findings import OUTPUTS, OVERFLOWING, ulps_of, ulps_text
 from perf.points import FAMILY, Point, Workload
+from perf.records import Numerics, Ulps, in_a_line, made
 from triton_norm import launch
 
-Record = dict[str, Any]
 Draw = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]
 
 OPS = ("layer_norm", "rms_norm", "batch_norm")
@@ -109,7 +108,7 @@ def _kernels_as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def measure(point: Point, data: str) -> Record:
+def measure(point: Point, data: str) -> dict[str, Ulps]:
     """{"y": {"triton_norm": ulp, "torch": ulp}, "dx": ...}"""
     n, dtype = point.workload.features, DTYPES[point.dtype]
     generator = torch.Generator().manual_seed(n)
@@ -127,7 +126,7 @@ def measure(point: Point, data: str) -> Record:
     }
 
 
-def records() -> Iterator[Record]:
+def records() -> Iterator[Numerics]:
     for op in OPS:
         for dtype in TYPES:
             for data in DATA:
@@ -135,16 +134,16 @@ def records() -> Iterator[Record]:
                     point = Point(op, "backward", dtype, Workload(FAMILY[op], "numerics", (ROWS, columns), ""))
                     about = {"op": op, "dtype": dtype, "data": data, "columns": columns, "status": "ok", "message": ""}
                     try:
-                        yield about | measure(point, data)
+                        yield made(Numerics, about, measure(point, data))
                     except Exception as error:
-                        yield about | {"status": "error", "message": in_a_line(error)}
+                        yield made(Numerics, about, {"status": "error", "message": in_a_line(error)})
 
 
-def line(record: Record) -> str:
+def line(record: Numerics) -> str:
     name = f"{record['op']} {record['dtype']} {record['columns']} columns, {record['data']}"
     if record["status"] != "ok":
         return f"{name}: {record['status']}, {record['message']}"
     return f"{name}: " + "; ".join(
-        f"{output} {', '.join(f'{who} {ulps_text(ulps)}' for who, ulps in record[output].items())}"
+        f"{output} {', '.join(f'{who} {ulps_text(ulps)}' for who, ulps in ulps_of(record, output).items())}"
         for output in OUTPUTS
     )

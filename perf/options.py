@@ -1,4 +1,4 @@
-"""What the command line takes, and what of it the points follow from."""
+"""The command line's options, and the points and plan that follow from them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perf import workloads
 from perf.points import BOTH, FAMILY, ITEMSIZE, MODES, PASSES, Point, Workload
+from perf.records import Refused
 
-Do = Callable[[argparse.Namespace], int]
+if TYPE_CHECKING:  # what it imports reads TRITON_INTERPRET, which a verb may set first
+    from perf.sweep import Plan
 
 STEP = "step"
 SHORT = {"fwd": "forward", "bwd": "backward", "fwd_bwd": BOTH}
 QUICK_SECONDS = 420.0
-OUT, TIMING = Path("perf-report"), "timing.json"
+OUT = Path("perf-report")
 FAIL_BELOW = 0.95
 EXAMPLE = '[{"shape": [16384, 4096]}, {"shape": [32, 64, 56, 56], "layout": "channels_last"}]'
 
 
 def several(known: Sequence[str], short: dict[str, str] | None = None) -> Callable[[str], tuple[str, ...]]:
-    """A list with commas between names that are known, or short for some."""
+    """Returns a parser of lists with commas between names that are known, or short for some."""
     by_name = {name: name for name in known} | (short or {})
 
     def names(text: str) -> tuple[str, ...]:
@@ -34,11 +37,6 @@ def several(known: Sequence[str], short: dict[str, str] | None = None) -> Callab
         return tuple(dict.fromkeys(found))
 
     return names
-
-
-def slug(contender: str) -> str:
-    """A contender's name without spaces and commas, for a list with commas between names."""
-    return re.sub(r"[\s,]+", "-", contender)
 
 
 def shapes(text: str) -> str | list[Workload]:
@@ -84,44 +82,71 @@ def parents() -> Parents:
     timing.add_argument("--contenders", metavar="NAME,...", help="whom to time (default: all that are installed)")
     timing.add_argument("--tests", action="store_true", help="first run the library's tests on the GPU")
     timing.add_argument("--resume", action="store_true", help="go on with the run that DIR holds")
-    lines.add_argument("--lines", action="store_true", help="one JSON record a line")
+    lines.add_argument("--lines", action="store_true", help="one JSON record a line, as results files have them")
     return Parents(folder, points, timing, lines)
 
 
 def choose_inspected(part: argparse.ArgumentParser, compiled: bool) -> None:
-    """Adds what narrows the points that are looked at without a GPU, and what they are compiled for."""
+    """Adds options that narrow the points that need no GPU, and the targets that they are compiled for."""
     part.add_argument("--points", type=int, default=None, help="only the first so many points")
     if compiled:
         part.add_argument("--target", action="append", help="only for this GPU, such as sm_90; may be repeated")
         part.add_argument("--every-config", action="store_true", help="all that a search would try, not the first")
 
 
-def is_quick(options: argparse.Namespace) -> bool:
-    return bool(options.shapes == "quick")
+def is_quick(given: argparse.Namespace) -> bool:
+    return bool(given.shapes == "quick")
 
 
-def seconds_of(options: argparse.Namespace) -> float:
-    if options.seconds is not None:
-        return float(options.seconds)
-    return QUICK_SECONDS if is_quick(options) else math.inf
+def modes_of(given: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the modes that were chosen, or else each pass and the models' steps, and for all shapes both in one."""
+    if given.mode is not None:
+        return tuple(given.mode)
+    return (*(MODES if is_quick(given) else PASSES), STEP)
 
 
-def modes_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """Without a choice: each pass apart and the models' steps, and beside quick shapes both passes together too."""
-    if options.mode is not None:
-        return tuple(options.mode)
-    return (*(MODES if is_quick(options) else PASSES), STEP)
-
-
-def inspected_of(options: argparse.Namespace, inspected: Callable[[bool], list[Point]]) -> list[Point]:
-    """What is to be counted or compiled: of `inspected`'s own shapes, few or all, or of a file's."""
-    modes = MODES if options.mode is None else options.mode
-    if isinstance(options.shapes, str):
+def inspected_of(given: argparse.Namespace, inspected: Callable[[bool], list[Point]]) -> list[Point]:
+    """Returns points to be counted or compiled: of `inspected`'s own shapes, few or all, or of a file's."""
+    modes = MODES if given.mode is None else given.mode
+    if isinstance(given.shapes, str):
         found = [
             point
-            for point in inspected(options.shapes == "full")
-            if point.op in options.op and point.mode in modes and point.dtype in options.dtype
+            for point in inspected(given.shapes == "full")
+            if point.op in given.op and point.mode in modes and point.dtype in given.dtype
         ]
     else:
-        found = workloads.points(options.dtype, False, options.op, [m for m in modes if m in MODES], options.shapes)
-    return found[: options.points]
+        found = workloads.points(given.dtype, False, given.op, [m for m in modes if m in MODES], given.shapes)
+    return found[: given.points]
+
+
+def contenders_of(text: str) -> tuple[str, ...]:
+    """Returns contenders by their names without spaces and commas; raises Refused for an unknown one."""
+    from perf.contenders import CONTENDERS
+
+    known = {re.sub(r"[\s,]+", "-", contender.name): contender.name for contender in CONTENDERS}
+    try:
+        return tuple(known[name] for name in several(tuple(known))(text))
+    except argparse.ArgumentTypeError as error:
+        raise Refused(f"--contenders {error}") from error
+
+
+def points_of(given: argparse.Namespace) -> list[Point]:
+    modes = [mode for mode in modes_of(given) if mode != STEP]
+    chosen = None if isinstance(given.shapes, str) else given.shapes
+    return workloads.points(given.dtype, is_quick(given), given.op, modes, chosen)
+
+
+def plan_of(given: argparse.Namespace) -> Plan:
+    from perf import models
+    from perf.sweep import Plan
+
+    steps, quick = STEP in modes_of(given), is_quick(given)
+    limit = QUICK_SECONDS if quick else math.inf
+    return Plan(
+        points_of(given),
+        [model for model in models.MODELS if steps and set(model.ops) & set(given.op)],
+        contenders_of(given.contenders) if given.contenders else None,
+        quick,
+        limit if given.seconds is None else given.seconds,
+        given.tests,
+    )

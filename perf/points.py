@@ -4,6 +4,8 @@ compute."""
 from dataclasses import dataclass
 from math import prod
 
+from perf.records import PointFields
+
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 LAYOUTS = ("contiguous", "channels_last")
 MODES = ("forward", "backward")
@@ -226,8 +228,8 @@ class Point:
     def flops(self) -> int:
         return self.workload.elements * sum(FLOPS[self.op, mode] for mode in passes(self.mode))
 
-    def describe(self) -> dict[str, object]:
-        """The part of every record that says what was measured."""
+    def describe(self) -> PointFields:
+        """Returns the part of every record that says what was measured."""
         workload = self.workload
         return {
             "op": self.op,

@@ -1,45 +1,39 @@
-"""Results to something to read: JSON, CSV, pictures, one page. Nothing here measures."""
+"""Results to something to read: one page, and a table in CSV. Nothing here measures."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from perf import sections
+from perf import page, records
 from perf.environment import machine
-from perf.findings import Findings, Record
+from perf.findings import OURS, Findings
 
 
 def load(paths: Sequence[Path], findings: Findings) -> None:
-    """Add what is in results files: timed runs, and whole reports."""
+    """Adds the content of results files; a file that is none is a problem that the page tells."""
     for path in paths:
         try:
-            content = json.loads(path.read_text())
-            if content["kind"] == "timing":
-                findings.timed.append(content)
-            elif content["kind"] == "report":
-                for name in ("timed", "traffic", "resources", "numerics", "problems"):
-                    getattr(findings, name).extend(content.get(name, []))
-            else:
-                raise ValueError(f"kind {content['kind']!r}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            findings.problems.append(f"{path.name} is not a results file: {type(error).__name__}: {error}")
+            findings.add(records.read(path))
+        except ValueError as error:
+            findings.problems.append(str(error))
 
 
 def write(findings: Findings, out: Path) -> Path:
-    """results.json, results.csv, the PNGs and index.html. Returns the page."""
+    """Writes index.html and results.csv. Returns the page."""
     out.mkdir(parents=True, exist_ok=True)
     index = out / "index.html"
-    index.write_text(sections.html(findings, out))
-    (out / "results.json").write_text(json.dumps(vars(findings), indent=1))
+    index.write_text(page.html(findings))
     _write_csv(findings, out / "results.csv")
     return index
 
 
-def _flat(kind: str, record: Record, extra: Record) -> Record:
-    flat = {"record": kind, **extra}
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record whose mappings are columns of their own."""
+    flat: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": json.dumps(v) if isinstance(v, dict) else v for inner, v in value.items()}
@@ -51,31 +45,25 @@ def _flat(kind: str, record: Record, extra: Record) -> Record:
 
 
 def _write_csv(findings: Findings, path: Path) -> None:
-    rows = [
-        _flat("timing", record, {"machine": machine(run["environment"]), "copy_gbps": run.get("copy_gbps")})
-        for run in findings.timed
-        for record in run["records"]
-    ]
-    rows += [
-        _flat("step", record, {"machine": machine(run["environment"])})
-        for run in findings.timed
-        for record in run.get("steps", [])
-    ]
-    rows += [_flat("traffic", record, {}) for record in findings.traffic]
-    rows += [_flat("resources", record, {}) for record in findings.resources]
-    rows += [_flat("numerics", record, {}) for record in findings.numerics]
-    columns = list(dict.fromkeys(name for row in rows for name in row)) or ["record"]
+    rows: list[dict[str, Any]] = []
+    for run in findings.timed:
+        where = {"machine": machine(run["environment"]), "copy_gbps": run.get("copy_gbps")}
+        rows += [{"record": "timing", **where, **_flat(record)} for record in run["records"]]
+        rows += [{"record": "step", **where, **_flat(record)} for record in run["steps"]]
+    rows += [{"record": "traffic", **_flat(record)} for record in findings.traffic]
+    rows += [{"record": "resources", **_flat(record)} for record in findings.resources]
+    rows += [{"record": "numerics", **_flat(record)} for record in findings.numerics]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)) or ["record"])
         writer.writeheader()
         writer.writerows(rows)
 
 
 def has_failed(findings: Findings) -> bool:
-    """Whether anything of ours is wrong or missing; another contender's failure is only recorded."""
+    """Returns whether anything of ours is wrong or missing; another contender's failure is only recorded."""
     here = findings.timed[:1] if findings.timed_here else []
-    timed = [record for run in here for record in run["records"] + run.get("steps", [])]
-    ours = [record for record in timed if record["contender"].startswith("triton_norm")]
-    records = ours + findings.traffic + findings.resources + findings.numerics
+    timed = [record for run in here for record in (*run["records"], *run["steps"])]
+    statuses = [record["status"] for record in timed if record["contender"].startswith(OURS)]
+    statuses += [record["status"] for record in (*findings.traffic, *findings.resources, *findings.numerics)]
     unsound = any(run.get("stopped") or run.get("tests", {}).get("passed") is False for run in here)
-    return bool(findings.problems) or unsound or any(record["status"] in ("wrong", "error") for record in records)
+    return bool(findings.problems) or unsound or bool({"wrong", "error"} & set(statuses))

@@ -19,16 +19,15 @@ from triton.backends.compiler import GPUTarget
 
 from perf import assembly, ptx
 from perf.calls import bind, candidate, make_inputs
-from perf.findings import in_a_line
 from perf.functions import triton_norm_functions
 from perf.points import Point
+from perf.records import Code, Refused, Resources, in_a_line, made
 from triton_norm.launch import COMPILE_OPTIONS
 from triton_norm.testing.stub_driver import as_on_gpu
 from triton_norm.tuning import choices
 from triton_norm.tuning.configs import Config, Space
 from triton_norm.tuning.limits import Gpu
 
-Record = dict[str, Any]
 OPS = triton_norm_functions()
 NARROWER = ("SHARED", "LANES", "WIDTH")  # constants of launches, other values of which leave no more to do
 
@@ -66,9 +65,9 @@ TARGETS = {
 
 
 def targets_of(names: Collection[str]) -> list[str]:
-    """Returns the names; raises ValueError where one is no target's."""
+    """Returns the names; raises Refused where one is no target's."""
     if unknown := [name for name in names if name not in TARGETS]:
-        raise ValueError(f"{unknown[0]!r} is none of the targets {', '.join(TARGETS)}")
+        raise Refused(f"{unknown[0]!r} is none of the targets {', '.join(TARGETS)}")
     return list(names)
 
 
@@ -86,7 +85,7 @@ def occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple[
     return limits[limit] * warps, limit
 
 
-def inspect(compiled: Sequence[Any], target: Target) -> list[Record]:
+def inspect(compiled: Sequence[Any], target: Target) -> list[Code]:
     """Registers, spills, widths of global accesses (bits: how many instructions) and occupancy of compiled kernels.
 
     For NVIDIA the accesses are told apart by argument too, as they are in PTX: there, before the compiler's last step,
@@ -135,7 +134,7 @@ class Launch:
     kernel: Any
     programs: int
     arguments: Sequence[Any]
-    constants: Record
+    constants: dict[str, Any]
     config: Config
     space: Space
 
@@ -143,7 +142,7 @@ class Launch:
         named = {**self.constants, **self.config.keywords, **COMPILE_OPTIONS}
         return self.kernel.warmup(*self.arguments, grid=(self.programs,), **named)
 
-    def describe(self) -> Record:
+    def describe(self) -> dict[str, Any]:
         return {"kernel": self.kernel.__name__, "config": self.config.keywords, "programs": self.programs}
 
     @property
@@ -162,7 +161,7 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
         spaces[id(space.configs[0])] = space
         return space.configs[0]
 
-    def list_only(kernel: Any, count: int, arguments: Sequence[Any], constants: Record, config: Config) -> None:
+    def list_only(kernel: Any, count: int, arguments: Sequence[Any], constants: dict[str, Any], config: Config) -> None:
         launches.append(Launch(kernel, count, arguments, constants, config, spaces[id(config)]))
 
     driver = triton.runtime.driver
@@ -214,20 +213,20 @@ def representatives(points: Sequence[Point], target: Target) -> list[Point]:
     return [point for _, point in found.values()]
 
 
-def _some(points: Sequence[Point], target: Target, known: dict[str, Record], every_config: bool) -> Iterator[Record]:
+def _some(points: Sequence[Point], target: Target, known: dict[str, Code], every_config: bool) -> Iterator[Resources]:
     """`known`: what was found of kernels by their hashes; many shapes are served by one."""
-    about: list[tuple[Record, Any]] = []
+    about: list[tuple[dict[str, Any], Any]] = []
     for point in points:
         described = {**point.describe(), "target": target.name}
         try:
             for launch, kernel in compile_point(point, target, every_config):
                 about.append(({**described, **launch.describe(), "status": "ok", "message": ""}, kernel))
         except Exception as error:
-            yield {**described, "kernel": "", "status": "error", "message": in_a_line(error)}
+            yield made(Resources, described, {"kernel": "", "status": "error", "message": in_a_line(error)})
     new = {kernel.hash: kernel for _, kernel in about if kernel.hash not in known}
     known |= dict(zip(new, inspect(list(new.values()), target), strict=True))
     for description, kernel in about:
-        yield {**description, **known[kernel.hash]}
+        yield made(Resources, description, known[kernel.hash])
 
 
 def records(
@@ -235,15 +234,15 @@ def records(
     targets: Sequence[str] = tuple(TARGETS),
     at_once: int = 8,
     every_config: bool = False,
-) -> Iterator[Record]:
+) -> Iterator[Resources]:
     """Of the config that is tried first on a GPU not known yet, or of every one that a search would try."""
-    known: dict[str, dict[str, Record]] = {name: {} for name in targets}
+    known: dict[str, dict[str, Code]] = {name: {} for name in targets}
     for start in range(0, len(points), at_once):
         for name in targets:
             yield from _some(points[start : start + at_once], TARGETS[name], known[name], every_config)
 
 
-def line(record: Record) -> str:
+def line(record: Resources) -> str:
     name = f"{record['target']} {record['kernel']} {record['dtype']} {record['shape']} {record['layout']}"
     if record["status"] != "ok":
         return f"{name}: {record['status']}, {record['message']}"

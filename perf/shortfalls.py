@@ -1,4 +1,4 @@
-"""What is not as it should be: results held against the bars that the design states."""
+"""Results held against the bars that the design states: every cause for which some result falls short."""
 
 from __future__ import annotations
 
@@ -6,71 +6,89 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from statistics import geometric_mean
-from typing import Any
+from typing import NamedTuple
 
 from perf.findings import (
+    LARGE_BYTES,
+    OURS,
     OUTPUTS,
+    STATUS_TEXT,
     Findings,
-    Record,
     access_bits,
+    counted,
     device_of,
     input_bytes,
     is_worse,
-    lying,
-    ok,
+    layout_text,
     pairs,
     speedups,
     split,
     step_speedups,
+    ulps_of,
     ulps_text,
     uncached,
 )
 from perf.points import MODE_TITLE, TITLE
+from perf.records import Numerics, Resources, Run, Timing, Traffic, ok
 
-Ranked = list[tuple[float, str]]
-"""Sentences, each with how bad it is."""
-
-FAR = 16  # ulp
-MOVES_TOO_MUCH = 1.25  # times the floor's bytes
-FEW_WARPS = 0.25  # of those that a multiprocessor holds
-NARROW = 64  # bits an access
-LARGE = 16 << 20  # bytes of x above which all others are to be beaten
-LEVEL = 0.95  # of another's speed: as fast, for inputs that are smaller
-LEAST_ELEMENTS = 1 << 26  # of rows that a share of the copy bandwidth is asked for
-CACHE = 50 << 20  # bytes of the L2 that the bars were stated for, an H200's
-SLAB = 32  # channels that lie side by side, which one program takes together
+# An error from this many ulp is far from exact, even where torch's is larger.
+FAR_ULP = 16
+# More than this many times the floor's bytes is too much.
+MOST_BYTES_OVER_FLOOR = 1.25
+# Less than this share of the warps that a multiprocessor holds is few.
+FEW_WARPS = 0.25
+# Accesses to x, y and their like of fewer bits are narrow.
+NARROW_BITS = 64
+# Up to LARGE_BYTES this share of another's speed is as fast.
+LEVEL = 0.95
+# A share of the copy bandwidth is asked for rows from this many elements.
+LEAST_ROW_ELEMENTS = 1 << 26
+# The L2 that the bars were stated for, an H200's, and how many channels that lie side by side a program takes together.
+CACHE_BYTES = 50 << 20
+SLAB_CHANNELS = 32
 
 ROWS, RESIDUAL = ("layer_norm", "rms_norm"), ("layer_norm_residual", "rms_norm_residual")
+ADDED = ("batch_norm", "batch_norm_add_relu")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """The least share of the copy bandwidth, bytes counted at `floor`; the first that is about a point holds."""
+    """The least share of the copy bandwidth; of several bars the first that is about a point holds.
+
+    Args:
+        columns: least and most columns, of rows.
+        fits: only where a channel fits in cache.
+        two_launches: bytes are those of two launches.
+    """
 
     ops: tuple[str, ...]
     mode: str
     least: float
     columns: tuple[float, float] = (1, inf)
-    fits: bool = False  # only where what is reduced fits in cache, channel by channel
-    floor: str = "floor_bytes"
+    fits: bool = False
+    two_launches: bool = False
 
     @property
     def text(self) -> str:
         low, high = self.columns
+        is_rows = self.ops[0] in ROWS + RESIDUAL
         parts = [f"{low:g} to {high:g} columns"] if high < inf else []
-        parts += [f"from {LEAST_ELEMENTS >> 20}M elements"] if self.ops[0] in ROWS + RESIDUAL else []
-        parts += [f"above {LARGE >> 20} MiB"] if self.ops[0] not in ROWS + RESIDUAL else []
+        parts += [f"from {LEAST_ROW_ELEMENTS >> 20}M elements" if is_rows else f"above {LARGE_BYTES >> 20} MiB"]
         parts += ["a channel fits in L2"] if self.fits else []
-        parts += ["bytes of two launches"] if self.floor == "apart_floor_bytes" else []
+        parts += ["bytes of two launches"] if self.two_launches else []
         return ", ".join(parts)
 
-    def is_about(self, record: Record) -> bool:
+    def is_about(self, record: Timing) -> bool:
         if record["op"] not in self.ops or record["mode"] != self.mode:
             return False
         if record["op"].startswith("batch_norm"):
-            return input_bytes(record) > LARGE and (not self.fits or slab_bytes(record) <= CACHE)
+            return input_bytes(record) > LARGE_BYTES and (not self.fits or slab_bytes(record) <= CACHE_BYTES)
         low, high = self.columns
-        return prod(record["shape"]) >= LEAST_ELEMENTS and low <= record["shape"][-1] <= high
+        return prod(record["shape"]) >= LEAST_ROW_ELEMENTS and low <= record["shape"][-1] <= high
+
+    def share(self, record: Timing, copy_gbps: float) -> float:
+        size = record["apart_floor_bytes"] if self.two_launches else record["floor_bytes"]
+        return size / record["median_us"] / 1e3 / copy_gbps
 
 
 BARS = (
@@ -80,9 +98,9 @@ BARS = (
     Bar(ROWS, "backward", 0.85, (1 << 10, 1 << 14)),
     Bar(ROWS, "backward", 0.75),
     Bar(("batch_norm",), "forward", 0.80, fits=True),
-    Bar(("batch_norm",), "forward", 0.90, floor="apart_floor_bytes"),
-    Bar(("batch_norm", "batch_norm_add_relu"), "backward", 0.75, fits=True),
-    Bar(("batch_norm", "batch_norm_add_relu"), "backward", 0.90, floor="apart_floor_bytes"),
+    Bar(("batch_norm",), "forward", 0.90, two_launches=True),
+    Bar(ADDED, "backward", 0.75, fits=True),
+    Bar(ADDED, "backward", 0.90, two_launches=True),
     Bar(("batch_norm_eval",), "forward", 0.95),
     Bar(("batch_norm_eval",), "backward", 0.90),
 )
@@ -92,142 +110,157 @@ MEANS = {("layer_norm", "backward", "bf16"): 2.0, ("batch_norm", "forward", "bf1
 """The least geometric mean of speed-ups over torch eager."""
 
 
-def slab_bytes(record: Record) -> int:
-    """What the programs of one channel read, or of as many as lie side by side, before they write."""
-    together = SLAB if record["layout"] == "channels_last" or len(record["shape"]) == 2 else 1
+class Case(NamedTuple):
+    """One result that falls short: how bad it is, its figure, and the input."""
+
+    badness: float
+    figure: str
+    where: str
+
+
+class Cause(NamedTuple):
+    """A reason for which results fall short, with all of them, the worst first; `of`: how many were held against it."""
+
+    text: str
+    cases: list[Case]
+    of: int = 0
+
+    @property
+    def line(self) -> str:
+        first, n = self.cases[0], len(self.cases)
+        count = f" on {n} of {self.of}" if self.of else f" in {n} cases" if n > 1 else ""
+        figure = f"{', at worst' if n > 1 else ':'} {first.figure}" if first.figure else ""
+        return self.text + count + figure + (f" ({first.where})" if first.where else "")
+
+
+def _causes(cases: Iterator[tuple[str, Case]], of: dict[str, int] | None = None) -> list[Cause]:
+    """Returns cases by the text of their cause, the worst first."""
+    found: dict[str, list[Case]] = {}
+    for text, case in cases:
+        found.setdefault(text, []).append(case)
+    by_badness = [(text, sorted(mine, reverse=True, key=lambda case: case.badness)) for text, mine in found.items()]
+    causes = [Cause(text, mine, (of or {}).get(text, 0)) for text, mine in by_badness]
+    return sorted(causes, reverse=True, key=lambda cause: cause.cases[0].badness)
+
+
+def slab_bytes(record: Timing) -> int:
+    """Returns bytes that the programs of one channel, or of those side by side, read before they write."""
+    together = SLAB_CHANNELS if record["layout"] == "channels_last" or len(record["shape"]) == 2 else 1
     tensors = 2 if record["mode"] == "backward" else 1
-    channels: int = record["shape"][1]
+    channels = record["shape"][1]
     return input_bytes(record) // channels * min(together, channels) * tensors
 
 
-def bar_of(record: Record) -> Bar | None:
+def bar_of(record: Timing) -> Bar | None:
     return next((bar for bar in BARS if bar.is_about(record)), None)
 
 
-def short_of(record: Record, copy_gbps: float | None) -> tuple[Bar, float] | None:
-    """The bar that a timed record of ours is below, and its share of the copy bandwidth."""
+def is_short(record: Timing, copy_gbps: float | None) -> bool:
+    """Returns whether a timed record of ours is below its bar."""
     bar = bar_of(record)
-    if not bar or not copy_gbps or record["status"] != "ok" or record["contender"] != "triton_norm":
-        return None
-    share = record[bar.floor] / record["median_us"] / 1e3 / copy_gbps
-    return (bar, share) if share < bar.least else None
+    if bar is None or not copy_gbps or record["status"] != "ok" or record["contender"] != OURS:
+        return False
+    return bar.share(record, copy_gbps) < bar.least
 
 
-def shortfalls(findings: Findings) -> dict[str, list[str]]:
-    """Everything that is not as it should be, in words: under each title the worst first."""
-    found: dict[str, Ranked] = {}
+def shortfalls(findings: Findings) -> dict[str, list[Cause]]:
+    """Returns causes under titles, the worst first."""
+    found: dict[str, list[Cause]] = {}
     for run in findings.timed:
         where = f", {device_of(run)}, {run['environment'].get('date', '')}" if len(findings.timed) > 1 else ""
         found |= {f"{title}{where}": check(run) for title, check in OF_A_RUN.items()}
-    found["The report"] = [(0, problem) for problem in findings.problems]
+    found["The report"] = [Cause(problem, [Case(0, "", "")]) for problem in findings.problems]
     found["Exactness"] = _inexact(findings.numerics)
     found["Bytes moved"] = _traffic(findings.traffic)
     found["Machine code"] = _machine_code(findings.resources)
-    return {title: [words for _, words in _worst_first(ranked)] for title, ranked in found.items() if ranked}
+    return {title: causes for title, causes in found.items() if causes}
 
 
-def _worst_first(ranked: Ranked) -> Ranked:
-    return sorted(ranked, key=lambda entry: entry[0], reverse=True)
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _name(record: Record) -> str:
-    return f"{TITLE[record['op']]} {MODE_TITLE[record['mode']]} {record['dtype']} {lying(record)}"
-
-
-def _run_itself(run: Record) -> Ranked:
-    found: Ranked = []
+def _run_itself(run: Run) -> list[Cause]:
+    texts = []
     tests = run.get("tests", {})
     if tests.get("passed") is False:
-        found.append((3, f"the tests did not pass: {tests['summary']}"))
+        texts.append(f"the tests did not pass: {tests['summary']}")
     if run.get("stopped"):
-        found.append((2, f"the run stopped early: {run['stopped']}"))
+        texts.append(f"the run stopped early: {run['stopped']}")
     if run.get("unreached"):
-        found.append((1, f"{counted(len(run['unreached']), 'point')} not reached in the time given"))
-    missing = [f"{who}: {status}" for who, status in run.get("contenders", {}).items() if status.startswith("missing")]
-    return found + [(0, words) for words in missing]
+        texts.append(f"{counted(len(run['unreached']), 'point')} not reached in the time given")
+    texts += [f"{who}: {status}" for who, status in run.get("contenders", {}).items() if status.startswith("missing")]
+    return [Cause(text, [Case(0, "", "")]) for text in texts]
 
 
-def _failed(run: Record) -> Ranked:
-    """One sentence for each contender, op and message; ours are the worst."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for r in run["records"] + run.get("steps", []):
-        if r["status"] in ("wrong", "error"):
-            what = _name(r) if "op" in r else f"a training step of {r['model']} in {r['dtype']}"
-            kind = f"{r['op']} {r['mode']}" if "op" in r else "step"
-            message = r["message"] if r["status"] == "error" else kind
-            groups.setdefault((r["contender"], r["status"], kind, message), []).append(f"{what}: {r['message']}")
-    found: Ranked = []
-    for (who, status, _, _), members in groups.items():
-        more = f" ({counted(len(members) - 1, 'other')} like it)" if len(members) > 1 else ""
-        found.append((len(members) + 1e6 * who.startswith("triton_norm"), f"{who}, {status}: {members[0]}{more}"))
-    return found
+def _failed(run: Run) -> list[Cause]:
+    def cases() -> Iterator[tuple[str, Case]]:
+        for r in run["records"]:
+            if r["status"] in ("wrong", "error"):
+                text = f"{r['contender']} {STATUS_TEXT.get(r['status'], r['status'])}, {TITLE[r['op']]} {r['mode']}"
+                yield text, Case(r["contender"].startswith(OURS), r["message"], f"{layout_text(r)} {r['dtype']}")
+        for s in run["steps"]:
+            if s["status"] in ("wrong", "error"):
+                text = f"{s['contender']} {STATUS_TEXT.get(s['status'], s['status'])}, training step"
+                yield text, Case(s["contender"].startswith(OURS), s["message"], f"{s['model']} {s['dtype']}")
+
+    return _causes(cases())
 
 
-def _slower(run: Record, over: str, least: float, chosen: Callable[[Record], bool], where: str = "") -> Ranked:
-    """Of each op, pass and type, on how many of the points `chosen` the speed-up is below `least`."""
-    found: Ranked = []
+def _slower(run: Run, over: str, least: float, chosen: Callable[[Timing], bool], where: str = "") -> list[Cause]:
+    """Returns a cause for each op, pass and type on some of whose `chosen` points the speed-up is below `least`."""
+    causes = []
     for op, mode, dtype, records in split(run["records"]):
         compared = [(record, ratio) for record, ratio in pairs(records, over) if chosen(record)]
-        behind = [(record, ratio) for record, ratio in compared if ratio < least]
-        if behind:
-            worst, ratio = min(behind, key=lambda pair: pair[1])
-            of = f"{len(behind)} of {counted(len(compared), 'point')}{where}"
-            text = f"{TITLE[op]} {MODE_TITLE[mode]} {dtype}: slower than {over} on {of}"
-            found.append((1 / ratio, f"{text}, at worst {ratio:.2f}× its speed ({lying(worst)})"))
-    return found
+        text = f"{TITLE[op]} {MODE_TITLE[mode]} {dtype}: slower than {over}{where}"
+        cases = [(text, Case(1 / x, f"{x:.2f}× its speed", layout_text(r))) for r, x in compared if x < least]
+        causes += _causes(iter(cases), {text: len(compared)})
+    return causes
 
 
-def _slower_than_torch(run: Record) -> Ranked:
-    found = _slower(run, "torch", 1.0, lambda record: True)
+def _slower_than_torch(run: Run) -> list[Cause]:
+    causes = _slower(run, "torch", 1.0, lambda record: True)
     for (op, mode, dtype), least in MEANS.items():
-        mine = [r for r in run["records"] if (r["op"], r["mode"], r["dtype"]) == (op, mode, dtype)]
-        ratios = speedups(mine, "torch")
+        ratios = speedups([r for r in run["records"] if (r["op"], r["mode"], r["dtype"]) == (op, mode, dtype)], "torch")
         if ratios and geometric_mean(ratios) < least:
-            mean = f"geometric mean {geometric_mean(ratios):.2f}× torch's speed, where {least:g}× is wanted"
-            found.append((least / geometric_mean(ratios), f"{TITLE[op]} {mode} {dtype}: {mean}"))
-    return found
+            figure = f"{geometric_mean(ratios):.2f}× torch's speed where {least:g}× is wanted"
+            case = Case(least / geometric_mean(ratios), figure, counted(len(ratios), "point"))
+            causes.append(Cause(f"{TITLE[op]} {mode} {dtype}: geometric mean", [case]))
+    return sorted(causes, reverse=True, key=lambda cause: cause.cases[0].badness)
 
 
-def _slower_than_others(run: Record) -> Ranked:
-    found: Ranked = []
-    others = dict.fromkeys(r["contender"] for r in run["records"])
-    for other in others:
-        if other not in ("triton_norm", "torch"):
-            found += _slower(run, other, 1.0, lambda r: input_bytes(r) > LARGE, f" above {LARGE >> 20} MiB")
-            found += _slower(run, other, LEVEL, lambda r: input_bytes(r) <= LARGE, f" up to {LARGE >> 20} MiB")
-    return found
+def _slower_than_others(run: Run) -> list[Cause]:
+    causes: list[Cause] = []
+    for other in dict.fromkeys(r["contender"] for r in run["records"]):
+        if other not in (OURS, "torch"):
+            size = f"{LARGE_BYTES >> 20} MiB"
+            causes += _slower(run, other, 1.0, lambda r: input_bytes(r) > LARGE_BYTES, f" above {size}")
+            causes += _slower(run, other, LEVEL, lambda r: input_bytes(r) <= LARGE_BYTES, f" up to {size}")
+    return sorted(causes, reverse=True, key=lambda cause: cause.cases[0].badness)
 
 
-def _below_bars(run: Record) -> Ranked:
-    found: Ranked = []
+def _below_bars(run: Run) -> list[Cause]:
+    copy = run.get("copy_gbps")
+    causes: list[Cause] = []
     for op, mode, dtype, records in split(run["records"]):
-        short = [(record, below) for record in records if (below := short_of(record, run.get("copy_gbps")))]
-        if short:
-            about = sum(
-                r["status"] == "ok" and r["contender"] == "triton_norm" and bar_of(r) is not None for r in records
-            )
-            worst, (bar, share) = min(short, key=lambda entry: entry[1][1] / entry[1][0].least)
-            text = f"{TITLE[op]} {MODE_TITLE[mode]} {dtype}: below the bar on {len(short)} of {counted(about, 'point')}"
-            counting = " counted as two launches" if bar.floor == "apart_floor_bytes" else ""
-            where = f"{share:.0%} of the copy bandwidth{counting} where {bar.least:.0%} is wanted ({lying(worst)})"
-            found.append((bar.least / share, f"{text}, at worst {where}"))
-    return found
+        mine = [(r, bar) for r in ok(records) if r["contender"] == OURS and (bar := bar_of(r))]
+        text = f"{TITLE[op]} {MODE_TITLE[mode]} {dtype}: below the bar"
+        cases = []
+        for r, bar in mine:
+            if copy and is_short(r, copy):
+                share, counting = bar.share(r, copy), " counted as two launches" if bar.two_launches else ""
+                figure = f"{share:.0%} of the copy bandwidth{counting} where {bar.least:.0%} is wanted"
+                cases.append((text, Case(bar.least / share, figure, layout_text(r))))
+        causes += _causes(iter(cases), {text: len(mine)})
+    return sorted(causes, reverse=True, key=lambda cause: cause.cases[0].badness)
 
 
-def _slower_steps(run: Record) -> Ranked:
-    return [
-        (1 / ratio, f"{r['model']} {r['dtype']}: a step with {r['contender']} at {ratio:.2f}× the speed of {over}")
-        for r, over, ratio in step_speedups(run.get("steps", []))
-        if ratio < 1
-    ]
+def _slower_steps(run: Run) -> list[Cause]:
+    return _causes(
+        (f"a step with {r['contender']} slower than with {over}", Case(1 / x, f"{x:.2f}× its speed", r["model"]))
+        for r, over, x in step_speedups(run["steps"])
+        if x < 1
+    )
 
 
-OF_A_RUN: dict[str, Callable[[Record], Ranked]] = {
-    "Wrong or failed": _failed,
+OF_A_RUN: dict[str, Callable[[Run], list[Cause]]] = {
+    "Failed or outside our tolerance": _failed,
     "The timed run": _run_itself,
     "Too slow against torch eager": _slower_than_torch,
     "Slower steps of whole models": _slower_steps,
@@ -236,78 +269,59 @@ OF_A_RUN: dict[str, Callable[[Record], Ranked]] = {
 }
 
 
-def _traffic(records: Sequence[Record]) -> Ranked:
-    found: Ranked = [(inf, f"{_name(r)}: {r['status']}, {r['message']}") for r in records if r["status"] != "ok"]
-    found += [
-        (uncached(r), f"{_name(r)}: moves {uncached(r):.2f} times the floor's bytes, weights counted once")
-        for r in ok(records)
-        if uncached(r) > MOVES_TOO_MUCH
-    ]
-    return found
+def _traffic(records: Sequence[Traffic]) -> list[Cause]:
+    def cases() -> Iterator[tuple[str, Case]]:
+        for r in records:
+            name, where = f"{TITLE[r['op']]} {MODE_TITLE[r['mode']]}", f"{layout_text(r)} {r['dtype']}"
+            if r["status"] != "ok":
+                yield f"{name}: not counted", Case(inf, r["message"], where)
+            elif uncached(r) > MOST_BYTES_OVER_FLOOR:
+                text = f"{name} moves more than {MOST_BYTES_OVER_FLOOR:g} times the floor's bytes"
+                yield text, Case(uncached(r), f"{uncached(r):.2f} times", where)
+
+    return _causes(cases())
 
 
-def _complaints(r: Record) -> Iterator[tuple[float, str, str]]:
-    """How bad, what, and by how much on its target."""
-    where = f"{r.get('kernel', '')} ({_name(r)})"
-    if r["status"] != "ok":
-        yield 5, f"{_name(r)} does not compile: {r['message']}", r["target"]
-        return
-    if r["spill_stores"]:
-        yield 3, f"{where} spills, stores", f"{r['target']}: {r['spill_stores']}"
-    if r["resident_warps"] == 0:
-        yield 4, f"{where} cannot be launched", f"{r['target']}: {r['limited_by']}"
-    elif r["resident_warps"] < FEW_WARPS * r["possible_warps"]:
-        held = f"{r['resident_warps']} of {r['possible_warps']} warps, by {r['limited_by']}"
-        yield 1, f"{where} fills few warps", f"{r['target']}: {held}"
-    if access_bits(r) < NARROW:
-        yield 2, f"{where} moves few bytes an instruction", f"{r['target']}: {access_bits(r) // 8}"
+def _machine_code(records: Sequence[Resources]) -> list[Cause]:
+    def cases() -> Iterator[tuple[str, Case]]:
+        for r in records:
+            where = f"{r['target']}, {TITLE[r['op']]} {MODE_TITLE[r['mode']]} {r['dtype']} {layout_text(r)}"
+            if r["status"] != "ok":
+                yield f"{TITLE[r['op']]} does not compile", Case(5e6, r["message"], where)
+                continue
+            if r["spill_stores"]:
+                yield f"{r['kernel']} spills", Case(3e6 + r["spill_stores"], f"{r['spill_stores']} stores", where)
+            warps = f"{r['resident_warps']} of {r['possible_warps']} warps, by {r['limited_by']}"
+            if r["resident_warps"] == 0:
+                yield f"{r['kernel']} cannot be launched", Case(4e6, r["limited_by"], where)
+            elif r["resident_warps"] < FEW_WARPS * r["possible_warps"]:
+                yield f"{r['kernel']} fills few warps", Case(1e6 - r["resident_warps"], warps, where)
+            if access_bits(r) < NARROW_BITS:
+                figure = f"{access_bits(r) // 8} bytes"
+                yield f"{r['kernel']} moves few bytes an instruction", Case(2e6 - access_bits(r), figure, where)
+
+    return _causes(cases())
 
 
-def _machine_code(records: Sequence[Record]) -> Ranked:
-    """One line for each kernel, shape and complaint, with the targets that it is true of."""
-    found: dict[tuple[float, str], list[str]] = {}
-    for record in records:
-        for bad, what, target in _complaints(record):
-            found.setdefault((bad, what), []).append(target)
-    return [(bad, f"{what} ({'; '.join(dict.fromkeys(targets))})") for (bad, what), targets in found.items()]
+def _inexact(records: Sequence[Numerics]) -> list[Cause]:
+    """Returns outputs that are further off than torch's, and those that are far off as torch's are."""
+    of: dict[str, int] = {}
 
+    def cases() -> Iterator[tuple[str, Case]]:
+        for r in records:
+            if r["status"] != "ok":
+                yield f"{TITLE[r['op']]} {r['dtype']}: not computed", Case(inf, r["message"], r["data"])
+                continue
+            for output in OUTPUTS:
+                ulps, where = ulps_of(r, output), f"{r['data']}, {r['columns']} columns"
+                ours = inf if ulps[OURS] is None else float(ulps[OURS] or 0)
+                name = f"{TITLE[r['op']]} {r['dtype']} {output}"
+                worse = f"{name}: less exact than torch"
+                of[worse] = of.get(worse, 0) + 1
+                figure = f"{ulps_text(ulps[OURS])} where torch has {ulps_text(ulps['torch'])}"
+                if is_worse(ulps):
+                    yield worse, Case(1e9 + ours - (ulps["torch"] or 0), figure, where)
+                elif ours > FAR_ULP:
+                    yield f"{name}: no worse than torch, and far from exact all the same", Case(ours, figure, where)
 
-def _inexact(records: Sequence[Record]) -> Ranked:
-    """Outputs that are further off than torch's, and those that are far off as torch's are."""
-    found: Ranked = [
-        (inf, f"{TITLE[r['op']]} {r['dtype']} on {r['data']}: {r['status']}, {r['message']}")
-        for r in records
-        if r["status"] != "ok"
-    ]
-    groups: dict[str, list[Record]] = {}
-    for r in ok(records):
-        for output in OUTPUTS:
-            about = {"data": r["data"], "columns": r["columns"], **r[output]}
-            groups.setdefault(f"{TITLE[r['op']]} {r['dtype']} {output}", []).append(about)
-    for name, members in groups.items():
-        found += _less_exact(name, members)
-    return found
-
-
-def _less_exact(name: str, members: Sequence[dict[str, Any]]) -> Ranked:
-    found: Ranked = []
-    worse = [member for member in members if is_worse(member)]
-    if worse:
-        worst = max(worse, key=lambda member: _off(member["triton_norm"]) - _off(member["torch"]))
-        ours, theirs = ulps_text(worst["triton_norm"]), ulps_text(worst["torch"])
-        where = f"{ours} where torch has {theirs} ({worst['data']}, {worst['columns']} columns)"
-        count = f"{len(worse)} of {len(members)} inputs"
-        found.append((1e6 + _off(worst["triton_norm"]), f"{name}: less exact than torch on {count}, at worst {where}"))
-    far: dict[str, float] = {}
-    for member in members:
-        if _off(member["triton_norm"]) > FAR and member not in worse:
-            far[member["data"]] = max(far.get(member["data"], 0.0), _off(member["triton_norm"]))
-    if far:
-        listed = ", ".join(f"{data} (up to {ulps_text(ulps)})" for data, ulps in far.items())
-        text = f"{name}: no worse than torch, and far from exact all the same: {listed}"
-        found.append((min(max(far.values()), 1e5), text))
-    return found
-
-
-def _off(ulps: float | None) -> float:
-    return inf if ulps is None else ulps
+    return _causes(cases(), of)

@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,15 @@ import torch
 
 from perf import environment, measure, models
 from perf.contenders import CONTENDERS, Contender
-from perf.findings import Record
-from perf.ledger import GPU_LOST, Ledger, Results
 from perf.models import Model
 from perf.points import Point
+from perf.records import ResultsFile, Run
 from triton_norm.tuning.choices import chosen_so_far
 from triton_norm.tuning.limits import gpu_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_SHARE = 0.55
+GPU_LOST = "the GPU no longer answers"
 NOT_SURVIVED = "the process that measured it did not survive"
 COMPILED = "compiled per shape: a quick run times it on a few shapes in training only, or if it searches, only by name"
 
@@ -34,7 +34,7 @@ Task = Point | Model
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. `contenders`: their names, or all; `resume`: go on with the file that is there."""
+    """A choice of tasks, and of contenders by their names, or all."""
 
     points: Sequence[Point]
     models: Sequence[Model] = ()
@@ -42,7 +42,6 @@ class Plan:
     quick: bool = True
     seconds: float = math.inf
     tests: bool = False
-    resume: bool = False
 
     def tasks(self) -> list[Task]:
         """Landmarks, models, other points: what is done when time runs out is a picture of the whole."""
@@ -77,93 +76,100 @@ def run_tests(seconds: float) -> dict[str, Any]:
     return {"passed": passed, "summary": lines[-1], "failed": failed, "seconds": time.monotonic() - before}
 
 
-def timed_run(plan: Plan, path: Path, say: Callable[[str], None]) -> Results:
-    """Measure until the plan's seconds are spent. Whatever happens, what was measured is in the file, and returned."""
+def timed_run(plan: Plan, file: ResultsFile, say: Callable[[str], None]) -> Run:
+    """Measures until the plan's seconds are spent. Whatever happens, the file has all that was measured."""
     deadline = time.monotonic() + plan.seconds
-    ledger = Ledger(path, plan.resume)
-    results = ledger.results
+    run = file.results.run
     reached: set[str] = set()
+    ends: dict[str, Any] = {}
     try:
-        if plan.tests and "tests" not in results:
+        if plan.tests and "tests" not in run:
             say("running the tests on the GPU")
-            results["tests"] = run_tests(TESTS_SHARE * plan.seconds)
-            say(results["tests"]["summary"])
-        _measure(plan, ledger, reached, deadline, say)
+            file.add("facts", {"tests": run_tests(TESTS_SHARE * plan.seconds)})
+            say(run["tests"]["summary"])
+        _measure(plan, file, reached, deadline, say)
     except KeyboardInterrupt:
-        results["stopped"] = "interrupted"
+        ends["stopped"] = "interrupted"
     except measure.Stopped as error:
-        results["stopped"] = f"{GPU_LOST}: {error}"
+        ends["stopped"] = f"{GPU_LOST}: {error}"
     except Exception as error:
-        results["stopped"] = f"{type(error).__name__}: {error}"
+        ends["stopped"] = f"{type(error).__name__}: {error}"
     finally:
-        results["unreached"] = [str(task) for task in plan.tasks() if str(task) not in reached]
-        results["clocks afterwards"] = {k: v for k, v in environment.gpu().items() if "as read" in k}
-        ledger.close()
-    return results
+        ends["unreached"] = [str(task) for task in plan.tasks() if str(task) not in reached]
+        ends["clocks_afterwards"] = {k: v for k, v in environment.gpu().items() if "as read" in k}
+        file.add("facts", ends | {"measuring": None})
+    return run
 
 
-def _measure(plan: Plan, ledger: Ledger, reached: set[str], deadline: float, say: Callable[[str], None]) -> None:
-    results, chosen, tasks = ledger.results, plan.chosen(), plan.tasks()
-    results["contenders"] = {contender.name: contender.status() for contender in chosen}
+def _measure(plan: Plan, file: ResultsFile, reached: set[str], deadline: float, say: Callable[[str], None]) -> None:
+    run, chosen, tasks = file.results.run, plan.chosen(), plan.tasks()
     present = [contender for contender in chosen if not contender.missing()]
     timer = measure.CudaTimer()
-    results["copy_gbps"] = measure.copy_bandwidth(timer)
-    results["peak_gflops"] = environment.peak_gflops()
-    say(f"copy bandwidth {results['copy_gbps']:.0f} GB/s")
-    known = {(task_name(record), record["contender"]) for record in results["records"] + results["steps"]}
+    facts = {
+        "contenders": {contender.name: contender.status() for contender in chosen},
+        "copy_gbps": measure.copy_bandwidth(timer),
+        "peak_gflops": environment.peak_gflops(),
+    }
+    say(f"copy bandwidth {facts['copy_gbps']:.0f} GB/s")
+    lost = run.get("measuring")  # by a process that did not survive it
+    file.add("facts", facts)
+    timed: list[Mapping[str, Any]] = [*run["records"], *run["steps"]]
+    known = {(task_name(record), record["contender"]) for record in timed}
+    gpu = gpu_of(torch.device(timer.device)).name
     with ExitStack() as scopes:
+        scopes.callback(lambda: file.add("facts", {"choices": chosen_so_far(gpu)}))
         for contender in present:
             scopes.enter_context(contender.scope())
         for number, task in enumerate(tasks, 1):
             if time.monotonic() > deadline:
                 break
-            kind = "records" if isinstance(task, Point) else "steps"
+            kind = "timing" if isinstance(task, Point) else "step"
             new = [contender for contender in present if (str(task), contender.name) not in known]
-            ledger.begin(str(task))
+            if new:
+                file.add("facts", {"measuring": str(task)})
             try:
-                records = _lost(task, new) if ledger.lost == str(task) else _records(task, new, timer, plan)
+                records = _lost(task, new) if lost == str(task) else _records(task, new, timer, plan)
             except measure.Stopped as stopped:
-                ledger.add(stopped.records, kind)
+                file.add(kind, *stopped.records)
                 reached.add(str(task))
                 raise
-            ledger.add(records, kind)
+            file.add(kind, *records)
             reached.add(str(task))
-            results["choices"] = chosen_so_far(gpu_of(torch.device(timer.device)).name)
             if records:
                 say(f"[{number}/{len(tasks)}] {task}: {_line(records)}")
 
 
-def task_name(record: Record) -> str:
-    """What the task is called that gave a record: str() of a point or a model."""
+def task_name(record: Mapping[str, Any]) -> str:
+    """Returns the name of the task that gave a record: str() of a point or a model."""
     if "model" in record:
         return f"step {record['dtype']} {record['model']}"
     layout = "" if record["layout"] == "contiguous" else f" {record['layout']}"
     return f"{record['op']} {record['mode']} {record['dtype']} {'x'.join(map(str, record['shape']))}{layout}"
 
 
-def _records(task: Task, contenders: Sequence[Contender], timer: measure.Timer, plan: Plan) -> list[Record]:
-    """Of every contender, but for those that it would take too long to compile."""
+def _records(task: Task, contenders: Sequence[Contender], timer: measure.Timer, plan: Plan) -> list[Any]:
+    """Returns records of every contender, without figures of those that would take too long to compile."""
     timed = [contender for contender in contenders if plan.has_time_for(contender, task)]
     skipped = [contender for contender in contenders if contender not in timed]
     if isinstance(task, Point):
-        records = measure.measure_point(task, timed, timer) if timed else []
+        records: list[Any] = list(measure.measure_point(task, timed, timer)) if timed else []
     else:
-        records = models.measure_step(task, {contender.name for contender in timed}, timer)
+        records = list(models.measure_step(task, {contender.name for contender in timed}, timer))
         skipped = [contender for contender in skipped if contender.name in models.WAYS]
     return records + _not_timed(task, skipped, "skipped", COMPILED)
 
 
-def _lost(task: Task, contenders: Sequence[Contender]) -> list[Record]:
+def _lost(task: Task, contenders: Sequence[Contender]) -> list[Any]:
     return _not_timed(task, contenders, "error", NOT_SURVIVED)
 
 
-def _not_timed(task: Task, contenders: Sequence[Contender], status: str, message: str) -> list[Record]:
+def _not_timed(task: Task, contenders: Sequence[Contender], status: str, message: str) -> list[Any]:
     about = {**task.describe(), "status": status, "message": message}
     return [{**about, "contender": contender.name} for contender in contenders]
 
 
-def _line(records: Sequence[Record]) -> str:
-    def shown(record: Record) -> str:
+def _line(records: Sequence[Mapping[str, Any]]) -> str:
+    def shown(record: Mapping[str, Any]) -> str:
         if record["status"] != "ok":
             return str(record["status"])
         return f"{record['gbps']:.0f} GB/s" if "gbps" in record else f"{record['median_us'] / 1e3:.2f} ms"

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from perf.calls import Inputs, bind, candidate, make_inputs
-from perf.findings import in_a_line
 from perf.functions import triton_norm_functions
 from perf.gate import TOLERANCE, errors, expected, named, verdict
 from perf.points import BITS, BULK, PARAMETERS, STATISTICS, Point
+from perf.records import Traffic, in_a_line, made
 from perf.workloads import multiprocessors_of
 from triton_norm.testing.interleave import interleaved
 from triton_norm.testing.interpreter import (
@@ -39,8 +39,6 @@ from triton_norm.testing.interpreter import (
 from triton_norm.testing.stub_driver import H100, as_on_gpu
 from triton_norm.tuning import row_spaces
 from triton_norm.tuning.limits import Gpu
-
-Record = dict[str, Any]
 
 OPS = triton_norm_functions()
 GROUPS = ("bulk", "bits", "parameters", "statistics", "partials")
@@ -175,7 +173,7 @@ def _tensors(inputs: Inputs, *results: dict[str, torch.Tensor]) -> dict[str, tor
     return {name: found[name] for name in (*BULK, *PARAMETERS, *STATISTICS) if name in found}
 
 
-def _figures(counter: TrafficCounter, groups: dict[int, str]) -> Record:
+def _figures(counter: TrafficCounter, groups: dict[int, str]) -> dict[str, Any]:
     ways = ("loaded", "stored")
     moved: Counter[tuple[str, str]] = Counter()
     by_launch: Counter[tuple[int, str]] = Counter()
@@ -233,7 +231,7 @@ def _few_finalising_programs() -> Iterator[None]:
         yield
 
 
-def count(point: Point, gpu: Gpu = H100) -> Record:
+def count(point: Point, gpu: Gpu = H100) -> Traffic:
     """Interprets one call, launched as on a GPU. Returns its bytes, and whether its results are right."""
     inputs = make_inputs(point, "cpu")
     wanted = expected(point, inputs)
@@ -252,18 +250,18 @@ def count(point: Point, gpu: Gpu = H100) -> Record:
     message = verdict(errors(found, wanted), TOLERANCE[point.dtype])
     figures = _figures(counter, _groups(counter, _tensors(inputs, before, found)))
     about = {"multiprocessors": gpu.multiprocessors, "status": "wrong" if message else "ok", "message": message}
-    return {**point.describe(), **about, **figures}
+    return made(Traffic, point.describe(), about, figures)
 
 
-def records(points: Sequence[Point], gpu: Gpu = H100) -> Iterator[Record]:
+def records(points: Sequence[Point], gpu: Gpu = H100) -> Iterator[Traffic]:
     for point in points:
         try:
             yield count(point, slice_of(gpu, multiprocessors_of(point.workload)))
         except Exception as error:
-            yield {**point.describe(), "status": "error", "message": in_a_line(error)}
+            yield made(Traffic, point.describe(), {"status": "error", "message": in_a_line(error)})
 
 
-def line(record: Record) -> str:
+def line(record: Traffic) -> str:
     name = f"{record['op']} {record['mode']} {record['dtype']} {record['shape']} {record['layout']}"
     if "total_bytes" not in record:
         return f"{name}: {record['status']}, {record['message']}"

@@ -1,4 +1,4 @@
-"""The launches that are fastest on this machine's GPU, written where the library looks for them before it searches."""
+"""Finds the launches that are fastest on this machine's GPU, and writes them where the library looks for them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from perf import environment
-from perf.findings import in_a_line
 from perf.measure import CudaTimer, Timer
 from perf.points import Point
+from perf.records import Refused, in_a_line
 from perf.tuner import Tuner
 from triton_norm.tuning import choices as tuned_choices
 from triton_norm.tuning.configs import config
@@ -24,17 +24,13 @@ from triton_norm.tuning.limits import INTERPRETED, gpu_of
 Results = dict[str, Any]
 Say = Callable[[str], None]
 
-MEASURING_SHARE = 0.9  # of the time; the rest is for all choices together
-SAVE_EVERY = 2.0
-
-
-class CannotTune(OSError):
-    """Why a run can't begin, in a sentence."""
+# The rest of the time is for all choices together.
+MEASURING_SHARE = 0.9
 
 
 def _replace(path: Path, content: Results, sort_keys: bool) -> None:
-    """Whole at every moment, whoever else writes it: written beside, under a name of its own, and renamed."""
-    partial = _beside(path)
+    """Writes a file that is whole at every moment, whoever else writes it: beside it, and renamed."""
+    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
     try:
         partial.write_text(json.dumps(content, indent=1, sort_keys=sort_keys) + "\n")
         partial.replace(path)
@@ -42,74 +38,35 @@ def _replace(path: Path, content: Results, sort_keys: bool) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
-
-
 class TunedFile:
-    """`tuned/<gpu>.json`. Choices of keys that are not reached now stay, unless a `fresh` file is asked for; what they
-    were measured with stays in "kept_from"."""
+    """`tuned/<gpu>.json`. Choices of keys that are not reached stay, unless a `fresh` file is asked for."""
 
     def __init__(self, path: Path, fresh: bool) -> None:
-        self.path, self._before, self._written = path, Results(), False
+        self.path, self._before = path, Results()
         if not fresh and path.exists():
             self._before = self._read()
 
     def _read(self) -> Results:
         try:
-            found: Results = json.loads(self.path.read_text())
-            for keys in found["choices"].values():
+            found: Results = json.loads(self.path.read_text())["choices"]
+            for keys in found.values():
                 for choice in keys.values():
                     config(**choice)
             return found
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"{self.path} holds no choices that could be kept: {in_a_line(error)}"
-            raise CannotTune(f"{reason}. Ask for a fresh file to replace it.") from error
+            raise Refused(f"{reason}. Ask for a fresh file to replace it.") from error
 
     def save(self, found: Results, tuner: Tuner) -> None:
-        """`found`: the results so far. Before there is a choice nothing is written."""
-        choices = {
-            (kernel, key): choice
-            for kernel, keys in self._before.get("choices", {}).items()
-            for key, choice in keys.items()
-            if (kernel, key) not in tuner.trials
-        }
-        kept = [self._before.get("environment", {}), *self._before.get("kept_from", [])] if choices else []
-        choices |= {key: config.keywords for key, config in tuner.choices.items()}
-        if not choices and not self._before and not self._written:
-            return
-        by_kernel: dict[str, dict[str, Any]] = {}
-        for (kernel, key), choice in choices.items():
-            by_kernel.setdefault(kernel, {})[key] = choice
-        content = {"environment": found["environment"], "choices": by_kernel}
-        _replace(self.path, content | ({"kept_from": kept} if kept else {}), sort_keys=True)
-        self._written = True
-
-
-class _Ledger:
-    """Both files of a run, at most every few seconds."""
-
-    def __init__(self, tuned: TunedFile, path: Path, results: Results, tuner: Tuner) -> None:
-        self._tuned, self._path, self.results, self._tuner = tuned, path, results, tuner
-        self._saved = time.monotonic()
-
-    def save(self, now: bool = False) -> None:
-        if not now and time.monotonic() - self._saved < SAVE_EVERY:
-            return
-        self.results["keys"] = [trial.describe() for trial in self._tuner.trials.values()]
-        _replace(self._path, self.results, sort_keys=False)
-        self._tuned.save(self.results, self._tuner)
-        self._saved = time.monotonic()
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = _beside(folder / "tune")
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise CannotTune(f"nothing can be written to {folder}: {in_a_line(error)}") from error
+        """Writes the choices so far, with the environment in `found`; nothing before there is one."""
+        kept = {kernel: dict(keys) for kernel, keys in self._before.items()}
+        for kernel, key in tuner.trials:
+            kept.get(kernel, {}).pop(key, None)
+        for (kernel, key), choice in tuner.choices.items():
+            kept.setdefault(kernel, {})[key] = choice.keywords
+        by_kernel = {kernel: keys for kernel, keys in kept.items() if keys}
+        if by_kernel or self.path.exists():
+            _replace(self.path, {"environment": found["environment"], "choices": by_kernel}, sort_keys=True)
 
 
 def run(
@@ -121,44 +78,63 @@ def run(
     timer: Timer | None = None,
     fresh: bool = False,
 ) -> Results:
-    """Measures until `seconds` are spent, the points in their order. Whatever happens, the choices that were found are
-    in `folder`/<gpu>.json, and all that was measured is in `out`/tune.json, which is returned. CannotTune is raised
-    before anything is measured."""
+    """Measures until `seconds` are spent, the points in their order.
+
+    Whatever happens, the choices that were found are in `folder`/<gpu>.json, and all that was measured is in
+    `out`/tune.json, which is returned.
+
+    Raises:
+        Refused: before anything is measured, where there is nothing to search, or the files can't be kept.
+    """
     began = time.monotonic()
     if timer is None:
         if INTERPRETED or not environment.has_gpu():
             reason = "Triton's interpreter is on" if INTERPRETED else "this machine has no GPU"
-            raise CannotTune(f"{reason}: there is nothing to search")
+            raise Refused(f"{reason}: there is nothing to search")
         timer = CudaTimer()
     gpu = gpu_of(torch.device(timer.device)).name
     if gpu is None:
-        raise CannotTune(f"launches on {timer.device} are not searched for")
-    for written in (folder, out):
-        _require_writable(written)
+        raise Refused(f"launches on {timer.device} are not searched for")
     tuned = TunedFile(folder / tuned_choices.file_name(gpu), fresh)
-    results: Results = {
-        "kind": "tuning",
-        "format": 1,
-        "environment": environment.describe(),
-        "file": tuned.path.name,
-        "keys": [],
-        "problems": [],
-        "reached": 0,
-        "confirmed": 0,
-    }
+    results: Results = {"environment": environment.describe(), "file": tuned.path.name, "keys": [], "problems": []}
+    results |= {"reached": 0, "confirmed": 0}
     tuner = Tuner(timer, gpu)
-    ledger = _Ledger(tuned, out / "tune.json", results, tuner)
+
+    def save() -> None:
+        results["keys"] = [trial.describe() for trial in tuner.trials.values()]
+        _replace(out / "tune.json", results, sort_keys=False)
+        tuned.save(results, tuner)
+
+    try:
+        for written in (folder, out):
+            written.mkdir(parents=True, exist_ok=True)
+        _replace(out / "tune.json", results, sort_keys=False)
+    except OSError as error:
+        raise Refused(f"nothing can be written to {folder} or {out}: {in_a_line(error)}") from error
     try:
         with tuner.scope():
-            _measure(points, tuner, ledger, began + MEASURING_SHARE * seconds, say)
-            _confirm(tuner, ledger, began + seconds, say)
+            for reached, point in enumerate(points):
+                if time.monotonic() > began + MEASURING_SHARE * seconds:
+                    break
+                say(f"[{reached + 1}/{len(points)}] {point}")
+                with _noted(point, tuner, results, say):
+                    for line in tuner.measure(point):
+                        say(f"  {line}")
+                results["reached"] = reached + 1
+                save()
+            say(f"{len(tuner.choices)} choices; checking every point with all of them in force")
+            for point in tuner.keys:
+                if time.monotonic() > began + seconds:
+                    break
+                with _noted(point, tuner, results, say):
+                    results["confirmed"] += tuner.confirm(point)
     except KeyboardInterrupt:
         results["stopped"] = "interrupted"
     except Exception as error:
         results["stopped"] = in_a_line(error)
     finally:
         results["unreached"] = [str(point) for point in points[results["reached"] :]]
-        ledger.save(now=True)
+        save()
     tuned_choices.read_again()
     say(_summary(results, tuner, tuned.path))
     return results
@@ -166,7 +142,7 @@ def run(
 
 @contextmanager
 def _noted(point: Point, tuner: Tuner, results: Results, say: Say) -> Iterator[None]:
-    """What fails for a point is written down; a GPU that no longer answers ends the run."""
+    """Notes an error as a problem of the point; a GPU that no longer answers ends the run."""
     try:
         yield
     except Exception as error:
@@ -176,37 +152,12 @@ def _noted(point: Point, tuner: Tuner, results: Results, say: Say) -> Iterator[N
         tuner.require_answer(problem)
 
 
-def _measure(points: Sequence[Point], tuner: Tuner, ledger: _Ledger, deadline: float, say: Say) -> None:
-    for reached, point in enumerate(points):
-        if time.monotonic() > deadline:
-            return
-        say(f"[{reached + 1}/{len(points)}] {point}")
-        with _noted(point, tuner, ledger.results, say):
-            for line in tuner.measure(point):
-                say(f"  {line}")
-        ledger.results["reached"] = reached + 1
-        ledger.save()
-
-
-def _confirm(tuner: Tuner, ledger: _Ledger, deadline: float, say: Say) -> None:
-    """Every point once more with all choices together, as the library will launch it."""
-    say(f"{len(tuner.choices)} choices; checking every point with all of them in force")
-    for point in tuner.keys:
-        if time.monotonic() > deadline:
-            return
-        with _noted(point, tuner, ledger.results, say):
-            ledger.results["confirmed"] += tuner.confirm(point)
-        ledger.save()
-
-
 def _summary(results: Results, tuner: Tuner, path: Path) -> str:
-    parts = [f"choices in {path}: {len(tuner.choices)}" if tuner.choices else "nothing was chosen"]
     counts = {
+        f"choices in {path}": len(tuner.choices),
         "keys without a choice": len(tuner.trials) - len(tuner.choices),
         "points not reached": len(results["unreached"]),
         "problems": len(results["problems"]),
     }
-    parts += [f"{what}: {count}" for what, count in counts.items() if count]
-    if "stopped" in results:
-        parts.append(f"stopped: {results['stopped']}")
-    return ", ".join(parts)
+    parts = [f"{name}: {count}" for name, count in counts.items() if count] or ["nothing was chosen"]
+    return ", ".join([*parts, f"stopped: {results['stopped']}"] if "stopped" in results else parts)

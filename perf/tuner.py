@@ -18,11 +18,11 @@ import torch
 
 import triton_norm
 from perf.calls import Candidate, Inputs, bind, candidate, make_inputs
-from perf.findings import Record, in_a_line
 from perf.functions import triton_norm_functions
 from perf.gate import TOLERANCE, errors, expected, outputs, verdict
 from perf.measure import Stopped, Timer, time_interleaved
 from perf.points import Point
+from perf.records import in_a_line
 from triton_norm import launch
 from triton_norm.tuning.choices import begun_anew, choose_only
 from triton_norm.tuning.configs import Config, Space
@@ -74,7 +74,7 @@ class Trial:
         ratios = {} if self.left_out else self.ratios
         return min(ratios, key=ratios.__getitem__, default=None)
 
-    def describe(self) -> Record:
+    def describe(self) -> dict[str, Any]:
         choice, ratios = self.choice, self.ratios
         reason = self.left_out or ("" if self.working else "no config works on every workload")
         configs = []

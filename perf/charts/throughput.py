@@ -1,39 +1,36 @@
-"""GB/s against size, counted at the floor."""
+"""Bandwidth of single calls: GB/s against size, and shares of the copy bandwidth by op."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from perf.charts.canvas import GRID, INK, Canvas, Style, clean, headed, in_order, short, styles_of
-from perf.findings import Record, ok, shape_text
-from perf.points import ITEMSIZE, MODE_TITLE, TITLE, floor_of
+from perf.charts.style import DASHED, GRID, INK, Style, in_order, legend, panel, sheet, short, styles_of
+from perf.findings import OURS, input_bytes, shape_text
+from perf.points import MODE_TITLE, PASSES, TITLE
+from perf.records import Timing, ok
 
-MANY_POINTS = 18
-MANY_CONTENDERS = 4
-CATEGORIES = ("networks", "models")  # groups that are laid side by side, not along a scale
-PANEL, SMALL = 3.4, 2.6  # inches
 FAILED = "failed (in its contender's colour)"
+CATEGORIES = ("networks", "models")
+"""Groups of workloads that stand side by side, not along a scale."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """How a group of workloads is laid along x."""
+    """How a group of workloads lies along x."""
 
     title: str
     label: str
-    value: Callable[[Record], float]
+    value: Callable[[Timing], float]
 
 
-def _mebibytes(record: Record) -> float:
-    size = ITEMSIZE[record["dtype"]]
-    for extent in record["shape"]:
-        size *= extent
-    return size / 2**20
+def _mebibytes(record: Timing) -> float:
+    return input_bytes(record) / 2**20
 
 
 AXES = {
@@ -45,6 +42,9 @@ AXES = {
 }
 LAYOUT = {"contiguous": "channels first", "channels_last": "channels last"}
 
+Key = tuple[str, str, int]
+"""Group, layout, and where rows grow in number the columns."""
+
 
 @dataclass(frozen=True)
 class _Scale:
@@ -55,96 +55,54 @@ class _Scale:
     top: float
 
 
-Key = tuple[str, str, int]  # group, layout, and of more and more rows the columns
-
-
-def _key(record: Record) -> Key:
+def _key(record: Timing) -> Key:
     return record["group"], record["layout"], record["shape"][-1] if record["group"] == "tokens" else 0
 
 
-def _panels(records: Sequence[Record]) -> dict[Key, list[Record]]:
+def throughput(records: Sequence[Timing], roof: float | None) -> Figure:
+    """Draws GB/s against size for the contenders of one op, mode and dtype; a panel for every group of workloads."""
     groups, layouts = list(AXES), list(LAYOUT)
     keys = sorted({_key(r) for r in records}, key=lambda key: (groups.index(key[0]), layouts.index(key[1]), key[2]))
-    return {key: [record for record in records if _key(record) == key] for key in keys}
-
-
-def _width(key: Key, panels: dict[Key, list[Record]]) -> int:
-    """In quarters of a line: all of it for many points or a panel that is alone, one for each of many row lengths."""
-    if len(panels) == 1 or len({shape_text(record) for record in panels[key]}) > MANY_POINTS:
-        return 4
-    return 1 if sum(group == "tokens" for group, _, _ in panels) > 2 and key[0] == "tokens" else 2
-
-
-def throughput(records: Sequence[Record], roof: float | None, machine: str, path: Path) -> Path:
-    """GB/s against size for the contenders of one op, mode and dtype; a panel for every group of workloads."""
-    op, mode, dtype = (records[0][name] for name in ("op", "mode", "dtype"))
-    panels = _panels(records)
-    places, heights = _places([_width(key, panels) for key in panels])
-    title = f"{TITLE[op]}, {MODE_TITLE[mode]}, {dtype}: bytes at the floor ({floor_of(op, mode).short}) ÷ time"
     names = in_order(record["contender"] for record in records if record["status"] != "unsupported")
-    without = [name for name in in_order(record["contender"] for record in records) if name not in names]
-    foot = ["median, band or bar from the 20th to the 80th percentile, cold L2", machine]
-    foot += [f"without such an op: {', '.join(without)}"] if without else []
-    named = [*names, f"copy, {roof or 0:.0f} GB/s", FAILED]
-    canvas = Canvas(sum(heights), title, foot, named)
-    grid = canvas.figure.add_gridspec(len(heights), 4, height_ratios=heights)
-    top = 1.08 * max([record["gbps"] for record in ok(records)] + [roof or 0.0, 1.0])
-    scale = _Scale(styles_of(names), roof, top)
-    for (line, columns), (key, chosen) in zip(places, panels.items(), strict=True):
-        _panel(canvas.figure.add_subplot(grid[line, columns]), key, chosen, scale)
-    canvas.legend()
-    return canvas.save(path)
+    scale = _Scale(styles_of(names), roof, 1.08 * max([r["gbps"] for r in ok(records)] + [roof or 0.0, 1.0]))
+    across = min(len(keys), 2 if len(keys) <= 6 else 4)
+    lines = -(-len(keys) // across)
+    figure = sheet(3.3 * lines + 0.3)
+    axes = figure.subplots(lines, across, squeeze=False)
+    for ax, key in zip(axes.flat, keys, strict=False):
+        _panel(ax, key, [record for record in records if _key(record) == key], scale)
+    for ax in axes.flat[len(keys) :]:
+        ax.set_axis_off()
+    legend(figure)
+    return figure
 
 
-def _places(widths: Sequence[int]) -> tuple[list[tuple[int, slice]], list[float]]:
-    """Line and columns of each panel, a line holding panels of one width; and the lines' heights."""
-    places: list[tuple[int, slice]] = []
-    heights: list[float] = []
-    column, last = 4, 0
-    for width in widths:
-        if column + width > 4 or width != last:
-            column, last = 0, width
-            heights.append(SMALL if width == 1 else PANEL)
-        places.append((len(heights) - 1, slice(column, column + width)))
-        column += width
-    return places, heights
-
-
-def _panel(ax: Axes, key: Key, records: Sequence[Record], scale: _Scale) -> None:
-    axis = AXES[key[0]]
+def _panel(ax: Axes, key: Key, records: Sequence[Timing], scale: _Scale) -> None:
+    axis, connected = AXES[key[0]], key[0] not in CATEGORIES
     more = f" · {LAYOUT[key[1]]}" if key[0] in ("batch", "networks") else f" of {key[2]} columns" if key[2] else ""
-    clean(ax)
-    if key[0] in CATEGORIES:
-        places = _categories(ax, records)
-    else:
-        places = {shape_text(record): axis.value(record) for record in records}
-        _logarithmic(ax, sorted(set(places.values())), small=bool(key[2]))
-    many = len(scale.styles) > MANY_CONTENDERS
+    panel(ax, axis.title + more)
+    places = _logarithmic(ax, records, axis) if connected else _categories(ax, records, axis)
     for number, (name, style) in enumerate(scale.styles.items()):
+        aside = 0.0 if connected else 0.7 * ((number + 0.5) / len(scale.styles) - 0.5)
         mine = sorted((r for r in records if r["contender"] == name), key=lambda r: places[shape_text(r)])
-        aside = 0.7 * ((number + 0.5) / len(scale.styles) - 0.5) if many and key[0] in CATEGORIES else 0.0
-        _series(ax, name, style, mine, {text: x + aside for text, x in places.items()}, key[0] not in CATEGORIES, many)
-    _crosses(ax, records, places, scale)
+        _series(ax, name, style, [(places[shape_text(r)] + aside, r) for r in mine], connected)
+        failed = [places[shape_text(r)] + aside for r in mine if r["status"] in ("wrong", "error")]
+        if failed:
+            feet = [(0.025 + 0.05 * number) * scale.top] * len(failed)
+            ax.plot(failed, feet, "x", color=style.colour, label=FAILED, clip_on=False, zorder=5)
     if scale.roof:
-        label = f"copy, {scale.roof:.0f} GB/s"
-        ax.axhline(scale.roof, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+        ax.axhline(scale.roof, color=INK, linewidth=1.2, linestyle=DASHED, label=f"copy, {scale.roof:.0f} GB/s")
     ax.set_ylim(0, scale.top)
-    ax.set_ylabel("GB/s", fontsize=9, color=INK)
-    ax.set_xlabel(axis.label, fontsize=9, color=INK)
-    headed(ax, axis.title + more)
+    ax.set_ylabel("GB/s", fontsize=8.5)
+    ax.set_xlabel(axis.label, fontsize=8.5)
 
 
-def _categories(ax: Axes, records: Sequence[Record]) -> dict[str, float]:
-    value = AXES[records[0]["group"]].value
+def _categories(ax: Axes, records: Sequence[Timing], axis: Axis) -> dict[str, float]:
     distinct = {shape_text(record): record for record in records}
-    ordered = sorted(distinct, key=lambda text: (value(distinct[text]), text))
-    ax.set_xticks(range(len(ordered)))
+    ordered = sorted(distinct, key=lambda text: (axis.value(distinct[text]), text))
     labels = [str(distinct[t]["shape"][-1]) if distinct[t]["group"] == "models" else t for t in ordered]
     crowded = sum(map(len, labels)) > 60
-    ax.set_xticklabels(
-        labels, rotation=55 if crowded else 0, ha="right" if crowded else "center", rotation_mode="anchor"
-    )
-    ax.tick_params(axis="x", labelsize=8 if len(labels) <= MANY_POINTS else 6.5)
+    ax.set_xticks(range(len(labels)), labels, rotation=90 if crowded else 0, fontsize=6.5 if crowded else 8)
     ax.set_xlim(-0.6, len(ordered) - 0.4)
     ax.grid(False, axis="x")
     for place in range(1, len(ordered)):
@@ -152,52 +110,67 @@ def _categories(ax: Axes, records: Sequence[Record]) -> dict[str, float]:
     return {text: float(place) for place, text in enumerate(ordered)}
 
 
-def _logarithmic(ax: Axes, values: Sequence[float], small: bool) -> None:
+def _logarithmic(ax: Axes, records: Sequence[Timing], axis: Axis) -> dict[str, float]:
+    places = {shape_text(record): axis.value(record) for record in records}
+    values = sorted(set(places.values()))
     ax.set_xscale("log", base=2)
-    most = 5 if small else 7
-    ticks = values if len(values) <= most else values[:: -(-len(values) // most)]
-    ax.set_xticks(ticks)
+    ax.set_xticks(values[:: -(-len(values) // 7)])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     ax.set_xlim(values[0] / 1.4, values[-1] * 1.4)
+    return places
 
 
-def _series(
-    ax: Axes, name: str, style: Style, records: Sequence[Record], places: dict[str, float], connect: bool, many: bool
-) -> None:
-    """One contender's points that were timed."""
-    timed = ok(records)
-    x = [places[shape_text(record)] for record in timed]
-    y = [record["gbps"] for record in timed]
-    slow = [record["floor_bytes"] / record["p80_us"] / 1e3 for record in timed]
-    fast = [record["floor_bytes"] / record["p20_us"] / 1e3 for record in timed]
+def _series(ax: Axes, name: str, style: Style, placed: Sequence[tuple[float, Timing]], connected: bool) -> None:
+    """Draws the points of a contender that were timed, with bars from the 20th to the 80th percentile."""
+    timed = [(x, r) for x, r in placed if r["status"] == "ok"]
+    y = [r["gbps"] for _, r in timed]
+    slow = [r["gbps"] - r["floor_bytes"] / r["p80_us"] / 1e3 for _, r in timed]
+    fast = [r["floor_bytes"] / r["p20_us"] / 1e3 - r["gbps"] for _, r in timed]
     front = 4 if name == "triton_norm" else 3
-    if connect:
-        width = 2.2 if front == 4 else 1.1 if many else 1.5
-        ax.plot(
-            x, y, color=style.colour, marker=style.marker, markersize=6 * style.size, markeredgecolor="white",
-            markeredgewidth=0.5, linewidth=width, label=name, zorder=front,
-        )  # fmt: skip
-        ax.fill_between(x, slow, fast, color=style.colour, alpha=0.1 if many else 0.18, linewidth=0)
-    else:
-        spread = [[a - b for a, b in zip(y, slow, strict=True)], [b - a for a, b in zip(y, fast, strict=True)]]
-        ax.errorbar(
-            x, y, yerr=spread, color=style.colour, fmt=style.marker, markersize=5.5 * style.size,
-            markeredgecolor="white", markeredgewidth=0.5, elinewidth=1.2, label=name, zorder=front,
-        )  # fmt: skip
+    ax.errorbar(
+        [x for x, _ in timed], y, yerr=[slow, fast], color=style.colour, marker=style.marker, label=name, zorder=front,
+        markersize=5.5 * style.size, markeredgecolor="white", markeredgewidth=0.5, elinewidth=1.1,
+        linewidth=(2.0 if front == 4 else 1.2) if connected else 0,
+    )  # fmt: skip
 
 
-def _crosses(ax: Axes, records: Sequence[Record], places: dict[str, float], scale: _Scale) -> None:
-    """A point that a contender failed is a cross at the foot, one above the other, not a gap."""
-    heights: dict[float, int] = {}
-    label = FAILED
-    for record in records:
-        if record["status"] not in ("wrong", "error") or record["contender"] not in scale.styles:
-            continue
-        x = places[shape_text(record)]
-        height = (0.025 + 0.05 * heights.get(x, 0)) * scale.top
-        heights[x] = heights.get(x, 0) + 1
-        colour = scale.styles[record["contender"]].colour
-        (mark,) = ax.plot(x, height, "x", color=colour, markersize=6, markeredgewidth=1.6, label=label, clip_on=False)
-        label = "_again"
-        mark.set_zorder(5)
+def shares(records: Sequence[Timing], copy_gbps: float) -> Figure:
+    """Draws the floor's bytes over time as a share of the copy bandwidth: a line for each op, pass and dtype, a faint
+    mark for each point of a contender, and a large one for the median of those that were timed on as many as ours."""
+    timed = ok(records)
+    keys = [
+        (op, mode, dtype)
+        for op in TITLE
+        for mode in PASSES
+        for dtype in dict.fromkeys(r["dtype"] for r in timed)
+        if any((r["op"], r["mode"], r["dtype"]) == (op, mode, dtype) for r in timed)
+    ]
+    styles = styles_of(in_order(r["contender"] for r in timed))
+    figure = sheet(max(0.16 * len(styles) * len(keys), 0.3 * len(keys)) + 0.9)
+    ax = figure.subplots()
+    panel(ax, "", "x")
+    for line, key in enumerate(keys):
+        at_key = [r for r in timed if (r["op"], r["mode"], r["dtype"]) == key]
+        for number, (name, style) in enumerate(styles.items()):
+            y = line + 0.75 * ((number + 0.5) / len(styles) - 0.5)
+            mine = [r for r in at_key if r["contender"] == name]
+            if mine:
+                x = [r["gbps"] / copy_gbps for r in mine]
+                whole = len(mine) >= sum(r["contender"] == OURS for r in at_key)
+                look = {"color": style.colour}
+                ax.plot(x, [y] * len(x), style.marker, alpha=0.35, markersize=3.5 * style.size, **look)  # type: ignore[arg-type]
+                if whole:
+                    ax.plot(median(x), y, style.marker, markersize=7 * style.size, **look)  # type: ignore[arg-type]
+    for name, style in styles.items():
+        ax.plot([], [], style.marker, markersize=7 * style.size, color=style.colour, label=name)
+    for line in range(len(keys) - 1):
+        ax.axhline(line + 0.5, color=GRID, linewidth=0.8, zorder=0)
+    ax.axvline(1, color=INK, linewidth=1.2, linestyle=DASHED, label=f"copy, {copy_gbps:,.0f} GB/s")
+    ax.set_yticks(range(len(keys)), [f"{TITLE[op]}, {MODE_TITLE[mode]}, {dtype}" for op, mode, dtype in keys])
+    ax.set_ylim(max(len(keys), 1) - 0.5, -0.5)
+    ax.set_xlim(0, None)
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_xlabel("bytes that must move ÷ time, of the copy bandwidth", fontsize=8.5)
+    legend(figure)
+    return figure

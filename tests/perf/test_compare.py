@@ -1,10 +1,10 @@
 """`perf compare`: what fails, what is told, and which files are refused. Every time is made up."""
 
-import json
-
 import pytest
 
 from perf import compare
+from perf.records import Refused
+from support.results import write
 
 POINT = {"op": "layer_norm", "mode": "forward", "dtype": "bf16", "shape": [64, 96], "layout": "contiguous"}
 STEP = {"model": "BERT base, one layer", "dtype": "bf16"}
@@ -21,27 +21,28 @@ def failed(status="wrong", **fields):
 
 def run(*records, gpu="NVIDIA Made-Up", steps=()):
     environment = {"GPU": gpu} if gpu else {}
-    about = {"kind": "timing", "format": 1, "environment": environment, "copy_gbps": 3000.0}
+    about = {"environment": environment, "copy_gbps": 3000.0}
     return {**about, "records": list(records), "steps": list(steps)}
 
 
-def report(*runs):
-    return {"kind": "report", "format": 1, "environment": {}, "timed": list(runs), "traffic": []}
-
-
 @pytest.fixture
-def compared(tmp_path, capsys):
-    """The exit status, what is said, and what is said on stderr, for two files' contents."""
+def compared(tmp_path):
+    """The exit status, what is said, and why it is refused, for two files' contents."""
 
     def call(old, new, fail_below=0.95, **options):
         paths = []
-        for name, content in (("old.json", old), ("new.json", new)):
+        for name, content in (("old.jsonl", old), ("new.jsonl", new)):
             paths.append(tmp_path / name)
-            if content is not None:
-                paths[-1].write_text(content if isinstance(content, str) else json.dumps(content))
+            if isinstance(content, str):
+                paths[-1].write_text(content)
+            elif content is not None:
+                write(paths[-1], content)
         said = []
-        status = compare.compare(*paths, fail_below, say=said.append, **options)
-        return status, said, capsys.readouterr().err.replace(f"{tmp_path}/", "")
+        try:
+            status = compare.compare(*paths, fail_below, say=said.append, **options)
+        except Refused as reason:
+            return 2, said, str(reason).replace(f"{tmp_path}/", "")
+        return status, said, ""
 
     return call
 
@@ -171,42 +172,39 @@ def test_skipped_and_unsupported_points_are_no_points(compared):
     assert said[-2].startswith("1 points paired, 0 only in ")
 
 
-def test_of_a_report_the_first_run_is_taken(compared):
-    old, new = report(run(record()), run(record(us=1.0))), report(run(record(us=20.0)), run(record()))
-    assert compared(old, new)[0] == 1
-    assert compared(old, run(record()))[0] == 0
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"kind": "tuning"}', '{"kind": "timing"}', "\0"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]\n", "3\n", "{}\n", '{"kind": "tuning"}\n', '{"kind": "facts"}\n', "\0"]
+)
 def test_files_that_are_no_results_are_refused(content, compared):
     for files in ((content, run(record())), (run(record()), content)):
         status, said, errors = compared(*files)
         assert (status, said) == (2, [])
-        name = "old.json" if files[0] == content else "new.json"
-        assert errors == f"perf compare: {name} holds no results of a timed run.\n"
+        name = "old.jsonl" if files[0] == content else "new.jsonl"
+        assert errors.startswith(f"{name} holds no results of a timed run: ")
 
 
 def test_other_files_are_refused_in_one_sentence(compared):
     good = run(record())
-    nothing_timed = compared(report(), good)
-    assert nothing_timed[::2] == (2, "perf compare: old.json is a report in which nothing was timed.\n")
+    nothing_timed = compared(run(), good)
+    assert nothing_timed[::2] == (2, "old.jsonl holds nothing that was timed.")
     for broken in ({"op": "layer_norm"}, record(us=0.0), {**POINT, "contender": "triton_norm", "status": "ok"}):
         status, _, errors = compared(good, run(broken))
-        assert (status, errors) == (2, "perf compare: new.json holds records that are not of timed points.\n")
+        assert (status, errors) == (2, "new.jsonl holds records that are not of timed points.")
     other = run(record({**POINT, "shape": [8, 8]}))
     status, _, errors = compared(good, other)
-    assert (status, errors) == (2, "perf compare: old.json and new.json have no point of triton_norm in common.\n")
+    assert (status, errors) == (2, "old.jsonl and new.jsonl have no point of triton_norm in common.")
 
 
 def test_a_file_that_is_not_there_is_refused(compared):
     status, _, errors = compared(run(record()), None)
-    assert (status, errors) == (2, "perf compare: new.json can't be read: No such file or directory.\n")
+    assert status == 2
+    assert "No such file or directory" in errors
 
 
 def test_runs_on_different_gpus_are_refused_unless_asked_for(compared):
     old, new = run(record()), run(record(), gpu="NVIDIA Other")
     status, said, errors = compared(old, new)
     assert (status, said) == (2, [])
-    assert errors == "perf compare: old.json was measured on NVIDIA Made-Up, and new.json on NVIDIA Other.\n"
+    assert errors == "old.jsonl was measured on NVIDIA Made-Up, and new.jsonl on NVIDIA Other."
     assert compared(old, new, any_gpu=True)[0] == 0
-    assert compared(old, run(record(), gpu=None))[2].endswith("and new.json on an unknown GPU.\n")
+    assert compared(old, run(record(), gpu=None))[2].endswith("and new.jsonl on an unknown GPU.")

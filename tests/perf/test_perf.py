@@ -15,7 +15,9 @@ from torch.nn import functional
 from perf import calls, findings, gate, measure, workloads
 from perf.contenders import Contender, Functions, torch_functions
 from perf.points import BOTH, FAMILY, FLOORS, MODES, PASSES, Point, Workload, floor_of
+from perf.records import read
 from support import processes
+from support.patience import until
 from support.timers import FakeTimer
 from triton_norm.tuning.choices import TUNED
 
@@ -421,15 +423,13 @@ runpy.run_module("perf", run_name="__main__", alter_sys=True)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the timed part would come first")
 def test_interrupted_run_reports_what_is_done(tmp_path):
+    path = tmp_path / "out" / "results.jsonl"
     with processes.started("-c", INTERRUPTIBLE, "--out", str(tmp_path / "out")) as process:
-        for line in process.stdout:
-            if "records" in line:
-                break
+        assert until(lambda: path.exists() and len(path.read_text().splitlines()) > 2)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
         assert process.returncode == 130, errors
         assert not processes.running({process.pid})
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["interrupted"]
-    assert len(found["traffic"]) + len(found["resources"]) > 0
+    found = read(path)
+    assert len(found.traffic) + len(found.resources) + len(found.numerics) > 0
     assert "interrupted" in (tmp_path / "out" / "index.html").read_text()

@@ -1,6 +1,5 @@
 """The figures of the README and of docs/numerics.md, from results that are stored or made up."""
 
-import json
 import re
 import shutil
 
@@ -9,12 +8,13 @@ import pytest
 from perf import __main__ as cli
 from perf import readme
 from perf.points import Point, Workload
+from perf.records import FORMAT, read
+from support import results
 
 pytestmark = pytest.mark.unguarded
 
 RUN = {
-    "kind": "timing",
-    "format": 2,
+    "format": FORMAT,
     "environment": {"GPU": "NVIDIA Made-Up 1", "torch": "2", "triton": "3", "date": "2026-01-02 03:04 UTC"},
     "copy_gbps": 1000.0,
     "records": [],
@@ -56,26 +56,25 @@ def test_the_readme_shows_what_is_stored():
         for page in (readme.README, readme.NUMERICS)
     )
     timed_runs, counted = readme.load(cli.STORED)
-    assert shown == readme.block(timed_runs, counted, "perf/results")
+    assert shown == readme.block(timed_runs, "perf/results")
     assert errors == readme.errors(counted)
-    assert counted["environment"]["date"] in errors
+    assert counted.run["environment"]["date"] in errors
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", shown)
     assert pictures
     assert all((readme.ROOT / picture).is_file() for picture in pictures)
-    for content in timed_runs or [counted]:
-        assert content["environment"]["date"] in shown
+    for run in timed_runs:
+        assert run["environment"]["date"] in shown
 
 
 def test_stored_results_name_no_path_of_a_machine():
-    for path in (*cli.STORED.glob("*.json"), readme.README, readme.NUMERICS):
+    for path in (*cli.STORED.glob("*.jsonl"), readme.README, readme.NUMERICS):
         assert not re.search(r"/(tmp|home|root|work|usr)/", path.read_text()), path.name
 
 
 def test_a_timed_run_is_stored_by_its_gpu_and_shown_with_its_date(project):
-    source = project / "timing.json"
-    source.write_text(json.dumps(timed()))
+    source = results.write(project / "results.jsonl", timed())
     readme.store([source], project / "results")
-    assert json.loads((project / "results" / "nvidia-made-up-1.json").read_text()) == timed()
+    assert read(project / "results" / "nvidia-made-up-1.jsonl").run == timed()
     write(project)
     text = (project / "README.md").read_text()
     assert text.startswith(f"before\n{readme.BEGIN}\n")
@@ -89,8 +88,7 @@ def test_a_timed_run_is_stored_by_its_gpu_and_shown_with_its_date(project):
 
 def test_the_latest_run_comes_first_and_each_gpu_has_one(project):
     for number, (gpu, date) in enumerate((("A", "2026-01-01"), ("B", "2026-01-03"), ("A", "2026-01-02"))):
-        source = project / f"{number}.json"
-        source.write_text(json.dumps(timed(gpu, date)))
+        source = results.write(project / f"{number}.jsonl", timed(gpu, date))
         readme.store([source], project / "results")
     found, _ = readme.load(project / "results")
     assert [(run["environment"]["GPU"], run["environment"]["date"]) for run in found] == [
@@ -104,8 +102,6 @@ def test_without_a_timed_run_the_readme_says_so(project):
     write(project)
     text = (project / "README.md").read_text()
     assert readme.NOT_TIMED in text
-    assert "](results/traffic.png)" in text
-    assert "](results/resources.png)" in text
     assert "| LayerNorm | fp32 |" not in text
     numerics = (project / "numerics.md").read_text()
     assert numerics.startswith(f"before\n{readme.BEGIN}\n")
@@ -114,11 +110,18 @@ def test_without_a_timed_run_the_readme_says_so(project):
     assert "| LayerNorm | fp32 |" in numerics
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"kind": "tuning"}', '{"kind": "timing", "records": []}'])
-def test_what_is_no_result_is_refused_and_nothing_stored(content, project, capsys):
-    source = project / "other.json"
+def test_one_common_point_is_named():
+    """A mean of one point says nothing of others."""
+    run = timed()
+    run["records"] = run["records"][:2]
+    assert "| LayerNorm | forward | · | 2.00× (32×64) |" in readme.block([run], "results")
+
+
+@pytest.mark.parametrize("content", ["", "[]\n", '{"kind": "tuning"}\n', '{"kind": "facts"}\n'])
+def test_what_is_no_result_is_refused_and_nothing_stored(content, project):
+    source = project / "other.jsonl"
     source.write_text(content)
-    with pytest.raises(ValueError, match=r"other\.json holds no results"):
+    with pytest.raises(ValueError, match=r"other\.jsonl is not a results file"):
         readme.store([source], project / "results")
     assert list((project / "results").iterdir()) == []
 

@@ -1,13 +1,12 @@
 """A timed run as a whole, and in several processes: what is kept, and what another run goes on with."""
 
-import json
-
 import pytest
 import torch
 
-from perf import ledger, measure, models, sweep
+from perf import environment, measure, models, sweep
 from perf.contenders import Contender, Functions, torch_functions
 from perf.points import Point, Workload
+from perf.records import ResultsFile, dumped, read
 from support.timers import FakeTimer
 
 pytestmark = pytest.mark.unguarded
@@ -25,8 +24,9 @@ def _gpu_of_the_test(monkeypatch):
     monkeypatch.setattr(sweep, "CONTENDERS", [TORCH, Contender("absent", Functions, ("no_such_module",))])
 
 
-def run(path, points=POINTS, **plan):
-    return sweep.timed_run(sweep.Plan(points, **plan), path, lambda _: None)
+def run(path, points=POINTS, resume=False, **plan):
+    file = ResultsFile(path, environment.describe(), resume)
+    return sweep.timed_run(sweep.Plan(points, **plan), file, lambda _: None)
 
 
 def failing(monkeypatch, error):
@@ -45,31 +45,31 @@ def failing(monkeypatch, error):
 
 def test_a_run_keeps_what_it_measured(monkeypatch, tmp_path):
     failing(monkeypatch, KeyboardInterrupt)
-    path = tmp_path / "timing.json"
+    path = tmp_path / "results.jsonl"
     results = run(path)
-    assert json.loads(path.read_text()) == results
+    assert read(path).run == results
     assert [record["dtype"] for record in results["records"]] == ["fp32", "bf16"]
     assert results["stopped"] == "interrupted"
     assert results["unreached"] == [LATE]
     assert results["copy_gbps"] == 1000
     assert results["contenders"]["absent"].startswith("missing (ModuleNotFoundError")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["timing.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["results.jsonl"]
 
 
 def test_a_run_ends_with_its_time(tmp_path):
-    results = run(tmp_path / "timing.json", seconds=0)
+    results = run(tmp_path / "results.jsonl", seconds=0)
     assert results["records"] == []
     assert len(results["unreached"]) == len(POINTS)
 
 
 def test_only_chosen_contenders_are_timed_and_listed(tmp_path):
-    results = run(tmp_path / "timing.json", contenders=("absent",))
+    results = run(tmp_path / "results.jsonl", contenders=("absent",))
     assert list(results["contenders"]) == ["absent"]
     assert results["records"] == []
 
 
 def test_a_resumed_run_measures_what_is_not_there(monkeypatch, tmp_path):
-    path = tmp_path / "timing.json"
+    path = tmp_path / "results.jsonl"
     with monkeypatch.context() as patched:
         failing(patched, KeyboardInterrupt)
         first = run(path)
@@ -81,7 +81,7 @@ def test_a_resumed_run_measures_what_is_not_there(monkeypatch, tmp_path):
 
 
 def test_another_contender_is_added_to_a_resumed_run(monkeypatch, tmp_path):
-    path = tmp_path / "timing.json"
+    path = tmp_path / "results.jsonl"
     run(path, POINTS[:1])
     monkeypatch.setattr(sweep, "CONTENDERS", [TORCH, Contender("other", torch_functions)])
     results = run(path, POINTS[:1], resume=True)
@@ -89,41 +89,53 @@ def test_another_contender_is_added_to_a_resumed_run(monkeypatch, tmp_path):
     assert run(path, POINTS[:1], resume=True)["records"] == results["records"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", '{"kind": "report", "format": 1}', '{"kind": "timing", "format": 2, "environment": {"torch": "1.0"}}'],
-)
+OTHER = dumped("facts", {"format": 3, "environment": {"torch": "1.0"}}) + "\n"
+
+
+@pytest.mark.parametrize("content", ["", "[]\n", '{"kind": "other"}\n', '{"kind": "facts", "format": 2}\n', OTHER])
 def test_what_cannot_be_gone_on_with_is_an_error_and_stays(content, tmp_path):
-    path = tmp_path / "timing.json"
+    path = tmp_path / "results.jsonl"
     path.write_text(content)
     with pytest.raises(
-        ValueError, match=r"timing.json (is no timed run|was measured with something else: .*torch 1.0)"
+        ValueError, match=r"results.jsonl (is not a results file|was measured with something else: .*torch 1.0)"
     ):
         run(path, resume=True)
     assert path.read_text() == content
 
 
+def test_half_a_line_that_a_process_has_left_is_not_read_and_replaced(tmp_path):
+    path = tmp_path / "results.jsonl"
+    first = run(path, POINTS[:1])
+    with path.open("a") as file:
+        file.write('{"kind": "timing", "op": "lay')
+    assert read(path).run == first
+    second = run(path, POINTS[:2], resume=True)
+    assert [record["dtype"] for record in read(path).run["records"]] == ["fp32", "bf16"]
+    assert read(path).run == second
+
+
 def test_a_lost_gpu_ends_the_run_and_has_a_record(monkeypatch, tmp_path):
-    path = tmp_path / "timing.json"
+    path = tmp_path / "results.jsonl"
     about = {**POINTS[2].describe(), "contender": "torch", "status": "ok", "message": ""}
     failing(monkeypatch, measure.Stopped([about], RuntimeError("an illegal memory access")))
     results = run(path, [POINTS[2], POINTS[0]])
-    assert results["stopped"] == f"{ledger.GPU_LOST}: RuntimeError: an illegal memory access"
+    assert results["stopped"] == f"{sweep.GPU_LOST}: RuntimeError: an illegal memory access"
     assert [(record["dtype"], record["status"]) for record in results["records"]] == [("fp16", "error")]
     assert results["unreached"] == [str(POINTS[0])]
     assert [record["dtype"] for record in run(path, [POINTS[2], POINTS[0]], resume=True)["records"]] == ["fp16", "fp32"]
 
 
 def test_what_a_process_did_not_survive_is_recorded_and_not_tried_again(monkeypatch, tmp_path):
-    path = tmp_path / "timing.json"
+    path = tmp_path / "results.jsonl"
     run(path, POINTS[:2])
-    path.with_suffix(".at").write_text(LATE)
+    with path.open("a") as file:
+        file.write(dumped("facts", {"measuring": LATE}) + "\n")
     measured = failing(monkeypatch, KeyboardInterrupt)
     results = run(path, resume=True)
     assert measured == []
     assert results["records"][-1]["dtype"] == "fp16"
     assert (results["records"][-1]["status"], results["records"][-1]["message"]) == ("error", sweep.NOT_SURVIVED)
-    assert not path.with_suffix(".at").exists()
+    assert results["measuring"] is None
 
 
 def tiny(name):
@@ -168,7 +180,7 @@ def test_a_model_that_trains_otherwise_is_not_timed(monkeypatch):
 
 def test_models_that_cannot_be_built_are_recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "missing", lambda: "no transformers")
-    results = run(tmp_path / "timing.json", [], models=models.MODELS)
+    results = run(tmp_path / "results.jsonl", [], models=models.MODELS)
     assert len(results["steps"]) == len(models.MODELS)
     assert {(record["status"], record["message"]) for record in results["steps"]} == {("missing", "no transformers")}
 
@@ -188,6 +200,6 @@ def test_models_that_cannot_be_built_are_recorded(monkeypatch, tmp_path):
 def test_a_quick_run_compiles_little(contender, landmark, plan, timed, monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "CONTENDERS", [Contender("slow", torch_functions, **contender)])
     point = Point("layer_norm", "forward", "fp32", Workload("rows", "columns", (64, 96), "test", landmark=landmark))
-    (record,) = run(tmp_path / "timing.json", [point], **plan)["records"]
+    (record,) = run(tmp_path / "results.jsonl", [point], **plan)["records"]
     assert record["status"] == ("ok" if timed else "skipped")
     assert (record["message"] == sweep.COMPILED) == (not timed)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import triton_norm
 from perf import tune, tuner
 from perf.points import Point, Workload
+from perf.records import Refused
 from support import processes, tuners
 from support.row_norms import LAYER_NORM
 from support.spaces import GPU
@@ -60,7 +61,6 @@ def test_choices_of_other_keys_stay_unless_a_fresh_file_is_asked_for(fresh, unkn
     kept = {FORWARD: old[FORWARD] | new[FORWARD], "another_kernel": {"": choice}}
     assert choices_in(unknown_gpu) == (new if fresh else kept)
     content = json.loads(unknown_gpu.read_text())
-    assert content.get("kept_from") == (None if fresh else [{"date": "earlier"}])
     assert content["environment"]["torch"]
     assert unknown_gpu.read_text() == json.dumps(content, indent=1, sort_keys=True) + "\n"
 
@@ -68,7 +68,7 @@ def test_choices_of_other_keys_stay_unless_a_fresh_file_is_asked_for(fresh, unkn
 def test_a_file_that_cannot_be_merged_is_told_before_anything_is_measured(unknown_gpu, tmp_path):
     unknown_gpu.write_text("{")
     timer = MadeUpTimes()
-    with pytest.raises(tune.CannotTune, match="holds no choices that could be kept"):
+    with pytest.raises(Refused, match="holds no choices that could be kept"):
         tuned(ROWS, tmp_path, timer)
     assert timer.rounds == 0
     assert unknown_gpu.read_text() == "{"
@@ -81,15 +81,15 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(unk
     file = tmp_path / "file"
     file.write_text("")
     for folder, out in ((file / "tuned", tmp_path), (tmp_path, file / "out")):
-        with pytest.raises(tune.CannotTune, match=f"nothing can be written to {file}"):
+        with pytest.raises(Refused, match="nothing can be written to"):
             tune.run(ROWS, folder, out, 60.0, lambda line: None, timer)
     assert timer.rounds == 0
 
 
 def test_without_a_gpu_there_is_nothing_to_search(tmp_path):
-    with pytest.raises(tune.CannotTune, match="there is nothing to search"):
+    with pytest.raises(Refused, match="there is nothing to search"):
         tune.run(ROWS, tmp_path, tmp_path, 60.0, print)
-    with pytest.raises(tune.CannotTune, match="launches on cpu are not searched for"):
+    with pytest.raises(Refused, match="launches on cpu are not searched for"):
         tune.run(ROWS, tmp_path, tmp_path, 60.0, print, MadeUpTimes())
 
 
@@ -112,9 +112,8 @@ def test_an_interrupted_run_leaves_what_is_done(unknown_gpu, monkeypatch, tmp_pa
     assert said[-1].endswith("points not reached: 1, stopped: interrupted")
 
 
-def test_a_run_that_is_killed_leaves_whole_files(unknown_gpu, monkeypatch, tmp_path):
+def test_a_run_that_is_killed_leaves_whole_files(unknown_gpu, tmp_path):
     """Both are whole after every point, long before the end."""
-    monkeypatch.setattr(tune, "SAVE_EVERY", 0.0)
     found = []
 
     def say(line):

@@ -1,6 +1,7 @@
 """Results such as the suite would give; every figure in them is made up."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from perf import workloads
 from perf.findings import Findings
 from perf.points import PASSES, Point
+from perf.records import FORMAT, dumped
 
 Record = dict[str, Any]
 HERE = {"torch": "0", "triton": "0", "date": "never"}
@@ -19,6 +21,16 @@ STEPS = {
     "triton_norm, compiled": 0.88,
     "triton_norm, compiled, kernels forced": 0.91,
 }
+
+
+def write(path: Path, run: Record, **others: Sequence[Record]) -> Path:
+    """Writes a results file of a timed run, and of records of other kinds."""
+    facts = {name: value for name, value in run.items() if name not in ("records", "steps")}
+    lines = [dumped("facts", {"format": FORMAT, **facts})]
+    kinds = {"timing": run.get("records", []), "step": run.get("steps", []), **others}
+    lines += [dumped(kind, record) for kind, records in kinds.items() for record in records]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
 
 
 def findings() -> Findings:
@@ -58,8 +70,7 @@ def timing(points: Sequence[Point] | None = None, seed: int = 0) -> Record:
     points = workloads.points(modes=PASSES) if points is None else points
     environment = {"GPU": "made-up GPU", **HERE}
     return {
-        "kind": "timing",
-        "format": 1,
+        "format": FORMAT,
         "environment": environment,
         "copy_gbps": 3000.0,
         "peak_gflops": 60e3,

@@ -1,0 +1,193 @@
+"""The parts that the report's page is made of. They hold text and figures; `page.html.j2` says how each looks."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+HERE = Path(__file__).resolve().parent
+# Folders in messages tell of a machine, not of a result.
+FOLDERS = re.compile(r"(?<![\w.])(?<!:/)/(?:[\w.+@~-]+/)+")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the page; the template has a macro by the name of its class."""
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True)
+class Paragraph(Block):
+    text: str
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Heading(Block):
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets(Block):
+    """A list; an item may have details of its own below it."""
+
+    items: Sequence[tuple[str, Sequence[str]]]
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An entry of a table. `warn` marks that it falls short; `shade`, from 0 to 1, colours its ground."""
+
+    text: str
+    warn: bool = False
+    shade: float | None = None
+
+
+@dataclass(frozen=True)
+class Table(Block):
+    """The first `words` and the last `notes` columns are words, the rest figures."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    words: int = 1
+    notes: int = 0
+
+    def is_words(self, place: int) -> bool:
+        return place < self.words or place >= len(self.head) - self.notes
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of parts, each a length and a colour, and the text behind it."""
+
+    parts: Sequence[tuple[float, str]]
+    text: str
+
+    @property
+    def length(self) -> float:
+        return sum(length for length, _ in self.parts)
+
+
+@dataclass(frozen=True)
+class Bars(Block):
+    """Bars to one scale, a few for each row and column.
+
+    Args:
+        legend: names and colours.
+        mark: where a dashed line stands, or None.
+    """
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Sequence[Bar]]]]
+    legend: Sequence[tuple[str, str]] = ()
+    mark: float | None = 1.0
+
+    @property
+    def widest(self) -> float:
+        return max([bar.length for _, cells in self.rows for cell in cells for bar in cell] + [self.mark or 0.0])
+
+
+@dataclass(frozen=True)
+class Card:
+    """Figures with their labels that belong to one title, which links to a section."""
+
+    title: str
+    figures: Sequence[tuple[str, str]]
+    note: str
+    section: str
+
+
+@dataclass(frozen=True)
+class Cards(Block):
+    cards: Sequence[Card]
+
+
+@dataclass(frozen=True)
+class Picture(Block):
+    """An image, such as image/png, and its caption."""
+
+    data: bytes
+    type: str
+    caption: str
+
+    @property
+    def link(self) -> str:
+        return f"data:{self.type};base64,{b64encode(self.data).decode()}"
+
+
+@dataclass(frozen=True)
+class Fold(Block):
+    """Blocks behind a title that opens them."""
+
+    title: str
+    blocks: Sequence[Block]
+    note: str = ""
+    opened: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: Sequence[Block]
+
+
+Record = TypeVar("Record")
+
+
+class Column(Generic[Record]):
+    """A column of a table of records: its title, and the entry of each record."""
+
+    def __init__(
+        self,
+        title: str,
+        text: Callable[[Record], str],
+        warn: Callable[[Record], bool] = lambda record: False,
+    ) -> None:
+        self.title, self._text, self._warn = title, text, warn
+
+    def cell(self, record: Record) -> Cell:
+        return Cell(self._text(record), self._warn(record))
+
+
+def table_of(columns: Sequence[Column[Any]], records: Sequence[Any], words: int, notes: int = 0) -> Table:
+    rows = [[column.cell(record) for column in columns] for record in records]
+    return Table([column.title for column in columns], rows, words, notes)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name.lower()).strip("-")
+
+
+def _shown(value: Any) -> Any:
+    """Returns a value as it is shown: text without folders."""
+    return FOLDERS.sub("…/", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def render(title: str, subtitle: str, summary: Sequence[Block], sections: Sequence[Section]) -> str:
+    """Returns the page, which needs nothing beside itself. Sections without blocks are left out."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["slug"] = slug
+    files = {name: Markup((HERE / f"page.{name}").read_text()) for name in ("css", "js")}
+    shown = [section for section in sections if section.blocks]
+    template = environment.get_template("page.html.j2")
+    return template.render(title=title, subtitle=subtitle, summary=summary, sections=shown, **files)

@@ -1,0 +1,229 @@
+"""The page's sections that need no clock: errors, bytes and machine code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from perf import charts
+from perf.charts.style import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from perf.findings import (
+    OURS,
+    OUTPUTS,
+    Findings,
+    access_bits,
+    counted,
+    is_worse,
+    layout_text,
+    ulps_of,
+    ulps_text,
+    uncached,
+)
+from perf.page.blocks import Bar, Bars, Block, Bullets, Cell, Column, Fold, Paragraph, Table, table_of
+from perf.page.drawing import picture
+from perf.points import MODE_TITLE, MODES, TITLE
+from perf.records import Numerics, Outcome, Resources, Traffic, ok
+from perf.shortfalls import FEW_WARPS, MOST_BYTES_OVER_FLOOR, NARROW_BITS
+
+EXACTNESS_NOTE = (
+    "The largest error against fp64, in ulp of the output's type at the largest element of its exact row: 0.5 is a "
+    "result rounded once. Marked where triton_norm is further off than torch on the same device."
+)
+ERRORS_CAPTION = (
+    "The largest errors over all numbers of columns, with a thin line down to the smallest. Left edge: less than 0.01 "
+    "ulp. Right edge: not finite."
+)
+TRAFFIC_NOTE = (
+    "Bytes that the kernels load and store in one call, over the floor (dashed line), counted on slices of large "
+    "inputs and of a GPU. A program loads bytes again in the same launch only where they are still in cache."
+)
+CODE_NOTE = (
+    "Kernels compiled with the launch that this library chooses where nothing was measured yet, and disassembled: "
+    "registers a thread · bytes of the widest access to global memory, and of the narrowest to x, y and their like "
+    "where that is less · warps that a multiprocessor holds at once, of those that it could (darker ground: more) · "
+    "stores and loads of spilled registers. Marked where one of them falls short."
+)
+PARTS = {
+    "x, residual, dy loaded": ("loaded", ("bulk",), BLUE),
+    "y, total, dx stored": ("stored", ("bulk",), SKY),
+    "bits": ("both", ("bits",), VERMILION),
+    "weights and their gradients": ("both", ("parameters",), YELLOW),
+    "statistics": ("both", ("statistics",), ORANGE),
+    "partial sums": ("both", ("partials",), PURPLE),
+    "loaded again by one program, from cache": ("again", ("bulk", "bits"), GREY),
+}
+
+
+def _failures(records: Sequence[Any], name: Callable[[Any], str]) -> list[Block]:
+    failed: list[Outcome] = [r for r in records if r["status"] != "ok"]
+    lines = [(f"{name(r)}: {r['status']}, {r['message']}", ()) for r in failed]
+    return [Fold(f"{counted(len(lines), 'record')} without a result", [Bullets(lines)])] if lines else []
+
+
+def _about() -> list[Column[Any]]:
+    return [
+        Column("op", lambda r: TITLE[r["op"]]),
+        Column("pass", lambda r: MODE_TITLE[r["mode"]]),
+        Column("dtype", lambda r: r["dtype"]),
+        Column("shape", layout_text),
+    ]
+
+
+def exactness(findings: Findings) -> list[Block]:
+    compared = ok(findings.numerics)
+    if not compared:
+        return []
+
+    def ulps(output: str, who: str) -> Column[Numerics]:
+        return Column(
+            f"{output}: {who}, ulp",
+            lambda r: ulps_text(ulps_of(r, output)[who]).removesuffix(" ulp"),
+            lambda r: who == OURS and is_worse(ulps_of(r, output)),
+        )
+
+    columns: list[Column[Numerics]] = [
+        Column("op", lambda r: TITLE[r["op"]]),
+        Column("dtype", lambda r: r["dtype"]),
+        Column("x", lambda r: r["data"]),
+        Column("columns", lambda r: str(r["columns"])),
+        *(ulps(output, who) for output in OUTPUTS for who in (OURS, "torch")),
+    ]
+    blocks: list[Block] = [Paragraph(EXACTNESS_NOTE)]
+    blocks += picture(findings, "the errors", partial(charts.errors, findings.numerics), ERRORS_CAPTION)
+    blocks.append(Fold("Every input", [table_of(columns, compared, words=3)], counted(len(compared), "input")))
+    return blocks + _failures(findings.numerics, lambda r: f"{TITLE[r['op']]} {r['dtype']} on {r['data']}")
+
+
+def part_bytes(record: Traffic, part: str) -> int:
+    """Returns the bytes of one of the `PARTS`, which together are all of a record's."""
+    direction, groups, _ = PARTS[part]
+    again = sum(record["again"].get(group, 0) for group in groups)
+    if direction == "again":
+        return again
+    ways = ("loaded", "stored") if direction == "both" else (direction,)
+    moved = sum(record["bytes"][group][way] for group in groups for way in ways)
+    return moved - again if "loaded" in ways else moved
+
+
+def traffic_bars(records: Sequence[Traffic], title: str, note: str) -> list[Block]:
+    """Returns a row for each op and input, and a bar for each pass, made up of the parts."""
+    found: dict[str, dict[str, Traffic]] = {}
+    for r in ok(records):
+        text = f"{TITLE[r['op']]} {layout_text(r) if r['op'].startswith('batch') else r['shape'][-1]} {r['dtype']}"
+        found.setdefault(text, {})[r["mode"]] = r
+    rows = []
+    for text, by_mode in found.items():
+        cells: list[list[Bar]] = []
+        for mode in MODES:
+            if mode in by_mode:
+                r = by_mode[mode]
+                parts = [(part_bytes(r, part) / r["floor_bytes"], colour) for part, (_, _, colour) in PARTS.items()]
+                label = f"{r['total_bytes'] / r['floor_bytes']:.2f}, {len(r['launches'])} L"
+                cells.append([Bar(parts, label)])
+            else:
+                cells.append([])
+        rows.append((text, cells))
+    legend = [(part, colour) for part, (_, _, colour) in PARTS.items()]
+    return [Bars(title, note, [MODE_TITLE[mode] for mode in MODES], rows, legend)] if rows else []
+
+
+def traffic(findings: Findings) -> list[Block]:
+    records = findings.traffic
+    if not ok(records):
+        return []
+
+    def figure(
+        title: str, text: Callable[[Traffic], str], warn: Callable[[Traffic], bool] = lambda r: False
+    ) -> Column[Any]:
+        return Column(
+            title, lambda r: text(r) if r["status"] == "ok" else "", lambda r: r["status"] == "ok" and warn(r)
+        )
+
+    def part(name: str) -> Column[Any]:
+        return figure(name, lambda r: f"{part_bytes(r, name) / 2**20:.3f}")
+
+    columns = [
+        *_about(),
+        figure("SMs", lambda r: str(r.get("multiprocessors", ""))),
+        figure("launches", lambda r: str(len(r["launches"]))),
+        figure("floor", lambda r: f"{r['floor_bytes'] / 2**20:.3f}"),
+        *(part(name) for name in PARTS),
+        figure("all", lambda r: f"{r['total_bytes'] / 2**20:.3f}"),
+        figure("÷ floor", lambda r: f"{r['total_bytes'] / r['floor_bytes']:.3f}"),
+        figure("without again", lambda r: f"{(r['total_bytes'] - r['again_bytes']) / r['floor_bytes']:.3f}"),
+        figure("weights once", lambda r: f"{uncached(r):.3f}", lambda r: uncached(r) > MOST_BYTES_OVER_FLOOR),
+        figure("each once ÷ floor", lambda r: f"{r['footprint_bytes'] / r['floor_bytes']:.3f}"),
+        Column("message", lambda r: "" if r["status"] == "ok" else f"{r['status']}: {r['message']}"),
+    ]
+    table = table_of(columns, records, words=4, notes=1)
+    title = "Bytes that the kernels ask for, over the fewest that must move; number of launches (L)"
+    return [
+        *traffic_bars(records, title, TRAFFIC_NOTE),
+        Fold("Every count, in MiB", [table], counted(len(records), "call")),
+    ]
+
+
+def _spills(r: Resources) -> str:
+    return f"{r['spill_stores']}+{r['spill_loads']}" if r["spill_stores"] or r["spill_loads"] else "0"
+
+
+def _warn_of_warps(r: Resources) -> bool:
+    return r["resident_warps"] < FEW_WARPS * r["possible_warps"]
+
+
+def machine_code(findings: Findings) -> list[Block]:
+    compiled = ok(findings.resources)
+    if not compiled:
+        return []
+
+    def widths(counts: dict[Any, int]) -> str:
+        ordered = sorted(((int(bits), count) for bits, count in counts.items()), reverse=True)
+        return " ".join(f"{count}×{bits // 8}" for bits, count in ordered) or "none"
+
+    columns: list[Column[Resources]] = [
+        Column("GPU", lambda r: r["target"]),
+        Column("kernel", lambda r: r["kernel"].removesuffix("_kernel")),
+        *_about(),
+        Column("loads", lambda r: widths(r["loads"]), lambda r: access_bits(r) < NARROW_BITS),
+        Column("stores", lambda r: widths(r["stores"])),
+        Column("warps", lambda r: str(r["warps"])),
+        Column("registers", lambda r: str(r["registers"])),
+        Column("spilled", _spills, lambda r: r["spill_stores"] > 0),
+        Column("shared bytes", lambda r: f"{r['shared_bytes']:,}"),
+        Column("instructions", lambda r: f"{r['instructions']:,}"),
+        Column("resident", lambda r: f"{r['resident_warps']}/{r['possible_warps']}", _warn_of_warps),
+        Column("limited by", lambda r: r["limited_by"]),
+    ]
+    table = table_of(columns, compiled, words=6, notes=1)
+    blocks: list[Block] = [Paragraph(CODE_NOTE), _by_target(compiled)]
+    blocks.append(Fold("Every compiled kernel", [table], counted(len(compiled), "kernel")))
+    name = "{0[op]} {0[mode]} {0[dtype]} {0[shape]} for {0[target]}".format
+    return blocks + _failures(findings.resources, name)
+
+
+def _by_target(compiled: Sequence[Resources]) -> Table:
+    """Returns a row for each kernel of an op, pass and shape, and a column for each GPU."""
+    targets = list(dict.fromkeys(r["target"] for r in compiled))
+    found: dict[tuple[str, ...], dict[str, Resources]] = {}
+    for r in compiled:
+        key = (TITLE[r["op"]], MODE_TITLE[r["mode"]], f"{layout_text(r)} {r['dtype']}", r["kernel"])
+        again = sum(r["target"] in mine for known, mine in found.items() if known[:4] == key)
+        found.setdefault((*key, ", again" * again), {})[r["target"]] = r
+
+    def cell(r: Resources | None) -> Cell:
+        if r is None:
+            return Cell("")
+        widest, narrowest = max(map(int, {**r["loads"], **r["stores"]}), default=0) // 8, access_bits(r) // 8
+        width = f"{widest}" if narrowest >= widest else f"{widest}/{narrowest}"
+        spills = f" · {_spills(r)} spills" if r["spill_stores"] else ""
+        text = f"{r['registers']} · {width} · {r['resident_warps']}/{r['possible_warps']}{spills}"
+        warn = r["spill_stores"] > 0 or access_bits(r) < NARROW_BITS or _warn_of_warps(r)
+        return Cell(text, warn, r["resident_warps"] / r["possible_warps"])
+
+    rows = [
+        [Cell(op), Cell(mode), Cell(shape), Cell(kernel.removesuffix("_kernel") + again)]
+        + [cell(by_target.get(target)) for target in targets]
+        for (op, mode, shape, kernel, again), by_target in found.items()
+    ]
+    return Table(["op", "pass", "x", "kernel", *targets], rows, words=4)

@@ -1,0 +1,187 @@
+"""The page's first screen, and the list of what falls short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import geometric_mean, median
+
+from perf.charts.style import BLUE, STYLES, in_order
+from perf.findings import (
+    LARGE_BYTES,
+    NOT_TIMED,
+    OURS,
+    OUTPUTS,
+    Findings,
+    access_bits,
+    counted,
+    device_of,
+    input_bytes,
+    is_worse,
+    speedups,
+    step_speedups,
+    ulps_of,
+    uncached,
+)
+from perf.page.blocks import Bar, Bars, Block, Bullets, Card, Cards, Fold, Heading, Paragraph
+from perf.page.speed import speed_bars
+from perf.points import BOTH, MODE_TITLE, MODES, PASSES, TITLE
+from perf.records import Numerics, Resources, Run, Timing, Traffic, ok
+from perf.shortfalls import NARROW_BITS
+from perf.shortfalls import shortfalls as found_short
+
+SHORTFALLS = "What falls short"
+SHORT_MODE = {"forward": "forward", "backward": "backward", BOTH: "both"}
+MOST_NOTICES, MOST_RIVALS, MOST_CAUSES = 3, 3, 8
+
+
+def summary(findings: Findings) -> list[Block]:
+    run = chief(findings)
+    timed = run is not None and bool(ok(run["records"]))
+    cards = [] if run is None else _timing_cards(run)
+    if not timed:
+        cards += _traffic_cards(findings.traffic) + _code_cards(findings.resources)
+    cards += _exactness_cards(findings.numerics) + _shortfall_cards(findings)
+    bars = speed_bars(run) if run is not None and timed else _traffic_bars(findings.traffic)
+    return [*_notices(findings), Cards(cards), *bars]
+
+
+def chief(findings: Findings) -> Run | None:
+    """Returns the run that the summary is about: the one made here, else the newest."""
+    if findings.timed_here:
+        return findings.timed[0]
+    return max(findings.timed, key=lambda run: run["environment"].get("date", ""), default=None)
+
+
+def _notices(findings: Findings) -> list[Block]:
+    notes = []
+    if not findings.timed_here:
+        why = NOT_TIMED if "GPU" not in findings.environment else "Nothing was timed for this report."
+        notes.append(why + (" The timings below were read from files." if findings.timed else ""))
+    if findings.interrupted:
+        notes.append("The run was interrupted: this is the part that was finished.")
+    notes += [f"The timed run stopped early: {run['stopped']}" for run in findings.timed if run.get("stopped")]
+    static = (*findings.traffic, *findings.resources, *findings.numerics)
+    failed = sum(record["status"] != "ok" for record in static)
+    if failed:
+        notes.append(f"{counted(failed, 'record')} of something that failed: see what falls short.")
+    notes += findings.problems
+    if len(notes) > MOST_NOTICES:
+        hidden = len(notes) - MOST_NOTICES + 1
+        notes = [*notes[: MOST_NOTICES - 1], f"{hidden} more notices: see what falls short."]
+    if len(notes) == 1:
+        return [Paragraph(notes[0], "notice")]
+    return [Bullets([(note, ()) for note in notes], "notice")] if notes else []
+
+
+def _timing_cards(run: Run) -> list[Card]:
+    records, copy = run["records"], run.get("copy_gbps")
+    cards = []
+    if copy:
+        note = f"{device_of(run)}, bytes read plus bytes written"
+        cards.append(Card("Copy bandwidth", [(f"{copy:,.0f}", "GB/s")], note, "Speed"))
+    for other in _rivals(records):
+        by_mode = [(mode, speedups([r for r in records if r["mode"] == mode], other)) for mode in PASSES]
+        figures = [(f"{geometric_mean(ratios):.2f}×", SHORT_MODE[mode]) for mode, ratios in by_mode if ratios]
+        points = counted(sum(len(ratios) for _, ratios in by_mode), "common point")
+        name = "torch eager" if other == "torch" else other
+        cards.append(Card(f"Times as fast as {name}", figures, f"geometric means over {points}", "Speed"))
+    cards += _share_cards(records, copy)
+    steps = [
+        (f"{ratio:.2f}×", r["model"].partition(",")[0])
+        for r, over, ratio in step_speedups(run["steps"])
+        if over == "torch"
+    ]
+    note = "as fast with these norms as with torch's, eager"
+    return cards + ([Card("Training steps of models", steps, note, "Whole models")] if steps else [])
+
+
+def _share_cards(records: Sequence[Timing], copy: float | None) -> list[Card]:
+    large = [r for r in ok(records) if r["contender"] == OURS and input_bytes(r) > LARGE_BYTES]
+    if not copy or not large:
+        return []
+    by_mode = [(mode, [r["gbps"] / copy for r in large if r["mode"] == mode]) for mode in PASSES]
+    figures = [(f"{median(shares):.0%}", SHORT_MODE[mode]) for mode, shares in by_mode if shares]
+    note = f"the floor's bytes over time; median of {counted(len(large), 'point')} above {LARGE_BYTES >> 20} MiB"
+    return [Card("Of the copy bandwidth", figures, note, "Speed")]
+
+
+def _rivals(records: Sequence[Timing]) -> list[str]:
+    """Returns torch, and the few others that share most points with triton_norm."""
+    shared = {who: len(speedups(records, who)) for who in dict.fromkeys(r["contender"] for r in ok(records))}
+    others = [who for who in shared if who not in (OURS, "torch") and shared[who]]
+    others = sorted(others, key=lambda who: (who not in STYLES, -shared[who]))[: MOST_RIVALS - 1]
+    return ["torch"] * bool(shared.get("torch")) + in_order(others)
+
+
+def _traffic_bars(records: Sequence[Traffic]) -> list[Block]:
+    rows = []
+    for op in TITLE:
+        cells = []
+        for mode in MODES:
+            ratios = [uncached(r) for r in ok(records) if (r["op"], r["mode"]) == (op, mode)]
+            low, high = min(ratios, default=0.0), max(ratios, default=0.0)
+            text = f"{low:.2f}×" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}×"
+            cells.append([Bar([(low, BLUE), (high - low, "#9FC5E0")], text)] if ratios else [])
+        if any(cells):
+            rows.append((TITLE[op], cells))
+    note = (
+        "Counted, not timed: bytes that the kernels load and store over the fewest that must move (dashed line), from "
+        "the best to the worst shape. Weights count once, and what a program loads again from cache does not count."
+    )
+    return [Bars("Bytes moved, in times the floor", note, [MODE_TITLE[mode] for mode in MODES], rows)] if rows else []
+
+
+def _traffic_cards(records: Sequence[Traffic]) -> list[Card]:
+    counts = ok(records)
+    by_mode = [(mode, [uncached(r) for r in counts if r["mode"] == mode]) for mode in MODES]
+    figures = [(f"{geometric_mean(ratios):.2f}×", MODE_TITLE[mode]) for mode, ratios in by_mode if ratios]
+    note = f"geometric means over {counted(len(counts), 'call')}, without what is read again from cache"
+    return [Card("Bytes moved ÷ fewest", figures, note, "Traffic")] if figures else []
+
+
+def _code_cards(records: Sequence[Resources]) -> list[Card]:
+    compiled = ok(records)
+    if not compiled:
+        return []
+    targets = ", ".join(dict.fromkeys(record["target"] for record in compiled))
+    spilling = sum(record["spill_stores"] > 0 for record in compiled)
+    narrow = sum(access_bits(record) < NARROW_BITS for record in compiled)
+    figures = [(str(spilling), "spill registers"), (str(narrow), "move under 8 bytes")]
+    return [Card(f"Of {len(compiled)} compiled kernels", figures, f"as launched on {targets}", "Machine code")]
+
+
+def _exactness_cards(records: Sequence[Numerics]) -> list[Card]:
+    compared = [ulps_of(r, output) for r in ok(records) for output in OUTPUTS]
+    if not compared:
+        return []
+    no_worse = sum(not is_worse(ulps) for ulps in compared)
+    figures = [(f"{no_worse} of {len(compared)}", "no further off than torch")]
+    return [Card("Errors against fp64", figures, "y and dx on data that norms find hard", "Exactness")]
+
+
+def _shortfall_cards(findings: Findings) -> list[Card]:
+    found = found_short(findings)
+    count = sum(map(len, found.values()))
+    titles = ", ".join(title.partition(",")[0] for title in list(found)[:3])
+    note = titles + (" and more" if len(found) > 3 else "") if found else "nothing that this report can see"
+    return [Card(SHORTFALLS, [(str(count), "cause, the worst first" if count == 1 else "causes, the worst first")],
+                 note, SHORTFALLS)]  # fmt: skip
+
+
+def shortfalls(findings: Findings) -> list[Block]:
+    found = found_short(findings)
+    if not found:
+        return [Paragraph("Nothing that this report can see.")]
+    blocks: list[Block] = [
+        Paragraph("Held against the bars under Method, the worst first; a line opens to all inputs.", "soft")
+    ]
+    for title, causes in found.items():
+        items = [
+            (cause.line, [f"{case.where}: {case.figure}" for case in cause.cases] if len(cause.cases) > 1 else [])
+            for cause in causes
+        ]
+        blocks += [Heading(f"{title}: {len(causes)}"), Bullets(items[:MOST_CAUSES])]
+        if len(items) > MOST_CAUSES:
+            rest = items[MOST_CAUSES:]
+            blocks.append(Fold(counted(len(rest), "more cause"), [Bullets(rest)]))
+    return blocks
