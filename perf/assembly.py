@@ -78,7 +78,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    return {name: int(value) for name, value in re.findall(r"\b(REG):(\d+)", usage)}
 
 
 def _sass_bits(instruction: str) -> int:
@@ -95,13 +95,11 @@ def nvidia(cubin: bytes, code: Sequence[str]) -> Code:
 
     return {
         "registers": usage["REG"],
-        "stack_bytes": usage["STACK"],
         "instructions": sum(name != "NOP" for name in mnemonics),
         "spill_stores": mnemonics.count("STL"),
         "spill_loads": mnemonics.count("LDL"),
         "loads": widths("LDG", "LDGSTS"),
         "stores": widths("STG"),
-        "asynchronous_copies": mnemonics.count("LDGSTS"),
     }
 
 
@@ -124,11 +122,9 @@ def amd(assembly: str) -> Code:
 
     return {
         "registers": field("vgpr_count"),
-        "stack_bytes": field("private_segment_fixed_size"),
         "instructions": len(code),
         "spill_stores": sum(i.startswith("scratch_store") for i in code),
         "spill_loads": sum(i.startswith("scratch_load") for i in code),
         "loads": widths("load"),
         "stores": widths("store"),
-        "asynchronous_copies": 0,
     }

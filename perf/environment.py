@@ -81,31 +81,6 @@ def gpu() -> dict[str, str]:
     return found
 
 
-CORES = {
-    (7, 0): 64,
-    (7, 5): 64,
-    (8, 0): 64,
-    (8, 6): 128,
-    (8, 7): 128,
-    (8, 9): 128,
-    (9, 0): 128,
-    (10, 0): 128,
-    (12, 0): 128,
-}
-"""fp32 lanes of a multiprocessor by compute capability, from NVIDIA's CUDA programming guide."""
-
-
-def peak_gflops() -> float | None:
-    """Of the GPU's fp32 lanes at its highest clock, two operations each in a cycle; None if they are unknown."""
-    if not has_gpu():
-        return None
-    import torch
-
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    cores = None if torch.version.hip else CORES.get((properties.major, properties.minor))
-    return cores and 2 * cores * properties.multi_processor_count * properties.clock_rate / 1e6
-
-
 def describe() -> dict[str, str]:
     return {
         **gpu(),

@@ -1,5 +1,4 @@
-"""What a point of measurement is: an op, its pass, the element type and an input; and the least that it must move and
-compute."""
+"""Points of measurement, each an op, its pass, the element type and an input; and the least that they must move."""
 
 from dataclasses import dataclass
 from math import prod
@@ -78,24 +77,6 @@ FLOORS = {
     ("batch_norm_add_relu", "backward"): Floor(
         ("x", "dy", "bits", "weight", "mean", "rstd"), ("dx", "dresidual", "dweight", "dbias")
     ),
-}
-
-# Floating-point operations an element, a multiplication with an addition being two.
-FLOPS = {
-    ("layer_norm", "forward"): 8,  # sum 1, centred squares 3, x_hat 2, weight and bias 2
-    ("layer_norm", "backward"): 13,  # x_hat 2, dbias 1, dweight 2, times weight 1, its two sums 3, dx 4
-    ("rms_norm", "forward"): 4,
-    ("rms_norm", "backward"): 9,
-    ("layer_norm_residual", "forward"): 9,
-    ("layer_norm_residual", "backward"): 14,
-    ("rms_norm_residual", "forward"): 5,
-    ("rms_norm_residual", "backward"): 10,
-    ("batch_norm", "forward"): 6,  # sum 1, centred squares 3, one multiplication and addition by channel
-    ("batch_norm", "backward"): 8,  # centred 1, dbias 1, dweight 2, dx 4
-    ("batch_norm_eval", "forward"): 2,
-    ("batch_norm_eval", "backward"): 5,
-    ("batch_norm_add_relu", "forward"): 8,
-    ("batch_norm_add_relu", "backward"): 9,
 }
 
 REDUCED = {
@@ -220,14 +201,6 @@ class Point:
         reduced = (name for mode in passes(self.mode) for name in REDUCED.get((self.op, mode), ()))
         return self.floor_bytes + sum(map(self.tensor_bytes, reduced))
 
-    @property
-    def bulk_floor_bytes(self) -> int:
-        return sum(self.tensor_bytes(name) for name in self.floor.reads + self.floor.writes if name in BULK)
-
-    @property
-    def flops(self) -> int:
-        return self.workload.elements * sum(FLOPS[self.op, mode] for mode in passes(self.mode))
-
     def describe(self) -> PointFields:
         """Returns the part of every record that says what was measured."""
         workload = self.workload
@@ -241,8 +214,6 @@ class Point:
             "source": workload.source,
             "floor_bytes": self.floor_bytes,
             "apart_floor_bytes": self.apart_floor_bytes,
-            "bulk_floor_bytes": self.bulk_floor_bytes,
-            "flops": self.flops,
         }
 
     def __str__(self) -> str:

@@ -41,7 +41,7 @@ class PointFields(TypedDict):
         shape: of x.
         layout: "contiguous" or "channels_last".
         group, source: the sweep that the shape belongs to, and the model or so that it comes from.
-        floor_bytes: bytes that must move; bulk_floor_bytes: those of tensors of x's shape.
+        floor_bytes: bytes that must move.
         apart_floor_bytes: bytes that must move where one launch reduces and another one applies.
     """
 
@@ -54,8 +54,6 @@ class PointFields(TypedDict):
     source: str
     floor_bytes: int
     apart_floor_bytes: int
-    bulk_floor_bytes: int
-    flops: int
 
 
 class Spread(TypedDict, total=False):
@@ -118,7 +116,6 @@ class Traffic(PointFields, Outcome, total=False):
     launches: list[dict[str, Any]]
     bytes: Moved
     footprint: Moved
-    bulk_bytes: int
     again: dict[str, int]
     again_bytes: int
     total_bytes: int
@@ -136,13 +133,11 @@ class Code(TypedDict, total=False):
     """
 
     registers: int
-    stack_bytes: int
     instructions: int
     spill_stores: int
     spill_loads: int
     loads: dict[Any, int]
     stores: dict[Any, int]
-    asynchronous_copies: int
     shared_bytes: int
     warps: int
     resident_warps: int
@@ -212,7 +207,6 @@ class Run(TypedDict, total=False):
     environment: dict[str, str]
     contenders: dict[str, str]
     copy_gbps: float
-    peak_gflops: float | None
     tests: dict[str, Any]
     choices: dict[str, dict[str, dict[str, Any]]]
     measuring: str | None

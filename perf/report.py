@@ -1,15 +1,11 @@
-"""Results to something to read: one page, and a table in CSV. Nothing here measures."""
+"""Results to something to read, one page. Nothing here measures."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from perf import page, records
-from perf.environment import machine
 from perf.findings import OURS, Findings
 
 
@@ -23,40 +19,11 @@ def load(paths: Sequence[Path], findings: Findings) -> None:
 
 
 def write(findings: Findings, out: Path) -> Path:
-    """Writes index.html and results.csv. Returns the page."""
+    """Writes index.html, and returns its path."""
     out.mkdir(parents=True, exist_ok=True)
     index = out / "index.html"
     index.write_text(page.html(findings))
-    _write_csv(findings, out / "results.csv")
     return index
-
-
-def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record whose mappings are columns of their own."""
-    flat: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": json.dumps(v) if isinstance(v, dict) else v for inner, v in value.items()}
-        elif name == "shape":
-            flat[name] = "x".join(map(str, value))
-        else:
-            flat[name] = json.dumps(value) if isinstance(value, list) else value
-    return flat
-
-
-def _write_csv(findings: Findings, path: Path) -> None:
-    rows: list[dict[str, Any]] = []
-    for run in findings.timed:
-        where = {"machine": machine(run["environment"]), "copy_gbps": run.get("copy_gbps")}
-        rows += [{"record": "timing", **where, **_flat(record)} for record in run["records"]]
-        rows += [{"record": "step", **where, **_flat(record)} for record in run["steps"]]
-    rows += [{"record": "traffic", **_flat(record)} for record in findings.traffic]
-    rows += [{"record": "resources", **_flat(record)} for record in findings.resources]
-    rows += [{"record": "numerics", **_flat(record)} for record in findings.numerics]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)) or ["record"])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def has_failed(findings: Findings) -> bool:

@@ -108,7 +108,6 @@ def _measure(plan: Plan, file: ResultsFile, reached: set[str], deadline: float, 
     facts = {
         "contenders": {contender.name: contender.status() for contender in chosen},
         "copy_gbps": measure.copy_bandwidth(timer),
-        "peak_gflops": environment.peak_gflops(),
     }
     say(f"copy bandwidth {facts['copy_gbps']:.0f} GB/s")
     lost = run.get("measuring")  # by a process that did not survive it

@@ -192,7 +192,6 @@ def _figures(counter: TrafficCounter, groups: dict[int, str]) -> dict[str, Any]:
         ],
         "bytes": {group: {way: moved[group, way] for way in ways} for group in GROUPS},
         "footprint": {group: {way: touched[group, way] for way in ways} for group in GROUPS},
-        "bulk_bytes": sum(moved["bulk", way] for way in ways),
         "again": again,
         "again_bytes": sum(again.values()),
         "total_bytes": sum(moved.values()),

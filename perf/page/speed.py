@@ -7,7 +7,7 @@ from functools import partial
 from statistics import geometric_mean
 
 from perf import charts
-from perf.charts.style import STYLES, in_order, styles_of
+from perf.charts.style import in_order, styles_of
 from perf.environment import machine
 from perf.findings import (
     OURS,
@@ -76,19 +76,8 @@ def _throughput(findings: Findings, run: Run) -> list[Block]:
             pictures.setdefault(op, []).extend(picture(findings, name, draw, caption))
     folds: list[Block] = []
     for op, drawn in pictures.items():
-        note = _means_text([r for r in run["records"] if r["op"] == op])
-        folds.append(Fold(f"{TITLE[op]}: GB/s by size", drawn, note, opened=not folds))
+        folds.append(Fold(f"{TITLE[op]}: GB/s by size", drawn, opened=not folds))
     return folds
-
-
-def _means_text(records: Sequence[Timing]) -> str:
-    found: dict[str, list[str]] = {}
-    for _, mode, dtype, mine in split(records):
-        ratios = speedups(mine, "torch")
-        if ratios:
-            found.setdefault(dtype, []).append(f"{MODE_TITLE[mode]} {geometric_mean(ratios):.2f}×")
-    means = "; ".join(f"{dtype} {', '.join(listed)}" for dtype, listed in found.items())
-    return f"as fast as torch eager: {means}" if means else ""
 
 
 def _means_table(run: Run) -> Table:
@@ -243,6 +232,3 @@ def kernels_table(run: Run) -> Table | None:
         rows.append([Cell(text) for text in texts])
     head = ("op", "pass", "dtype", "shape", "contender", "kernels", "names, in order of their first launch")
     return Table(head, rows, words=5, notes=1) if rows else None
-
-
-__all__ = ["STYLES", "kernels_table", "speed", "speed_bars", "steps"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import geometric_mean, median
 
-from perf.charts.style import BLUE, STYLES, in_order
+from perf.charts.style import STYLES, in_order
 from perf.findings import (
     LARGE_BYTES,
     NOT_TIMED,
     OURS,
     OUTPUTS,
     Findings,
-    access_bits,
     counted,
     device_of,
     input_bytes,
@@ -20,13 +19,11 @@ from perf.findings import (
     speedups,
     step_speedups,
     ulps_of,
-    uncached,
 )
-from perf.page.blocks import Bar, Bars, Block, Bullets, Card, Cards, Fold, Heading, Paragraph
+from perf.page.blocks import Block, Bullets, Card, Cards, Fold, Heading, Paragraph
 from perf.page.speed import speed_bars
-from perf.points import BOTH, MODE_TITLE, MODES, PASSES, TITLE
-from perf.records import Numerics, Resources, Run, Timing, Traffic, ok
-from perf.shortfalls import NARROW_BITS
+from perf.points import BOTH, PASSES
+from perf.records import Numerics, Run, Timing, ok
 from perf.shortfalls import shortfalls as found_short
 
 SHORTFALLS = "What falls short"
@@ -36,13 +33,9 @@ MOST_NOTICES, MOST_RIVALS, MOST_CAUSES = 3, 3, 8
 
 def summary(findings: Findings) -> list[Block]:
     run = chief(findings)
-    timed = run is not None and bool(ok(run["records"]))
     cards = [] if run is None else _timing_cards(run)
-    if not timed:
-        cards += _traffic_cards(findings.traffic) + _code_cards(findings.resources)
     cards += _exactness_cards(findings.numerics) + _shortfall_cards(findings)
-    bars = speed_bars(run) if run is not None and timed else _traffic_bars(findings.traffic)
-    return [*_notices(findings), Cards(cards), *bars]
+    return [*_notices(findings), Cards(cards), *([] if run is None else speed_bars(run))]
 
 
 def chief(findings: Findings) -> Run | None:
@@ -111,43 +104,6 @@ def _rivals(records: Sequence[Timing]) -> list[str]:
     others = [who for who in shared if who not in (OURS, "torch") and shared[who]]
     others = sorted(others, key=lambda who: (who not in STYLES, -shared[who]))[: MOST_RIVALS - 1]
     return ["torch"] * bool(shared.get("torch")) + in_order(others)
-
-
-def _traffic_bars(records: Sequence[Traffic]) -> list[Block]:
-    rows = []
-    for op in TITLE:
-        cells = []
-        for mode in MODES:
-            ratios = [uncached(r) for r in ok(records) if (r["op"], r["mode"]) == (op, mode)]
-            low, high = min(ratios, default=0.0), max(ratios, default=0.0)
-            text = f"{low:.2f}×" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}×"
-            cells.append([Bar([(low, BLUE), (high - low, "#9FC5E0")], text)] if ratios else [])
-        if any(cells):
-            rows.append((TITLE[op], cells))
-    note = (
-        "Counted, not timed: bytes that the kernels load and store over the fewest that must move (dashed line), from "
-        "the best to the worst shape. Weights count once, and what a program loads again from cache does not count."
-    )
-    return [Bars("Bytes moved, in times the floor", note, [MODE_TITLE[mode] for mode in MODES], rows)] if rows else []
-
-
-def _traffic_cards(records: Sequence[Traffic]) -> list[Card]:
-    counts = ok(records)
-    by_mode = [(mode, [uncached(r) for r in counts if r["mode"] == mode]) for mode in MODES]
-    figures = [(f"{geometric_mean(ratios):.2f}×", MODE_TITLE[mode]) for mode, ratios in by_mode if ratios]
-    note = f"geometric means over {counted(len(counts), 'call')}, without what is read again from cache"
-    return [Card("Bytes moved ÷ fewest", figures, note, "Traffic")] if figures else []
-
-
-def _code_cards(records: Sequence[Resources]) -> list[Card]:
-    compiled = ok(records)
-    if not compiled:
-        return []
-    targets = ", ".join(dict.fromkeys(record["target"] for record in compiled))
-    spilling = sum(record["spill_stores"] > 0 for record in compiled)
-    narrow = sum(access_bits(record) < NARROW_BITS for record in compiled)
-    figures = [(str(spilling), "spill registers"), (str(narrow), "move under 8 bytes")]
-    return [Card(f"Of {len(compiled)} compiled kernels", figures, f"as launched on {targets}", "Machine code")]
 
 
 def _exactness_cards(records: Sequence[Numerics]) -> list[Card]:
