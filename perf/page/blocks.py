@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -144,27 +144,18 @@ class Section:
     blocks: Sequence[Block]
 
 
-Record = TypeVar("Record")
+def text_of(value: Any) -> str:
+    """Returns a table's text for a value: figures with about four digits, nothing for None."""
+    if isinstance(value, float):
+        digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
+        return f"{value:,.{digits}f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-class Column(Generic[Record]):
-    """A column of a table of records: its title, and the entry of each record."""
-
-    def __init__(
-        self,
-        title: str,
-        text: Callable[[Record], str],
-        warn: Callable[[Record], bool] = lambda record: False,
-    ) -> None:
-        self.title, self._text, self._warn = title, text, warn
-
-    def cell(self, record: Record) -> Cell:
-        return Cell(self._text(record), self._warn(record))
-
-
-def table_of(columns: Sequence[Column[Any]], records: Sequence[Any], words: int, notes: int = 0) -> Table:
-    rows = [[column.cell(record) for column in columns] for record in records]
-    return Table([column.title for column in columns], rows, words, notes)
+def table_of(rows: Sequence[Mapping[str, Any]], words: int, notes: int = 0) -> Table:
+    """Returns a table whose columns are named by the first row; values are Cells, or else shown as text."""
+    cells = [[v if isinstance(v, Cell) else Cell(text_of(v)) for v in row.values()] for row in rows]
+    return Table(list(rows[0]) if rows else [], cells, words, notes)
 
 
 def slug(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from statistics import geometric_mean
+from typing import Any
 
 from perf import charts
 from perf.charts.style import in_order, styles_of
@@ -21,10 +22,10 @@ from perf.findings import (
     split,
     step_speedups,
 )
-from perf.page.blocks import Bar, Bars, Block, Cell, Column, Fold, Heading, Paragraph, Table, table_of
+from perf.page.blocks import Bar, Bars, Block, Cell, Fold, Heading, Paragraph, Table, table_of
 from perf.page.drawing import picture
 from perf.points import MODE_TITLE, PASSES, TITLE, floor_of
-from perf.records import Run, Step, Timing, ok
+from perf.records import Outcome, Run, Step, Timing, ok
 from perf.shortfalls import is_short
 
 FAILED = ("wrong", "error")
@@ -81,17 +82,15 @@ def _throughput(findings: Findings, run: Run) -> list[Block]:
 
 
 def _means_table(run: Run) -> Table:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for op, mode, dtype, records in split(run["records"]):
         for who in in_order(r["contender"] for r in records):
             ratios = speedups(records, "torch", who)
             if ratios and who != "torch":
-                mean = geometric_mean(ratios)
-                texts = (TITLE[op], MODE_TITLE[mode], dtype, who, f"{mean:.2f}×", str(len(ratios)))
-                ends = (f"{min(ratios):.2f}×", f"{max(ratios):.2f}×")
-                rows.append([Cell(text) for text in (*texts, *ends)])
-    head = ("op", "pass", "dtype", "contender", "geometric mean", "points", "least", "most")
-    return Table(head, rows, words=4)
+                about = {"op": TITLE[op], "pass": MODE_TITLE[mode], "dtype": dtype, "contender": who}
+                means = {"geometric mean": geometric_mean(ratios), "least": min(ratios), "most": max(ratios)}
+                rows.append(about | means | {"points": len(ratios)})
+    return table_of(rows, words=4)
 
 
 def _timed_table(run: Run) -> Table:
@@ -100,37 +99,34 @@ def _timed_table(run: Run) -> Table:
     for who in dict.fromkeys(r["contender"] for r in run["records"]):
         over_torch |= {id(record): ratio for record, ratio in pairs(run["records"], "torch", who)}
 
-    def figure(name: str, digits: int = 1) -> Column[Timing]:
-        title = {"median_us": "µs", "gbps": "GB/s", "p20_us": "20 %", "p80_us": "80 %", "host_us": "host µs"}[name]
-        return Column(title, lambda r: f"{r[name]:,.{digits}f}" if name in r else "")
+    def row(r: Timing) -> dict[str, Any]:
+        share = f"{r['gbps'] / copy:.0%}" if copy and "gbps" in r else ""
+        ratio = over_torch.get(id(r))
+        slow = ratio is not None and ratio < 1 and r["contender"] == OURS
+        return {
+            "op": TITLE[r["op"]],
+            "pass": MODE_TITLE[r["mode"]],
+            "dtype": r["dtype"],
+            "shape": layout_text(r),
+            "source": r["source"],
+            "contender": r["contender"],
+            "status": _status(r),
+            "µs": r.get("median_us"),
+            "GB/s": r.get("gbps"),
+            "of copy": Cell(share, is_short(r, copy)),
+            "× torch": Cell("" if ratio is None else f"{ratio:.2f}", slow),
+            "20 %": r.get("p20_us"),
+            "80 %": r.get("p80_us"),
+            "host µs": r.get("host_us"),
+            "error": max(r["errors"].values()) if r.get("errors") else None,
+            "message": r["message"],
+        }
 
-    columns: list[Column[Timing]] = [
-        Column("op", lambda r: TITLE[r["op"]]),
-        Column("pass", lambda r: MODE_TITLE[r["mode"]]),
-        Column("dtype", lambda r: r["dtype"]),
-        Column("shape", layout_text),
-        Column("source", lambda r: r["source"]),
-        Column("contender", lambda r: r["contender"]),
-        Column("status", lambda r: STATUS_TEXT.get(r["status"], r["status"]), lambda r: r["status"] in FAILED),
-        figure("median_us"),
-        figure("gbps", 0),
-        Column(
-            "of copy",
-            lambda r: f"{r['gbps'] / copy:.0%}" if copy and "gbps" in r else "",
-            lambda r: is_short(r, copy),
-        ),
-        Column(
-            "× torch",
-            lambda r: f"{over_torch[id(r)]:.2f}" if id(r) in over_torch else "",
-            lambda r: over_torch.get(id(r), 1) < 1 and r["contender"] == OURS,
-        ),
-        figure("p20_us"),
-        figure("p80_us"),
-        figure("host_us"),
-        Column("error", lambda r: f"{max(r['errors'].values()):.1e}" if r.get("errors") else ""),
-        Column("message", lambda r: r["message"]),
-    ]  # fmt: skip
-    return table_of(columns, run["records"], words=7, notes=1)
+    return table_of([row(r) for r in run["records"]], words=7, notes=1)
+
+
+def _status(record: Outcome) -> Cell:
+    return Cell(STATUS_TEXT.get(record["status"], record["status"]), record["status"] in FAILED)
 
 
 def speed_bars(run: Run) -> list[Block]:
@@ -186,34 +182,27 @@ def _step_bars(records: Sequence[Step]) -> list[Block]:
 def _steps_table(records: Sequence[Step]) -> Table:
     ratios = {id(record): (ratio, over) for record, over, ratio in step_speedups(records)}
 
-    def figure(title: str, name: str) -> Column[Step]:
-        return Column(title, lambda r: f"{r[name]:,.0f}" if r.get(name) is not None else "")
-
-    def share(r: Step) -> str:
+    def row(r: Step) -> dict[str, Any]:
+        ratio, over = ratios.get(id(r), (None, ""))
         without = r.get("without_norms_us")
-        return f"{1 - without / r['median_us']:.0%}" if without is not None else ""
+        return {
+            "model": r["model"],
+            "training": r["source"],
+            "dtype": r["dtype"],
+            "contender": r["contender"],
+            "status": _status(r),
+            "step µs": r.get("median_us"),
+            "speed-up": Cell(f"{ratio:.3f}× {over}", ratio < 1) if ratio else "",
+            "without norms": without,
+            "norms' share": f"{1 - without / r['median_us']:.0%}" if without is not None else "",
+            "norms": r.get("norms"),
+            "20 %": r.get("p20_us"),
+            "80 %": r.get("p80_us"),
+            "host µs": r.get("host_us"),
+            "message": r["message"],
+        }
 
-    columns: list[Column[Step]] = [
-        Column("model", lambda r: r["model"]),
-        Column("training", lambda r: r["source"]),
-        Column("dtype", lambda r: r["dtype"]),
-        Column("contender", lambda r: r["contender"]),
-        Column("status", lambda r: STATUS_TEXT.get(r["status"], r["status"]), lambda r: r["status"] in FAILED),
-        figure("step µs", "median_us"),
-        Column(
-            "speed-up",
-            lambda r: "{:.3f}× {}".format(*ratios[id(r)]) if id(r) in ratios else "",
-            lambda r: ratios.get(id(r), (1.0, ""))[0] < 1,
-        ),
-        figure("without norms", "without_norms_us"),
-        Column("norms' share", share),
-        figure("norms", "norms"),
-        figure("20 %", "p20_us"),
-        figure("80 %", "p80_us"),
-        figure("host µs", "host_us"),
-        Column("message", lambda r: r["message"]),
-    ]
-    return table_of(columns, records, words=5, notes=1)
+    return table_of([row(r) for r in records], words=5, notes=1)
 
 
 def kernels_table(run: Run) -> Table | None:

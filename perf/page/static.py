@@ -20,10 +20,10 @@ from perf.findings import (
     ulps_text,
     uncached,
 )
-from perf.page.blocks import Bar, Bars, Block, Bullets, Cell, Column, Fold, Paragraph, Table, table_of
+from perf.page.blocks import Bar, Bars, Block, Bullets, Cell, Fold, Paragraph, Table, table_of
 from perf.page.drawing import picture
 from perf.points import MODE_TITLE, MODES, TITLE
-from perf.records import Numerics, Outcome, Resources, Traffic, ok
+from perf.records import Numerics, Outcome, PointFields, Resources, Traffic, ok
 from perf.shortfalls import FEW_WARPS, MOST_BYTES_OVER_FLOOR, NARROW_BITS
 
 EXACTNESS_NOTE = (
@@ -61,13 +61,8 @@ def _failures(records: Sequence[Any], name: Callable[[Any], str]) -> list[Block]
     return [Fold(f"{counted(len(lines), 'record')} without a result", [Bullets(lines)])] if lines else []
 
 
-def _about() -> list[Column[Any]]:
-    return [
-        Column("op", lambda r: TITLE[r["op"]]),
-        Column("pass", lambda r: MODE_TITLE[r["mode"]]),
-        Column("dtype", lambda r: r["dtype"]),
-        Column("shape", layout_text),
-    ]
+def _about(r: PointFields) -> dict[str, Any]:
+    return {"op": TITLE[r["op"]], "pass": MODE_TITLE[r["mode"]], "dtype": r["dtype"], "shape": layout_text(r)}
 
 
 def exactness(findings: Findings) -> list[Block]:
@@ -75,23 +70,18 @@ def exactness(findings: Findings) -> list[Block]:
     if not compared:
         return []
 
-    def ulps(output: str, who: str) -> Column[Numerics]:
-        return Column(
-            f"{output}: {who}, ulp",
-            lambda r: ulps_text(ulps_of(r, output)[who]).removesuffix(" ulp"),
-            lambda r: who == OURS and is_worse(ulps_of(r, output)),
-        )
+    def row(r: Numerics) -> dict[str, Any]:
+        about = {"op": TITLE[r["op"]], "dtype": r["dtype"], "x": r["data"], "columns": str(r["columns"])}
+        for output in OUTPUTS:
+            for who, ulps in ulps_of(r, output).items():
+                worse = who == OURS and is_worse(ulps_of(r, output))
+                about[f"{output}: {who}, ulp"] = Cell(ulps_text(ulps).removesuffix(" ulp"), worse)  # type: ignore[assignment]
+        return about
 
-    columns: list[Column[Numerics]] = [
-        Column("op", lambda r: TITLE[r["op"]]),
-        Column("dtype", lambda r: r["dtype"]),
-        Column("x", lambda r: r["data"]),
-        Column("columns", lambda r: str(r["columns"])),
-        *(ulps(output, who) for output in OUTPUTS for who in (OURS, "torch")),
-    ]
     blocks: list[Block] = [Paragraph(EXACTNESS_NOTE)]
     blocks += picture(findings, "the errors", partial(charts.errors, findings.numerics), ERRORS_CAPTION)
-    blocks.append(Fold("Every input", [table_of(columns, compared, words=3)], counted(len(compared), "input")))
+    table = table_of([row(r) for r in compared], words=3)
+    blocks.append(Fold("Every input", [table], counted(len(compared), "input")))
     return blocks + _failures(findings.numerics, lambda r: f"{TITLE[r['op']]} {r['dtype']} on {r['data']}")
 
 
@@ -129,38 +119,31 @@ def traffic_bars(records: Sequence[Traffic], title: str, note: str) -> list[Bloc
 
 
 def traffic(findings: Findings) -> list[Block]:
-    records = findings.traffic
-    if not ok(records):
+    counts = ok(findings.traffic)
+    if not counts:
         return []
 
-    def figure(
-        title: str, text: Callable[[Traffic], str], warn: Callable[[Traffic], bool] = lambda r: False
-    ) -> Column[Any]:
-        return Column(
-            title, lambda r: text(r) if r["status"] == "ok" else "", lambda r: r["status"] == "ok" and warn(r)
-        )
+    def row(r: Traffic) -> dict[str, Any]:
+        parts = {part: part_bytes(r, part) / 2**20 for part in PARTS}
+        floor = r["floor_bytes"]
+        return {
+            **_about(r),
+            "SMs": r.get("multiprocessors"),
+            "launches": len(r["launches"]),
+            "floor": floor / 2**20,
+            **parts,
+            "all": r["total_bytes"] / 2**20,
+            "÷ floor": r["total_bytes"] / floor,
+            "without again": (r["total_bytes"] - r["again_bytes"]) / floor,
+            "weights once": Cell(f"{uncached(r):.3f}", uncached(r) > MOST_BYTES_OVER_FLOOR),
+            "each once ÷ floor": r["footprint_bytes"] / floor,
+        }
 
-    def part(name: str) -> Column[Any]:
-        return figure(name, lambda r: f"{part_bytes(r, name) / 2**20:.3f}")
-
-    columns = [
-        *_about(),
-        figure("SMs", lambda r: str(r.get("multiprocessors", ""))),
-        figure("launches", lambda r: str(len(r["launches"]))),
-        figure("floor", lambda r: f"{r['floor_bytes'] / 2**20:.3f}"),
-        *(part(name) for name in PARTS),
-        figure("all", lambda r: f"{r['total_bytes'] / 2**20:.3f}"),
-        figure("÷ floor", lambda r: f"{r['total_bytes'] / r['floor_bytes']:.3f}"),
-        figure("without again", lambda r: f"{(r['total_bytes'] - r['again_bytes']) / r['floor_bytes']:.3f}"),
-        figure("weights once", lambda r: f"{uncached(r):.3f}", lambda r: uncached(r) > MOST_BYTES_OVER_FLOOR),
-        figure("each once ÷ floor", lambda r: f"{r['footprint_bytes'] / r['floor_bytes']:.3f}"),
-        Column("message", lambda r: "" if r["status"] == "ok" else f"{r['status']}: {r['message']}"),
-    ]
-    table = table_of(columns, records, words=4, notes=1)
     title = "Bytes that the kernels ask for, over the fewest that must move; number of launches (L)"
     return [
-        *traffic_bars(records, title, TRAFFIC_NOTE),
-        Fold("Every count, in MiB", [table], counted(len(records), "call")),
+        *traffic_bars(counts, title, TRAFFIC_NOTE),
+        Fold("Every count, in MiB", [table_of([row(r) for r in counts], words=4)], counted(len(counts), "call")),
+        *_failures(findings.traffic, "{0[op]} {0[mode]} {0[dtype]} {0[shape]}".format),
     ]
 
 
@@ -181,21 +164,23 @@ def machine_code(findings: Findings) -> list[Block]:
         ordered = sorted(((int(bits), count) for bits, count in counts.items()), reverse=True)
         return " ".join(f"{count}×{bits // 8}" for bits, count in ordered) or "none"
 
-    columns: list[Column[Resources]] = [
-        Column("GPU", lambda r: r["target"]),
-        Column("kernel", lambda r: r["kernel"].removesuffix("_kernel")),
-        *_about(),
-        Column("loads", lambda r: widths(r["loads"]), lambda r: access_bits(r) < NARROW_BITS),
-        Column("stores", lambda r: widths(r["stores"])),
-        Column("warps", lambda r: str(r["warps"])),
-        Column("registers", lambda r: str(r["registers"])),
-        Column("spilled", _spills, lambda r: r["spill_stores"] > 0),
-        Column("shared bytes", lambda r: f"{r['shared_bytes']:,}"),
-        Column("instructions", lambda r: f"{r['instructions']:,}"),
-        Column("resident", lambda r: f"{r['resident_warps']}/{r['possible_warps']}", _warn_of_warps),
-        Column("limited by", lambda r: r["limited_by"]),
-    ]
-    table = table_of(columns, compiled, words=6, notes=1)
+    def row(r: Resources) -> dict[str, Any]:
+        return {
+            "GPU": r["target"],
+            "kernel": r["kernel"].removesuffix("_kernel"),
+            **_about(r),
+            "loads": Cell(widths(r["loads"]), access_bits(r) < NARROW_BITS),
+            "stores": widths(r["stores"]),
+            "warps": r["warps"],
+            "registers": r["registers"],
+            "spilled": Cell(_spills(r), r["spill_stores"] > 0),
+            "shared bytes": r["shared_bytes"],
+            "instructions": r["instructions"],
+            "resident": Cell(f"{r['resident_warps']}/{r['possible_warps']}", _warn_of_warps(r)),
+            "limited by": r["limited_by"],
+        }
+
+    table = table_of([row(r) for r in compiled], words=6, notes=1)
     blocks: list[Block] = [Paragraph(CODE_NOTE), _by_target(compiled)]
     blocks.append(Fold("Every compiled kernel", [table], counted(len(compiled), "kernel")))
     name = "{0[op]} {0[mode]} {0[dtype]} {0[shape]} for {0[target]}".format
