@@ -1,1 +1,1 @@
-"""How fast the kernels are, against torch, against other libraries and against the machine's limit."""
+"""Measures how fast the kernels are, against torch, other libraries and the machine's limit."""

@@ -1,4 +1,4 @@
-"""Everything that this machine can find out about the speed of triton_norm, written to one folder."""
+"""Finds out everything that this machine can about the speed of triton_norm, and writes it to one folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machine code read back: what a compiled kernel's instructions are, and how wide its accesses to memory."""
+"""Reads machine code back: a compiled kernel's instructions, and how wide its accesses to memory are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _text_section(cubin: bytes) -> bytes:
-    """The instructions of an ELF file with one kernel."""
+    """Returns the instructions of an ELF file with one kernel."""
     (section_table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names_index = struct.unpack_from("<HHH", cubin, 58)
     sections = [struct.unpack_from("<IIQQQQ", cubin, section_table + i * size) for i in range(count)]
@@ -42,7 +42,7 @@ def _text_section(cubin: bytes) -> bytes:
 
 
 def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
-    """Each kernel's mnemonics. nvdisasm takes half a second to start, so it starts once for all of them."""
+    """Returns each kernel's mnemonics. nvdisasm takes half a second to start, so it starts once for all of them."""
     texts = [_text_section(cubin) for cubin in cubins]
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(texts))
@@ -57,11 +57,11 @@ def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
 
 
 def without_debug(text: str, comment: str) -> str:
-    """Returns the lines of an assembly without what only debuggers and readers use.
+    """Returns the lines of an assembly without those that only debuggers and readers use.
 
     Args:
         text: PTX, or AMD's assembly.
-        comment: what a comment begins with, "//" in PTX and ";" in AMD's assembly.
+        comment: the beginning of a comment, "//" in PTX and ";" in AMD's assembly.
     """
     lines, in_debug = [], False
     for whole in text.splitlines():

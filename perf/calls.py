@@ -1,4 +1,4 @@
-"""A point's tensors, and its call by any contender."""
+"""Makes a point's tensors, and its call by any contender."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Inputs:
         self.running_var.fill_(1.5)
 
     def leaves(self, point: Point) -> tuple[torch.Tensor, ...]:
-        """What each of the point's gradients is the gradient of."""
+        """Returns the leaf that each of the point's gradients belongs to."""
         by_gradient = {"dx": self.x, "dresidual": self.residual, "dweight": self.weight, "dbias": self.bias}
         found = (by_gradient[name] for name in point.gradients)
         return tuple(leaf for leaf in found if leaf is not None)
@@ -57,7 +57,7 @@ def _double(tensor: torch.Tensor | None) -> Any:
 
 
 def make_inputs(point: Point, device: str, seed: int = 0, blank: bool = False) -> Inputs:
-    """Random values, or `blank`: memory that nothing has touched, where only the addresses matter."""
+    """Returns random values, or with `blank` memory that nothing has touched, where only the addresses matter."""
     generator = torch.Generator(device).manual_seed(seed)
     workload = point.workload
     memory_format = torch.contiguous_format
@@ -99,7 +99,7 @@ def _keep_from_zero(inputs: Inputs, residual: torch.Tensor) -> None:
 
 
 def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
-    """The forward call of one op on these inputs, or None where the contender has no such op."""
+    """Returns the forward call of one op on these inputs, or None where the contender has no such op."""
     i, function = inputs, getattr(functions, point.op.removesuffix("_eval"))
     if function is None:
         return None
@@ -122,7 +122,7 @@ class Candidate:
 
 
 def candidate(name: str, point: Point, forward: Forward, inputs: Inputs) -> Candidate:
-    """A backward pass is timed after a fresh, untimed forward pass: no graph is kept from one call to the next."""
+    """Returns a call to be timed. A backward pass comes after a fresh, untimed forward pass: no graph is kept."""
     if point.mode == "forward":
         return Candidate(name, lambda: None, lambda _: forward())
     leaves = inputs.leaves(point)

@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
     @property
     def broke(self) -> bool:
-        """Whether it was right, and now fails."""
+        """Returns whether it was right, and now fails."""
         return self.old["status"] == "ok" and self.new["status"] in FAILURES
 
     @property
@@ -134,7 +134,7 @@ def compare(
 
 
 def _order(pair: Pair) -> tuple[bool, bool, float]:
-    """Puts what fails now first, then the least ratios, then what can't have one."""
+    """Puts new failures first, then the least ratios, then pairs without one."""
     return not pair.broke, pair.ratio is None, pair.ratio or 0.0
 
 

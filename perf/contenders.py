@@ -1,4 +1,4 @@
-"""Who is timed, by torch.nn.functional's signatures. One that cannot be imported is listed as missing."""
+"""Lists the contenders, by torch.nn.functional's signatures. One that cannot be imported is listed as missing."""
 
 import importlib
 import sys
@@ -34,7 +34,7 @@ class Contender:
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def missing(self) -> str:
-        """Why it cannot run here, or nothing."""
+        """Returns why it cannot run here, or an empty string."""
         for module in self.modules:
             try:
                 importlib.import_module(module)
@@ -50,7 +50,7 @@ class Contender:
 
 
 def _version(distribution: str) -> str:
-    """Of what is imported without being installed, as in a checkout, what it says itself."""
+    """Returns the version of a distribution, or of a package that is imported from a checkout."""
     found = version(distribution)
     return getattr(sys.modules.get(distribution), "__version__", found) if found == "not installed" else found
 
@@ -59,9 +59,10 @@ _at_this_point: set[str] = set()
 
 
 def _compiled(name: str, functions: Functions, **options: Any) -> Functions:
-    """A contender that comes again is at the next point: what was compiled for the last is forgotten then.
+    """Compiles a contender's functions. When one comes again, the next point has begun, and torch's caches are
+    cleared.
 
-    Not whenever one comes, which would have those before it at this point compile a second time.
+    They are not cleared whenever one comes, which would have those before it at this point compile a second time.
     """
     if not _at_this_point or name in _at_this_point:
         torch._dynamo.reset()
@@ -100,7 +101,7 @@ def _by_default_policy(function: Function) -> Function:
 
 
 def _kernels_only() -> AbstractContextManager[Any]:
-    """A call that the kernels do not serve is an error here, never torch's time under our name."""
+    """Makes a call that the kernels do not serve an error, instead of torch's time under our name."""
     import triton_norm
 
     return triton_norm.backend("triton")

@@ -1,4 +1,4 @@
-"""Where and with what something was measured: enough to repeat it, nothing that names the machine or its user."""
+"""Describes the machine and the versions: enough to repeat a measurement, nothing that names a machine or its user."""
 
 import importlib.metadata
 import os
@@ -35,7 +35,7 @@ def version(distribution: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+ changes" where files differ from it; "unknown" outside a checkout."""
+    """Returns the checkout's commit, with "+ changes" where files differ from it; "unknown" outside a checkout."""
     name = _output("git", "rev-parse", "--short=12", "HEAD")
     if not name:
         return "unknown"
@@ -58,7 +58,7 @@ def has_gpu() -> bool:
 
 
 def gpu() -> dict[str, str]:
-    """Name, size, driver and clocks of the GPU that would be measured; empty without one."""
+    """Returns name, size, driver and clocks of the GPU that would be measured; nothing without one."""
     if not has_gpu():
         return {}
     import torch
@@ -95,6 +95,6 @@ def describe() -> dict[str, str]:
 
 
 def machine(environment: dict[str, str]) -> str:
-    """One line for the foot of a picture."""
+    """Returns one line for the foot of a picture."""
     device = environment.get("GPU") or "no GPU"
     return f"{device} · torch {environment['torch']} · triton {environment['triton']} · {environment['date']}"

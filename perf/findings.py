@@ -121,7 +121,7 @@ def uncached(record: Traffic) -> float:
 
 
 def _form_floor(record: Traffic) -> int:
-    """Returns the floor for as many launches as there are: two have to read twice what is reduced."""
+    """Returns the floor for as many launches as there are: two have to read the reduced tensors twice."""
     return record["floor_bytes"] if len(record["launches"]) == 1 else record["apart_floor_bytes"]
 
 

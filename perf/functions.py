@@ -1,4 +1,4 @@
-"""What a contender computes with, by torch.nn.functional's signatures: torch's own, and ours."""
+"""Lists the functions of torch and of this library, by torch.nn.functional's signatures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Functions:
-    """What a contender computes with; None where it has no such op.
+    """Functions of a contender; None where it has no such op.
 
     Those with a residual take it after x, and those of rows return y and total = x + residual.
     """

@@ -1,4 +1,4 @@
-"""Whether what a call computes agrees with fp64."""
+"""Decides whether the results of a call agree with fp64."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WORST_ELEMENT = 16
 
 
 def outputs(point: Point, entry: Candidate, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """One call from fresh running statistics."""
+    """Makes one call from fresh running statistics."""
     inputs.reset()
     return named(point, entry.run(entry.prepare()), inputs)
 
 
 def named(point: Point, result: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Everything that a call must have computed."""
+    """Returns everything that a call must have computed, by name."""
     if point.mode == BOTH:
         forward, gradients = (replace(point, mode=mode) for mode in MODES)
         return named(forward, result[0], inputs) | named(gradients, result[1], inputs)
@@ -39,12 +39,12 @@ def named(point: Point, result: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """To the type's nearest values, in fp64; gradients pass as they are."""
+    """Rounds to the type's nearest values, in fp64; gradients pass as they are."""
     return x + (x.detach().to(dtype).double() - x.detach())
 
 
 def exact_functions(total_dtype: torch.dtype) -> Functions:
-    """torch's own in fp64, where total = x + residual is what a total of that type would hold."""
+    """Returns torch's own in fp64, where total = x + residual is rounded to the total's type."""
 
     def layer_norm(x: Any, residual: Any, *arguments: Any) -> Any:
         total = _rounded(x + residual, total_dtype)
@@ -58,7 +58,7 @@ def exact_functions(total_dtype: torch.dtype) -> Functions:
 
 
 def expected(point: Point, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """What is right, in fp64."""
+    """Returns the right results, in fp64."""
     inputs.reset()
     exact = inputs.double()
     forward = bind(point, exact_functions(inputs.x.dtype), exact)
@@ -67,7 +67,8 @@ def expected(point: Point, inputs: Inputs) -> dict[str, torch.Tensor]:
 
 
 def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """For each output ||found - wanted|| / ||wanted||, and the worst element's error over the largest wanted value."""
+    """Returns, for each output, ||found - wanted|| / ||wanted||, and the worst element's error over the largest
+    wanted value."""
     measured = {}
     for name, exact in wanted.items():
         reference = exact.detach()
@@ -79,7 +80,7 @@ def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> d
 
 
 def verdict(measured: dict[str, tuple[float, float]], tolerance: float) -> str:
-    """What is wrong, in words; nothing if all is well. NaN is never well."""
+    """Returns the first output outside the tolerance in words, or an empty string. NaN is never inside."""
     for name, (overall, worst) in measured.items():
         if not (overall <= tolerance and worst <= WORST_ELEMENT * tolerance):
             return f"{name} is off by {overall:.2e} overall and {worst:.2e} at worst, {tolerance:.2e} is allowed"

@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Yields the functions and modules by what is asked of them, and the operators that stand for them."""
+    """Yields the functions and modules, without and with gradients, and the operators that stand for them."""
     x, dy = torch.randn(2, *SHAPE).bfloat16()
     width = SHAPE[1]
     for name, parameters in (("layer_norm", 2), ("rms_norm", 1)):
@@ -123,7 +123,7 @@ def _operators(name: str, x: Tensor, weights: Tensor, dy: Tensor) -> Iterator[Ca
 
 
 def launches_of(call: Call) -> list[Call]:
-    """The launches that a call makes, each as one that starts the compiled kernel with the same arguments."""
+    """Returns the launches that a call makes, each as one that starts the compiled kernel with the same arguments."""
     made: list[Call] = []
     start = nvidia.CudaLauncher.__call__
 
@@ -139,7 +139,7 @@ def launches_of(call: Call) -> list[Call]:
 
 
 def fastest(calls: Sequence[Call]) -> list[float]:
-    """µs per call of each, at best: noise only ever adds. Of this thread's own time: others' turns do not count."""
+    """Returns the least µs per call of each: noise only ever adds. Only this thread's own time counts."""
     timers = [timeit.Timer(call, timer=time.thread_time) for call in calls]
     best = [math.inf] * len(calls)
     for _ in range(BATCHES):
@@ -186,7 +186,7 @@ def measure(case: Case, launches: Callable[[], int]) -> dict[str, Any]:
 
 
 def records(folder: Path) -> Iterator[Host]:
-    """One for each case; what is built lies in `folder`."""
+    """Yields one record for each case; the stub is built in `folder`."""
     reason = stub_driver.missing()
     if reason:
         yield {"case": "all", "status": "skipped", "message": reason}

@@ -1,4 +1,4 @@
-"""Timing on a GPU: nothing is timed before it agrees with fp64, and everything is timed with a cold L2."""
+"""Times calls on a GPU: none before it agrees with fp64, and each with a cold L2."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Stopped(RuntimeError):
 
 
 class Timer(Protocol):
-    """What a sweep needs of a device and its clock; a test replaces it."""
+    """Device and clock of a sweep; a test replaces it."""
 
     device: str
 
@@ -59,7 +59,7 @@ class CudaTimer:
         self._largest = torch.zeros((), dtype=torch.int32, device=self.device)
 
     def _flush(self) -> None:
-        """By reading: what was written would be in the cache still to be written back, in the time of the call."""
+        """Empties the L2 by reading: written data would be written back in the time of the call."""
         torch.amax(self._scratch, 0, out=self._largest)
 
     def _enqueue(self, entry: Candidate, backlog_us: float) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -89,7 +89,7 @@ class CudaTimer:
         return statistics.median(spent)
 
     def kernels(self, entry: Candidate) -> list[str]:
-        """The names of what one call runs on the GPU, in order, as torch's profiler tells them."""
+        """Returns the names of one call's kernels on the GPU, in order, as torch's profiler tells them."""
         state = entry.prepare()
         self.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -111,8 +111,12 @@ def summary(samples: Sequence[float]) -> Spread:
 def time_interleaved(
     entries: Sequence[Sequence[Candidate]], timer: Timer, seconds: float, backlog: bool = True
 ) -> list[Spread]:
-    """For each contender, one call for each set of inputs. Rounds of one call of every contender, so that a drifting
-    clock falls on all alike; the next round takes the next set."""
+    """Times calls in rounds of one call of every contender, so that a drifting clock falls on all alike.
+
+    Args:
+        entries: for each contender, one call for each set of inputs; each round takes the next set.
+        backlog: queues the calls behind other work, which hides the host's time.
+    """
     for calls in entries:
         for turn in range(max(WARMUPS, len(calls))):
             call = calls[turn % len(calls)]
@@ -132,7 +136,7 @@ def time_interleaved(
 
 
 def copy_bandwidth(timer: Timer, size: int = 1 << 30, seconds: float = 0.5) -> float:
-    """GB/s of a large device-to-device copy, bytes read plus bytes written: the roof."""
+    """Returns GB/s of a large device-to-device copy, bytes read plus bytes written: the roof."""
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=timer.device)
     target = torch.empty_like(source)
     entry = Candidate("copy", lambda: None, lambda _: target.copy_(source))
@@ -154,7 +158,7 @@ def _record(point: Point, contender: Contender, status: str, message: str) -> Ti
 def _admit(
     contender: Contender, point: Point, sets: Sequence[Inputs], wanted: dict[str, torch.Tensor], timer: Timer
 ) -> tuple[Timing, list[Candidate]]:
-    """Build a contender's calls, one for each set of inputs, and hold the first one's results against fp64."""
+    """Builds a contender's calls, one for each set of inputs, and holds the first one's results against fp64."""
     record = _record(point, contender, "ok", "")
     try:
         functions = contender.load()
@@ -172,7 +176,7 @@ def _admit(
 
 
 def _kernels(calls: Sequence[Candidate], timer: Timer) -> list[str]:
-    """What a call runs; a profiler that fails, as where another one is at work, leaves no figure out."""
+    """Returns the names of a call's kernels. A profiler that fails, as beside another one, leaves no figure out."""
     try:
         return timer.kernels(calls[0])
     except Exception as error:
@@ -184,7 +188,7 @@ def _failed(point: Point, contenders: Sequence[Contender], error: Exception) -> 
 
 
 def measure_point(point: Point, contenders: Sequence[Contender], timer: Timer, seconds: float = 0.12) -> list[Timing]:
-    """One record a contender: timed, or the reason why not."""
+    """Returns one record for each contender: timed, or with the reason why not."""
     try:
         sets = _input_sets(point, timer.device)
         wanted = expected(point, sets[0])

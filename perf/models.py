@@ -1,4 +1,4 @@
-"""Training steps of whole models: what faster norms are worth in them."""
+"""Times training steps of whole models, with and without faster norms."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Model:
 
     @property
     def is_landmark(self) -> bool:
-        """Worth the time that compiling it takes, in a quick run too."""
+        """Returns whether it is worth the time that compiling takes, in a quick run too."""
         return not self.slow_to_compile
 
     def describe(self) -> dict[str, str]:
@@ -74,7 +74,7 @@ def llama(
 
 
 def resnet(batch: int = 64, side: int = 224, **sizes: Any) -> Built:
-    """Of sizes that are not given, ResNet-50's."""
+    """Builds a ResNet, by default ResNet-50."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     return ResNetForImageClassification(ResNetConfig(**{"num_labels": 1000, **sizes})), torch.randn(
@@ -99,7 +99,7 @@ MODELS = [
 
 
 def missing() -> str:
-    """Why the models cannot be built here, or nothing."""
+    """Returns why the models cannot be built here, or an empty string."""
     try:
         import transformers  # noqa: F401
     except Exception as error:
@@ -133,7 +133,7 @@ class Trained:
         return found
 
     def results(self, module: nn.Module, double: bool = False) -> dict[str, torch.Tensor]:
-        """The output, and the gradients of all parameters, laid end to end."""
+        """Returns the output, and the gradients of all parameters, laid end to end."""
         module.zero_grad()
         y = self.output(module, self.x.double() if double else self.x, self.model.autocast and not double)
         (y * self.target.to(y.dtype)).mean().backward()
@@ -165,7 +165,7 @@ def converted(module: nn.Module) -> nn.Module:
 
 
 def without_norms(module: nn.Module) -> nn.Module:
-    """With nothing in the places of its norms."""
+    """Puts identities in the places of its norms."""
     for name in triton_norm.convert(copy.deepcopy(module)).converted:
         module.set_submodule(name, nn.Identity())
     return module
@@ -178,7 +178,7 @@ def compiled(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is trained; `base` is the way of the same model without its norms. Its steps run in `scope`."""
+    """A way of training a model; `base` is the way of the same model without its norms. Its steps run in `scope`."""
 
     adapt: Callable[[nn.Module], nn.Module]
     base: str
@@ -210,7 +210,7 @@ def _distances(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 
 
 def verdict(found: dict[str, float], torchs: dict[str, float], tolerance: float) -> str:
-    """What is wrong, in words; nothing if all is well. Rounding adds up over layers, for torch as for others."""
+    """Returns the first result outside the tolerance in words, or an empty string. Rounding adds up over layers."""
     for name, distance in found.items():
         allowed = WORSE_THAN_TORCH * torchs[name] + tolerance
         if not distance <= allowed:
@@ -240,7 +240,7 @@ def _admitted(trained: Trained, names: Sequence[str]) -> Iterator[tuple[Step, nn
 
 
 def measure_step(model: Model, contenders: Collection[str], timer: Timer, seconds: float = 1.5) -> list[Step]:
-    """One record for each way that is named: the time of a step and of one without norms, or the reason why not."""
+    """Returns one record for each way that is named: a step's time and one without norms, or the reason why not."""
     names = [name for name in WAYS if name in contenders]
     reason = missing()
     if reason:

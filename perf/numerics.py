@@ -64,7 +64,7 @@ def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float | None:
-    """The largest, in ulp; None where something found is not finite."""
+    """Returns the largest error in ulp; None where a result is not finite."""
     found = found.cpu()
     if not found.isfinite().all():
         return None
@@ -73,7 +73,8 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float | None:
 
 
 def _call(functions: Functions, point: Point, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """y and dx of (x, dy, weight, bias) in rows, which are BatchNorm's channels, each with its weight and bias."""
+    """Returns y and dx of (x, dy, weight, bias) in rows, which are BatchNorm's channels, each with its weight and
+    bias."""
     x, dy, weight, bias = tensors
     if point.workload.family == "channels":
         x, dy, weight, bias = _as_channels(x), _as_channels(dy), weight[:ROWS], bias[:ROWS]
@@ -90,13 +91,13 @@ def _call(functions: Functions, point: Point, tensors: tuple[torch.Tensor, ...])
 
 
 def _as_channels(rows: torch.Tensor) -> torch.Tensor:
-    """[rows, n] as [samples, channels, positions]."""
+    """Returns [rows, n] as [samples, channels, positions]."""
     return rows.view(ROWS, SAMPLES, -1).transpose(0, 1).contiguous()
 
 
 @contextmanager
 def _kernels_as_on_a_gpu() -> Iterator[None]:
-    """Launched with the best guess: errors hardly depend on it, and a search would take most of the time."""
+    """Launches with the best guess: errors hardly depend on it, and a search would take most of the time."""
     with ExitStack() as stack:
         stack.enter_context(triton_norm.backend("triton"))
         stack.enter_context(mock.patch.object(launch, "search", lambda kernel, space, *arguments: space.configs[0]))
@@ -109,7 +110,7 @@ def _kernels_as_on_a_gpu() -> Iterator[None]:
 
 
 def measure(point: Point, data: str) -> dict[str, Ulps]:
-    """{"y": {"triton_norm": ulp, "torch": ulp}, "dx": ...}"""
+    """Returns {"y": {"triton_norm": ulp, "torch": ulp}, "dx": ...}."""
     n, dtype = point.workload.features, DTYPES[point.dtype]
     generator = torch.Generator().manual_seed(n)
     x = DATA[data](n, dtype, generator)

@@ -119,7 +119,8 @@ class _Nhwc:
 
 
 def _nhwc(x: Any) -> Any:
-    """It checks the type itself, but not this: it would read 4 channels at once from whatever lies there."""
+    """Returns x in NHWC. The module checks the type, but not this: it would read 4 channels from whatever lies
+    there."""
     if x.dim() != 4 or x.shape[1] % 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("BatchNorm2d_NHWC takes channels-last images, of a multiple of 4 channels")
     return x.permute(0, 2, 3, 1)

@@ -93,7 +93,7 @@ def passes(mode: str) -> tuple[str, ...]:
 
 
 def floor_of(op: str, mode: str) -> Floor:
-    """Of both passes together: what they read and write each, and the statistics that the first leaves the second."""
+    """Returns the floor of a pass, or of both together: their reads and writes, and the statistics between them."""
     if mode != BOTH:
         return FLOORS[op, mode]
     forward, backward = (FLOORS[op, each] for each in MODES)
@@ -124,7 +124,7 @@ class Workload:
 
     @property
     def groups(self) -> int:
-        """How many means there are: one a row, or one a channel."""
+        """Returns how many means there are: one a row, or one a channel."""
         return self.elements // self.features if self.family == "rows" else self.features
 
 
@@ -143,7 +143,7 @@ class Point:
 
     @property
     def is_landmark(self) -> bool:
-        """Worth the seconds that torch.compile takes, in a quick sweep too."""
+        """Returns whether it is worth the seconds that torch.compile takes, in a quick sweep too."""
         compared_widely = self.op in ("layer_norm", "batch_norm") or self.dtype == "bf16"
         if self.op == "batch_norm_add_relu" and self.workload.layout == "contiguous":
             return False  # the end of a ResNet's block, which is trained channels-last where speed matters
@@ -155,12 +155,12 @@ class Point:
 
     @property
     def has_total(self) -> bool:
-        """Whether the sum with the residual is an output, too."""
+        """Returns whether the sum with the residual is an output, too."""
         return "total" in FLOORS[self.op, "forward"].writes
 
     @property
     def differentiates(self) -> bool:
-        """Whether what its backward needs is saved: of a forward, where the floor has it."""
+        """Returns whether tensors for its backward are saved: of a forward, where the floor has them."""
         return self.mode != "forward" or "bits" in self.floor.writes
 
     @property
@@ -169,13 +169,14 @@ class Point:
 
     @property
     def gradients(self) -> tuple[str, ...]:
-        """What its backward computes, in the order of the leaves; where there is a total, dresidual is dx."""
+        """Returns the names of the backward's results, in the order of the leaves; with a total, dresidual is
+        dx."""
         weights = ("dweight", "dbias") if self.has_bias else ("dweight",)
         return ("dx", "dresidual", *weights) if self.has_residual else ("dx", *weights)
 
     @property
     def parameter_dtype(self) -> str:
-        """BatchNorm keeps its parameters in fp32 beside 16-bit activations, as autocast does; the others follow x."""
+        """Returns x's type, or for BatchNorm fp32 beside 16-bit activations, as under autocast."""
         return self.dtype if self.workload.family == "rows" or self.dtype == "fp64" else "fp32"
 
     def tensor_bytes(self, name: str) -> int:
@@ -197,12 +198,12 @@ class Point:
 
     @property
     def apart_floor_bytes(self) -> int:
-        """The floor of two launches, one that reduces and one that applies."""
+        """Returns the floor of two launches, one that reduces and one that applies."""
         reduced = (name for mode in passes(self.mode) for name in REDUCED.get((self.op, mode), ()))
         return self.floor_bytes + sum(map(self.tensor_bytes, reduced))
 
     def describe(self) -> PointFields:
-        """Returns the part of every record that says what was measured."""
+        """Returns the fields of every record that identify the point."""
         workload = self.workload
         return {
             "op": self.op,

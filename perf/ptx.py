@@ -20,7 +20,7 @@ Accesses = dict[str, dict[str, dict[int, int]]]
 
 
 def _origins(ptx: str) -> dict[str, set[int]]:
-    """For each 64-bit register the parameters that its value is computed from."""
+    """Returns, for each 64-bit register, the parameters that its value is computed from."""
     origins: dict[str, set[int]] = {register: {int(place)} for register, place in _PARAMETER.findall(ptx)}
     derived = [(target, _REGISTER.findall(sources)) for target, sources in _DERIVED.findall(ptx)]
     grown = True
@@ -35,7 +35,7 @@ def _origins(ptx: str) -> dict[str, set[int]]:
 
 
 def _accesses(ptx: str) -> list[tuple[str, str, int]]:
-    """ "load" or "store", the address's register and the width in bits of each instruction."""
+    """Returns "load" or "store", the address's register and the width in bits of each instruction."""
     found = [("load", register, 8 * int(size, 16)) for register, size in _COPY.findall(ptx)]
     for kind, modifiers, operands in _ACCESS.findall(ptx):
         width, address = _WIDTH.search(modifiers), _ADDRESS.search(operands)
@@ -45,10 +45,13 @@ def _accesses(ptx: str) -> list[tuple[str, str, int]]:
 
 
 def accesses(ptx: str, signature: Mapping[str, str]) -> Accesses:
-    """By argument, "load" and "store" with the number of instructions by their width in bits; atomics are left out.
+    """Returns, by argument, "load" and "store" with the number of instructions by their width in bits, without
+    atomics.
 
     UNKNOWN are those whose addresses threads have exchanged through shared memory.
-    `signature`: the types of the kernel's arguments in Triton's words, in order.
+
+    Args:
+        signature: the types of the kernel's arguments in Triton's words, in order.
     """
     given = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
     pointers = {place: name.removesuffix("_ptr") for place, (name, kind) in enumerate(given) if kind.startswith("*")}

@@ -20,7 +20,7 @@ SAME = ("GPU", "driver", "torch", "triton", "commit")
 
 
 class Refused(ValueError):
-    """The reason in a sentence why a command can't do what it was asked for."""
+    """The reason in a sentence why a command can't be obeyed."""
 
 
 class Outcome(TypedDict):

@@ -72,7 +72,8 @@ def targets_of(names: Collection[str]) -> list[str]:
 
 
 def occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple[int, str]:
-    """Warps that a multiprocessor holds at once, and what holds it back. No warps: the block cannot be launched."""
+    """Returns the warps that a multiprocessor holds at once, and their limit. No warps: the block cannot be
+    launched."""
     if warps * target.gpu.warp_size > target.threads_per_block:
         return 0, f"{target.threads_per_block} threads a block"
     per_warp = -(-registers * target.gpu.warp_size // target.register_unit) * target.register_unit
@@ -86,10 +87,11 @@ def occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple[
 
 
 def inspect(compiled: Sequence[Any], target: Target) -> list[Code]:
-    """Registers, spills, widths of global accesses (bits: how many instructions) and occupancy of compiled kernels.
+    """Returns registers, spills, widths of global accesses (bits: how many instructions) and occupancy of compiled
+    kernels.
 
-    For NVIDIA the accesses are told apart by argument too, as they are in PTX: there, before the compiler's last step,
-    which neither splits nor joins them but may write a loop's body more than once.
+    For NVIDIA the accesses are told apart by argument too, as they are in PTX: there, before the compiler's last
+    step, which neither splits nor joins them but may write a loop's body more than once.
     """
     if target.gpu.backend == "cuda":
         cubins = [kernel.asm["cubin"] for kernel in compiled]
@@ -109,7 +111,7 @@ def inspect(compiled: Sequence[Any], target: Target) -> list[Code]:
 
 
 class CompileOnlyDriver:
-    """As much of Triton's driver as compiling asks for."""
+    """A driver of Triton's that can only compile."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -129,7 +131,7 @@ class CompileOnlyDriver:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a GPU would have been asked to run; on one not known yet, the fastest of `space`'s configs."""
+    """A launch that a GPU would be asked for; on one not known yet, with the first of `space`'s configs."""
 
     kernel: Any
     programs: int
@@ -147,13 +149,13 @@ class Launch:
 
     @property
     def elements(self) -> int:
-        """Of a program's tile."""
+        """Returns the elements of a program's tile."""
         return prod(dict(self.config.blocks).values()) * int(self.constants.get("LANES", 1))
 
 
 @contextmanager
 def compiling_for(target: Target) -> Iterator[list[Launch]]:
-    """Every launch made inside is listed, to be compiled for the target before the end; none is run."""
+    """Lists every launch made inside, to be compiled for the target before the end; none is run."""
     launches: list[Launch] = []
     spaces: dict[int, Space] = {}
 
@@ -177,7 +179,7 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
 
 @contextmanager
 def launches_of(point: Point, target: Target) -> Iterator[list[Launch]]:
-    """Of one op's pass in one direction, in order, to be compiled before the end."""
+    """Lists the launches of one op's pass in one direction, in order, to be compiled before the end."""
     inputs = make_inputs(point, "cpu", blank=True)
     forward = bind(point, OPS, inputs)
     assert forward is not None
@@ -190,7 +192,7 @@ def launches_of(point: Point, target: Target) -> Iterator[list[Launch]]:
 
 
 def compile_point(point: Point, target: Target, every_config: bool = False) -> list[tuple[Launch, Any]]:
-    """The launches of one op's pass in one direction, in order, and their kernels."""
+    """Returns the launches of one op's pass in one direction, in order, and their kernels."""
     with launches_of(point, target) as launches:
         if every_config:
             launches[:] = [replace(launch, config=config) for launch in launches for config in launch.space.configs]
@@ -198,7 +200,7 @@ def compile_point(point: Point, target: Target, every_config: bool = False) -> l
 
 
 def representatives(points: Sequence[Point], target: Target) -> list[Point]:
-    """One point for each way of launching: of those whose launches differ in sizes alone, the largest tiles'."""
+    """Returns one point for each way of launching: of launches that differ in sizes alone, the largest tiles'."""
     found: dict[Any, tuple[int, Point]] = {}
     for point in points:
         with launches_of(point, target) as launches:
@@ -214,7 +216,11 @@ def representatives(points: Sequence[Point], target: Target) -> list[Point]:
 
 
 def _some(points: Sequence[Point], target: Target, known: dict[str, Code], every_config: bool) -> Iterator[Resources]:
-    """`known`: what was found of kernels by their hashes; many shapes are served by one."""
+    """Yields records of some points.
+
+    Args:
+        known: the code of kernels by their hashes; one kernel serves many shapes.
+    """
     about: list[tuple[dict[str, Any], Any]] = []
     for point in points:
         described = {**point.describe(), "target": target.name}
@@ -235,7 +241,8 @@ def records(
     at_once: int = 8,
     every_config: bool = False,
 ) -> Iterator[Resources]:
-    """Of the config that is tried first on a GPU not known yet, or of every one that a search would try."""
+    """Yields records of the config that is tried first on a GPU not known yet, or of every one that a search would
+    try."""
     known: dict[str, dict[str, Code]] = {name: {} for name in targets}
     for start in range(0, len(points), at_once):
         for name in targets:

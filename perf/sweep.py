@@ -1,4 +1,4 @@
-"""A timed run from beginning to end: the tests if asked for, then every point that the time allows, kept as it goes."""
+"""Makes a timed run: the tests if asked for, then every point that the time allows, kept as it goes."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ class Plan:
     tests: bool = False
 
     def tasks(self) -> list[Task]:
-        """Landmarks, models, other points: what is done when time runs out is a picture of the whole."""
+        """Returns landmarks, models, then other points: when time runs out, a picture of the whole is done."""
         landmarks = [point for point in self.points if point.workload.landmark]
         return [*landmarks, *self.models, *(point for point in self.points if not point.workload.landmark)]
 
     def has_time_for(self, contender: Contender, task: Task) -> bool:
-        """Compiling each shape anew takes seconds, which a quick run spends on landmarks alone."""
+        """Returns whether to time it: compiling each shape anew takes seconds, spent on landmarks alone in a
+        quick run."""
         if not self.quick or not contender.compiles:
             return True
         return task.is_landmark and (self.contenders is not None or not contender.searches)
@@ -59,7 +60,7 @@ class Plan:
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
-    """The library's own tests on this machine: their last line, and whether they passed."""
+    """Runs the library's own tests on this machine. Returns their last line, and whether they passed."""
     before = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "tests"]
     if importlib.util.find_spec("xdist"):  # most of the time goes to compiling, on the CPU

@@ -40,8 +40,7 @@ def text(config: Config) -> str:
 
 @dataclass
 class Trial:
-    """What became of each config for one key. The space is that of the first workload that has the key: which other
-    one is met first decides on a GPU that nothing is known of, too."""
+    """Times and failures of each config for one key. The space is that of the first workload that has the key."""
 
     space: Space
     times: dict[str, dict[Config, float]] = field(default_factory=dict)  # µs, by workload
@@ -57,7 +56,8 @@ class Trial:
 
     @property
     def ratios(self) -> dict[Config, float]:
-        """For every config that works, the geometric mean of its times over the best time on each workload."""
+        """Returns, for every config that works, the geometric mean of its times over the best time on each
+        workload."""
         working = self.working
         if not (self.times and working):
             return {}
@@ -115,7 +115,7 @@ class Launch:
         self._arguments, self._sync = list(given.values()), given.get("sync_ptr")
 
     def zero(self) -> None:
-        """What the kernel begins with zeros in."""
+        """Zeroes the memory that the kernel expects zeros in."""
         if self._sync is not None:
             self._sync.zero_()
 
@@ -140,7 +140,7 @@ class Tuner:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """The library knows no choice but those that are in force here, and asks for every other one."""
+        """Lets the library know no choice but those that are in force here, and ask for every other one."""
         search = mock.patch.object(launch, "search", self._search)
         with triton_norm.backend("triton"), begun_anew(folder=None), search:
             yield
@@ -158,7 +158,7 @@ class Tuner:
         arguments: Sequence[Any],
         constants: Mapping[str, Any],
     ) -> Config:
-        """The best config so far that works for this launch, which is kept to be timed after the call: the backward
+        """Returns the best config so far that works for this launch. It is timed after the call: a backward
         pass runs in a thread of torch's, where nothing interrupts it."""
         key = space.kernel, space.key
         trial = self.trials.setdefault(key, Trial(space))
@@ -184,7 +184,8 @@ class Tuner:
         return True
 
     def measure(self, point: Point) -> Iterator[str]:
-        """Times and checks what this point's call launches and its workload has not launched yet, a line for each."""
+        """Times and checks the launches of this point's call that are new for its workload. Yields a line for
+        each."""
         self._point, self._launches = point, {}
         inputs = make_inputs(point, self._timer.device)
         wanted = expected(point, inputs)
@@ -218,8 +219,8 @@ class Tuner:
         return {config: timing["median_us"] for config, timing in zip(able, timings, strict=True)}
 
     def check(self, point: Point, inputs: Inputs, wanted: dict[str, torch.Tensor], choices: Choices) -> str:
-        """What is wrong with the point's results with these choices; nothing if all is well. What a kernel leaves
-        unwritten is NaN, not what an earlier call left in the same memory."""
+        """Returns why the point's results are wrong with these choices, or an empty string. Memory that a
+        kernel leaves unwritten is NaN, not the results of an earlier call."""
         choose_only(self._gpu, choices)
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(True)  # fills new memory
@@ -260,7 +261,7 @@ class Tuner:
     def _to_blame(
         self, point: Point, inputs: Inputs, wanted: dict[str, torch.Tensor], used: dict[Key, Config]
     ) -> tuple[Key, Config] | None:
-        """The one key whose config makes a call wrong, and another one that makes it right."""
+        """Returns the one key whose config makes a call wrong, and another one that makes it right."""
         for key in used:
             for config in self.trials[key].working:
                 if config != used[key] and not self.check(point, inputs, wanted, {**used, key: config}):
@@ -277,8 +278,8 @@ class Tuner:
         return f"{key[0]} ({key[1] or 'one key'}): {us}; {chosen}"
 
     def confirm(self, point: Point) -> bool:
-        """Whether the point, where it can be launched, is right with all choices in force. Its keys are left out where
-        it is not, which is an error."""
+        """Returns whether the point could be launched. Leaves its keys out where it is wrong with all choices
+        in force, and raises an error."""
         self._point, self._launches = point, {}
         if not all(self.trials[key].working for key in self.keys[point]):
             return False
@@ -290,7 +291,7 @@ class Tuner:
         return True
 
     def require_answer(self, problem: str) -> None:
-        """Raises where the GPU no longer answers; what was being launched is to be launched by no one."""
+        """Raises where the GPU no longer answers. The library is to make none of the present launches then."""
         try:
             self._timer.synchronize()
         except Exception as error:
@@ -298,7 +299,7 @@ class Tuner:
             raise Stopped([], error) from error
 
     def _leave_out(self, reason: str) -> None:
-        """All that the present point launches."""
+        """Leaves out all keys that the present point launches."""
         known = self.keys.get(self._point, []) if self._point else []
         for key in {*known, *self._launches}:
             self.trials[key].left_out = reason

@@ -1,4 +1,4 @@
-"""What is measured, declared as data: shapes of real models, sweeps, and shapes from a file."""
+"""Declares the measured shapes as data: of real models, sweeps, and shapes from a file."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -149,9 +149,10 @@ def points(
     modes: Sequence[str] = MODES,
     chosen: Sequence[Workload] | None = None,
 ) -> list[Point]:
-    """Everything to time, landmarks first, so that whatever is done when time runs out is a picture of the whole.
+    """Returns everything to time, landmarks first: when time runs out, a picture of the whole is done.
 
-    Of the `chosen` workloads, if given, instead of the `quick` ones or all.
+    Args:
+        chosen: workloads, instead of the `quick` ones or all.
     """
     found = [
         Point(op, mode, dtype, workload)
@@ -202,7 +203,7 @@ def channel_bars(
     dtypes: Sequence[str] = ("bf16", "fp32"),
     workloads: Sequence[Workload] = CHANNEL_BARS,
 ) -> list[Point]:
-    """Every BatchNorm of the networks that the bars for bytes, launches and machine code are stated for."""
+    """Returns every BatchNorm of the networks that the bars for launches and machine code are stated for."""
     return [
         Point(op, mode, dtype, workload) for op in ops for dtype in dtypes for workload in workloads for mode in modes
     ]

@@ -1,4 +1,4 @@
-"""How far from fp64 on data that normalizations find hard, beside torch."""
+"""Draws how far results are from fp64 on data that normalizations find hard, beside torch."""
 
 from __future__ import annotations
 

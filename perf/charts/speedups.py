@@ -1,4 +1,4 @@
-"""How many times as fast as each rival triton_norm is, on the points that both were timed on."""
+"""Draws how many times as fast as each rival triton_norm is, on the points that both were timed on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all pictures share: legible in print, told apart by colour-blind readers (Okabe and Ito's colours)."""
+"""Holds the styles of all pictures: legible in print, told apart by colour-blind readers (Okabe and Ito's colours)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DASHED = (0, (5, 3))
 
 @dataclass(frozen=True)
 class Style:
-    """How one contender looks in every picture; `size` makes a marker look as large as a circle."""
+    """Looks of one contender in every picture; `size` makes a marker look as large as a circle."""
 
     colour: str
     marker: str

@@ -1,4 +1,4 @@
-"""Bandwidth of single calls: GB/s against size, and shares of the copy bandwidth by op."""
+"""Draws the bandwidth of single calls: GB/s against size, and shares of the copy bandwidth by op."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CATEGORIES = ("networks", "models")
 
 @dataclass(frozen=True)
 class Axis:
-    """How a group of workloads lies along x."""
+    """Lays a group of workloads along x."""
 
     title: str
     label: str
@@ -48,7 +48,7 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class _Scale:
-    """What all panels of a picture share."""
+    """Styles, roof and height that all panels of a picture share."""
 
     styles: dict[str, Style]
     roof: float | None

@@ -1,4 +1,4 @@
-"""The page's sections on what the results rest on: method, contenders and machine."""
+"""Makes the page's sections on method, contenders and machine."""
 
 from __future__ import annotations
 
