@@ -31,9 +31,12 @@ Call = Callable[[], object]
 
 SHAPE = (8, 1024)
 IMAGES = (8, 64, 16, 16)
-BATCHES, CALLS = 300, 20  # the shorter a batch, the more run undisturbed on a busy machine
-WARMUPS = 5  # calls before each batch: the caches hold what the others left
-METADATA_AND_HOOKS = slice(6, 9)  # of a launcher's arguments
+# Batches, and calls in each: the shorter a batch, the more of them run undisturbed on a busy machine.
+BATCHES, CALLS = 300, 20
+# Calls before each batch, for the caches hold what the other cases left.
+WARMUPS = 5
+# Metadata and hooks among a launcher's arguments.
+METADATA_AND_HOOKS = slice(6, 9)
 
 
 class Case(NamedTuple):

@@ -19,8 +19,10 @@ from perf.records import Spread, Timing, in_a_line, made
 WARMUPS = 3
 HOST_CALLS = 9
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 11, 101
-INPUT_SETS, INPUT_BYTES = 3, 6 << 30  # of a point: calls take turns with so many sets, or as many as fit
-MOST_KERNELS, KERNEL_NAME = 40, 160  # of what a profiler told, that is kept
+# Calls of a point take turns with this many sets of inputs, or as many as fit in this many bytes.
+INPUT_SETS, INPUT_BYTES = 3, 6 << 30
+# At most this many names of kernels are kept, and characters of each.
+MOST_KERNELS, KERNEL_NAME = 40, 160
 
 
 class Stopped(RuntimeError):

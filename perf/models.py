@@ -19,9 +19,11 @@ from perf.records import Spread, Step, in_a_line, made
 
 Built = tuple[nn.Module, torch.Tensor]
 
-STEPS = 4  # that are timed together, as in a loop that never waits for the GPU
+# Steps that are timed together, as in a loop that never waits for the GPU.
+STEPS = 4
 LEARNING_RATE = 1e-6
-WORSE_THAN_TORCH = 2  # times its error that another's may be
+# A contender's error may be this many times torch's.
+WORSE_THAN_TORCH = 2
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ OPS = ("layer_norm", "rms_norm", "batch_norm")
 TYPES = ("fp32", "bf16", "fp16")
 COLUMNS = (64, 1000, 4096)
 ROWS = 6
-SAMPLES = 4  # that a channel's elements are spread over
+# A channel's elements are spread over this many samples.
+SAMPLES = 4
 CONSTANTS = (0.1, 1e4 / 3, -7.7, 0.0, 1e-30, 1e4)
 
 

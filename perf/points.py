@@ -12,7 +12,8 @@ BOTH = "forward_backward"
 PASSES = (*MODES, BOTH)
 MODE_TITLE = {"forward": "forward", "backward": "backward", BOTH: "forward and backward"}
 BULK = ("x", "residual", "y", "total", "dy", "dtotal", "dx", "dresidual")
-BITS = ("bits",)  # one an element: the side of 0 that an activation was taken on
+BITS = ("bits",)
+"""One bit an element: the side of 0 that an activation was taken on."""
 PARAMETERS = ("weight", "bias", "dweight", "dbias")
 STATISTICS = ("mean", "rstd", "running_mean", "running_var")
 
@@ -69,7 +70,7 @@ FLOORS = {
     ("batch_norm", "backward"): Floor(("x", "dy", "weight", "mean", "rstd"), _GRADIENTS),
     ("batch_norm_eval", "forward"): Floor(("x", "weight", "bias", *_RUNNING), ("y",)),
     ("batch_norm_eval", "backward"): Floor(("x", "dy", "weight", *_RUNNING), _GRADIENTS),
-    # What the backward needs is saved here, and not in the other forwards.
+    # Tensors for the backward are saved here, and not in the other forwards.
     ("batch_norm_add_relu", "forward"): Floor(
         ("x", "residual", "weight", "bias", *_RUNNING), ("y", "bits", "mean", "rstd", *_RUNNING)
     ),
@@ -85,7 +86,7 @@ REDUCED = {
     ("batch_norm_add_relu", "forward"): ("x",),
     ("batch_norm_add_relu", "backward"): ("x", "dy", "bits"),
 }
-"""What has to be read from end to end before the first element can be written."""
+"""Tensors that have to be read from end to end before the first element can be written."""
 
 
 def passes(mode: str) -> tuple[str, ...]:

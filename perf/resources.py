@@ -29,7 +29,8 @@ from triton_norm.tuning.configs import Config, Space
 from triton_norm.tuning.limits import Gpu
 
 OPS = triton_norm_functions()
-NARROWER = ("SHARED", "LANES", "WIDTH")  # constants of launches, other values of which leave no more to do
+NARROWER = ("SHARED", "LANES", "WIDTH")
+"""Constants of launches that change sizes alone, and no work."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,19 @@ class TunedFile:
             _replace(self.path, {"environment": found["environment"], "choices": by_kernel}, sort_keys=True)
 
 
+def _device(timer: Timer | None) -> tuple[Timer, str]:
+    """Returns the timer and the name of the GPU; raises Refused where there is nothing to search."""
+    if timer is None:
+        if INTERPRETED or not environment.has_gpu():
+            reason = "Triton's interpreter is on" if INTERPRETED else "this machine has no GPU"
+            raise Refused(f"{reason}: there is nothing to search")
+        timer = CudaTimer()
+    gpu = gpu_of(torch.device(timer.device)).name
+    if gpu is None:
+        raise Refused(f"launches on {timer.device} are not searched for")
+    return timer, gpu
+
+
 def run(
     points: Sequence[Point],
     folder: Path,
@@ -87,14 +100,7 @@ def run(
         Refused: before anything is measured, where there is nothing to search, or the files can't be kept.
     """
     began = time.monotonic()
-    if timer is None:
-        if INTERPRETED or not environment.has_gpu():
-            reason = "Triton's interpreter is on" if INTERPRETED else "this machine has no GPU"
-            raise Refused(f"{reason}: there is nothing to search")
-        timer = CudaTimer()
-    gpu = gpu_of(torch.device(timer.device)).name
-    if gpu is None:
-        raise Refused(f"launches on {timer.device} are not searched for")
+    timer, gpu = _device(timer)
     tuned = TunedFile(folder / tuned_choices.file_name(gpu), fresh)
     results: Results = {"environment": environment.describe(), "file": tuned.path.name, "keys": [], "problems": []}
     results |= {"reached": 0, "confirmed": 0}
@@ -122,12 +128,7 @@ def run(
                         say(f"  {line}")
                 results["reached"] = reached + 1
                 save()
-            say(f"{len(tuner.choices)} choices; checking every point with all of them in force")
-            for point in tuner.keys:
-                if time.monotonic() > began + seconds:
-                    break
-                with _noted(point, tuner, results, say):
-                    results["confirmed"] += tuner.confirm(point)
+            _confirm(tuner, results, began + seconds, say)
     except KeyboardInterrupt:
         results["stopped"] = "interrupted"
     except Exception as error:
@@ -150,6 +151,16 @@ def _noted(point: Point, tuner: Tuner, results: Results, say: Say) -> Iterator[N
         results["problems"].append(problem)
         say(f"  {problem}")
         tuner.require_answer(problem)
+
+
+def _confirm(tuner: Tuner, results: Results, deadline: float, say: Say) -> None:
+    """Checks every point once more with all choices together, as the library will launch it."""
+    say(f"{len(tuner.choices)} choices; checking every point with all of them in force")
+    for point in tuner.keys:
+        if time.monotonic() > deadline:
+            return
+        with _noted(point, tuner, results, say):
+            results["confirmed"] += tuner.confirm(point)
 
 
 def _summary(results: Results, tuner: Tuner, path: Path) -> str:

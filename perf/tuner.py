@@ -28,10 +28,11 @@ from triton_norm.tuning.choices import begun_anew, choose_only
 from triton_norm.tuning.configs import Config, Space
 
 Key = tuple[str, str]
-"""A kernel, and what decides its choice."""
+"""A kernel, and the key of its choice."""
 Choices = Mapping[Key, Config]
 
-SECONDS = 0.12  # of timing for all configs of one key on one workload
+# All configs of one key are timed this long on one workload.
+SECONDS = 0.12
 
 
 def text(config: Config) -> str:

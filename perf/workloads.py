@@ -1,7 +1,7 @@
 """Declares the measured shapes as data: of real models, sweeps, and shapes from a file."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ QUICK_RESIDUAL_COLUMNS = (1024, 4096, 16384)
 TOKENS_HIDDEN = 1024
 TOKENS = [1 << k for k in range(0, 21, 2)]
 QUICK_TOKENS = (1, 1024, 16384, 262144)
-MOST_ELEMENTS = 1 << 30  # of x: in fp64, with its gradient and results, they fill a GPU
+# An x of more elements fills a GPU, in fp64 with its gradient and results.
+MOST_ELEMENTS = 1 << 30
 
 MODEL_TOKENS = 16384
 MODELS = {
@@ -103,7 +104,7 @@ WORKLOADS = [*_rows(), *_channels("contiguous"), *_channels("channels_last")]
 def _is_quick(op: str, workload: Workload) -> bool:
     if op.endswith("_residual"):
         return workload.landmark and workload.features in QUICK_RESIDUAL_COLUMNS
-    if op == "batch_norm_add_relu":  # what a bottleneck block of ResNet-50 ends with
+    if op == "batch_norm_add_relu":  # the end of a bottleneck block of ResNet-50
         return workload.quick and workload.source == "ResNet-50" and workload.features in QUICK_ADD_CHANNELS
     return workload.quick or workload.landmark
 
@@ -172,120 +173,91 @@ BAR_COLUMNS = (
 BAR_ROWS = {"forward": 1024, "backward": 16384}
 QUICK_BAR_COLUMNS = (1000, 1024, 4096, 8192, 32768, 65536)
 ROW_OPS = tuple(op for op, family in FAMILY.items() if family == "rows")
-
-
-def bars(
-    ops: Sequence[str] = ROW_OPS,
-    modes: Sequence[str] = MODES,
-    dtypes: Sequence[str] = ("bf16", "fp32"),
-    columns: Sequence[int] = BAR_COLUMNS,
-) -> list[Point]:
-    return [
-        Point(op, mode, dtype, Workload("rows", "bars", (BAR_ROWS[mode], n), ""))
-        for op in ops
-        for dtype in dtypes
-        for n in columns
-        for mode in modes
-    ]
-
-
 CHANNEL_OPS = tuple(op for op, family in FAMILY.items() if family == "channels")
 CHANNEL_BARS = tuple(
     workload
     for workload in WORKLOADS
     if workload.family == "channels" and workload.source in ("ResNet-50", "3-D U-Net", "MLP")
 )
-
-
-def channel_bars(
-    ops: Sequence[str] = CHANNEL_OPS,
-    modes: Sequence[str] = MODES,
-    dtypes: Sequence[str] = ("bf16", "fp32"),
-    workloads: Sequence[Workload] = CHANNEL_BARS,
-) -> list[Point]:
-    """Returns every BatchNorm of the networks that the bars for launches and machine code are stated for."""
-    return [
-        Point(op, mode, dtype, workload) for op in ops for dtype in dtypes for workload in workloads for mode in modes
-    ]
-
-
-def _rows_to_inspect(full: bool) -> list[Point]:
-    if full:
-        return bars()
-    several = bars(("layer_norm",), dtypes=("bf16",), columns=QUICK_BAR_COLUMNS)
-    several += bars(("layer_norm",), dtypes=("fp32",), columns=(4096, 16384))
-    return several + bars(ROW_OPS[1:], dtypes=("bf16",), columns=(4096,))
-
-
-def resource_points(full: bool = False) -> list[Point]:
-    """Returns shapes whose launches differ. They are compiled, never run. `full`: all that the bars for machine code
-    are stated for."""
-    if full:
-        return bars() + channel_bars()
-    shapes = {
-        ((32, 64, 112, 112), "contiguous"),
-        ((32, 1024, 14, 14), "contiguous"),
-        ((32, 2048, 7, 7), "contiguous"),
-        ((32, 64, 112, 112), "channels_last"),
-        ((32, 1024, 14, 14), "channels_last"),
-    }
-    chosen = [workload for workload in CHANNEL_BARS if (workload.shape, workload.layout) in shapes]
-    return _rows_to_inspect(full) + channel_bars(dtypes=("bf16",), workloads=chosen)
-
+TYPES = ("bf16", "fp32")
 
 MULTIPROCESSORS = 132
 """Of the GPU that bytes are counted for, an H100."""
 SLICE = "slices"
 """The group of workloads that are parts of larger ones, to be counted on a part of that GPU."""
-# Rows of a slice, at most so many elements of them.
+# A slice has this many rows, and at most this many elements.
 SLICE_ROWS = {"forward": 32, "backward": 128}
 SLICE_ELEMENTS = 1 << 21
-# A multiprocessor has a row of so many columns alone; longer ones are shared.
+# A multiprocessor has a row of this many columns alone; longer ones are shared.
 COLUMNS_PER_MULTIPROCESSOR = 8192
+
+
+def _part(shape: tuple[int, ...], whole: str, layout: str = "contiguous") -> Workload:
+    return Workload("channels", SLICE, shape, f"part of {whole}", layout)
+
+
 CHANNEL_SLICES = {
-    # The part of a network's layer: how many multiprocessors it is for, and the whole layer.
-    ((32, 1, 112, 112), "contiguous"): (2, (32, 64, 112, 112)),
-    ((32, 16, 14, 14), "contiguous"): (2, (32, 1024, 14, 14)),
-    ((32, 248, 7, 7), "contiguous"): (16, (32, 2048, 7, 7)),
-    ((16384, 32), "contiguous"): (4, (16384, 1024)),
-    ((1, 64, 112, 112), "channels_last"): (4, (32, 64, 112, 112)),
-    ((32, 64, 14, 14), "channels_last"): (8, (32, 1024, 14, 14)),
-    ((256, 32, 7, 7), "channels_last"): (2, (256, 2048, 7, 7)),
+    _part((32, 1, 112, 112), "32×64×112×112"): 2,
+    _part((32, 16, 14, 14), "32×1024×14×14"): 2,
+    _part((32, 248, 7, 7), "32×2048×7×7"): 16,
+    _part((16384, 32), "16384×1024"): 4,
+    _part((1, 64, 112, 112), "32×64×112×112", "channels_last"): 4,
+    _part((32, 64, 14, 14), "32×1024×14×14", "channels_last"): 8,
+    _part((256, 32, 7, 7), "256×2048×7×7", "channels_last"): 2,
 }
+"""Parts of layers of networks, and how many multiprocessors each is for."""
 
 
-def row_slices(
-    ops: Sequence[str],
+def bars(
+    ops: Sequence[str] = ROW_OPS,
     modes: Sequence[str] = MODES,
-    dtypes: Sequence[str] = ("bf16",),
-    columns: Sequence[int] = QUICK_BAR_COLUMNS,
+    dtypes: Sequence[str] = TYPES,
+    columns: Sequence[int] = BAR_COLUMNS,
+    sliced: bool = False,
 ) -> list[Point]:
+    """Returns the rows that bars are stated for, or slices of them."""
+
+    def workload(mode: str, n: int) -> Workload:
+        if sliced:
+            return Workload("rows", SLICE, (min(SLICE_ROWS[mode], SLICE_ELEMENTS // n), n), f"{n} columns")
+        return Workload("rows", "bars", (BAR_ROWS[mode], n), "")
+
     return [
-        Point(op, mode, dtype, Workload("rows", SLICE, (min(SLICE_ROWS[mode], SLICE_ELEMENTS // n), n), f"{n} columns"))
-        for op in ops
-        for dtype in dtypes
-        for n in columns
-        for mode in modes
+        Point(op, mode, dtype, workload(mode, n)) for op in ops for dtype in dtypes for n in columns for mode in modes
     ]
 
 
-def channel_slices(ops: Sequence[str] = CHANNEL_OPS, dtypes: Sequence[str] = ("bf16",)) -> list[Point]:
-    return [
-        Point(op, mode, dtype, Workload("channels", SLICE, shape, f"part of {'×'.join(map(str, whole))}", layout))
-        for op in ops
-        for dtype in dtypes
-        for (shape, layout), (_, whole) in CHANNEL_SLICES.items()
-        for mode in MODES
-    ]
+def channel_bars(
+    ops: Sequence[str] = CHANNEL_OPS,
+    modes: Sequence[str] = MODES,
+    dtypes: Sequence[str] = TYPES,
+    workloads: Iterable[Workload] = CHANNEL_BARS,
+) -> list[Point]:
+    """Returns every BatchNorm of the networks that the bars for launches and machine code are stated for."""
+    return [Point(op, mode, dtype, each) for op in ops for dtype in dtypes for each in workloads for mode in modes]
+
+
+def _few_rows(sliced: bool) -> list[Point]:
+    several = bars(("layer_norm",), dtypes=("bf16",), columns=QUICK_BAR_COLUMNS, sliced=sliced)
+    several += bars(("layer_norm",), dtypes=("fp32",), columns=(4096, 16384), sliced=sliced)
+    return several + bars(ROW_OPS[1:], dtypes=("bf16",), columns=(4096,), sliced=sliced)
+
+
+def resource_points(full: bool = False) -> list[Point]:
+    """Returns shapes whose launches differ, or with `full` all that the bars for machine code are stated for."""
+    if full:
+        return bars() + channel_bars()
+    shapes = {((32, 64, 112, 112), layout) for layout in LAYOUTS} | {((32, 1024, 14, 14), layout) for layout in LAYOUTS}
+    shapes.add(((32, 2048, 7, 7), "contiguous"))
+    chosen = [workload for workload in CHANNEL_BARS if (workload.shape, workload.layout) in shapes]
+    return _few_rows(sliced=False) + channel_bars(dtypes=("bf16",), workloads=chosen)
 
 
 def traffic_points(full: bool = False) -> list[Point]:
     """Returns slices of the workloads that bars for bytes are stated for: a few, or all row lengths, ops and types."""
     if full:
-        both = ("bf16", "fp32")
-        return row_slices(ROW_OPS, dtypes=both, columns=BAR_COLUMNS) + channel_slices(dtypes=both)
-    several = row_slices(("layer_norm",)) + row_slices(("layer_norm",), dtypes=("fp32",), columns=(4096, 16384))
-    return several + row_slices(ROW_OPS[1:], columns=(4096,)) + channel_slices()
+        return bars(sliced=True) + channel_bars(workloads=CHANNEL_SLICES)
+    return _few_rows(sliced=True) + channel_bars(dtypes=("bf16",), workloads=CHANNEL_SLICES)
 
 
 def multiprocessors_of(workload: Workload) -> int:
@@ -294,4 +266,4 @@ def multiprocessors_of(workload: Workload) -> int:
         return MULTIPROCESSORS
     if workload.family == "rows":
         return max(1, workload.features // COLUMNS_PER_MULTIPROCESSOR)
-    return CHANNEL_SLICES[workload.shape, workload.layout][0]
+    return CHANNEL_SLICES[workload]

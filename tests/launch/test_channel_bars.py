@@ -55,14 +55,19 @@ from perf import traffic, workloads
 from triton_norm.testing.stub_driver import H100
 
 gpu = replace(H100, limits=replace(H100.limits, one_launch_bytes=2**62))
-found = list(traffic.records(workloads.channel_slices(("batch_norm", "batch_norm_add_relu")), gpu))
-found += traffic.records(workloads.channel_slices(("batch_norm",), ("fp32",)))
-found += traffic.records(workloads.channel_slices(("batch_norm_eval",)))
+
+
+def slices(op, dtype):
+    return workloads.channel_bars((op,), dtypes=(dtype,), workloads=workloads.CHANNEL_SLICES)
+
+
+found = list(traffic.records(slices("batch_norm", "bf16") + slices("batch_norm_add_relu", "bf16"), gpu))
+found += traffic.records(slices("batch_norm", "fp32") + slices("batch_norm_eval", "bf16"))
 """
 
 
 def named(record):
-    where = f"{record['op']} {record['mode']} {record['dtype']} {findings.lying(record)}"
+    where = f"{record['op']} {record['mode']} {record['dtype']} {findings.layout_text(record)}"
     return f"{record['target']} {where}, {record['kernel']}" if "kernel" in record else where
 
 
@@ -177,7 +182,8 @@ def excess(record):
 def test_bytes():
     """In one launch wherever that is possible, and in as many as are chosen."""
     counted = records(TRAFFIC, TRITON_INTERPRET="1")
-    assert {(tuple(record["shape"]), record["layout"]) for record in counted} == set(workloads.CHANNEL_SLICES)
+    slices = {(workload.shape, workload.layout) for workload in workloads.CHANNEL_SLICES}
+    assert {(tuple(record["shape"]), record["layout"]) for record in counted} == slices
     assert {len(record["launches"]) for record in counted} == {1, 2}
     wrong = {named(record): excess(record) for record in counted}
     assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)

@@ -40,8 +40,9 @@ ROUNDED_COLUMNS = (1000, 4096, 8192, 32768)
 TRAFFIC = """
 from perf import traffic, workloads
 
-points = workloads.row_slices(("layer_norm", "layer_norm_residual"), ("forward",), sys.argv[1:], COLUMNS)
-points += workloads.row_slices(("layer_norm",), ("backward",), sys.argv[1:], [n for n in COLUMNS if n <= 32768])
+dtypes, shorter = sys.argv[1:], [n for n in COLUMNS if n <= 32768]
+points = workloads.bars(("layer_norm", "layer_norm_residual"), ("forward",), dtypes, COLUMNS, sliced=True)
+points += workloads.bars(("layer_norm",), ("backward",), dtypes, shorter, sliced=True)
 found = traffic.records(points)
 """
 
