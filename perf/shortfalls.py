@@ -12,7 +12,6 @@ from perf.findings import (
     LARGE_BYTES,
     OURS,
     OUTPUTS,
-    STATUS_TEXT,
     Findings,
     access_bits,
     counted,
@@ -117,6 +116,10 @@ class Case(NamedTuple):
     figure: str
     where: str
 
+    @property
+    def line(self) -> str:
+        return f"{self.where}: {self.figure}" if self.figure else self.where
+
 
 class Cause(NamedTuple):
     """A reason for which results fall short, with all of them, the worst first; `of`: how many were held against it."""
@@ -190,15 +193,21 @@ def _run_itself(run: Run) -> list[Cause]:
 
 
 def _failed(run: Run) -> list[Cause]:
+    """Returns a cause for each contender that fails with one message, or is outside the tolerance; ours come first."""
+    found: list[tuple[str, str, str, str]] = []
+    for r in run["records"]:
+        where = f"{TITLE[r['op']]} {MODE_TITLE[r['mode']]} {layout_text(r)} {r['dtype']}"
+        found.append((r["contender"], r["status"], r["message"], where))
+    for s in run["steps"]:
+        where = f"training step of {s['model']} in {s['dtype']}"
+        found.append((s["contender"], s["status"], s["message"], where))
+
     def cases() -> Iterator[tuple[str, Case]]:
-        for r in run["records"]:
-            if r["status"] in ("wrong", "error"):
-                text = f"{r['contender']} {STATUS_TEXT.get(r['status'], r['status'])}, {TITLE[r['op']]} {r['mode']}"
-                yield text, Case(r["contender"].startswith(OURS), r["message"], f"{layout_text(r)} {r['dtype']}")
-        for s in run["steps"]:
-            if s["status"] in ("wrong", "error"):
-                text = f"{s['contender']} {STATUS_TEXT.get(s['status'], s['status'])}, training step"
-                yield text, Case(s["contender"].startswith(OURS), s["message"], f"{s['model']} {s['dtype']}")
+        for who, status, message, where in found:
+            if status == "error":
+                yield f"{who}: {message}", Case(who.startswith(OURS), "", where)
+            elif status == "wrong":
+                yield f"{who} is outside our tolerance", Case(who.startswith(OURS), message, where)
 
     return _causes(cases())
 

@@ -132,10 +132,7 @@ def shortfalls(findings: Findings) -> list[Block]:
         Paragraph("Held against the bars under Method, the worst first; a line opens to all inputs.", "soft")
     ]
     for title, causes in found.items():
-        items = [
-            (cause.line, [f"{case.where}: {case.figure}" for case in cause.cases] if len(cause.cases) > 1 else [])
-            for cause in causes
-        ]
+        items = [(cause.line, [case.line for case in cause.cases] if len(cause.cases) > 1 else []) for cause in causes]
         blocks += [Heading(f"{title}: {len(causes)}"), Bullets(items[:MOST_CAUSES])]
         if len(items) > MOST_CAUSES:
             rest = items[MOST_CAUSES:]

@@ -224,8 +224,8 @@ def test_a_cause_is_told_once_for_all_inputs_alike():
         unreached=["a point"],
     )
     assert found["Failed or outside our tolerance"] == [
-        "triton_norm error, training step: made up (BERT bf16)",
-        "torch error, LayerNorm forward in 2 cases, at worst made up (65536×1024 bf16)",
+        "triton_norm: made up (training step of BERT in bf16)",
+        "torch: made up in 2 cases (LayerNorm forward 65536×1024 bf16)",
     ]
     assert found["The timed run"][:2] == ["the tests did not pass: 1 failed", "1 point not reached in the time given"]
     counted = results.findings()
