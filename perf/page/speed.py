@@ -118,7 +118,7 @@ def _timed_table(run: Run) -> Table:
             "20 %": r.get("p20_us"),
             "80 %": r.get("p80_us"),
             "host µs": r.get("host_us"),
-            "error": max(r["errors"].values()) if r.get("errors") else None,
+            "error": f"{max(r['errors'].values()):.1e}" if r.get("errors") else "",
             "message": r["message"],
         }
 
