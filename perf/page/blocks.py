@@ -145,10 +145,9 @@ class Section:
 
 
 def text_of(value: Any) -> str:
-    """Returns a table's text for a value: figures with about four digits, nothing for None."""
+    """Returns a table's text for a value: one decimal place from 10, three below; nothing for None."""
     if isinstance(value, float):
-        digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
-        return f"{value:,.{digits}f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+        return f"{value:,.{1 if abs(value) >= 10 else 3}f}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -123,16 +123,19 @@ def traffic(findings: Findings) -> list[Block]:
     if not counts:
         return []
 
+    def mebi(size: int) -> str:
+        return f"{size / 2**20:.3f}"
+
     def row(r: Traffic) -> dict[str, Any]:
-        parts = {part: part_bytes(r, part) / 2**20 for part in PARTS}
+        parts = {part: mebi(part_bytes(r, part)) for part in PARTS}
         floor = r["floor_bytes"]
         return {
             **_about(r),
             "SMs": r.get("multiprocessors"),
             "launches": len(r["launches"]),
-            "floor": floor / 2**20,
+            "floor": mebi(floor),
             **parts,
-            "all": r["total_bytes"] / 2**20,
+            "all": mebi(r["total_bytes"]),
             "÷ floor": r["total_bytes"] / floor,
             "without again": (r["total_bytes"] - r["again_bytes"]) / floor,
             "weights once": Cell(f"{uncached(r):.3f}", uncached(r) > MOST_BYTES_OVER_FLOOR),
