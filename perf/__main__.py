@@ -56,10 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = options.parents()
-    parser = argparse.ArgumentParser(
-        prog="python -m perf", description=__doc__, parents=[shared.folder, shared.points, shared.timing]
-    )
+    folder, points, timing, lines = options.parents()
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__, parents=[folder, points, timing])
     parser.set_defaults(do=everything, verb="everything")
     verbs = parser.add_subparsers(metavar="PART")
 
@@ -68,41 +66,32 @@ def _parser() -> argparse.ArgumentParser:
         part.set_defaults(do=does, verb=name)
         return part
 
-    timing = (shared.folder, shared.points, shared.timing)
-    verb("list", list_tasks, "what `run` would time, and who would be timed", *timing[1:])
-    verb("run", run_timing, "time the kernels on this machine's GPU, and nothing else", *timing)
-    report = verb("report", report_files, "pictures and a page from results files", shared.folder)
+    verb("list", list_tasks, "the points that `run` would time, and the contenders", points, timing)
+    verb("run", run_timing, "time the kernels on this machine's GPU, and nothing else", folder, points, timing)
+    report = verb("report", report_files, "pictures and a page from results files", folder)
     report.add_argument("files", nargs="+", type=Path)
-    text = (
-        "what became slower and faster from one results file to another; medians decide, and where the spans from the "
-        "20th to the 80th percentile overlap, it is said"
-    )
-    compare = verb("compare", compare_files, text)
+    compare = verb("compare", compare_files, "points that became slower and faster from one results file to another")
     compare.add_argument("old", type=Path)
     compare.add_argument("new", type=Path)
     text = "exit with 1 if the old time over the new one is less than this anywhere (default: %(default)g)"
     compare.add_argument("--fail-below", type=float, default=options.FAIL_BELOW, help=text)
     compare.add_argument("--contenders", default="triton_norm", metavar="NAME,...", help="whose times to compare")
     compare.add_argument("--any-gpu", action="store_true", help="compare runs on different GPUs, too")
-    for name, does, text in (
-        ("traffic", count_traffic, "bytes that the kernels move, counted under the interpreter, against the floor"),
-        ("resources", compile_resources, "registers, spills, access widths and occupancy on GPUs that are not here"),
-    ):
-        options.choose_inspected(verb(name, does, text, shared.points, shared.lines), does is compile_resources)
-    code = verb("code", compare_code, "which kernels no longer compile to the code that they did", shared.points)
+    text = "bytes that the kernels move, counted under the interpreter, against the floor"
+    options.choose_inspected(verb("traffic", count_traffic, text, points, lines), compiled=False)
+    text = "registers, spills, access widths and occupancy on GPUs that are not here"
+    options.choose_inspected(verb("resources", compile_resources, text, points, lines), compiled=True)
+    code = verb("code", compare_code, "which kernels no longer compile to the code that they did", points)
     options.choose_inspected(code, compiled=True)
     either = code.add_mutually_exclusive_group(required=True)
     either.add_argument("--save", type=Path, metavar="FILE", help="store hashes of the kernels' code")
-    either.add_argument("--compare", type=Path, metavar="FILE", help="list what differs; exit with 1 if anything does")
-    tune = verb(
-        "tune", tune_launches, "find the best launches on this machine's GPU, for the library to ship", *timing[:2]
-    )
+    either.add_argument("--compare", type=Path, metavar="FILE", help="list differences; exit with 1 if there are any")
+    tune = verb("tune", tune_launches, "find the best launches on this GPU, for the library to ship", folder, points)
     tune.add_argument("--seconds", type=options.seconds, help="time for measuring (default: no limit)")
     tune.add_argument("--fresh", action="store_true", help="forget the choices that are there, and are not made anew")
-    verb("numerics", compare_numerics, "errors against fp64 on hard data, triton_norm's beside torch's", shared.lines)
-    text = "what a call costs on the host on top of its launches, over a stub of CUDA's driver"
-    verb("host", time_host, text, shared.lines)
-    readme = verb("readme", write_readme, "the README's pictures and figures, from the results files that are stored")
+    verb("numerics", compare_numerics, "errors against fp64 on hard data, triton_norm's beside torch's", lines)
+    verb("host", time_host, "time of a call on the host on top of its launches, over a stub of CUDA's driver", lines)
+    readme = verb("readme", write_readme, "the figures of the documents, from the results files that are stored")
     readme.add_argument("files", nargs="*", type=Path, help="results to store first")
     return parser
 

@@ -6,7 +6,6 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,17 +54,8 @@ def seconds(text: str) -> float:
     return value
 
 
-@dataclass(frozen=True)
-class Parents:
-    """Groups of options that several verbs share."""
-
-    folder: argparse.ArgumentParser
-    points: argparse.ArgumentParser
-    timing: argparse.ArgumentParser
-    lines: argparse.ArgumentParser
-
-
-def parents() -> Parents:
+def parents() -> tuple[argparse.ArgumentParser, ...]:
+    """Returns groups of options that several verbs share: the folder, points, timing, and how records are printed."""
     folder, points, timing, lines = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     folder.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder to write (default: %(default)s)")
     ops, dtypes = tuple(FAMILY), tuple(ITEMSIZE)
@@ -83,7 +73,7 @@ def parents() -> Parents:
     timing.add_argument("--tests", action="store_true", help="first run the library's tests on the GPU")
     timing.add_argument("--resume", action="store_true", help="go on with the run that DIR holds")
     lines.add_argument("--lines", action="store_true", help="one JSON record a line, as results files have them")
-    return Parents(folder, points, timing, lines)
+    return folder, points, timing, lines
 
 
 def choose_inspected(part: argparse.ArgumentParser, compiled: bool) -> None:
