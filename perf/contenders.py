@@ -126,13 +126,7 @@ CONTENDERS = [
         searches=True,
         accuracy=ACCURACY_OF_TORCH,
     ),
-    Contender(
-        "triton_norm, compiled",
-        _triton_norm_compiled,
-        _OURS,
-        ("triton_norm", "torch", "triton"),
-        compiles=True,
-    ),
+    Contender("triton_norm, compiled", _triton_norm_compiled, _OURS, ("triton_norm", "torch", "triton"), compiles=True),
     Contender(
         "triton_norm, compiled, kernels forced",
         _triton_norm_forced,

@@ -237,10 +237,7 @@ def _some(points: Sequence[Point], target: Target, known: dict[str, Code], every
 
 
 def records(
-    points: Sequence[Point],
-    targets: Sequence[str] = tuple(TARGETS),
-    at_once: int = 8,
-    every_config: bool = False,
+    points: Sequence[Point], targets: Sequence[str] = tuple(TARGETS), at_once: int = 8, every_config: bool = False
 ) -> Iterator[Resources]:
     """Yields records of the config that is tried first on a GPU not known yet, or of every one that a search would
     try."""
