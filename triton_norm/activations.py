@@ -47,18 +47,18 @@ ACTIVATIONS = {
 }
 
 
-def named(activation: str) -> Activation:
-    """Returns the activation of this name; raises ValueError if there is none."""
+def named(activation: str, function: str = "batch_norm") -> Activation:
+    """Returns the activation of this name; raises ValueError, in the name of `function`, if there is none."""
     try:
         return ACTIVATIONS[activation]
     except KeyError:
         known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"batch_norm(): activation must be one of {known} or None, but got {activation!r}") from None
+        raise ValueError(f"{function}(): activation must be one of {known} or None, but got {activation!r}") from None
 
 
-def check(activation: str | None) -> None:
+def check(activation: str | None, function: str = "batch_norm") -> None:
     if activation is not None:
-        named(activation)
+        named(activation, function)
 
 
 def activate(z: Tensor, activation: str | None, slope: float) -> Tensor:

@@ -112,7 +112,7 @@ class Launcher:
         space: Space,
         device: torch.device,
         n_programs: Programs,
-        scalars: Sequence[float],
+        scalars: Sequence[float | None],
         **constants: Any,
     ) -> None:
         self.space, self.n_programs = space, n_programs

@@ -1,6 +1,6 @@
 """Lists the operators that recorded calls consist of, under stable names."""
 
-from triton_norm.channels import function  # noqa: F401  these three define them
+from triton_norm.channels import function, groups  # noqa: F401  these define them
 from triton_norm.library import DEFINED
 from triton_norm.rows import fusible, operator  # noqa: F401
 from triton_norm.sync import operator as sync_operator  # noqa: F401
@@ -13,6 +13,7 @@ OPERATORS = tuple(
         "batch_norm_forward",
         "batch_norm_inference",
         "move_running_statistics",
+        "group_norm_forward",
         "sync_batch_norm_moments",
         "sync_batch_norm_apply",
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triton_norm.activations import activate
 from triton_norm.plain import has_known_sizes
-from triton_norm.specs import BatchNormSpec, BatchNormTensors, RowSpec
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, GroupNormSpec, Inputs, RowSpec
 
 MOST_AXES = 64
 """torch's sums reduce at most this many axes."""
@@ -85,6 +85,28 @@ def batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
     return y if x is whole else y.view(whole.shape)
 
 
+def group_norm(tensors: Inputs, spec: GroupNormSpec) -> Tensor:
+    """Returns y = f((x − mean) / sqrt(var + eps) · weight + bias + residual), with statistics over the positions and
+    channels of each group of a sample."""
+    whole, residual, weight, bias = tensors
+    x = whole
+    if x.dim() >= MOST_AXES:  # a group has an axis more
+        x, residual = x.flatten(2), None if residual is None else residual.flatten(2)
+    shape = (1, -1, *(1 for _ in x.shape[2:]))
+    n_groups = max(spec.n_groups, 1)  # InstanceNorm has none without channels
+    grouped = x.to(compute_dtype(x)).unflatten(1, (n_groups, x.shape[1] // n_groups))
+    axes = tuple(range(2, grouped.dim()))
+    centred = grouped - grouped.mean(axes, keepdim=True)
+    x_hat = centred * torch.rsqrt((centred * centred).mean(axes, keepdim=True) + spec.eps)
+    weight = None if weight is None else weight.reshape(shape)
+    bias = None if bias is None else bias.reshape(shape)
+    z = affine(x_hat.flatten(1, 2), weight, bias)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    y = activate(z, spec.activation, spec.slope).to(spec.out_dtype or x.dtype)
+    return y if x is whole else y.view(whole.shape)
+
+
 def check_writable(*tensors: Tensor) -> None:
     """Raises torch's RuntimeError for inference tensors outside torch.inference_mode; torch itself writes first."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
@@ -137,6 +159,43 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
         check_writable(running_mean, running_var)
         running_mean.copy_(moved[0])  # nothing can fail from here on
         running_var.copy_(moved[1])
+
+
+def move_instance_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
+    """Updates both in place: running = (1 − momentum) · running + momentum · batch.
+
+    batch is the mean over the samples of each sample's mean, or of its unbiased variance. If the batch's size is
+    unknown while recording, an empty batch leaves both unchanged.
+    """
+    n: Any = math.prod(x.shape[2:])
+    with torch.no_grad():
+        wide = x.to(compute_dtype(x)).flatten(2)
+        mean = wide.mean(2, keepdim=True)
+        m2 = (wide - mean).square().sum(2)
+        _move_towards((mean.mean(0).flatten(), m2.mean(0) / (n - 1)), (running_mean, running_var), momentum, x)
+
+
+def move_by_moments(moments: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, x: Tensor) -> None:
+    """Updates both in place as `move_instance_statistics`, from the moments of x.
+
+    Args:
+        moments: [3, N · C], mean, mean_lo and M2 of each channel of each sample.
+    """
+    n: Any = math.prod(x.shape[2:])
+    with torch.no_grad():
+        mean, mean_lo, m2 = moments.view(3, *x.shape[:2]).mean(1)
+        _move_towards((mean + mean_lo, m2 / (n - 1)), (running_mean, running_var), momentum, x)
+
+
+def _move_towards(batch: Sequence[Tensor], running: Sequence[Tensor], momentum: float, x: Tensor) -> None:
+    moved = []
+    for statistic, towards in zip(running, batch, strict=True):
+        wide = statistic.to(torch.promote_types(statistic.dtype, towards.dtype))
+        now = (1.0 - momentum) * wide + momentum * towards
+        moved.append(now if has_known_sizes(x) else torch.where(towards.new_full((), x.numel()) > 0, now, wide))
+    check_writable(*running)
+    for statistic, now in zip(running, moved, strict=True):  # nothing can fail from here on
+        statistic.copy_(now)
 
 
 def differentiable(*tensors: Tensor | None) -> list[Any]:

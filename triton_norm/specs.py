@@ -75,7 +75,12 @@ class BatchNormTensors(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Holds the tensors of a BatchNorm call that have gradients."""
+    """Holds the tensors of a call over channels that have gradients.
+
+    Args:
+        x, residual: [N, C, *].
+        weight, bias: [C].
+    """
 
     x: Tensor
     residual: Tensor | None
@@ -107,6 +112,41 @@ class BatchNormSpec(NamedTuple):
     eps: float
     activation: str | None = None
     slope: float = 0.0
+
+
+class GroupNormOptions(NamedTuple):
+    """Holds the other arguments of group_norm, as passed; functional_groups.py documents them."""
+
+    num_groups: Any
+    eps: Any
+    activation: Any = None
+    negative_slope: Any = 0.01
+
+
+class InstanceNormOptions(NamedTuple):
+    """Holds the other arguments of instance_norm, as passed; functional_groups.py documents them."""
+
+    use_input_stats: Any
+    momentum: Any
+    eps: Any
+    activation: Any = None
+    negative_slope: Any = 0.01
+
+
+class GroupNormSpec(NamedTuple):
+    """Specifies a GroupNorm, or an InstanceNorm with the input's own statistics.
+
+    Args:
+        n_groups: groups of channels of a sample; InstanceNorm: the number of channels.
+        slope: leaky_relu's slope below 0.
+        out_dtype: dtype of y; None: x's.
+    """
+
+    n_groups: int
+    eps: float
+    activation: str | None = None
+    slope: float = 0.0
+    out_dtype: torch.dtype | None = None
 
 
 class Epilogue(NamedTuple):

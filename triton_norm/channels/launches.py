@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from triton_norm.activations import has_side
 from triton_norm.channels.layout import Layout, Lie, layout_of
 from triton_norm.launch import INT32_END, Launch, Launcher
 from triton_norm.library import name_of, triton_dtype
@@ -18,6 +19,20 @@ from triton_norm.tuning.limits import gpu_of
 Types = tuple[torch.dtype | None, ...]
 
 
+class Instances(NamedTuple):
+    """Describes how many times a launch does its work, each time on a slice of the tensors.
+
+    Args:
+        n_instances: number of slices: a GroupNorm's samples.
+        strides: elements from one slice to the next of each tensor in Read.lies, None for a tensor that is None.
+        channels_per_statistic: adjacent channels that share their statistics.
+    """
+
+    n_instances: int
+    strides: tuple[int | None, ...]
+    channels_per_statistic: int
+
+
 class Read(NamedTuple):
     """Describes the tensors of a launch.
 
@@ -27,6 +42,7 @@ class Read(NamedTuple):
         x: dtype of x.
         swept: dtypes of the tensors that it reads, in the kernel's order.
         others: dtypes of the kernel's other tensors, None for those that are None.
+        instances: None for a BatchNorm, which works once on whole tensors.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +52,7 @@ class Read(NamedTuple):
     swept: Types
     others: Types
     device: torch.device
+    instances: Instances | None = None
 
 
 class Step(NamedTuple):
@@ -66,13 +83,19 @@ def in_two_floats(value: float) -> tuple[float, float]:
     return high, value - high
 
 
+def _is_curved(activation: str | None) -> bool:
+    return activation is not None and not has_side(activation)
+
+
 class Launches:
     """Prepares the launches of one kernel for one layout; arguments as in tuning.channel_spaces.SharedChannels."""
 
     def __init__(self, kernel: str, read: Read, held_bytes: int, beside_bytes: float = 0.0, adds: bool = False) -> None:
         self._kernel, self._read, self._held_bytes, self._adds = kernel, read, held_bytes, adds
         gpu = gpu_of(read.device)
-        self.layout: Layout = layout_of(read.shape, read.kind, *(lie for lie in read.lies if lie is not None))
+        apart = () if read.instances is None else [stride for stride in read.instances.strides if stride is not None]
+        self.layout: Layout = layout_of(read.shape, read.kind, *filter(None, read.lies), apart=apart)
+        self._n_instances = 1 if read.instances is None else read.instances.n_instances
         self._shared = SharedChannels(
             read.kind,
             self.layout.lanes,
@@ -93,12 +116,19 @@ class Launches:
             return [Phase.REDUCE, Phase.APPLY]
         return [asked]
 
-    def scalars(self) -> tuple[int, ...]:
+    def scalars(self) -> tuple[int | None, ...]:
         """Returns the kernel's integer arguments: the geometry of the layout, and the strides of each tensor."""
         strides = (stride for lie in self._read.lies for stride in self.layout.strides(lie))
-        return *self.layout.geometry, *strides
+        return *self.layout.geometry, *strides, *self._of_instances()
 
-    def step(self, phase: Phase, swept: Types, scalars: Sequence[float], **constants: Any) -> Step:
+    def _of_instances(self) -> tuple[int | None, ...]:
+        """Returns the blocks of an instance, and each tensor's stride between instances, divided by V."""
+        instances = self._read.instances
+        if instances is None:
+            return (None,) * (1 + len(self._read.lies))
+        return self.layout.n_blocks, *((stride or 0) // self.layout.vector for stride in instances.strides)
+
+    def step(self, phase: Phase, swept: Types, scalars: Sequence[float | None], **constants: Any) -> Step:
         """Returns the launch of one phase.
 
         Args:
@@ -106,6 +136,7 @@ class Launches:
             scalars, constants: arguments of the kernel.
         """
         layout, plan, n_groups = self.layout, self._plan, self._shared.n_groups
+        instances, n_blocks = self._read.instances, self._n_instances * layout.n_blocks
         n_splits = -(-n_groups // plan.groups_per_split)
         role = "waits" if plan.tile else "reduces" if phase.reduces else "applies"
         work = ChannelWork(
@@ -119,13 +150,15 @@ class Launches:
             held=plan.tile,
             held_bytes=self._held_bytes,
             adds=self._adds and phase.applies,
+            curved=_is_curved(constants["ACTIVATION"]) and (phase.applies or self._kernel == channel_spaces.BACKWARD),
         )
         launcher = Launcher(
             _kernel(self._kernel),
             channel_spaces.channels(work, gpu_of(self._read.device)),
             self._read.device,
-            functools.partial(_n_programs, layout.n_blocks),
+            functools.partial(_n_programs, n_blocks),
             scalars,
+            PER_STATISTIC=None if instances is None else instances.channels_per_statistic,
             APPLY=phase.applies,
             SHARED=phase.reduces and n_splits > 1,
             V=layout.vector,
@@ -139,7 +172,7 @@ class Launches:
         )
         partials = n_splits if phase.reduces and n_splits > 1 else 0
         launch = Launch(launcher, n_groups, plan.groups_per_split)
-        return Step(launch, phase.reduces, phase.applies, partials, 2 + layout.n_blocks)
+        return Step(launch, phase.reduces, phase.applies, partials, 2 + n_blocks)
 
 
 def _n_programs(n_blocks: int, config: Any, n_groups: int, groups_per_split: int) -> int:

@@ -203,17 +203,21 @@ def _vector(lies: Sequence[Lie], *extents: int) -> int:
     return vector
 
 
-def layout_of(shape: Sequence[int], kind: str, *lies: Lie) -> Layout:
-    """Returns the layout in which tensors with these strides are read together, with the widest common access."""
+def layout_of(shape: Sequence[int], kind: str, *lies: Lie, apart: Sequence[int] = ()) -> Layout:
+    """Returns the layout in which tensors with these strides are read together, with the widest common access.
+
+    Args:
+        apart: strides between slices of which each has this shape.
+    """
     n_channels, n_positions = shape[1], math.prod(shape[2:])
     if kind == "last":
         spread = [lie for lie in lies if lie.channel_stride or n_channels == 1]
-        strides = [stride for lie in spread for stride in (lie.sample_stride, lie.position_stride)]
+        strides = [*apart, *(stride for lie in spread for stride in (lie.sample_stride, lie.position_stride))]
         lanes = channel_spaces.channel_lanes(n_channels, limits_in_force())
         vector = _vector(spread or lies, n_channels, *strides)
         return Layout(0, vector, lanes, 0, 1, n_channels, n_channels, lanes, 1, n_positions)
     spread = [lie for lie in lies if lie.position_stride]
-    strides = [lie.sample_stride for lie in spread]
+    strides = [*apart, *(lie.sample_stride for lie in spread)]
     if kind == "folded":
         n_columns = n_channels * n_positions
         lanes, channels = channel_spaces.fold(n_channels, n_positions, limits_in_force())

@@ -153,7 +153,9 @@ def _launched(ctx: Any, wanted: Wanted, tensors: BackwardTensors) -> Gradients:
 
 
 class Asked(NamedTuple):
-    spec: BatchNormSpec
+    """Describes what a backward is asked for; `spec` has an activation and its slope."""
+
+    spec: Any
     bits_kind: str | None
     kept: Kept
     needs: Needs

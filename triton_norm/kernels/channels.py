@@ -27,9 +27,11 @@ from triton_norm.kernels.tiles import (
     channels_of,
     dense_strides,
     fold_moments,
+    instance_offset,
     lanes_of,
     load_parameter,
     load_statistics,
+    of_instance,
     span,
     tile_at,
     view_of,
@@ -124,7 +126,11 @@ def channels_forward_kernel(
     residual_sample_vecs,
     residual_group_vecs,
     residual_channel_vecs,
+    instance_blocks,
+    x_instance_vecs,
+    residual_instance_vecs,
     EPS: tl.constexpr,
+    PER_STATISTIC: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     LOCAL: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -185,7 +191,14 @@ def channels_forward_kernel(
         block = program % n_blocks
         split = program // n_blocks
     layout = Layout(n_groups, n_column_vecs, block_vecs, columns_per_channel, groups_per_sample)
-    columns, lanes = lanes_of(block, layout, TILE)
+    inside = block
+    if instance_blocks is not None:
+        instance = block // instance_blocks
+        inside = block % instance_blocks
+        x_ptr += instance_offset(instance, x_instance_vecs, V)
+        if residual_ptr is not None:
+            residual_ptr += instance_offset(instance, residual_instance_vecs, V)
+    columns, lanes = lanes_of(inside, layout, TILE)
     x = view_of(x_ptr, Strides(x_sample_vecs, x_group_vecs, x_channel_vecs), columns, lanes, TILE)
     first, end = span(split, groups_per_split, n_groups, INDEX)
     last = first + (end - 1 - first) // T * T
@@ -218,7 +231,9 @@ def channels_forward_kernel(
         if FOLD:
             rows = to_float(end - first, COMPUTE)
             moments = fold_moments(moments, rows, columns_per_channel, TILE)
-        channels = channels_of(block, lanes, layout, TILE)
+        channels = channels_of(inside, lanes, layout, TILE)
+        if instance_blocks is not None:
+            channels = of_instance(channels, instance, n_blocks // instance_blocks, 1)
         total = n_groups.to(tl.int64) * per_group
         if SHARED:
             kind = n_splits.to(tl.int64) * channels.n_channels
@@ -252,12 +267,18 @@ def channels_forward_kernel(
             mean = moments.mean
             mean_lo = moments.mean_lo
         else:
+            normalized = lanes
+            if instance_blocks is not None:
+                normalized = of_instance(lanes, instance, n_blocks // instance_blocks, PER_STATISTIC)
             mean, mean_lo, rstd = load_statistics(
-                statistics_ptr, running_mean_ptr, running_var_ptr, lanes, EPS, COMPUTE
+                statistics_ptr, running_mean_ptr, running_var_ptr, normalized, EPS, COMPUTE
             )
         scale = rstd * load_parameter(weight_ptr, lanes, 1.0, COMPUTE)
         bias = load_parameter(bias_ptr, lanes, 0.0, COMPUTE)
-        y = view_of(y_ptr, dense_strides(layout, TILE), columns, lanes, TILE)
+        y_strides = dense_strides(layout, TILE)
+        if instance_blocks is not None:
+            y_ptr += instance_offset(instance, y_strides.sample * (n_groups // groups_per_sample), V)
+        y = view_of(y_ptr, y_strides, columns, lanes, TILE)
         for swept in range(0, end - first, T):
             start = last - swept
             mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range

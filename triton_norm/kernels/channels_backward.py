@@ -17,9 +17,11 @@ from triton_norm.kernels.tiles import (
     dense_strides,
     fold_sum,
     group_offsets,
+    instance_offset,
     lanes_of,
     load_parameter,
     load_statistics,
+    of_instance,
     span,
     tile_at,
     view_of,
@@ -97,8 +99,13 @@ def channels_backward_kernel(
     residual_sample_vecs,
     residual_group_vecs,
     residual_channel_vecs,
+    instance_blocks,
+    x_instance_vecs,
+    dy_instance_vecs,
+    residual_instance_vecs,
     DY_SPREAD: tl.constexpr,
     EPS: tl.constexpr,
+    PER_STATISTIC: tl.constexpr,
     LOCAL: tl.constexpr,
     CONSTANT: tl.constexpr,
     REDUCE: tl.constexpr,
@@ -147,6 +154,7 @@ def channels_backward_kernel(
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = REDUCE and APPLY and not CONSTANT
     NEEDS_Z: tl.constexpr = ACTIVATION is not None and bits_ptr is None
+    WEIGHTED: tl.constexpr = PER_STATISTIC is not None and PER_STATISTIC > 1
     NEEDS_X: tl.constexpr = REDUCE or not CONSTANT or NEEDS_Z
     n_splits = tl.cdiv(n_groups, groups_per_split).to(tl.int32)
     n_blocks = tl.num_programs(0) // n_splits
@@ -157,18 +165,30 @@ def channels_backward_kernel(
         block = program % n_blocks
         split = program // n_blocks
     layout = Layout(n_groups, n_column_vecs, block_vecs, columns_per_channel, groups_per_sample)
-    columns, lanes = lanes_of(block, layout, TILE)
+    inside = block
+    if instance_blocks is not None:
+        instance = block // instance_blocks
+        inside = block % instance_blocks
+        x_ptr += instance_offset(instance, x_instance_vecs, V)
+        dy_ptr += instance_offset(instance, dy_instance_vecs, V if DY_SPREAD else 1)
+        if residual_ptr is not None:
+            residual_ptr += instance_offset(instance, residual_instance_vecs, V)
+    columns, lanes = lanes_of(inside, layout, TILE)
     dy_strides = Strides(dy_sample_vecs, dy_group_vecs, dy_channel_vecs)
     dy = view_of(dy_ptr, dy_strides, columns, lanes, TILE, DY_SPREAD)
     x = view_of(x_ptr, Strides(x_sample_vecs, x_group_vecs, x_channel_vecs), columns, lanes, TILE)
-    mean, mean_lo, rstd = load_statistics(statistics_ptr, running_mean_ptr, running_var_ptr, lanes, EPS, COMPUTE)
-    scale = rstd * load_parameter(weight_ptr, lanes, 1.0, COMPUTE)
+    normalized = lanes
+    if instance_blocks is not None:
+        normalized = of_instance(lanes, instance, n_blocks // instance_blocks, PER_STATISTIC)
+    mean, mean_lo, rstd = load_statistics(statistics_ptr, running_mean_ptr, running_var_ptr, normalized, EPS, COMPUTE)
+    weight = load_parameter(weight_ptr, lanes, 1.0, COMPUTE)
+    scale = rstd * weight
     bias = load_parameter(bias_ptr, lanes, 0.0, COMPUTE)
     mean_dz = tl.zeros([1, 1], COMPUTE)
     slope = tl.zeros([1, 1], COMPUTE)
     if APPLY and not CONSTANT and not REDUCE:
-        mean_dz = load_parameter(means_ptr, lanes, 0.0, COMPUTE)
-        slope = load_parameter(means_ptr + lanes.n_channels, lanes, 0.0, COMPUTE)
+        mean_dz = load_parameter(means_ptr, normalized, 0.0, COMPUTE)
+        slope = load_parameter(means_ptr + normalized.n_channels, normalized, 0.0, COMPUTE)
     first, end = span(split, groups_per_split, n_groups, INDEX)
     last = first + (end - 1 - first) // T * T
     IN_PLACES: tl.constexpr = AXIS == 0 and not TOGETHER
@@ -206,10 +226,15 @@ def channels_backward_kernel(
             if APPLY and sweep == SWEEPS - 1:
                 strides = dense_strides(layout, TILE)
                 offsets = group_offsets(start, layout, strides, TILE)
+                if instance_blocks is not None:
+                    offsets += instance_offset(instance, strides.sample * (n_groups // groups_per_sample), V)
                 if dx_ptr is not None:
                     dx_lanes = view_of(dx_ptr, strides, columns, lanes, TILE).lanes
-                    dx = dz if CONSTANT else dz - mean_dz - centred * slope
-                    dx *= scale
+                    if WEIGHTED:
+                        dx = (dz * weight - mean_dz - centred * slope) * rstd
+                    else:
+                        dx = dz if CONSTANT else dz - mean_dz - centred * slope
+                        dx *= scale
                     tl.store(aligned(dx_lanes + offsets, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
                 if dresidual_ptr is not None:
                     dresidual_lanes = view_of(dresidual_ptr, strides, columns, lanes, TILE).lanes
@@ -223,12 +248,17 @@ def channels_backward_kernel(
                 sum_dz = fold_sum(sum_dz, columns_per_channel, TILE)
                 sum_dz_centred = fold_sum(sum_dz_centred, columns_per_channel, TILE)
             sums = Sums(sum_dz, sum_dz_centred)
-            channels = channels_of(block, lanes, layout, TILE)
+            channels = channels_of(inside, lanes, layout, TILE)
             channel_rstd = rstd
             if FOLD:
+                folded = channels
+                if instance_blocks is not None:
+                    folded = of_instance(channels, instance, n_blocks // instance_blocks, PER_STATISTIC)
                 _, _, channel_rstd = load_statistics(
-                    statistics_ptr, running_mean_ptr, running_var_ptr, channels, EPS, COMPUTE
+                    statistics_ptr, running_mean_ptr, running_var_ptr, folded, EPS, COMPUTE
                 )
+            if instance_blocks is not None:
+                channels = of_instance(channels, instance, n_blocks // instance_blocks, 1)
             total = n_groups.to(tl.int64) * (V if AXIS is None else columns_per_channel)
             if SHARED:
                 kind = n_splits.to(tl.int64) * channels.n_channels
@@ -252,6 +282,6 @@ def channels_backward_kernel(
                 if arrive(sync_ptr, block) == 2 * n_splits:
                     close(sync_ptr, block, n_blocks, None)
             if TOGETHER:
-                mean_dz = tl.load(means_ptr + lanes.index, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
-                slopes = means_ptr + lanes.n_channels + lanes.index
+                mean_dz = tl.load(means_ptr + normalized.index, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
+                slopes = means_ptr + normalized.n_channels + normalized.index
                 slope = tl.load(slopes, mask=lanes.in_range, other=0.0, cache_modifier=".cg")

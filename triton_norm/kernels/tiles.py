@@ -118,6 +118,22 @@ def channels_of(block, lanes, layout, TILE: tl.constexpr):
 
 
 @triton.jit
+def instance_offset(instance, instance_vecs, V: tl.constexpr):
+    """Returns the offset of an instance whose stride is instance_vecs · V."""
+    return instance.to(tl.int64) * instance_vecs * V
+
+
+@triton.jit
+def of_instance(channels, instance, n_instances, PER_STATISTIC: tl.constexpr):
+    """Returns where the statistics of an instance's channels are among those of all instances.
+
+    PER_STATISTIC adjacent channels share theirs, as those of a GroupNorm's group do.
+    """
+    index = channels.index + instance * channels.n_channels
+    return Channels(index // PER_STATISTIC, channels.in_range, n_instances * channels.n_channels // PER_STATISTIC)
+
+
+@triton.jit
 def span(split, groups_per_split, n_groups, INDEX: tl.constexpr):
     """Returns the first group of a split, and the end of its range. INDEX is wide enough for n_groups + T."""
     first = split.to(INDEX) * groups_per_split

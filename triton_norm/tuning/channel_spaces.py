@@ -143,6 +143,7 @@ class ChannelWork(NamedTuple):
         types: names of the dtypes of the inputs of x's shape.
         held: elements of the resident tile, or 0.
         held_bytes: bytes an element of the resident tile.
+        curved: an activation is computed whose derivative is not a constant on each side of 0, which takes registers.
     """
 
     kernel: str
@@ -155,6 +156,7 @@ class ChannelWork(NamedTuple):
     held: int = 0
     held_bytes: int = 0
     adds: bool = False
+    curved: bool = False
 
     def merged(self, limits: Limits) -> int:
         return max(16, min(128, limits.merged_elements // self.width))
@@ -163,6 +165,8 @@ class ChannelWork(NamedTuple):
         named = f"{self.role}, {self.kind}, {self.lanes} lanes by {self.vector}, {', '.join(self.types)}"
         if self.held:
             named += f", {self.held} held"
+        if self.curved:
+            named += ", curved"
         return f"{named}, {self.merged(limits)} merged" if self.kind == "folded" else named  # lanes decide otherwise
 
 
@@ -197,6 +201,8 @@ def _waiting_config(work: ChannelWork, gpu: Gpu) -> Config:
             in_thread_bytes //= 2
         if _crowds(work):
             in_thread_bytes //= 2
+        if work.curved:
+            in_thread_bytes //= 2
     per_thread = max(1, min(most_elements, in_thread_bytes // work.held_bytes))
     return _config_of(warps_for(work.held, per_thread, gpu), work.held, work, gpu)
 
@@ -213,6 +219,8 @@ def _sweeping_configs(work: ChannelWork, gpu: Gpu) -> list[Config]:
         tiles, per_threads = (2048, 4096), (8, 16)
     elif work.kind == "folded":
         tiles = (8192, 16384)
+    if work.curved:
+        per_threads = per_threads[0] // 2, per_threads[1] // 2
     return [
         _config_of(warps_for(tile, per_thread, gpu), tile, work, gpu)
         for per_thread in per_threads
@@ -232,6 +240,11 @@ def channels(work: ChannelWork, gpu: Gpu) -> Space:
     else:
         configs = _sweeping_configs(work, gpu)
     return space_of(work.kernel, work.key(gpu.limits), configs)
+
+
+@remembered
+def groups_backward(gpu: Gpu) -> Space:
+    return space_of("groups_backward_kernel", "", [config(4, BLOCK_K=8, BLOCK_C=1024 if gpu.interpreted else 128)])
 
 
 @remembered

@@ -1,0 +1,144 @@
+"""How the samples of a GroupNorm lie in memory, and as which groups and channels launches read them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm.channels.launches import Instances, Read, Types
+from triton_norm.channels.layout import (
+    MOST_CHANNELS,
+    MOST_COLUMNS,
+    MOST_POSITIONS,
+    Lie,
+    channels_last,
+    collapsed_stride,
+    dense_like,
+)
+from triton_norm.plain import holds
+from triton_norm.tuning import channel_spaces
+from triton_norm.tuning.limits import VECTOR_BYTES, limits_in_force
+
+
+def beyond(shape: Sequence[int], n_groups: int) -> str | None:
+    """Returns why groups of a tensor of this shape are too large or too many for the kernels to number, or None."""
+    if holds(math.prod(shape[1:]) // n_groups > MOST_POSITIONS):
+        return f"a group has more than {MOST_POSITIONS} elements"
+    if holds(shape[0] * shape[1] > MOST_CHANNELS):
+        return f"the samples have more than {MOST_CHANNELS} channels together"
+    return None
+
+
+def kind_of(x: Tensor) -> str:
+    """Returns "last" if the channels of a position lie side by side, as where there is one position, else "flat"."""
+    return "last" if channels_last(x) and x.shape[1] > 1 else "flat"
+
+
+class Slices(NamedTuple):
+    """Describes a tensor as its samples: the stride between samples and positions, and the address modulo 16."""
+
+    sample_stride: int
+    position_stride: int
+    itemsize: int
+    misaligned: int
+
+
+def slices_of(x: Tensor, kind: str) -> Slices | None:
+    """Returns how x lies as samples of that kind, or None if it has to be copied."""
+    n_samples, n_channels, *positions = x.shape
+    n_positions = math.prod(positions)
+    position_stride = collapsed_stride(positions, x.stride()[2:])
+    if x.is_neg() or position_stride is None:
+        return None
+    if n_positions == 1:
+        position_stride = n_channels if kind == "last" else 1
+    channel_stride = x.stride(1)
+    dense = channel_stride == 1 if kind == "last" else position_stride == 1 and channel_stride == n_positions
+    if not (dense or (n_channels == 1 and (kind == "last" or position_stride == 1))):
+        return None
+    sample_stride = x.stride(0) if n_samples > 1 else n_channels * n_positions
+    return Slices(sample_stride, position_stride, x.itemsize, x.data_ptr() % VECTOR_BYTES)
+
+
+def copies(x: Tensor, kind: str) -> bool:
+    """Returns whether x has to be copied before it can be read as that kind."""
+    return slices_of(x, kind) is None
+
+
+def as_readable(x: Tensor, kind: str) -> Tensor:
+    """Returns x, or a copy of it where it can't be read as that kind."""
+    return dense_like(x, x.dtype, kind).copy_(x) if copies(x, kind) else x
+
+
+class Groups(NamedTuple):
+    """Describes the tensors that a launch sweeps, all of one shape.
+
+    Args:
+        shape: [n_samples, n_groups, channels of a group, positions].
+        kind: "flat" or "last".
+        slices: of x, and then dy in a backward, and the residual; None for a tensor that is None.
+        types: their dtypes.
+        others: dtypes of the kernel's other tensors, None for those that it is not given.
+    """
+
+    shape: tuple[int, int, int, int]
+    kind: str
+    slices: tuple[Slices | None, ...]
+    types: Types
+    others: Types
+    device: torch.device
+
+    @property
+    def itemsize(self) -> int:
+        (x, *_) = self.slices
+        assert x is not None
+        return x.itemsize
+
+    def by_channel(self) -> Read:
+        """Returns how a launch reads each sample as channels, with the statistics of their groups."""
+        _, n_groups, per_group, n_positions = self.shape
+        shape = 1, n_groups * per_group, n_positions
+        if self.kind == "last":
+            return self._read(shape, "last", per_group, lambda slices: (0, 1, slices.position_stride))
+        return self._read(shape, "flat", per_group, lambda _: (0, n_positions, 1))
+
+    def by_group(self) -> Read:
+        """Returns how a launch reads each sample as groups."""
+        _, n_groups, per_group, n_positions = self.shape
+        if self.kind == "flat":
+            size = per_group * n_positions
+            return self._read((1, n_groups, size), "flat", 1, lambda _: (0, size, 1))
+        folds = channel_spaces.folds(n_positions, per_group, self.itemsize, limits_in_force())
+        kind = "folded" if folds and n_groups * per_group < MOST_COLUMNS else "flat"
+        shape = n_positions, n_groups, per_group
+        return self._read(shape, kind, 1, lambda slices: (slices.position_stride, per_group, 1))
+
+    def _read(self, shape: tuple[int, int, int], kind: str, per_statistic: int, strides: Any) -> Read:
+        lies = tuple(
+            None if slices is None else Lie._make((*strides(slices), slices.itemsize, slices.misaligned))
+            for slices in self.slices
+        )
+        apart = tuple(None if slices is None else slices.sample_stride for slices in self.slices)
+        n_samples, *_ = self.shape
+        (x_type, *_) = self.types
+        assert x_type is not None
+        instances = Instances(n_samples, apart, per_statistic)
+        return Read(shape, kind, lies, x_type, self.types, self.others, self.device, instances)
+
+
+def shape_of(x: Tensor, n_groups: int) -> tuple[int, int, int, int]:
+    n_samples, n_channels, *positions = x.shape
+    return n_samples, n_groups, n_channels // n_groups, math.prod(positions)
+
+
+def dtypes_of(tensors: Sequence[Tensor | None]) -> Types:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+def groups_of(kind: str, n_groups: int, swept: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> Groups:
+    x, *_ = swept
+    assert x is not None
+    slices = tuple(None if tensor is None else slices_of(tensor, kind) for tensor in swept)
+    return Groups(shape_of(x, n_groups), kind, slices, dtypes_of(swept), dtypes_of(others), x.device)

@@ -1,0 +1,280 @@
+"""GroupNorm: the launches of a call. A group is a channel of one sample, whose weight changes along it.
+
+Statistics are reduced over groups, as a BatchNorm's over channels, sample by sample. What has a weight is computed over
+channels, each with the statistics of its group. InstanceNorm, with a channel a group, does both in one launch where it
+fits; the bits of a sample do not depend on the samples beside it.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import activations, plans
+from triton_norm.channels.group_layout import Groups, as_readable, copies, dtypes_of, groups_of, kind_of, shape_of
+from triton_norm.channels.launches import Launches, Read, Step, Types
+from triton_norm.channels.layout import dense_like, is_dense
+from triton_norm.launch import Launch, Launcher, zeros
+from triton_norm.library import contiguous
+from triton_norm.reference import compute_dtype
+from triton_norm.specs import GroupNormSpec, Inputs, Phase, Wanted
+from triton_norm.tuning import channel_spaces
+from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
+from triton_norm.tuning.memory import remembered
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""dx, dresidual, dweight and dbias."""
+
+
+class GroupBackwardTensors(NamedTuple):
+    """Bundles the tensors that the backward reads.
+
+    Args:
+        dy, x, residual: [N, C, *]; residual is None unless an activation was taken of the sum with it.
+        weight, bias: [C] or None; bias is None unless z is computed again.
+        statistics: [3, N · n_groups]: mean, mean_lo and rstd.
+    """
+
+    dy: Tensor
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor
+
+
+def _forward_launches(read: Read, waits: bool) -> Launches:
+    x, residual = read.lies
+    assert x is not None
+    return Launches("channels_forward_kernel", read, x.itemsize if waits else 0, adds=residual is not None)
+
+
+@remembered
+def _forward_steps(groups: Groups, spec: GroupNormSpec) -> list[Step]:
+    activations.check(spec.activation)
+    _, _, per_group, _ = groups.shape
+    by_channel = _forward_launches(groups.by_channel(), waits=per_group == 1)
+    if per_group == 1:
+        launches = [(by_channel, phase) for phase in by_channel.phases(Phase.FUSED)]
+    else:
+        launches = [(_forward_launches(groups.by_group(), waits=False), Phase.REDUCE), (by_channel, Phase.APPLY)]
+    x_type, residual_type = groups.types
+    return [
+        made.step(
+            phase,
+            (x_type, residual_type) if phase.applies else (x_type,),
+            (0.0, 0.0, *made.scalars()),
+            EPS=spec.eps,
+            CUMULATIVE=False,
+            LOCAL=False,
+            STATISTICS=phase.reduces,
+            ACTIVATION=spec.activation,
+            SLOPE=spec.slope,
+        )
+        for made, phase in launches
+    ]
+
+
+class GroupForwardPlan:
+    """Launches the forward of all calls of one signature."""
+
+    def __init__(self, spec: GroupNormSpec, tensors: Inputs) -> None:
+        x, residual, *parameters = tensors
+        self._spec, self._kind = spec, kind_of(x)
+        self._like = x.new_empty(0, dtype=compute_dtype(x))
+        n_samples, n_groups, _, _ = shape_of(x, spec.n_groups)
+        self._n_groups = n_samples * n_groups
+        self._y_dtype = x.dtype if spec.out_dtype is None else spec.out_dtype
+        self._y_alike = self._y_dtype == x.dtype and is_dense(x, self._kind)
+        swept = [tensor for tensor in (x, residual) if tensor is not None]
+        lie = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
+        self._copies = not lie or any(copies(tensor, self._kind) for tensor in swept)
+        self._steps: dict[Any, list[Step]] = {}
+
+    def __call__(self, tensors: Sequence[Any], moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns y and the statistics [3 · n_samples · n_groups] of the groups.
+
+        Args:
+            tensors: fields of Inputs.
+            moments: [3, n_samples · n_groups], to be filled with mean, mean_lo and M2; None: not wanted.
+        """
+        x, residual, weight, bias = tensors
+        y = torch.empty_like(x) if self._y_alike else dense_like(x, self._y_dtype, self._kind)
+        if self._copies:
+            x, weight, bias = as_readable(x, self._kind), contiguous(weight), contiguous(bias)
+            residual = None if residual is None else as_readable(residual, self._kind)
+        statistics = self._like.new_empty(3 * self._n_groups)
+        misaligned = x.data_ptr() % VECTOR_BYTES, 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
+        steps = self._steps.get((misaligned, moments is None))
+        if steps is None:
+            others = y, weight, bias, statistics, moments
+            groups = groups_of(self._kind, self._spec.n_groups, (x, residual), others)
+            steps = self._steps[misaligned, moments is None] = _forward_steps(groups, self._spec)
+        for step in steps:
+            partials = sync = None
+            if step.partials:
+                partials = self._like.new_empty(3 * step.partials * self._n_groups)
+                sync = zeros(step.n_counts, x.device)
+            applied = (residual, y, None, weight, bias) if step.applies else (None,) * 5
+            left = moments if step.reduces else None
+            step.launch(x, *applied, statistics, left, None, None, None, partials, sync)
+        return y, statistics
+
+
+@remembered
+def _backward_steps(groups: Groups, spec: GroupNormSpec, phase: Phase, constant: bool) -> list[Step]:
+    activations.check(spec.activation)
+    _, _, per_group, _ = groups.shape
+    read = groups.by_channel()
+    x, dy, residual = read.lies
+    assert x is not None and dy is not None
+    waits = phase is Phase.FUSED and per_group == 1 and not constant
+    beside = 0 if residual is None else residual.itemsize
+    launches = Launches("channels_backward_kernel", read, x.itemsize + dy.itemsize if waits else 0, beside)
+    apart = phase is Phase.FUSED and per_group > 1 and not constant
+    x_type, dy_type, residual_type = groups.types
+    return [
+        launches.step(
+            one,
+            (dy_type, x_type, residual_type),
+            launches.scalars(),
+            DY_SPREAD=1,
+            EPS=spec.eps,
+            LOCAL=False,
+            CONSTANT=constant,
+            REDUCE=one.reduces,
+            ACTIVATION=spec.activation,
+            SLOPE=spec.slope,
+        )
+        for one in ([Phase.REDUCE, Phase.APPLY] if apart else launches.phases(phase, constant))
+    ]
+
+
+@functools.cache
+def _combining_kernel() -> Any:
+    from triton_norm.kernels import groups
+
+    return groups.groups_backward_kernel
+
+
+@remembered
+def _combining_launcher(types: Types, n_channels: int, per_group: int, device: torch.device) -> Launcher:
+    *_, dweight, dbias = types
+    has_parameters = dweight is not None or dbias is not None
+
+    def n_programs(config: Any, total: int, n_samples: int, n_means: int) -> int:
+        return n_means + (-(-n_channels // config["BLOCK_C"]) if has_parameters else 0)
+
+    space = channel_spaces.groups_backward(gpu_of(device))
+    return Launcher(_combining_kernel(), space, device, n_programs, (n_channels,), PER_GROUP=per_group)
+
+
+class GroupBackwardPlan:
+    """Launches the backward of all calls of one signature."""
+
+    def __init__(self, spec: GroupNormSpec, wanted: Wanted, tensors: GroupBackwardTensors) -> None:
+        dy, x, residual, *others = tensors
+        self._spec, self._wanted, self._kind = spec, wanted, kind_of(x)
+        self._shape, self._like = shape_of(x, spec.n_groups), x.new_empty(0, dtype=compute_dtype(x))
+        self._dx_alike = wanted.dx_dtype == x.dtype and is_dense(x, self._kind)
+        self._constant = wanted.dx_dtype is None
+        reduces = not self._constant or wanted.dweight_dtype is not None or wanted.dbias_dtype is not None
+        applies = not self._constant or wanted.dresidual_dtype is not None
+        self._phase = Phase.FUSED if reduces and applies else Phase.REDUCE if reduces else Phase.APPLY
+        swept = [tensor for tensor in (dy, x, residual) if tensor is not None]
+        lie = all(tensor is None or tensor.is_contiguous() for tensor in others)
+        self._copies = not lie or any(copies(tensor, self._kind) for tensor in swept)
+        self._steps: dict[Any, tuple[list[Step], Launch | None]] = {}
+
+    def __call__(self, tensors: Sequence[Any]) -> Gradients:
+        """Returns the gradients that are wanted.
+
+        Args:
+            tensors: fields of GroupBackwardTensors.
+        """
+        dy, x, residual, weight, bias, statistics = tensors
+        found = dx, dresidual, dweight, dbias = gradients(x, self._wanted, self._kind, self._dx_alike)
+        if self._copies:
+            dy, x, weight = as_readable(dy, self._kind), as_readable(x, self._kind), contiguous(weight)
+            residual = None if residual is None else as_readable(residual, self._kind)
+            bias, statistics = contiguous(bias), statistics.contiguous()
+        n_samples, n_groups, per_group, _ = self._shape
+        n_channels = n_samples * n_groups * per_group
+        by_group = per_group > 1 and dx is not None
+        means = None if dx is None else self._like.new_empty(2 * n_samples * n_groups)
+        sums: list[Tensor | None] = [
+            self._like.new_empty(n_channels) if asked else None
+            for asked in (dweight is not None or by_group, dbias is not None or by_group)
+        ]
+        added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
+        key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added
+        combined = *sums, weight if by_group else None, statistics, means if by_group else None, dweight, dbias
+        steps, combine = self._steps.get(key) or self._prepare(
+            key, (x, dy, residual), (weight, bias, statistics, means, *sums, dx, dresidual), combined
+        )
+        for step in steps:
+            if step.applies and not step.reduces and combine is not None and by_group:
+                combine(*combined)
+            partials = sync = None
+            if step.partials:
+                partials = self._like.new_empty(2 * step.partials * n_channels)
+                sync = zeros(step.n_counts, x.device)
+            stored = (dx, dresidual) if step.applies else (None, None)
+            summed = sums if step.reduces else (None, None)
+            taken = None if step.reduces and by_group else means
+            running = None, None
+            step.launch(
+                dy, x, residual, None, *stored, weight, bias, statistics, *running, *summed, taken, partials, sync
+            )
+        if combine is not None and not by_group:
+            combine(*combined)
+        return found
+
+    def _prepare(
+        self, key: Any, swept: Sequence[Tensor | None], others: Sequence[Tensor | None], combined: Sequence[Any]
+    ) -> tuple[list[Step], Launch | None]:
+        groups = groups_of(self._kind, self._spec.n_groups, swept, others)
+        steps = _backward_steps(groups, self._spec, self._phase, self._constant)
+        n_samples, n_groups, per_group, n_positions = self._shape
+        combine = None
+        *_, means, dweight, dbias = combined
+        if means is not None or dweight is not None or dbias is not None:
+            launcher = _combining_launcher(dtypes_of(combined), n_groups * per_group, per_group, groups.device)
+            n_means = 0 if means is None else n_samples * n_groups
+            combine = Launch(launcher, per_group * n_positions, n_samples, n_means)
+        self._steps[key] = steps, combine
+        return steps, combine
+
+
+def gradients(x: Tensor, wanted: Wanted, kind: str, dx_alike: bool = False) -> Gradients:
+    """Returns dx and dresidual of x's shape, laid as that kind, dweight and dbias [C]: empty, None where not wanted."""
+    dx, dresidual = (
+        None if dtype is None else dense_like(x, dtype, kind) for dtype in (wanted.dx_dtype, wanted.dresidual_dtype)
+    )
+    dweight, dbias = (
+        None if dtype is None else x.new_empty(x.shape[1], dtype=dtype)
+        for dtype in (wanted.dweight_dtype, wanted.dbias_dtype)
+    )
+    return dx, dresidual, dweight, dbias
+
+
+def group_forward_plan_of(spec: GroupNormSpec, tensors: Inputs) -> GroupForwardPlan:
+    """Returns the plan of forwards like this one, made if there is none yet."""
+    key = "group_norm", spec, *(tensor is None for tensor in tensors)
+    plan: GroupForwardPlan | None = plans.find(key, tensors)
+    if plan is None:
+        plan = GroupForwardPlan(spec, tensors)
+        plans.keep(key, tensors, plan)
+    return plan
+
+
+def group_backward_plan_of(spec: GroupNormSpec, wanted: Wanted, tensors: GroupBackwardTensors) -> GroupBackwardPlan:
+    """Returns the plan of backwards like this one, made if there is none yet."""
+    key = "group_norm", spec, wanted, *(tensor is None for tensor in tensors)
+    plan: GroupBackwardPlan | None = plans.find(key, tensors)
+    if plan is None:
+        plan = GroupBackwardPlan(spec, wanted, tensors)
+        plans.keep(key, tensors, plan)
+    return plan

@@ -1,0 +1,311 @@
+"""GroupNorm: the kernels' launches or their operators, and autograd."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import plans, reference
+from triton_norm.captures import is_intercepted
+from triton_norm.channels.group_layout import kind_of
+from triton_norm.channels.group_plan import (
+    Gradients,
+    GroupBackwardTensors,
+    gradients,
+    group_backward_plan_of,
+    group_forward_plan_of,
+)
+from triton_norm.channels.layout import dense_like
+from triton_norm.channels.operator import Asked, composed_gradients, wanted_of
+from triton_norm.library import Derivative, recorded
+from triton_norm.saved import (
+    Kept,
+    Needs,
+    Parameter,
+    check_restored,
+    is_unsavable,
+    kept_of,
+    needs_gradient,
+    needs_of,
+    needs_torch,
+    shaped,
+)
+from triton_norm.specs import GroupNormSpec, Inputs, Wanted
+
+
+class ForwardCall(NamedTuple):
+    """Bundles the arguments of the forward's operator.
+
+    Args:
+        has_moments: the groups' moments are wanted, to move running statistics by.
+    """
+
+    inputs: Inputs
+    has_moments: bool
+    spec: GroupNormSpec
+
+
+class BackwardCall(NamedTuple):
+    """Bundles the arguments of the backward's operator."""
+
+    tensors: GroupBackwardTensors
+    wanted: Wanted
+    spec: GroupNormSpec
+
+
+class Saved(NamedTuple):
+    """Bundles the tensors that the backward takes from the forward.
+
+    Args:
+        residual, bias: None unless an activation was taken, whose argument is computed again.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor
+
+    @property
+    def bits(self) -> None:
+        """Bits of a sign, as a BatchNorm's backward may have, which this one has not."""
+
+
+def _n_statistics(x: Tensor, spec: GroupNormSpec) -> int:
+    return 3 * x.shape[0] * spec.n_groups
+
+
+def _moments(x: Tensor, spec: GroupNormSpec) -> Tensor:
+    return x.new_empty(_n_statistics(x, spec), dtype=reference.compute_dtype(x))
+
+
+def _forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
+    x, spec = call.inputs.x, call.spec
+    if x.numel() == 0:  # of a number of samples that whoever recorded the call could not know
+        y, *found = _fake_forward(call)
+        return y, *(None if tensor is None else tensor.zero_() for tensor in found)
+    moments = _moments(x, spec) if call.has_moments else None
+    y, statistics = group_forward_plan_of(spec, call.inputs)(call.inputs, moments)
+    return y, statistics, moments
+
+
+def _fake_forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
+    x, spec = call.inputs.x, call.spec
+    y = dense_like(x, spec.out_dtype or x.dtype, kind_of(x))
+    return y, _moments(x, spec), _moments(x, spec) if call.has_moments else None
+
+
+def _backward(call: BackwardCall) -> Gradients:
+    if call.tensors.x.numel() == 0:
+        found = _fake_backward(call)
+        return tuple(None if gradient is None else gradient.zero_() for gradient in found)  # type: ignore[return-value]
+    return group_backward_plan_of(call.spec, call.wanted, call.tensors)(call.tensors)
+
+
+def _fake_backward(call: BackwardCall) -> Gradients:
+    return gradients(call.tensors.x, call.wanted, kind_of(call.tensors.x))
+
+
+def _composed_gradients(spec: GroupNormSpec, kept: Kept, needs: Needs, dy: Tensor, saved: Any) -> list[Tensor | None]:
+    """Returns the gradients of x, residual, weight and bias, composed of torch's own functions."""
+
+    def function(inputs: Inputs, activation: str | None) -> Tensor:
+        return reference.group_norm(inputs, spec._replace(activation=activation, out_dtype=dy.dtype))
+
+    return composed_gradients(Asked(spec, None, kept, needs), dy, saved, function)
+
+
+class _PassesDy(NamedTuple):
+    """Runs a backward whose gradient of the residual is dy, as the residual's dtype."""
+
+    plan: Any
+    dtype: torch.dtype
+
+    def __call__(self, tensors: Sequence[Any]) -> Gradients:
+        dx, _, dweight, dbias = self.plan(tensors)
+        dy, *_ = tensors
+        return dx, dy.to(self.dtype), dweight, dbias
+
+
+def _gradients(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, residual, weight and bias, each in the shape and dtype of its own."""
+    kept: Kept = ctx.kept
+    spec, needs = ctx.spec, needs_of(ctx)
+    intercepted = kept.forms is None or is_intercepted()
+    if needs_torch((dy,), saved, intercepted):
+        return tuple(_composed_gradients(spec, kept, needs, dy, saved))
+    wanted = wanted_of(kept, needs, spec.activation)
+    tensors = GroupBackwardTensors(dy, *saved)
+    passes = needs.residual and spec.activation is None
+    if all(dtype is None for dtype in wanted):
+        found: Gradients = None, None, None, None
+    elif intercepted:
+        found = backward_op(BackwardCall(tensors, wanted, spec))
+    else:
+        plan: Any = group_backward_plan_of(spec, wanted, tensors)
+        if all(parameter is None or len(parameter.shape) == 1 for parameter in (kept.weight, kept.bias)):
+            assert kept.dresidual is not None or not passes
+            plans.keep((ctx.plan, ctx.needs_input_grad), tensors, _PassesDy(plan, kept.dresidual) if passes else plan)  # type: ignore[arg-type]
+        found = plan(tensors)
+    dx, dresidual, dweight, dbias = found
+    if passes:
+        assert kept.dresidual is not None
+        dresidual = dy.to(kept.dresidual)
+    return dx, dresidual, shaped(dweight, kept.weight), shaped(dbias, kept.bias)
+
+
+def _for_backward(inputs: Sequence[Any], spec: GroupNormSpec, statistics: Tensor) -> tuple[Tensor | None, ...]:
+    """Returns the fields of Saved."""
+    x, residual, weight, bias = inputs
+    if spec.activation is None:
+        residual = bias = None
+    return x, residual, weight, bias, statistics
+
+
+def _setup(ctx: Any, call: ForwardCall, results: tuple[Tensor | None, ...]) -> int:
+    _, statistics, _ = results
+    assert statistics is not None
+    ctx.save_for_backward(*_for_backward(call.inputs, call.spec, statistics))
+    ctx.kept, ctx.spec = kept_of(None, call.inputs), call.spec
+    return 1
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> Sequence[Tensor | None]:
+    return _gradients(ctx, Saved(*ctx.saved_tensors), dy)
+
+
+def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, ...]) -> int:
+    ctx.save_for_backward(*call.tensors)
+    ctx.wanted, ctx.spec = call.wanted, call.spec
+    return len(results)
+
+
+def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | None]:
+    read, wanted, spec = GroupBackwardTensors(*ctx.saved_tensors), ctx.wanted, ctx.spec
+    needs = Needs._make(dtype is not None for dtype in wanted)
+    there = [gradient for gradient, asked in zip(results, needs, strict=True) if asked]
+    of_bias = None if wanted.dbias_dtype is None else Parameter(wanted.dbias_dtype, torch.Size((read.x.shape[1],)))
+    kept = Kept(None, read.x.dtype, wanted.dresidual_dtype, None, of_bias)
+
+    def function(
+        dy: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        x, residual, weight, bias = reference.differentiable(x, residual, weight, bias)
+        found = _composed_gradients(spec, kept, needs, dy, Saved(x, residual, weight, bias, read.statistics))
+        return tuple(
+            gradient.to(dtype).view_as(like)
+            for gradient, dtype, like in zip(found, wanted, results, strict=True)
+            if gradient is not None and dtype is not None
+        )
+
+    *inputs, _ = read
+    needs_input = ctx.needs_input_grad[: len(inputs)]
+    return reference.gradients(function, tuple(inputs), there, needs_input, may_be_unused=True)
+
+
+forward_op = recorded(
+    "group_norm_forward",
+    ForwardCall,
+    3,
+    lambda call: (True, True, call.has_moments),
+    _forward,
+    _fake_forward,
+    Derivative(_setup, _differentiate),
+)
+backward_op = recorded(
+    "group_norm_backward",
+    BackwardCall,
+    4,
+    lambda call: [dtype is not None for dtype in call.wanted],
+    _backward,
+    _fake_backward,
+    Derivative(_setup_backward, _differentiate_backward),
+)
+
+
+class GroupNormPlan:
+    """Runs the calls of one signature, and holds what their backwards have to know.
+
+    requires_grad: a tensor requires a gradient.
+    saves_copies: autograd can only save a copy of x or the residual.
+    kept: what a backward has to know, once there was a forward with gradients.
+    """
+
+    def __init__(self, spec: GroupNormSpec, tensors: Inputs) -> None:
+        self.spec, self.forward = spec, group_forward_plan_of(spec, tensors)
+        self.requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        self.saves_copies = _savable(tensors, spec) is not tensors
+        self.kept: Kept | None = None
+
+
+def _savable(tensors: Inputs, spec: GroupNormSpec) -> Inputs:
+    """Returns the tensors, with copies of those that autograd has to save and can't."""
+    x, residual, _, _ = tensors
+    if is_unsavable(x):
+        tensors = tensors._replace(x=x.clone())
+    if residual is not None and spec.activation is not None and is_unsavable(residual):
+        tensors = tensors._replace(residual=residual.clone())
+    return tensors
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """Computes first-order gradients by the kernels; `needs_torch` tells which backwards go through `reference`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        plan: GroupNormPlan,
+        moments: Tensor | None,
+    ) -> Tensor:
+        inputs = x, residual, weight, bias
+        y, statistics = plan.forward(inputs, moments)
+        saved = _for_backward(inputs, plan.spec, statistics)
+        ctx.save_for_backward(*saved)
+        ctx.plan = plan
+        if plan.kept is None:
+            plan.kept = kept_of(saved, inputs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        plan, saved, needs = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            tensors = dy, *saved  # as GroupBackwardTensors
+            backward = plans.find((plan, needs), tensors)
+            if backward is not None:
+                return *backward(tensors), None, None
+        check_restored(plan.kept, Saved, saved)
+        ctx.kept, ctx.spec = plan.kept, plan.spec
+        return *_gradients(ctx, Saved(*saved), dy), None, None
+
+
+# torch.autograd.Function.apply without its look for torch.func's transforms, which `dispatch` has done.
+_apply: Any = super(torch.autograd.Function, GroupNormFunction).apply
+
+
+def launch(tensors: tuple[Any, ...], plan: GroupNormPlan, moments: Tensor | None = None) -> Tensor:
+    """Returns y through the kernels.
+
+    Args:
+        tensors: fields of Inputs.
+        moments: [3, n_samples · n_groups], to be filled with mean, mean_lo and M2 of each group; None: not wanted.
+    """
+    if plan.requires_grad and torch.is_grad_enabled():
+        if plan.saves_copies:
+            tensors = _savable(Inputs._make(tensors), plan.spec)
+        return _apply(*tensors, plan, moments)  # type: ignore[no-any-return]
+    y, _ = plan.forward(tensors, moments)
+    return y
+
+
+def record(tensors: Inputs, spec: GroupNormSpec, moments: bool = False) -> Any:
+    """Returns y, or (y, moments), through the operators that stand for a call where it is recorded."""
+    if needs_gradient(tensors):
+        tensors = _savable(tensors, spec)
+    y, _, found = forward_op(ForwardCall._make((tensors, moments, spec)))
+    return (y, found) if moments else y
