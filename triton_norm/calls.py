@@ -14,11 +14,16 @@ _NAMES: dict[Any, str] = {
     F.layer_norm: "torch.nn.functional.layer_norm",
     F.rms_norm: "torch.nn.functional.rms_norm",
     F.batch_norm: "torch.nn.functional.batch_norm",
+    F.group_norm: "torch.nn.functional.group_norm",
+    F.instance_norm: "torch.nn.functional.instance_norm",
     torch.layer_norm: "torch.layer_norm",
     torch.rms_norm: "torch.rms_norm",
     torch.batch_norm: "torch.batch_norm",
+    torch.group_norm: "torch.group_norm",
+    torch.instance_norm: "torch.instance_norm",
     torch.native_layer_norm: "torch.native_layer_norm",
     torch.native_batch_norm: "torch.native_batch_norm",
+    torch.native_group_norm: "torch.native_group_norm",
     getattr(torch, "_transformer_encoder_layer_fwd", None): "torch's fused encoder layer, in evaluation,",
 }
 

@@ -1,6 +1,6 @@
 """Decides how a call is recorded or intercepted by torch's tools.
 
-| who has the call | LayerNorm, RMSNorm | BatchNorm |
+| who has the call | LayerNorm, RMSNorm | BatchNorm, GroupNorm, InstanceNorm |
 |---|---|---|
 | torch.export | torch's functions | torch's functions |
 | torch.compile | an operator that Inductor takes apart | torch's functions; operators where torch has no form |

@@ -3,13 +3,22 @@
 import math
 import numbers
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_norm import activations
 from triton_norm.plain import FLOATING, holds
-from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions, RowTensors
+from triton_norm.specs import (
+    BatchNormOptions,
+    BatchNormTensors,
+    GroupNormOptions,
+    Inputs,
+    InstanceNormOptions,
+    RowOptions,
+    RowTensors,
+)
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -78,11 +87,16 @@ def _is_dtype(function: str, name: str, value: object) -> None:
         raise NotImplementedError(f"{function}(): {name} must be a floating-point type, but got {value}")
 
 
-def _not_ints(function: str, length: object) -> str:
-    return (
-        f"{function}(): argument 'normalized_shape' must be tuple of ints, "
-        f"but found element of type {type(length).__name__}"
-    )
+def _index(value: Any) -> Any:
+    """Returns an integer, or the integer that the value stands for; None for any other value."""
+    if type(value) is int or type(value) is torch.SymInt:
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor, but not one integer
+        return None
 
 
 def _normalized_shape(function: str, normalized_shape: object) -> tuple[int, ...]:
@@ -91,14 +105,13 @@ def _normalized_shape(function: str, normalized_shape: object) -> tuple[int, ...
             f"{function}(): argument 'normalized_shape' must be tuple of ints, not {type(normalized_shape).__name__}"
         )
     shape = []
-    for length in normalized_shape:
-        if type(length) is not int and type(length) is not torch.SymInt:
-            if isinstance(length, bool) or not hasattr(length, "__index__"):
-                raise TypeError(_not_ints(function, length))
-            try:
-                length = operator.index(length)
-            except TypeError:  # a tensor, but not one integer
-                raise TypeError(_not_ints(function, length)) from None
+    for element in normalized_shape:
+        length = _index(element)
+        if length is None:
+            raise TypeError(
+                f"{function}(): argument 'normalized_shape' must be tuple of ints, "
+                f"but found element of type {type(element).__name__}"
+            )
         shape.append(length)
     if not shape:
         raise RuntimeError(f"{function}(): expected normalized_shape to have at least one dimension, but got []")
@@ -219,31 +232,33 @@ def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool =
             )
         _matches_input("batch_norm", name, tensor, x)
         if name.startswith("running"):
-            _check_statistics(name, tensor, training)
+            _check_statistics("batch_norm", name, tensor, training)
     if training and running_mean is not None:
-        _check_momentum(momentum, running_mean)
+        _check_momentum("batch_norm", momentum, running_mean)
     _check_counter(x, momentum, num_batches_tracked)
-    _activated(x, residual, activation, negative_slope)
+    _activated("batch_norm", x, residual, activation, negative_slope)
 
 
-def _activated(x: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> None:
-    """Checks the arguments that torch's batch_norm lacks."""
-    _is_tensor("batch_norm", "residual", residual)
+def _activated(
+    function: str, x: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+) -> None:
+    """Checks the arguments that torch's functions over channels lack."""
+    _is_tensor(function, "residual", residual)
     if residual is not None:
-        _residual("batch_norm", residual, x)
+        _residual(function, residual, x)
     if residual is not None or activation is not None:
-        _is_dense("batch_norm", "input", x)
+        _is_dense(function, "input", x)
     if activation is not None and not isinstance(activation, str):
-        raise TypeError(f"batch_norm(): argument 'activation' must be str or None, not {type(activation).__name__}")
-    activations.check(activation)
-    _is_number("batch_norm", "negative_slope", negative_slope)
+        raise TypeError(f"{function}(): argument 'activation' must be str or None, not {type(activation).__name__}")
+    activations.check(activation, function)
+    _is_number(function, "negative_slope", negative_slope)
 
 
-def _check_momentum(momentum: float | None, running_mean: Tensor) -> None:
+def _check_momentum(function: str, momentum: float | None, running_mean: Tensor) -> None:
     """Rejects NaN, which would turn the statistics into NaN unnoticed until evaluation."""
     if momentum is not None and not torch.compiler.is_compiling() and math.isnan(momentum):
         raise ValueError(
-            f"batch_norm(): momentum must not be nan, which running_mean and running_var of shape "
+            f"{function}(): momentum must not be nan, which running_mean and running_var of shape "
             f"{list(running_mean.shape)} would become"
         )
 
@@ -266,14 +281,14 @@ def _check_counter(x: Tensor, momentum: float | None, num_batches_tracked: Tenso
         raise RuntimeError(f"batch_norm(): input is on {x.device}, but num_batches_tracked is on meta: it has no value")
 
 
-def _check_statistics(name: str, running: Tensor, training: bool) -> None:
+def _check_statistics(function: str, name: str, running: Tensor, training: bool) -> None:
     if running.dim() != 1:
-        raise RuntimeError(f"batch_norm(): {name} must have one dimension, but is of shape {list(running.shape)}")
+        raise RuntimeError(f"{function}(): {name} must have one dimension, but is of shape {list(running.shape)}")
     if running.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"batch_norm(): not differentiable with respect to {name}, which requires grad")
+        raise RuntimeError(f"{function}(): not differentiable with respect to {name}, which requires grad")
     if training and running.numel() > 1 and running.stride(0) == 0:  # torch's would update one element repeatedly
         raise RuntimeError(
-            f"batch_norm(): the elements of {name} share memory (shape {list(running.shape)}, stride 0), "
+            f"{function}(): the elements of {name} share memory (shape {list(running.shape)}, stride 0), "
             "and can't be moved one by one"
         )
 
@@ -287,3 +302,88 @@ def _check_values_per_channel(x: Tensor, training: bool, eps: float, whole: bool
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+
+
+def group_norm(given: Inputs, options: GroupNormOptions) -> int:
+    """Checks group_norm's arguments, torch's as torch does. Returns the number of groups."""
+    x, residual, weight, bias = given
+    num_groups, eps, activation, negative_slope = options
+    _is_tensor("group_norm", "input", x, optional=False)
+    _is_tensor("group_norm", "weight", weight)
+    _is_tensor("group_norm", "bias", bias)
+    n_groups = None if isinstance(num_groups, Tensor) and num_groups.dim() > 0 else _index(num_groups)
+    if n_groups is None:
+        raise TypeError(f"group_norm(): argument 'num_groups' must be int, not {type(num_groups).__name__}")
+    _is_number("group_norm", "eps", eps)
+    _is_dense("group_norm", "input", x)
+    if x.dim() < 2:
+        raise RuntimeError(
+            f"group_norm(): expected input of at least 2 dimensions (N, C, *), but got input of size {list(x.shape)}"
+        )
+    if n_groups == 0:
+        raise ZeroDivisionError("group_norm(): num_groups must be greater than 0, but got 0")
+    per_group, positions = x.shape[0] * x.shape[1] // n_groups, list(x.shape[2:])
+    if holds(per_group * math.prod(positions) == 1):
+        size = [per_group, n_groups, *positions]
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    if n_groups < 0:
+        raise RuntimeError(f"group_norm(): num_groups must be greater than 0, but got {n_groups}")
+    if holds(x.shape[1] % n_groups != 0):
+        raise RuntimeError(
+            f"group_norm(): expected the number of channels to be divisible by num_groups={n_groups}, "
+            f"but got input of size {list(x.shape)}"
+        )
+    _is_floating("group_norm", x)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        _one_per_channel("group_norm", name, parameter, x)
+    _activated("group_norm", x, residual, activation, negative_slope)
+    return n_groups  # type: ignore[no-any-return]
+
+
+def _one_per_channel(function: str, name: str, tensor: Tensor | None, x: Tensor) -> None:
+    if tensor is None:
+        return
+    _is_dense(function, name, tensor)
+    if tensor.shape != x.shape[1:2]:
+        raise RuntimeError(
+            f"{function}(): {name} should contain {x.shape[1]} elements, one for each channel of input of size "
+            f"{list(x.shape)}, but got {name} of shape {list(tensor.shape)}"
+        )
+    _matches_input(function, name, tensor, x)
+
+
+def instance_norm(given: BatchNormTensors, options: InstanceNormOptions) -> None:
+    """Checks instance_norm's arguments, torch's as torch does. Also rejects running statistics whose elements share
+    memory or would become NaN."""
+    x, residual, weight, bias, running_mean, running_var, _ = given
+    use_input_stats, momentum, eps, activation, negative_slope = options
+    _is_tensor("instance_norm", "input", x, optional=False)
+    tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, tensor in tensors.items():
+        _is_tensor("instance_norm", name, tensor)
+    if not isinstance(use_input_stats, bool):
+        kind = type(use_input_stats).__name__
+        raise TypeError(f"instance_norm(): argument 'use_input_stats' must be bool, not {kind}")
+    _is_number("instance_norm", "eps", eps)
+    _is_number("instance_norm", "momentum", momentum)
+    _is_dense("instance_norm", "input", x)
+    if use_input_stats and holds(math.prod(x.shape[2:]) == 1):
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+    if x.dim() < 2:
+        raise IndexError(
+            f"instance_norm(): expected input of at least 2 dimensions (N, C, *), but got input of size {list(x.shape)}"
+        )
+    if not use_input_stats and (running_mean is None or running_var is None):
+        raise RuntimeError("instance_norm(): running_mean and running_var must be defined without use_input_stats")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("instance_norm(): running_mean and running_var must either both be None or neither be None")
+    if not use_input_stats and eps < 0.0:
+        raise ValueError(f"instance_norm(): eps must be non-negative without use_input_stats, but got {eps}")
+    _is_floating("instance_norm", x)
+    for name, tensor in tensors.items():
+        _one_per_channel("instance_norm", name, tensor, x)
+        if tensor is not None and name.startswith("running"):
+            _check_statistics("instance_norm", name, tensor, use_input_stats)
+    if use_input_stats and running_mean is not None:
+        _check_momentum("instance_norm", momentum, running_mean)
+    _activated("instance_norm", x, residual, activation, negative_slope)

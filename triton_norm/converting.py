@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
-from triton_norm import checks, hugging_face, modules
+from triton_norm import checks, hugging_face, modules, modules_groups
 from triton_norm.calls import norms_called_by
 from triton_norm.symbolic import REVERTED, WAS
 
@@ -25,8 +25,12 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: modules.BatchNorm2d,
     nn.BatchNorm3d: modules.BatchNorm3d,
     nn.SyncBatchNorm: modules.SyncBatchNorm,
+    nn.GroupNorm: modules_groups.GroupNorm,
+    nn.InstanceNorm1d: modules_groups.InstanceNorm1d,
+    nn.InstanceNorm2d: modules_groups.InstanceNorm2d,
+    nn.InstanceNorm3d: modules_groups.InstanceNorm3d,
 }
-_NORMS = (*_OURS, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_NORMS = (*_OURS, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,10 @@ def convert(
     """Converts the norms inside `model` to this library's, in place: each module keeps everything but its class.
 
     Parameters, buffers, state_dict, hooks, device, mode and shared modules are unchanged. Converted are modules of
-    exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d and SyncBatchNorm, and of the classes of Hugging
-    Face's transformers in `triton_norm.hugging_face`, whose arithmetic is reproduced, rounding included. Other norms
-    are skipped: subclasses, whose forward may differ, parametrized and unknown modules. Converting again is harmless.
+    exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d, SyncBatchNorm, GroupNorm and InstanceNorm1d to
+    3d, and of the classes of Hugging Face's transformers in `triton_norm.hugging_face`, whose arithmetic is reproduced,
+    rounding included. Other norms are skipped: subclasses, whose forward may differ, parametrized and unknown modules.
+    Converting again is harmless.
 
     A converted module is an instance of its former class, by isinstance. With `sync_batch_norm` it is one of
     torch.nn.SyncBatchNorm, but no more of BatchNorm1d to 3d, as after torch's own conversion.

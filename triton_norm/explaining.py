@@ -7,11 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_norm import functional, overrides, resolve
-from triton_norm.channels import layout
+from triton_norm import functional, functional_groups, overrides, resolve
+from triton_norm.channels import group_layout, layout
 from triton_norm.dispatch import Explanation, explained_by, explanation
 from triton_norm.rows.layout import copies
-from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions, RowTensors
+from triton_norm.specs import (
+    BatchNormOptions,
+    BatchNormTensors,
+    GroupNormOptions,
+    GroupNormSpec,
+    Inputs,
+    InstanceNormOptions,
+    RowOptions,
+    RowTensors,
+)
 
 
 def _named(function: Any, arguments: tuple[Any, ...], named_arguments: dict[str, Any]) -> dict[str, Any]:
@@ -66,22 +75,59 @@ def explain_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, who
     Args:
         whole: x is the whole batch; otherwise it may have one value a channel.
     """
-    x, residual, weight, bias, *_ = tensors
     overriding = overrides.overriding_argument((*tensors, *options))
     if overriding is not None:
         return explained_by("batch_norm", overriding)
-    call = resolve.check_batch_norm(tensors, options, whole)
-    kind = layout.kind_of(x) if x.numel() else ""
+    return _explained_channels("batch_norm", tensors, options, resolve.check_batch_norm(tensors, options, whole))
+
+
+def _explained_channels(function: str, tensors: Any, options: Any, call: resolve.Call) -> Explanation:
+    x, residual, weight, bias, *_ = tensors
+    read: Any = layout
+    reason = "neither its channels nor its positions lie side by side"
+    if isinstance(call.spec, GroupNormSpec):
+        read, reason = group_layout, "a sample's elements lie with gaps, neither channels-first nor channels-last"
+    kind = read.kind_of(x) if x.numel() else ""
     copied = [
-        f"the {name}: neither its channels nor its positions lie side by side"
+        f"the {name}: {reason}"
         for name, tensor in (("input", x), ("residual", residual))
-        if tensor is not None and tensor.numel() and layout.copies(tensor, kind)
+        if tensor is not None and tensor.numel() and read.copies(tensor, kind)
     ]
     saved: dict[str, Tensor | None] = {"input": x}
     if options.activation is not None:
         saved["residual"] = residual
     copied += _unsavable(saved, (weight, bias))
-    return explanation("batch_norm", tuple(copied), x, call.reason)
+    return explanation(function, tuple(copied), x, call.reason)
+
+
+def _named_group_norm(*arguments: Any, **named_arguments: Any) -> Explanation:
+    named = _named(functional_groups.group_norm, arguments, named_arguments)
+    named["x"] = named["input"]
+    options = GroupNormOptions(*(named[name] for name in GroupNormOptions._fields))
+    return explain_group_norm(Inputs(*(named[name] for name in Inputs._fields)), options)
+
+
+def explain_group_norm(tensors: Inputs, options: GroupNormOptions) -> Explanation:
+    """Explains a call of group_norm, after the same checks."""
+    overriding = overrides.overriding_argument((*tensors, *options))
+    if overriding is not None:
+        return explained_by("group_norm", overriding)
+    return _explained_channels("group_norm", tensors, options, resolve.check_group_norm(tensors, options))
+
+
+def _named_instance_norm(*arguments: Any, **named_arguments: Any) -> Explanation:
+    named = _named(functional_groups.instance_norm, arguments, named_arguments)
+    named |= {"x": named["input"], "num_batches_tracked": None}
+    options = InstanceNormOptions(*(named[name] for name in InstanceNormOptions._fields))
+    return explain_instance_norm(BatchNormTensors(*(named[name] for name in BatchNormTensors._fields)), options)
+
+
+def explain_instance_norm(tensors: BatchNormTensors, options: InstanceNormOptions) -> Explanation:
+    """Explains a call of instance_norm, after the same checks."""
+    overriding = overrides.overriding_argument((*tensors, *options))
+    if overriding is not None:
+        return explained_by("instance_norm", overriding)
+    return _explained_channels("instance_norm", tensors, options, resolve.check_instance_norm(tensors, options))
 
 
 def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
@@ -92,7 +138,7 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
     for the parameters outside the call.
 
     Args:
-        target: layer_norm, rms_norm, batch_norm or a module of this library.
+        target: layer_norm, rms_norm, batch_norm, group_norm, instance_norm or a module of this library.
 
     Returns:
         an `Explanation`.
@@ -104,6 +150,10 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
         return _explain_rows(target.__name__, *args, **kwargs)
     if target is functional.batch_norm:
         return _named_batch_norm(*args, **kwargs)
+    if target is functional_groups.group_norm:
+        return _named_group_norm(*args, **kwargs)
+    if target is functional_groups.instance_norm:
+        return _named_instance_norm(*args, **kwargs)
     explain_call = getattr(target, "explain_call", None) if isinstance(target, nn.Module) else None
     if explain_call is None:
         raise TypeError(f"explain(): expected a function or module of triton_norm, but got {target!r}")

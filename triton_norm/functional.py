@@ -120,7 +120,7 @@ def layer_norm(
     tensors = input, residual, weight, bias
     own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
     if has_torch_function_variadic(*tensors):
-        instead = _taken(layer_norm, F.layer_norm, tensors, (residual, *own))
+        instead = instead_of(layer_norm, F.layer_norm, tensors, (residual, *own))
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, bias=bias, eps=eps)
     return normalize_rows("layer_norm", tensors, (normalized_shape, eps, *own))
@@ -166,7 +166,7 @@ def rms_norm(
     tensors = input, residual, weight, None
     own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
     if has_torch_function_variadic(*tensors):
-        instead = _taken(rms_norm, F.rms_norm, tensors, (residual, *own))
+        instead = instead_of(rms_norm, F.rms_norm, tensors, (residual, *own))
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, eps=eps)
     return normalize_rows("rms_norm", tensors, (normalized_shape, eps, *own))
@@ -235,7 +235,7 @@ def _taken_batch_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Ten
     input, residual, weight, bias, running_mean, running_var, counter = tensors
     training, momentum, eps, activation, negative_slope = options
     given = input, residual, weight, bias, running_mean, running_var
-    instead = _taken(batch_norm, F.batch_norm, given, (counter, residual, activation, negative_slope))
+    instead = instead_of(batch_norm, F.batch_norm, given, (counter, residual, activation, negative_slope))
     if instead is None:
         return normalize_channels(tensors, options)
     named = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}
@@ -257,19 +257,24 @@ def normalize_channels(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Te
         call = plans.find(key, tensors)
         if call is None:
             call = resolve.batch_norm(key, BatchNormTensors._make(tensors), BatchNormOptions._make(options))
-        if call.plan is not None and override.name != "torch":
-            return channels.launch(tensors, call.plan)
-    training, momentum, *_ = options
+    return normalize_resolved(tensors, call)
+
+
+def normalize_resolved(tensors: tuple[Any, ...], call: resolve.Call) -> Tensor:
+    """Computes a resolved call of batch_norm: by its plan, by operators or by torch's function."""
+    if call.plan is not None and override.name != "torch":
+        return channels.launch(tensors, call.plan)
+    spec: BatchNormSpec = call.spec
     *others, counter = tensors
-    tensors = BatchNormTensors._make((*others, counter if training else None))
-    # torch's function takes no momentum that depends on the counter.
-    averages = training and momentum is None and counter is not None
-    if goes_to_triton(call.reason, compiles_torch=None if averages else tensors.x):
-        return channels.record(tensors, call.spec)
-    return _torch_batch_norm(tensors, call.spec)
+    named = BatchNormTensors._make((*others, counter if spec.training else None))
+    # torch's own has no form for a momentum that depends on the counter.
+    averages = spec.training and spec.momentum is None and counter is not None
+    if goes_to_triton(call.reason, compiles_torch=None if averages else named.x):
+        return channels.record(named, spec)
+    return _torch_batch_norm(named, spec)
 
 
-def _taken(
+def instead_of(
     function: Any, torch_function: Callable[..., Any], tensors: tuple[Any, ...], fused: tuple[Any, ...]
 ) -> Callable[..., Any] | None:
     """Returns the function to call instead if a mode or an argument overrides `function` by `__torch_function__`, or

@@ -18,7 +18,7 @@ from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions
 from triton_norm.symbolic import REVERTED
 
 
-def _parameters(module: nn.Module, *names: str) -> tuple[Any, ...]:
+def parameters_of(module: nn.Module, *names: str) -> tuple[Any, ...]:
     """Returns parameters of a module from its dict, since torch.nn.Module's own look-up takes a Python call for each.
 
     The dict has no parametrized tensor; torch.nn.Module's look-up finds those.
@@ -32,8 +32,8 @@ def _parameters(module: nn.Module, *names: str) -> tuple[Any, ...]:
     return tuple([getattr(module, name) for name in names])
 
 
-def _statistics(module: nn.Module, counts: bool) -> tuple[Any, ...]:
-    """Returns a BatchNorm's running_mean and running_var, and its counter if it counts; `_parameters` says how."""
+def statistics_of(module: nn.Module, counts: bool) -> tuple[Any, ...]:
+    """Returns a BatchNorm's running_mean and running_var, and its counter if it counts; `parameters_of` says how."""
     if not is_compiling():
         buffers = module._buffers
         try:
@@ -66,8 +66,8 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
         if REVERTED in self.__dict__ or has_torch_function_unary(input):
             instead = symbolic.instead(self, LayerNorm.forward, input)
             if instead is not None:
-                return instead(input, **_changed(LayerNorm.forward, (residual, *own)))
-        weight, bias = _parameters(self, "weight", "bias")
+                return instead(input, **changed(LayerNorm.forward, (residual, *own)))
+        weight, bias = parameters_of(self, "weight", "bias")
         tensors = input, residual, weight, bias
         options = self.normalized_shape, self.eps, *own
         if has_torch_function_variadic(*tensors):
@@ -103,8 +103,8 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
         if REVERTED in self.__dict__ or has_torch_function_unary(x):
             instead = symbolic.instead(self, RMSNorm.forward, x)
             if instead is not None:
-                return instead(x, **_changed(RMSNorm.forward, (residual, *own)))
-        (weight,) = _parameters(self, "weight")
+                return instead(x, **changed(RMSNorm.forward, (residual, *own)))
+        (weight,) = parameters_of(self, "weight")
         tensors = x, residual, weight, None
         options = self.normalized_shape, self.eps, *own
         if has_torch_function_variadic(*tensors):
@@ -126,8 +126,8 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum, training = self.momentum, self.training
         moves = training and self.track_running_stats
-        weight, bias = _parameters(self, "weight", "bias")
-        running_mean, running_var, counter = _statistics(self, moves)
+        weight, bias = parameters_of(self, "weight", "bias")
+        running_mean, running_var, counter = statistics_of(self, moves)
         if momentum is None and counter is None:
             momentum = 0.0
         uses_batch = training or (running_mean is None and running_var is None)
@@ -148,7 +148,7 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
             instead = symbolic.instead(self, _BatchNorm.forward, input)
             if instead is not None:
                 options = residual, activation, negative_slope
-                return instead(input, **_changed(_BatchNorm.forward, options))  # type: ignore[no-any-return]
+                return instead(input, **changed(_BatchNorm.forward, options))  # type: ignore[no-any-return]
         return _called(*self._call(input, residual, activation, negative_slope))
 
     def explain_call(
@@ -247,7 +247,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
             instead = symbolic.instead(self, SyncBatchNorm.forward, input)
             if instead is not None:
                 options = residual, activation, negative_slope
-                return instead(input, **_changed(SyncBatchNorm.forward, options))  # type: ignore[no-any-return]
+                return instead(input, **changed(SyncBatchNorm.forward, options))  # type: ignore[no-any-return]
         tensors, options = self._call(input, residual, activation, negative_slope)
         group = distributed.shared_by(self.process_group) if self.training else None
         if group is None:
@@ -321,7 +321,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         return converted
 
 
-def _changed(forward: Any, options: tuple[Any, ...]) -> dict[str, Any]:
+def changed(forward: Any, options: tuple[Any, ...]) -> dict[str, Any]:
     """Returns the keyword arguments of a forward that differ from its defaults, by name."""
     defaults: dict[str, Any] = forward.__kwdefaults__
     named = zip(defaults.items(), options, strict=True)

@@ -1,27 +1,40 @@
 """Resolves a public call to its spec, the backend that serves it, and its plan, which is cached for similar calls."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_norm import captures, checks, dispatch, plans, reference, symbolic
+from triton_norm.channels import group_layout
 from triton_norm.channels.function import BatchNormPlan
+from triton_norm.channels.groups import GroupNormPlan
 from triton_norm.plain import HALVES
 from triton_norm.rows.plan import plan_of
-from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors, RowOptions, RowSpec, RowTensors
+from triton_norm.specs import (
+    BatchNormOptions,
+    BatchNormSpec,
+    BatchNormTensors,
+    GroupNormOptions,
+    GroupNormSpec,
+    Inputs,
+    InstanceNormOptions,
+    RowOptions,
+    RowSpec,
+    RowTensors,
+)
 
 
 class Call(NamedTuple):
     """Holds the result of resolving a call.
 
     Args:
-        spec: a RowSpec or BatchNormSpec.
+        spec: a RowSpec, BatchNormSpec or GroupNormSpec.
         reason: why the kernels can't serve such calls, or None.
         plan: plan of a call that the kernels serve and nothing records or intercepts, or None.
-        shape: normalized_shape as given, a tuple of integers; None for a BatchNorm.
+        shape: normalized_shape as given, a tuple of integers; None for a norm over channels.
     """
 
     spec: Any
@@ -61,6 +74,35 @@ def check_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, whole
     return Call._make((spec, dispatch.unserved(read), None, None))
 
 
+def check_group_norm(tensors: Inputs, options: GroupNormOptions) -> Call:
+    """Checks a call of group_norm. Returns it without a plan."""
+    n_groups = checks.group_norm(tensors, options)
+    _, eps, activation, slope = options
+    out_dtype = None
+    if tensors.x.dtype in HALVES and dispatch.autocasts("group_norm", tensors.x):
+        out_dtype = torch.float32  # autocast would cast the input; the kernel reads it unchanged
+    spec = GroupNormSpec._make((n_groups, float(eps), activation, float(slope), out_dtype))
+    return Call._make((spec, _unserved_groups(tensors, n_groups), None, None))
+
+
+def _unserved_groups(tensors: Sequence[Tensor | None], n_groups: int) -> str | None:
+    x, *_ = tensors
+    assert x is not None
+    return dispatch.unserved(tensors) or group_layout.beyond(x.shape, n_groups)
+
+
+def check_instance_norm(tensors: BatchNormTensors, options: InstanceNormOptions) -> Call:
+    """Checks a call of instance_norm. Returns it without a plan. Its spec is a GroupNormSpec, or a BatchNormSpec for a
+    call that normalizes with the running statistics."""
+    checks.instance_norm(tensors, options)
+    use_input_stats, momentum, eps, activation, slope = options
+    if not use_input_stats:
+        return check_batch_norm(tensors, BatchNormOptions._make((False, momentum, eps, activation, slope)))
+    spec = GroupNormSpec._make((tensors.x.shape[1], float(eps), activation, float(slope), None))
+    *read, _ = tensors
+    return Call._make((spec, _unserved_groups(read, spec.n_groups), None, None))
+
+
 def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> Call:
     """Resolves a call of layer_norm or rms_norm, and caches it unless the key is None."""
     return _kept(key, tensors, options, lambda: check_rows(function, tensors, options), plan_of)
@@ -68,10 +110,29 @@ def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> C
 
 def batch_norm(key: Any, tensors: BatchNormTensors, options: BatchNormOptions) -> Call:
     """Resolves a call of batch_norm and caches it, as `rows`."""
-    for running in (tensors.running_mean, tensors.running_var):
-        if isinstance(running, Tensor) and running.requires_grad:
-            key = None  # raises while gradients are recorded
-    return _kept(key, tensors, options, lambda: check_batch_norm(tensors, options), BatchNormPlan)
+    return _kept(_kept_key(key, tensors), tensors, options, lambda: check_batch_norm(tensors, options), BatchNormPlan)
+
+
+def group_norm(key: Any, tensors: Inputs, options: GroupNormOptions) -> Call:
+    """Resolves a call of group_norm and caches it, as `rows`."""
+    return _kept(key, tensors, options, lambda: check_group_norm(tensors, options), GroupNormPlan)
+
+
+def instance_norm(key: Any, tensors: BatchNormTensors, options: InstanceNormOptions) -> Call:
+    """Resolves a call of instance_norm and caches it, as `rows`."""
+
+    def plan_of(spec: Any, tensors: BatchNormTensors) -> Any:
+        if isinstance(spec, BatchNormSpec):
+            return BatchNormPlan(spec, tensors)
+        return GroupNormPlan(spec, Inputs._make(tensors[:4]))
+
+    return _kept(_kept_key(key, tensors), tensors, options, lambda: check_instance_norm(tensors, options), plan_of)
+
+
+def _kept_key(key: Any, tensors: BatchNormTensors) -> Any:
+    """Returns the key, or None for running statistics that require grad: these raise while gradients are recorded."""
+    running = tensors.running_mean, tensors.running_var
+    return None if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in running) else key
 
 
 def _kept(key: Any, tensors: Any, options: Any, check: Callable[[], Call], plan_of: Callable[[Any, Any], Any]) -> Call:
