@@ -207,6 +207,10 @@ def test_constructors_and_rows_as_torchs(make):
         lambda f: f.rms_norm(X, (4,), None, 1e-5, X),
         lambda f: f.batch_norm(X),
         lambda f: f.batch_norm(X, None, None, None, None, True, 0.1, 1e-5, None),
+        lambda f: f.group_norm(X),
+        lambda f: f.group_norm(X, 3, None, None, 1e-5, None),
+        lambda f: f.instance_norm(),
+        lambda f: f.instance_norm(X, None, None, None, None, True, 0.1, 1e-5, None),
     ],
 )
 def test_too_many_arguments_and_too_few(call):

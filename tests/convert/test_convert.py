@@ -158,8 +158,8 @@ def test_what_is_skipped_and_why():
             "own": Own(4),
             "parametrized": parametrizations.weight_norm(nn.LayerNorm(4), dim=None),
             "replaced": nn.LayerNorm(4),
-            "group": nn.GroupNorm(2, 4),
-            "instance": nn.InstanceNorm1d(4),
+            "other": nn.modules.batchnorm._NormBase(4),
+            "lazy instance": nn.LazyInstanceNorm1d(),
             "lazy": nn.LazyBatchNorm1d(),
             "unknown": RMSNormOfSomeone(),
             "ours": tn.RMSNorm(4),
@@ -177,8 +177,8 @@ def test_what_is_skipped_and_why():
         "own": "Own is a subclass of torch.nn.LayerNorm: its forward may differ",
         "parametrized": "parametrized",
         "replaced": "its forward was replaced on the module itself",
-        "group": "triton_norm has no GroupNorm",
-        "instance": "triton_norm has no InstanceNorm1d",
+        "other": "triton_norm has no _NormBase",
+        "lazy instance": "LazyInstanceNorm1d becomes another class in its first call",
         "lazy": "LazyBatchNorm1d becomes another class in its first call",
         "unknown": "RMSNormOfSomeone is not among the classes that are known",
         "ours": "is triton_norm's already",
@@ -331,13 +331,13 @@ def test_a_state_dict_goes_both_ways():
 
 
 def test_the_report_is_a_table():
-    model = nn.Sequential(nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.Sequential(nn.BatchNorm1d(4)))
+    model = nn.Sequential(nn.LayerNorm(4), nn.LazyInstanceNorm1d(), nn.Sequential(nn.GroupNorm(2, 4)))
     assert str(tn.convert(model)).splitlines() == [
         "2 converted",
         "  0            torch.nn.LayerNorm → triton_norm.LayerNorm",
-        "  2.0          torch.nn.BatchNorm1d → triton_norm.BatchNorm1d",
+        "  2.0          torch.nn.GroupNorm → triton_norm.GroupNorm",
         "1 skipped",
-        "  1            triton_norm has no GroupNorm",
+        "  1            LazyInstanceNorm1d becomes another class in its first call",
     ]
     assert str(tn.convert(nn.Linear(4, 4))) == "0 converted\n0 skipped"
 

@@ -14,6 +14,8 @@ FUNCTIONS = {
     "layer_norm": (((2,),), {"weight_offset": 1.0}),
     "rms_norm": (((2,),), {"out_dtype": torch.float64}),
     "batch_norm": ((torch.zeros(2), torch.ones(2)), {"activation": "relu"}),
+    "group_norm": ((1,), {"activation": "relu"}),
+    "instance_norm": ((), {"activation": "relu"}),
 }
 """Arguments of torch's behind the input, and an option that is ours, by name."""
 EVERY_FUNCTION = pytest.mark.parametrize("name", FUNCTIONS)
@@ -39,7 +41,8 @@ def arguments_of(name, device):
     given = [value.to(device) if isinstance(value, torch.Tensor) else value for value in given]
     if "weight_offset" in option:
         option = option | {"weight": torch.ones(2, device=device)}
-    return (X.to(device), *given), option
+    x = X[None] if name == "instance_norm" else X  # a sample of two channels
+    return (x.to(device), *given), option
 
 
 @PATHS
@@ -72,9 +75,10 @@ def test_a_mode_is_handed_ours_for_ours(name, path, device):
     assert [function for function, _, _ in mode.calls] == [ours]
 
 
-@pytest.mark.parametrize("module", ["LayerNorm", "RMSNorm", "BatchNorm1d"])
+@pytest.mark.parametrize("module", ["LayerNorm", "RMSNorm", "BatchNorm1d", "GroupNorm", "InstanceNorm1d"])
 def test_modules_too(module, device):
-    norm = getattr(triton_norm, module)(2, device=device).eval()
+    options = (1, 2) if module == "GroupNorm" else (2,)
+    norm = getattr(triton_norm, module)(*options, device=device).eval()
     expected = norm(X.to(device))
     with Negated():
         torch.testing.assert_close(norm(X.to(device)), -expected)

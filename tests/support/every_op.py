@@ -12,9 +12,19 @@ from torch.nn import functional as F
 import triton_norm
 from support.channel_norms import laid
 
+N_GROUPS = 3
+
 
 def _activated(z: Tensor, activation: str | None) -> Tensor:
     return z if activation is None else getattr(F, activation)(z)
+
+
+def _of_channels(function: Callable[..., Any], op: "Op", x: Tensor, *parameters: Tensor | None, **options: Any) -> Any:
+    if op.function == "group_norm":
+        return function(x, N_GROUPS, *parameters, **options)
+    if op.function == "instance_norm":
+        return function(x, None, None, *parameters, **options)
+    return function(x, *op.running(x), *parameters, op.training, **options)
 
 
 def _rows(function: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Any:
@@ -35,6 +45,10 @@ class Op:
     residual: bool = False
     activation: str | None = None
 
+    @property
+    def is_rows(self) -> bool:
+        return self.function in ("layer_norm", "rms_norm")
+
     def __str__(self) -> str:
         mode = "" if self.function != "batch_norm" else " training" if self.training else " evaluation"
         parts = (self.name + mode, self.kind, "residual" if self.residual else "", self.activation or "")
@@ -44,7 +58,7 @@ class Op:
         """x, residual, weight and bias, away from where an activation has a kink."""
         x = laid(torch.randn(self.shape, dtype=torch.float64), self.kind)
         residual = laid(torch.randn(self.shape, dtype=torch.float64), self.kind) if self.residual else None
-        n = self.shape[-1] if self.function != "batch_norm" else self.shape[1]
+        n = self.shape[-1] if self.is_rows else self.shape[1]
         tensors = [x, residual, torch.rand(n, dtype=torch.float64) + 0.5, torch.randn(n, dtype=torch.float64)]
         if self.function == "rms_norm":
             tensors[3] = None
@@ -58,21 +72,20 @@ class Op:
 
     def ours(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         function = getattr(triton_norm, self.function)
-        if self.function != "batch_norm":
+        if self.is_rows:
             found = _rows(function, x, weight, bias, residual=residual)
         else:
-            running = self.running(x)
             options = {"residual": residual, "activation": self.activation}
-            found = function(x, *running, weight, bias, self.training, **options)
+            found = _of_channels(function, self, x, weight, bias, **options)
         return found if isinstance(found, tuple) else (found,)
 
     def theirs(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         function = getattr(F, self.function)
-        if self.function != "batch_norm":
+        if self.is_rows:
             total = x if residual is None else x + residual
             y = _rows(function, total, weight, bias)
             return (y,) if residual is None else (y, total)
-        z = function(x, *self.running(x), weight, bias, self.training)
+        z = _of_channels(function, self, x, weight, bias)
         return (_activated(z if residual is None else z + residual, self.activation),)
 
 
@@ -95,6 +108,17 @@ CHANNELS = [
         ("folded", (9, 5, 7, 7), True, None),
     )
 ]
-EVERY_OP = [*ROWS, *CHANNELS]
+GROUPS = [
+    Op(name, shape, kind, name, residual=residual, activation=activation)
+    for name in ("group_norm", "instance_norm")
+    for kind, shape, residual, activation in (
+        ("last", (3, 12, 4, 5), True, "relu"),
+        ("last", (3, 6, 4, 5), False, None),
+        ("flat", (2, 6, 6, 4), True, "leaky_relu"),
+        ("flat", (2, 6, 6, 4), False, "silu"),
+        ("flat", (2, 6, 6, 4), True, None),
+    )
+]
+EVERY_OP = [*ROWS, *CHANNELS, *GROUPS]
 OPS = pytest.mark.parametrize("op", EVERY_OP, ids=str)
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])

@@ -1,0 +1,200 @@
+"""GroupNorm through the kernels, against torch in fp64: layouts, sizes, hard data, and a sample's independence."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import triton_norm
+from support.oracle import DTYPES, ErrorBound, Formula, Inputs, compute_dtype, differentiated, moments_about
+from triton_norm import reference
+
+pytestmark = pytest.mark.usefixtures("through_the_kernels")
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def laid(x, layout):
+    """Returns x in a layout: "first", "last", of "samples" with gaps between them, or "strided" in no dense order."""
+    if layout == "last":
+        return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+    if layout == "samples":
+        return torch.cat((x, x), 1)[:, : x.shape[1]]
+    if layout == "strided":
+        return x.mT.contiguous().mT
+    return x.contiguous()
+
+
+def checked(inputs, n_groups, activation=None, eps=1e-5):
+    """Returns the results of a call, which it compares with fp64's."""
+    x, residual, weight, bias, dy, _ = inputs
+    options = {"activation": activation, "eps": eps}
+    found = differentiated(
+        lambda x, r, w, b: triton_norm.group_norm(x, n_groups, w, b, residual=r, **options), inputs.leaves(), (dy,)
+    )
+    n_samples, n_channels = x.shape[:2]
+    shape = n_samples, n_groups, n_channels // n_groups, math.prod(x.shape[2:])
+
+    def apart(tensor):
+        return None if tensor is None else tensor.double().reshape(shape)
+
+    def exact(x, r, w, b):
+        centred = x - x.mean((2, 3), keepdim=True)
+        z = centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + eps)
+        z = z if w is None else z * w.reshape(1, *shape[1:3], 1)
+        z = z if b is None else z + b.reshape(1, *shape[1:3], 1)
+        return reference.activate(z if r is None else z + r, activation, 0.01)
+
+    wide = apart(x.cpu())
+    rounded = wide.mean((2, 3), keepdim=True)
+    moments = moments_about(rounded.to(compute_dtype(x)).double(), wide, (2, 3))._replace(mean=rounded)
+    fused = {"activation": activation, "slope": 0.01}
+    formula = Formula(exact, (2, 3), (1, *shape[1:3], 1), moments, eps, compute_dtype(x), **fused)
+    bound = ErrorBound(formula, Inputs(wide, apart(residual), weight, bias, apart(dy)))
+    if x.dtype == torch.float64:
+        bound.growth *= 2  # the exact results are as inexact
+    bound.check(
+        found._replace(
+            y=found.y.reshape(shape),
+            dx=found.dx.reshape(shape),
+            dresidual=None if residual is None else found.dresidual.reshape(shape),
+        )
+    )
+    return found
+
+
+def drawn(shape, device, dtype=torch.float32, layout="first", residual=False, affine=True, spread=3.0):
+    x, added, dy = (laid(torch.randn(shape, device=device).to(dtype), layout) for _ in range(3))
+    weight, bias = torch.randn(2, shape[1], device=device).to(dtype) if affine else (None, None)
+    return Inputs(x * spread + 1, added if residual else None, weight, bias, dy)
+
+
+SIZES = [
+    ((2, 6, 4, 5), 3),
+    ((1, 8, 40, 40), 2),  # several programs a group
+    ((3, 6, 7, 7), 2),  # an odd number of positions
+    ((4, 12), 3),
+    ((2, 4, 7), 4),
+    ((2, 32, 3, 3), 4),
+    ((2, 20, 8, 8), 1),
+    ((1, 6, 2, 3, 4), 6),
+    ((2, 64, 8, 8), 32),
+    ((2, 3, 33, 40), 3),
+    ((1, 1, 5, 5), 1),
+    ((1, 640, 2, 2), 2),  # groups of many channels
+    ((5, 3, 1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize(("shape", "n_groups"), SIZES)
+def test_matches_fp64(shape, n_groups, layout, device):
+    if layout == "last" and len(shape) < 4:
+        pytest.skip("no such memory format")
+    found = checked(drawn(shape, device, layout=layout), n_groups)
+    memory_format = CHANNELS_LAST[len(shape)] if layout == "last" else torch.contiguous_format
+    for tensor in (found.y, found.dx):
+        assert tensor.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("layout", ["first", "last", "samples", "strided"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu", "relu", "leaky_relu"])
+@pytest.mark.parametrize("n_groups", [2, 8])
+def test_activations_residuals_and_strides(n_groups, activation, residual, layout, device):
+    inputs = drawn((2, 8, 6, 5), device, layout=layout, residual=residual)
+    if activation in ("relu", "leaky_relu"):
+        inputs = away_from_the_kink(inputs, n_groups)
+    checked(inputs, n_groups, activation)
+
+
+def away_from_the_kink(inputs, n_groups):
+    """Returns the inputs with a zero gradient of y where the argument of the activation is near 0."""
+    x, residual, weight, bias, dy, _ = inputs
+    z = F.group_norm(x, n_groups, weight, bias)
+    z = z if residual is None else z + residual
+    return inputs._replace(dy=torch.where(z.abs() < 1e-3, 0.0, dy))
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("n_groups", [2, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_types(dtype, n_groups, layout, device):
+    inputs = drawn((2, 6, 4, 5), device, dtype, layout)
+    found = checked(inputs, n_groups)
+    assert {tensor.dtype for tensor in found.tensors()} == {dtype}
+    wide = torch.float32 if dtype != torch.float32 else torch.float64
+    found = checked(inputs._replace(weight=inputs.weight.to(wide), bias=None), n_groups)
+    assert (found.y.dtype, found.dweight.dtype) == (dtype, wide)
+
+
+@pytest.mark.parametrize("needs", [(0,), (2,), (3,), (0, 3), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("n_groups", [2, 6])
+def test_some_gradients(n_groups, activation, needs, device):
+    inputs = drawn((3, 6, 4, 4), device, residual=True)
+
+    def norm(x, r, w, b):
+        return triton_norm.group_norm(x, n_groups, w, b, residual=r, activation=activation)
+
+    whole, some = (differentiated(norm, inputs.leaves(), (inputs.dy,), asked) for asked in (range(4), needs))
+    assert torch.equal(whole.y, some.y)
+    for place, (one, other) in enumerate(zip(some.gradients, whole.gradients, strict=True)):
+        assert (one is not None) == (place in needs)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+HARD = {
+    "a large mean": lambda x: x * 1e-2 + 1e3,
+    "large values": lambda x: x * 1e16,
+    "small values": lambda x: x * 1e-16,
+    "one outlier": lambda x: x + 1e4 * (torch.arange(x.numel(), device=x.device).view(x.shape) == 7),
+}
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("n_groups", [2, 4])
+@pytest.mark.parametrize("hard", HARD)
+def test_hard_data(hard, n_groups, layout, device):
+    inputs = drawn((2, 4, 12, 12), device, layout=layout)
+    checked(inputs._replace(x=laid(HARD[hard](inputs.x), layout)), n_groups)
+
+
+def test_a_constant_group_is_exactly_zero(device):
+    x = torch.full((2, 6, 5, 7), 1234.567, device=device)
+    assert (triton_norm.group_norm(x, 3) == 0).all()
+    assert (triton_norm.group_norm(x.contiguous(memory_format=torch.channels_last), 3) == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize(("channels", "n_groups"), [(8, 2), (8, 8)])
+def test_a_sample_does_not_depend_on_the_others(channels, n_groups, layout, device):
+    """The same bits of y, and of dx, whatever is beside it and however many there are."""
+    inputs = drawn((7, channels, 20, 20), device, layout=layout)
+
+    def results(samples):
+        x, dy = (laid(tensor[samples], layout) for tensor in (inputs.x, inputs.dy))
+
+        def norm(x, _, w, b):
+            return triton_norm.group_norm(x, n_groups, w, b, activation="silu")
+
+        found = differentiated(norm, (x, None, inputs.weight, inputs.bias), (dy,))
+        return found.y, found.dx
+
+    for whole, alone in zip(results(slice(None)), results(slice(3, 4)), strict=True):
+        assert torch.equal(whole[3:4], alone)
+    for whole, some in zip(results(slice(None)), results(slice(2, 5)), strict=True):
+        assert torch.equal(whole[2:5], some)
+
+
+@pytest.mark.parametrize("n_groups", [2, 8])
+def test_the_same_call_gives_the_same_bits(n_groups, device):
+    inputs = drawn((4, 8, 30, 30), device)
+    runs = [
+        differentiated(lambda x, _, w, b: triton_norm.group_norm(x, n_groups, w, b), inputs.leaves(), (inputs.dy,))
+        for _ in range(2)
+    ]
+    for one, other in zip(*(run.tensors() for run in runs), strict=True):
+        assert torch.equal(one, other)
