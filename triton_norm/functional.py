@@ -257,6 +257,8 @@ def normalize_channels(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Te
         call = plans.find(key, tensors)
         if call is None:
             call = resolve.batch_norm(key, BatchNormTensors._make(tensors), BatchNormOptions._make(options))
+        if call.plan is not None and override.name != "torch":
+            return channels.launch(tensors, call.plan)
     return normalize_resolved(tensors, call)
 
 

@@ -26,7 +26,7 @@ def prose(page: Path) -> str:
 
 
 def code_words(text: str) -> list[str]:
-    """What stands between backticks, outside of fenced blocks."""
+    """Returns the words between backticks, outside of fenced blocks."""
     return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
 
 

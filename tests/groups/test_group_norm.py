@@ -264,7 +264,7 @@ def _fresh_dynamo():
 @pytest.mark.usefixtures("_fresh_dynamo")
 @EVERY_CALL
 def test_compiled(name, activation, backend, path, device):
-    """With sizes that change, and that depend on data."""
+    """Sizes change, and depend on data."""
     function = ours(name, activation)
     inputs = drawn((4, 6, 3), device, torch.float64)
     with triton_norm.backend(path):

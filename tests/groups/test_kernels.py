@@ -171,7 +171,7 @@ def test_a_constant_group_is_exactly_zero(device):
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize(("channels", "n_groups"), [(8, 2), (8, 8)])
 def test_a_sample_does_not_depend_on_the_others(channels, n_groups, layout, device):
-    """The same bits of y, and of dx, whatever is beside it and however many there are."""
+    """A sample's bits of y and dx are its own, whatever is beside it and however many there are."""
     inputs = drawn((7, channels, 20, 20), device, layout=layout)
 
     def results(samples):

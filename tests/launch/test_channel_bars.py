@@ -180,7 +180,7 @@ def excess(record):
 
 
 def test_bytes():
-    """In one launch wherever that is possible, and in as many as are chosen."""
+    """There is one launch wherever that is possible, and as many as are chosen."""
     counted = records(TRAFFIC, TRITON_INTERPRET="1")
     slices = {(workload.shape, workload.layout) for workload in workloads.CHANNEL_SLICES}
     assert {(tuple(record["shape"]), record["layout"]) for record in counted} == slices

@@ -20,7 +20,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "group_norm": lambda norms, x, weight, bias, **own: norms.group_norm(x, N_GROUPS, weight, bias, **own),
     "instance_norm": lambda norms, x, weight, bias, **own: norms.instance_norm(x, None, None, weight, bias, **own),
 }
-"""By name: (torch.nn.functional or triton_norm, x, weight, bias) → y."""
+"""Names and calls: (torch.nn.functional or triton_norm, x, weight, bias) → y."""
 EVERY_CALL = pytest.mark.parametrize("name", CALLS)
 
 LAYERS: dict[str, Callable[[ModuleType], nn.Module]] = {
@@ -31,7 +31,7 @@ LAYERS: dict[str, Callable[[ModuleType], nn.Module]] = {
     "InstanceNorm1d, tracking": lambda norms: norms.InstanceNorm1d(6, affine=True, track_running_stats=True),
     "InstanceNorm1d, no momentum": lambda norms: norms.InstanceNorm1d(6, momentum=None, track_running_stats=True),
 }
-"""By kind: torch.nn or triton_norm → a layer for input [N, 6, *]."""
+"""Kinds, and what makes a layer of torch.nn or triton_norm, for input [N, 6, *]."""
 EVERY_LAYER = pytest.mark.parametrize("kind", LAYERS)
 
 
