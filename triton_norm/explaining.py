@@ -53,7 +53,7 @@ def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Exp
         return explained_by(function, overriding)
     call = resolve.check_rows(function, tensors, RowOptions(*(named[name] for name in RowOptions._fields)))
     copied = [
-        f"the {name}: its rows are not contiguous, or not evenly spaced"
+        f"the {name}: its columns are not adjacent, or its rows lie along more than three axes"
         for name, tensor in (("input", x), ("residual", residual))
         if tensor is not None and tensor.numel() and copies(tensor, call.spec.n_cols)
     ]

@@ -1,5 +1,6 @@
 """Recognises tensors that the kernels can read: their values are in memory of their own, at their data pointer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,3 +52,17 @@ def has_known_sizes(x: Tensor) -> bool:
 
     is_empty = x.numel() == 0
     return guard_or_true(is_empty) == guard_or_false(is_empty)
+
+
+def collapsed_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Returns the stride if these axes are equivalent to one axis, 0 for a single element, or None."""
+    inner, reach = 0, None
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length == 1:
+            continue
+        if reach is None:
+            inner = stride
+        elif stride != reach:
+            return None
+        reach = stride * length
+    return inner

@@ -113,9 +113,12 @@ rows_backward.rows_backward_kernel
     shared half rows | value | last = these -> last = Waiting(these.rows, these.dy, these.x, mean, these.rstd)
     shared rows | value | rows, dy, x, mean, rstd = last -> rows, dy, x, mean, _ = last
     shared rows | deadlock | turn += 1 -> turn += 2
-    far rows | overflow | rows * x_row_vecs * V -> rows.to(tl.int32) * x_row_vecs * V
+rows.row_offsets
+    far rows | overflow | rows * strides.inner * V -> rows.to(tl.int32) * strides.inner * V
+    rows along axes | value | (rows - rest * axes.n_inner) * -> rows *
+    rows along axes | value | (rest - outer * axes.n_middle) * -> rest *
+    rows along axes | value | outer * strides.outer -> outer * strides.middle
 rows_backward.load_gradient
-    far rows | overflow | rows * row_vecs * V -> rows.to(tl.int32) * row_vecs * V
     expanded rows | bounds | cols * 0 -> cols
 rows_backward.normalized
     short rows | value | x_hat - mean -> x_hat

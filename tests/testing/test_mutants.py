@@ -109,6 +109,13 @@ def far_rows(numbers, monkeypatch) -> None:
     LAYER_NORM.against_oracle(far((2, 64), 2**31 + 64, 1), None, None, far((2, 64), 2**31 + 64, 1))
 
 
+def rows_along_axes(numbers, monkeypatch) -> None:
+    """Rows along three axes, those of x and dy in another order."""
+    small_rows(numbers)
+    x, dy = torch.randn(4, 3, 5, 48).transpose(0, 1)[..., :24], torch.randn(5, 4, 3, 24).permute(2, 1, 0, 3)
+    LAYER_NORM.against_oracle(x, *torch.randn(2, 24), dy)
+
+
 def long_sums(numbers, monkeypatch) -> None:
     """Rows of several tiles, added to a residual; the sum is rounded, and has a gradient of its own."""
     small_rows(numbers)
@@ -264,6 +271,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "shared rows": shared_rows,
     "shared half rows": functools.partial(shared_rows, dtype=torch.float16),
     "far rows": far_rows,
+    "rows along axes": rows_along_axes,
     "long sums": long_sums,
     "weight offset": weight_offset,
     "rounded x_hat": rounded_x_hat,

@@ -14,10 +14,9 @@ from triton_norm.channels.layout import (
     MOST_POSITIONS,
     Lie,
     channels_last,
-    collapsed_stride,
     dense_like,
 )
-from triton_norm.plain import holds
+from triton_norm.plain import collapsed_stride, holds
 from triton_norm.tuning import channel_spaces
 from triton_norm.tuning.limits import VECTOR_BYTES, limits_in_force
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_norm.plain import holds
+from triton_norm.plain import collapsed_stride, holds
 from triton_norm.tuning import channel_spaces
 from triton_norm.tuning.configs import next_power_of_2, vector_width
 from triton_norm.tuning.limits import VECTOR_BYTES, limits_in_force
@@ -88,20 +88,6 @@ def beyond(shape: Sequence[int]) -> str | None:
     if len(shape) > 1 and holds(shape[1] > MOST_CHANNELS):
         return f"there are more than {MOST_CHANNELS} channels"
     return None
-
-
-def collapsed_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """Returns the stride if these axes are equivalent to one axis, 0 for a single element, or None."""
-    inner, reach = 0, None
-    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if length == 1:
-            continue
-        if reach is None:
-            inner = stride
-        elif stride != reach:
-            return None
-        reach = stride * length
-    return inner
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:

@@ -4,6 +4,8 @@ Column counts and row strides are passed divided by V, the largest power of two 
 multiplied back in the kernel. The compiler can then prove that V elements share one access.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -18,6 +20,35 @@ def load_columns(ptr, cols, n_cols, OFFSET: tl.constexpr, COMPUTE: tl.constexpr)
     if OFFSET != 0.0:
         columns += OFFSET
     return columns
+
+
+class Axes(NamedTuple):
+    """Bundles the lengths of the two inner axes along which rows are numbered; None, both, if there is one axis."""
+
+    n_inner: tl.tensor
+    n_middle: tl.tensor
+
+
+class RowStrides(NamedTuple):
+    """Bundles a tensor's strides between rows along each axis, divided by V; the two outer ones may be None."""
+
+    inner: tl.tensor
+    middle: tl.tensor
+    outer: tl.tensor
+
+
+@triton.jit
+def row_offsets(rows, strides, axes, V: tl.constexpr):
+    """Returns the offsets of these rows, int64."""
+    if axes.n_inner is None:
+        offsets = rows * strides.inner * V
+    else:
+        rest = rows // axes.n_inner
+        outer = rest // axes.n_middle
+        vecs = (rows - rest * axes.n_inner) * strides.inner
+        vecs += (rest - outer * axes.n_middle) * strides.middle + outer * strides.outer
+        offsets = vecs * V
+    return offsets
 
 
 @triton.jit
@@ -99,7 +130,7 @@ def normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET: 
     return y
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_middle"])
 def rows_forward_kernel(
     x_ptr,
     residual_ptr,
@@ -114,6 +145,12 @@ def rows_forward_kernel(
     n_col_vecs,
     x_row_vecs,
     residual_row_vecs,
+    n_inner,
+    n_middle,
+    x_middle_vecs,
+    x_outer_vecs,
+    residual_middle_vecs,
+    residual_outer_vecs,
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -160,12 +197,14 @@ def rows_forward_kernel(
         begin = 0
     rows = group.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     row_mask = rows < n_rows
-    x_rows = x_ptr + rows * x_row_vecs * V
+    axes = Axes(n_inner, n_middle)
+    x_rows = x_ptr + row_offsets(rows, RowStrides(x_row_vecs, x_middle_vecs, x_outer_vecs), axes, V)
     y_rows = y_ptr + rows * n_cols
     residual_rows = residual_ptr
     total_rows = total_ptr
     if residual_ptr is not None:
-        residual_rows = residual_ptr + rows * residual_row_vecs * V
+        residual_strides = RowStrides(residual_row_vecs, residual_middle_vecs, residual_outer_vecs)
+        residual_rows = residual_ptr + row_offsets(rows, residual_strides, axes, V)
         total_rows = total_ptr + rows * n_cols
     cols = begin + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     mask = row_mask & (cols < n_cols)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from triton_norm.kernels.exchange import Team, arrive, take_place, wait
 from triton_norm.kernels.moments import tile_sum, to_float
-from triton_norm.kernels.rows import at, rounded
+from triton_norm.kernels.rows import Axes, RowStrides, at, rounded, row_offsets
 
 TURNS = tl.constexpr(4)
 """A team's partials have this many slots, used as a ring. A program writes turn t only after every peer has read turn
@@ -32,12 +32,12 @@ class Waiting(NamedTuple):
 
 
 @triton.jit
-def load_gradient(ptr, rows, row_vecs, cols, mask, V: tl.constexpr, COLUMN_STRIDE: tl.constexpr):
+def load_gradient(ptr, offsets, cols, mask, V: tl.constexpr, COLUMN_STRIDE: tl.constexpr):
     """Returns a tile of a gradient, row stride row_vecs · V; or row_vecs, if each row is one element, expanded."""
     if COLUMN_STRIDE == 1:
-        gradient = tl.load(at(ptr + rows * row_vecs * V, cols, V), mask=mask, other=0.0)
+        gradient = tl.load(at(ptr + offsets, cols, V), mask=mask, other=0.0)
     else:
-        gradient = tl.load(ptr + rows * row_vecs + cols * 0, mask=mask, other=0.0)
+        gradient = tl.load(ptr + offsets + cols * 0, mask=mask, other=0.0)
     return gradient
 
 
@@ -109,7 +109,7 @@ def collect(like, team, turn, PEERS: tl.constexpr, BLOCK_M: tl.constexpr, CENTRE
     return Sums(sum_wdy, sum_wdy_x_hat)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_middle"])
 def rows_backward_kernel(
     dy_ptr,
     dtotal_ptr,
@@ -128,6 +128,14 @@ def rows_backward_kernel(
     dy_row_vecs,
     dtotal_row_vecs,
     x_row_vecs,
+    n_inner,
+    n_middle,
+    dy_middle_vecs,
+    dy_outer_vecs,
+    dtotal_middle_vecs,
+    dtotal_outer_vecs,
+    x_middle_vecs,
+    x_outer_vecs,
     DY_COLUMN_STRIDE: tl.constexpr,
     DTOTAL_COLUMN_STRIDE: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
@@ -173,6 +181,7 @@ def rows_backward_kernel(
     EXCHANGED: tl.constexpr = PEERS > 1 and dx_ptr is not None
     KEEPS_X_HAT: tl.constexpr = x_ptr.dtype.element_ty == COMPUTE  # x_hat takes no more registers than x
     NEEDS_X: tl.constexpr = dx_ptr is not None or dweight_sums_ptr is not None
+    axes = Axes(n_inner, n_middle)
     n_cols = n_col_vecs * V
     n_teams = tl.num_programs(0)
     team_index = tl.program_id(0)
@@ -209,13 +218,16 @@ def rows_backward_kernel(
         rows = group + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)  # [BLOCK_M, 1]
         row_mask = rows < n_rows
         mask = row_mask & col_mask
-        dy = load_gradient(dy_ptr, rows, dy_row_vecs, cols, mask, V, DY_COLUMN_STRIDE)
+        dy_strides = RowStrides(dy_row_vecs, dy_middle_vecs, dy_outer_vecs)
+        dy_rows = row_offsets(rows, dy_strides, axes, V if DY_COLUMN_STRIDE else 1)
+        dy = load_gradient(dy_ptr, dy_rows, cols, mask, V, DY_COLUMN_STRIDE)
         if NEEDS_X:
             if rstd_ptr is not None:
                 rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
             else:
                 rstd = tl.load(statistics_ptr + (n_rows if CENTRED else 0) + rows, mask=row_mask, other=0.0)
-            x = tl.load(at(x_ptr + rows * x_row_vecs * V, cols, V), mask=mask, other=0.0)
+            x_rows = row_offsets(rows, RowStrides(x_row_vecs, x_middle_vecs, x_outer_vecs), axes, V)
+            x = tl.load(at(x_ptr + x_rows, cols, V), mask=mask, other=0.0)
             if CENTRED:
                 mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
         if EXCHANGED:
@@ -247,7 +259,9 @@ def rows_backward_kernel(
                 dx -= sums.wdy * inverse_total
             dx *= rstd
             if dtotal_ptr is not None:
-                dx += load_gradient(dtotal_ptr, rows, dtotal_row_vecs, cols, mask, V, DTOTAL_COLUMN_STRIDE).to(COMPUTE)
+                dtotal_strides = RowStrides(dtotal_row_vecs, dtotal_middle_vecs, dtotal_outer_vecs)
+                dtotal_rows = row_offsets(rows, dtotal_strides, axes, V if DTOTAL_COLUMN_STRIDE else 1)
+                dx += load_gradient(dtotal_ptr, dtotal_rows, cols, mask, V, DTOTAL_COLUMN_STRIDE).to(COMPUTE)
             tl.store(at(dx_ptr + rows * n_cols, cols, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
             if dresidual_ptr is not None:
                 dresidual = dx.to(dresidual_ptr.dtype.element_ty)

@@ -11,13 +11,13 @@ from triton_norm import plans
 from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous, triton_dtype
 from triton_norm.rows.layout import (
-    as_rows,
-    copies,
+    RowLayout,
     given,
-    lie_of,
+    layout_of,
     like,
     meeting,
     names,
+    readable,
     rounded_to,
     types_of,
     vector_of,
@@ -110,30 +110,21 @@ class _Types(NamedTuple):
     rstd: torch.dtype | None
 
 
-class _Layout(NamedTuple):
-    """Holds the row strides of the tensors that the backward reads, and the column strides of the gradients, 0 or 1."""
-
-    dy: int
-    dtotal: int
-    x: int
-    dy_column: int
-    dtotal_column: int
-
-
 @remembered
 def _backward_launcher(
-    spec: RowSpec, wanted: Wanted, types: _Types, layout: _Layout, misaligned: int, device: torch.device
+    spec: RowSpec, wanted: Wanted, types: _Types, layout: RowLayout, misaligned: int, device: torch.device
 ) -> Launcher:
+    """Returns the launcher of a backward for this layout of x, dy and dtotal."""
     n_cols, gpu, compute = spec.n_cols, gpu_of(device), types.statistics
-    dy_spread = types.dy if layout.dy_column else None
-    dtotal_spread = types.dtotal if layout.dtotal_column else None
-    extents = n_cols | layout.x
-    if dy_spread is not None:
-        extents |= layout.dy
-    if dtotal_spread is not None:
-        extents |= layout.dtotal
+    x, dy, dtotal = layout.strides
+    assert x is not None and dy is not None
+    dy_spread = types.dy if dy.column else None
+    dtotal_spread = types.dtotal if dtotal is not None and dtotal.column else None
+    extents = n_cols | x.extents | dy.extents | (0 if dtotal is None else dtotal.extents)
     swept = dy_spread, dtotal_spread, types.x, wanted.dx_dtype, wanted.dresidual_dtype
     vector = vector_of(misaligned, extents, [dtype.itemsize for dtype in given(swept)])
+    (x_row, *x_outer), (dy_row, *dy_outer) = x.over(vector), dy.over(vector)
+    dtotal_row, *dtotal_outer = (0, None, None) if dtotal is None else dtotal.over(vector)
     read = types.dy, types.dtotal, types.x
     stored = max(dtype.itemsize for dtype in given(read))
     work = RowWork(n_cols, names(read), stored, compute.itemsize)
@@ -143,13 +134,11 @@ def _backward_launcher(
         device,
         functools.partial(row_spaces.rows_backward_programs, n_cols=n_cols, gpu=gpu),
         (
-            n_cols // vector,
-            layout.dy // (vector if layout.dy_column else 1),
-            layout.dtotal // (vector if layout.dtotal_column else 1),
-            layout.x // vector,
+            *(n_cols // vector, dy_row, dtotal_row, x_row),
+            *(layout.n_inner, layout.n_middle, *dy_outer, *dtotal_outer, *x_outer),
         ),
-        DY_COLUMN_STRIDE=layout.dy_column,
-        DTOTAL_COLUMN_STRIDE=layout.dtotal_column,
+        DY_COLUMN_STRIDE=dy.column,
+        DTOTAL_COLUMN_STRIDE=1 if dtotal is None else dtotal.column,
         WEIGHT_OFFSET=spec.weight_offset,
         ROUNDED=rounded_to(spec, compute),
         CENTRED=spec.centred,
@@ -202,29 +191,20 @@ class RowBackwardPlan:
         self._spec, self._gradients = spec, RowGradients(tensors.x, tensors.weight, wanted, parameter_shape)
         self._n_rows = tensors.x.numel() // spec.n_cols
         dy, dtotal, x, *others = tensors
-        of_rows = [tensor for tensor in (dy, dtotal) if tensor is not None]
-        self._copies = (
-            copies(x, spec.n_cols)
-            or any(copies(tensor, spec.n_cols, broadcast=True) for tensor in of_rows)
-            or not all(tensor is None or tensor.is_contiguous() for tensor in others)
-        )
-        (dy_stride, dy_column), (x_stride, _) = lie_of(dy, spec.n_cols, True), lie_of(x, spec.n_cols)
-        dtotal_stride, dtotal_column = (0, 1) if dtotal is None else lie_of(dtotal, spec.n_cols, True)
-        self._layout = _Layout(dy_stride, dtotal_stride, x_stride, dy_column, dtotal_column)
+        self._layout = layout_of((x, dy, dtotal), spec.n_cols, (False, True, True))
+        lie = all(tensor is None or tensor.is_contiguous() for tensor in others)
+        self._copies = not lie or any(self._layout.copied)
+        _, dy_strides, dtotal_strides = self._layout.strides
+        self._dy_spreads = dy_strides is not None and bool(dy_strides.column)
+        self._dtotal_spreads = dtotal_strides is not None and bool(dtotal_strides.column)
         self._made: dict[int, _Backward] = {}
 
     def _readable(self, tensors: Sequence[Any]) -> RowBackwardTensors:
         """Returns tensors that the kernels can read. A hook may have restored them with other strides."""
         dy, dtotal, x, weight, statistics, rstd = tensors
-        n_cols = self._spec.n_cols
-        return RowBackwardTensors(
-            as_rows(dy.resolve_neg(), n_cols, broadcast=True).tensor,
-            None if dtotal is None else as_rows(dtotal.resolve_neg(), n_cols, broadcast=True).tensor,
-            as_rows(x, n_cols).tensor,
-            contiguous(weight),
-            statistics.contiguous(),
-            contiguous(rstd),
-        )
+        x_copied, dy_copied, dtotal_copied = self._layout.copied
+        of_rows = readable(dy, dy_copied), readable(dtotal, dtotal_copied), readable(x, x_copied)
+        return RowBackwardTensors._make((*of_rows, contiguous(weight), statistics.contiguous(), contiguous(rstd)))
 
     def __call__(self, tensors: Sequence[Any]) -> Gradients:
         _, _, x, weight, _, _ = tensors
@@ -233,9 +213,9 @@ class RowBackwardPlan:
             tensors = self._readable(tensors)
         dy, dtotal, x, weight, statistics, rstd = tensors
         addresses = x.data_ptr()
-        if self._layout.dy_column:
+        if self._dy_spreads:
             addresses |= dy.data_ptr()
-        if dtotal is not None and self._layout.dtotal_column:
+        if self._dtotal_spreads:
             addresses |= dtotal.data_ptr()
         made = self._made.get(addresses % VECTOR_BYTES) or self._make(tensors, addresses % VECTOR_BYTES)
         partials = sync = dweight_sums = dbias_sums = None

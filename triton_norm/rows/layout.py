@@ -1,4 +1,4 @@
-"""Reads tensors as rows, and holds helpers that forward and backward share."""
+"""Reads tensors as rows where they lie, and holds helpers that forward and backward share."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,51 +7,145 @@ import torch
 from torch import Tensor
 
 from triton_norm.library import name_of, triton_dtype
+from triton_norm.plain import collapsed_stride
 from triton_norm.specs import RowSpec
 from triton_norm.tuning.configs import vector_width
 
 Types = tuple[torch.dtype | None, ...]
 
 
-class Rows(NamedTuple):
-    """Holds a tensor as rows, and its strides; `column` is 0 if each row is one element, expanded."""
+MOST_AXES = 3
+"""Rows are read where they lie if they can be numbered along this many axes."""
 
-    tensor: Tensor
-    stride: int
+
+class RowStrides(NamedTuple):
+    """Holds the strides of a tensor's rows along up to three axes, and of its columns.
+
+    Args:
+        inner, middle, outer: elements from one row to the next along an axis; the outer two are None if there is one.
+        column: 1, or 0 if each row is one element, expanded.
+    """
+
+    inner: int
+    middle: int | None
+    outer: int | None
     column: int
 
+    @property
+    def extents(self) -> int:
+        """The strides that an access of several columns has to divide, or'ed."""
+        return self.inner | (self.middle or 0) | (self.outer or 0) if self.column else 0
 
-def as_rows(x: Tensor, n_cols: int, broadcast: bool = False) -> Rows:
-    """Returns x as rows: a view if its columns are adjacent or, with `broadcast`, one element expanded; else a copy.
+    def over(self, vector: int) -> tuple[int, int | None, int | None]:
+        """Returns the row strides in units of `vector` columns; undivided if a row is one element."""
+        unit = vector if self.column else 1
+        middle, outer = (None if stride is None else stride // unit for stride in (self.middle, self.outer))
+        return self.inner // unit, middle, outer
 
-    A single row gets the dense row stride: its own has no meaning, but another value would compile another kernel.
+
+class RowLayout(NamedTuple):
+    """Describes how tensors of one shape are read as rows.
+
+    Args:
+        n_inner, n_middle: rows along the inner two axes; None, both, if all rows lie along one axis.
+        strides: strides of each tensor, or of its copy; None for a tensor that is None.
+        copied: tells of each tensor whether it has to be copied first.
     """
-    if x.is_contiguous():
-        return Rows(x, n_cols, 1)
-    rows = x.reshape(-1, n_cols)
-    column = 1 if n_cols == 1 else rows.stride(1)
-    if column != 1 and not (broadcast and column == 0):
-        rows, column = rows.contiguous(), 1
-    return Rows(rows, rows.stride(0) if rows.shape[0] > 1 else n_cols, column)
+
+    n_inner: int | None
+    n_middle: int | None
+    strides: tuple[RowStrides | None, ...]
+    copied: tuple[bool, ...]
+
+
+def _first_column_axis(shape: Sequence[int], n_cols: int) -> int:
+    axis, n = len(shape), 1
+    while n < n_cols:
+        axis -= 1
+        n *= shape[axis]
+    return axis
+
+
+def _column_stride(x: Tensor, axis: int, n_cols: int) -> int | None:
+    return 1 if n_cols == 1 else collapsed_stride(x.shape[axis:], x.stride()[axis:])
+
+
+def _row_axes(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """Returns the fewest axes along which rows of these strides can be numbered: lengths, and strides of each tensor,
+    the innermost first."""
+    lengths: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for axis in reversed(range(len(shape))):
+        if shape[axis] == 1:
+            continue
+        if lengths and all(own[axis] == found[-1] * lengths[-1] for own, found in zip(strides, steps, strict=True)):
+            lengths[-1] *= shape[axis]
+        else:
+            lengths.append(shape[axis])
+            for own, found in zip(strides, steps, strict=True):
+                found.append(own[axis])
+    return lengths, steps
 
 
 def copies(x: Tensor, n_cols: int, broadcast: bool = False) -> bool:
-    """Decides whether x has to be copied to be read as rows."""
-    if x.is_neg():
+    """Decides whether x has to be copied to be read as rows.
+
+    Args:
+        broadcast: a row may be one element, expanded.
+    """
+    axis = _first_column_axis(x.shape, n_cols)
+    if x.is_neg() or _column_stride(x, axis, n_cols) not in ((0, 1) if broadcast else (1,)):
         return True
-    try:
-        rows = x.view(-1, n_cols)
-    except RuntimeError:
-        return True
-    return n_cols > 1 and rows.stride(1) not in ((0, 1) if broadcast else (1,))
+    lengths, _ = _row_axes(x.shape[:axis], [x.stride()])
+    return len(lengths) > MOST_AXES
 
 
-def lie_of(x: Tensor, n_cols: int, broadcast: bool = False) -> tuple[int, int]:
-    """Returns the row and column stride with which x, or its copy, is read."""
-    if copies(x, n_cols, broadcast):
-        return n_cols, 1
-    _, stride, column = as_rows(x, n_cols, broadcast)
-    return stride, column
+def _dense_strides(shape: Sequence[int]) -> list[int]:
+    strides, reach = [], 1
+    for length in reversed(shape):
+        strides.append(reach)
+        reach *= length
+    return strides[::-1]
+
+
+def layout_of(tensors: Sequence[Tensor | None], n_cols: int, broadcast: Sequence[bool]) -> RowLayout:
+    """Returns how tensors are read together. Where they have more axes than three, the last ones are copied.
+
+    Args:
+        tensors: the first is not None.
+        broadcast: tells of each tensor whether a row may be one element, expanded.
+    """
+    first, *_ = tensors
+    assert first is not None
+    shape, axis = first.shape, _first_column_axis(first.shape, n_cols)
+    copied = [
+        tensor is not None and (tensor.shape != shape or copies(tensor, n_cols, spread))
+        for tensor, spread in zip(tensors, broadcast, strict=True)
+    ]
+    while True:
+        there = [place for place, tensor in enumerate(tensors) if tensor is not None]
+        strides = [_dense_strides(shape) if copied[place] else tensors[place].stride() for place in there]  # type: ignore[union-attr]
+        lengths, steps = _row_axes(shape[:axis], strides)
+        if len(lengths) <= MOST_AXES:
+            break
+        copied[max(place for place in there if not (copied[place] or tensors[place].is_contiguous()))] = True  # type: ignore[union-attr]
+    found: list[RowStrides | None] = [None] * len(tensors)
+    for place, own in zip(there, steps, strict=True):
+        tensor = tensors[place]
+        assert tensor is not None
+        column = 1 if copied[place] else _column_stride(tensor, axis, n_cols)
+        assert column is not None
+        inner, middle, outer = (*own, *((n_cols,) if not own else ()), 0, 0)[:3]
+        found[place] = RowStrides(inner, middle, outer, column)
+        if len(lengths) < 2:
+            found[place] = RowStrides(inner, None, None, column)
+    n_inner, n_middle = lengths[:2] if len(lengths) > 1 else (None, None)
+    return RowLayout(n_inner, n_middle, tuple(found), tuple(copied))
+
+
+def readable(tensor: Tensor | None, copied: bool) -> Tensor | None:
+    """Returns the tensor, or the copy of it that the kernels read."""
+    return tensor.resolve_neg().contiguous() if tensor is not None and copied else tensor
 
 
 def vector_of(misaligned: int, extents: int, itemsizes: Sequence[int]) -> int:

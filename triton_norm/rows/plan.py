@@ -10,7 +10,18 @@ from torch import Tensor
 from triton_norm import plans
 from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous, name_of, triton_dtype
-from triton_norm.rows.layout import as_rows, copies, given, like, meeting, names, rounded_to, types_of, vector_of
+from triton_norm.rows.layout import (
+    RowLayout,
+    given,
+    layout_of,
+    like,
+    meeting,
+    names,
+    readable,
+    rounded_to,
+    types_of,
+    vector_of,
+)
 from triton_norm.saved import Kept, is_unsavable
 from triton_norm.specs import RowSpec, RowTensors
 from triton_norm.tuning import row_spaces
@@ -43,14 +54,18 @@ class _ForwardTypes(NamedTuple):
 
 @remembered
 def _forward_launcher(
-    spec: RowSpec, types: _ForwardTypes, strides: tuple[int, int], misaligned: int, device: torch.device
+    spec: RowSpec, types: _ForwardTypes, layout: RowLayout, misaligned: int, device: torch.device
 ) -> Launcher:
-    """Returns the launcher of a forward for these row strides of x and residual."""
-    n_cols, (x_stride, residual_stride) = spec.n_cols, strides
+    """Returns the launcher of a forward for this layout of x and residual."""
+    n_cols, (x, residual) = spec.n_cols, layout.strides
+    assert x is not None
     compute = torch.float64 if torch.float64 in (types.x, types.total) else torch.float32
     swept = types.x, types.residual, types.total
     itemsizes = [dtype.itemsize for dtype in given((*swept, types.y))]
-    vector = vector_of(misaligned, n_cols | x_stride | residual_stride, itemsizes)
+    extents = n_cols | x.extents | (0 if residual is None else residual.extents)
+    vector = vector_of(misaligned, extents, itemsizes)
+    x_row, *x_outer = x.over(vector)
+    residual_row, *residual_outer = (0, None, None) if residual is None else residual.over(vector)
     stored = max(dtype.itemsize for dtype in given(swept))
     work = RowWork(n_cols, names(swept), stored, compute.itemsize, name_of(types.y))
 
@@ -63,7 +78,7 @@ def _forward_launcher(
         row_spaces.rows_forward(work, gpu_of(device)),
         device,
         n_programs,
-        (n_cols // vector, x_stride // vector, residual_stride // vector),
+        (n_cols // vector, x_row, residual_row, layout.n_inner, layout.n_middle, *x_outer, *residual_outer),
         EPS=spec.eps,
         WEIGHT_OFFSET=spec.weight_offset,
         ROUNDED=rounded_to(spec, compute),
@@ -110,8 +125,9 @@ class RowPlan:
         self.requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
         self.is_unsavable = residual is None and is_unsavable(x)
         self.kept: Kept | None = None
+        self._layout = layout_of((x, residual), spec.n_cols, (False, False))
         lie = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
-        self._copies = not lie or any(tensor is not None and copies(tensor, spec.n_cols) for tensor in (x, residual))
+        self._copies = not lie or any(self._layout.copied)
         self._launches: dict[tuple[bool, int], tuple[Launch, int]] = {}
 
     def forward(self, tensors: Sequence[Any], saves: bool) -> Outputs:
@@ -132,17 +148,15 @@ class RowPlan:
     def _readable(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        n_cols = self.spec.n_cols
-        added = None if residual is None else as_rows(residual, n_cols).tensor
-        return as_rows(x, n_cols).tensor, added, contiguous(weight), contiguous(bias)
+        x_copied, residual_copied = self._layout.copied
+        return readable(x, x_copied), readable(residual, residual_copied), contiguous(weight), contiguous(bias)
 
     def _prepare(self, key: tuple[bool, int], arguments: Sequence[Any]) -> tuple[Launch, int]:
         """Returns the launch and the most programs that may share a row."""
-        (_, misaligned), (x, residual, *_), n_cols = key, arguments, self.spec.n_cols
-        strides = as_rows(x, n_cols).stride, 0 if residual is None else as_rows(residual, n_cols).stride
+        (_, misaligned), (x, *_) = key, arguments
         types = _ForwardTypes._make(types_of(arguments))
-        launcher = _forward_launcher(self.spec, types, strides, misaligned, x.device)
-        found = self._launches[key] = Launch(launcher, self._n_rows), -(-n_cols // launcher.span)
+        launcher = _forward_launcher(self.spec, types, self._layout, misaligned, x.device)
+        found = self._launches[key] = Launch(launcher, self._n_rows), -(-self.spec.n_cols // launcher.span)
         return found
 
 
