@@ -115,9 +115,9 @@ rows_backward.rows_backward_kernel
     shared rows | deadlock | turn += 1 -> turn += 2
 rows.row_offsets
     far rows | overflow | rows * strides.inner * V -> rows.to(tl.int32) * strides.inner * V
-    rows along axes | value | (rows - rest * axes.n_inner) * -> rows *
-    rows along axes | value | (rest - outer * axes.n_middle) * -> rest *
-    rows along axes | value | outer * strides.outer -> outer * strides.middle
+    rows along axes | bounds | (rows - rest * axes.n_inner) * -> rows *
+    rows along axes | bounds | (rest - outer * axes.n_middle) * -> rest *
+    rows along axes | bounds | outer * strides.outer -> outer * strides.middle
 rows_backward.load_gradient
     expanded rows | bounds | cols * 0 -> cols
 rows_backward.normalized
