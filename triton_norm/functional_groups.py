@@ -1,4 +1,4 @@
-"""Implements torch.nn.functional's group_norm and instance_norm, as functional.py the others."""
+"""Implements torch.nn.functional's group_norm and instance_norm, as functional.py does the others."""
 
 from typing import Any
 
@@ -118,7 +118,7 @@ def _is_empty(x: Tensor) -> bool:
 
 
 def _is_torchs(x: Tensor) -> bool:
-    """Decides whether torch's function takes x: it asks for the sizes, and fails or gives NaN without elements."""
+    """Decides whether torch's function takes x: it asks for the sizes, and fails or returns NaN without elements."""
     return has_known_sizes(x) and not _is_empty(x)
 
 
@@ -130,13 +130,12 @@ def _fits(tensors: Inputs, spec: GroupNormSpec) -> bool:
 
 
 def _widened(x: Tensor, *parameters: Tensor | None) -> list[Any]:
-    """Returns the tensors in the dtype that statistics of x are computed in."""
+    """Returns the tensors in the dtype in which x's statistics are computed."""
     compute = reference.compute_dtype(x)
     return [None if tensor is None else tensor.to(compute) for tensor in (x, *parameters)]
 
 
 def _finished(z: Tensor, residual: Tensor | None, spec: GroupNormSpec) -> Tensor:
-    """Returns f(z + residual)."""
     return activate(z if residual is None else z + residual.to(z.dtype), spec.activation, spec.slope)
 
 
@@ -248,9 +247,9 @@ def normalize_instances(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> T
 
 
 def _torch_instance_norm(tensors: BatchNormTensors, spec: GroupNormSpec, momentum: float) -> Tensor:
-    """Normalizes by torch's function, which also moves the running statistics if they are of the dtype that it takes.
+    """Normalizes by torch's function, which also updates the running statistics if it takes their dtype.
 
-    An empty batch moves nothing; torch's function would move the statistics to NaN.
+    An empty batch changes nothing; torch's function would turn the statistics into NaN.
     """
     x, residual, weight, bias, running_mean, running_var, _ = tensors
     inputs = Inputs._make((x, residual, weight, bias))

@@ -1,4 +1,4 @@
-"""Replaces the forward of torch.nn's GroupNorm and InstanceNorm layers, as modules.py that of the others."""
+"""Replaces the forward of torch.nn's GroupNorm and InstanceNorm layers, as modules.py does for the others."""
 
 import warnings
 from typing import Any

@@ -1,1 +1,1 @@
-"""Holds the memory layouts, plans, operators and derivatives of BatchNorm."""
+"""Holds the memory layouts, plans, operators and derivatives of BatchNorm, GroupNorm and InstanceNorm."""

@@ -1,4 +1,4 @@
-"""How the samples of a GroupNorm lie in memory, and as which groups and channels launches read them."""
+"""Maps the samples of a GroupNorm in memory to the groups and channels that launches read."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def beyond(shape: Sequence[int], n_groups: int) -> str | None:
 
 
 def kind_of(x: Tensor) -> str:
-    """Returns "last" if the channels of a position lie side by side, as where there is one position, else "flat"."""
+    """Returns "last" if a position's channels are adjacent, or there is a single position, else "flat"."""
     return "last" if channels_last(x) and x.shape[1] > 1 else "flat"
 
 
@@ -45,7 +45,7 @@ class Slices(NamedTuple):
 
 
 def slices_of(x: Tensor, kind: str) -> Slices | None:
-    """Returns how x lies as samples of that kind, or None if it has to be copied."""
+    """Returns the strides with which x is read as samples in this layout, or None if it has to be copied."""
     n_samples, n_channels, *positions = x.shape
     n_positions = math.prod(positions)
     position_stride = collapsed_stride(positions, x.stride()[2:])
@@ -62,24 +62,23 @@ def slices_of(x: Tensor, kind: str) -> Slices | None:
 
 
 def copies(x: Tensor, kind: str) -> bool:
-    """Returns whether x has to be copied before it can be read as that kind."""
     return slices_of(x, kind) is None
 
 
 def as_readable(x: Tensor, kind: str) -> Tensor:
-    """Returns x, or a copy of it where it can't be read as that kind."""
+    """Returns x, or a copy if it can't be read in this layout."""
     return dense_like(x, x.dtype, kind).copy_(x) if copies(x, kind) else x
 
 
 class Groups(NamedTuple):
-    """Describes the tensors that a launch sweeps, all of one shape.
+    """Describes the tensors of one shape that a launch reads.
 
     Args:
         shape: [n_samples, n_groups, channels of a group, positions].
         kind: "flat" or "last".
-        slices: of x, and then dy in a backward, and the residual; None for a tensor that is None.
+        slices: of x, dy in a backward, and the residual; None for a tensor that is None.
         types: their dtypes.
-        others: dtypes of the kernel's other tensors, None for those that it is not given.
+        others: dtypes of the kernel's other tensors, None for those that are None.
     """
 
     shape: tuple[int, int, int, int]
@@ -96,7 +95,7 @@ class Groups(NamedTuple):
         return x.itemsize
 
     def by_channel(self) -> Read:
-        """Returns how a launch reads each sample as channels, with the statistics of their groups."""
+        """Returns the launch's view of each sample as channels, with their groups' statistics."""
         _, n_groups, per_group, n_positions = self.shape
         shape = 1, n_groups * per_group, n_positions
         if self.kind == "last":
@@ -104,7 +103,7 @@ class Groups(NamedTuple):
         return self._read(shape, "flat", per_group, lambda _: (0, n_positions, 1))
 
     def by_group(self) -> Read:
-        """Returns how a launch reads each sample as groups."""
+        """Returns the launch's view of each sample as groups."""
         _, n_groups, per_group, n_positions = self.shape
         if self.kind == "flat":
             size = per_group * n_positions

@@ -1,8 +1,8 @@
-"""GroupNorm: the launches of a call. A group is a channel of one sample, whose weight changes along it.
+"""Plans and launches GroupNorm. A group is a channel of one sample whose weight changes along it.
 
-Statistics are reduced over groups, as a BatchNorm's over channels, sample by sample. What has a weight is computed over
-channels, each with the statistics of its group. InstanceNorm, with a channel a group, does both in one launch where it
-fits; the bits of a sample do not depend on the samples beside it.
+Statistics are reduced by group, as a BatchNorm's by channel, sample by sample. Results that depend on the weight are
+computed by channel, with the statistics of its group. InstanceNorm, with one channel a group, does both in one launch
+if it fits. A sample's bits don't depend on the other samples.
 """
 
 import functools
@@ -25,15 +25,15 @@ from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
 from triton_norm.tuning.memory import remembered
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""dx, dresidual, dweight and dbias."""
+"""The gradients are dx, dresidual, dweight and dbias."""
 
 
 class GroupBackwardTensors(NamedTuple):
-    """Bundles the tensors that the backward reads.
+    """Holds the tensors that the backward reads.
 
     Args:
-        dy, x, residual: [N, C, *]; residual is None unless an activation was taken of the sum with it.
-        weight, bias: [C] or None; bias is None unless z is computed again.
+        dy, x, residual: [N, C, *]; residual is None unless it is needed to recompute z.
+        weight, bias: [C], or None; bias is None unless it is needed to recompute z.
         statistics: [3, N · n_groups]: mean, mean_lo and rstd.
     """
 
@@ -78,7 +78,7 @@ def _forward_steps(groups: Groups, spec: GroupNormSpec) -> list[Step]:
 
 
 class GroupForwardPlan:
-    """Launches the forward of all calls of one signature."""
+    """Runs the forward of all calls of one signature."""
 
     def __init__(self, spec: GroupNormSpec, tensors: Inputs) -> None:
         x, residual, *parameters = tensors
@@ -98,7 +98,7 @@ class GroupForwardPlan:
 
         Args:
             tensors: fields of Inputs.
-            moments: [3, n_samples · n_groups], to be filled with mean, mean_lo and M2; None: not wanted.
+            moments: [3, n_samples · n_groups], filled with mean, mean_lo and M2; or None.
         """
         x, residual, weight, bias = tensors
         y = torch.empty_like(x) if self._y_alike else dense_like(x, self._y_dtype, self._kind)
@@ -172,7 +172,7 @@ def _combining_launcher(types: Types, n_channels: int, per_group: int, device: t
 
 
 class GroupBackwardPlan:
-    """Launches the backward of all calls of one signature."""
+    """Runs the backward of all calls of one signature."""
 
     def __init__(self, spec: GroupNormSpec, wanted: Wanted, tensors: GroupBackwardTensors) -> None:
         dy, x, residual, *others = tensors
@@ -249,7 +249,7 @@ class GroupBackwardPlan:
 
 
 def gradients(x: Tensor, wanted: Wanted, kind: str, dx_alike: bool = False) -> Gradients:
-    """Returns dx and dresidual of x's shape, laid as that kind, dweight and dbias [C]: empty, None where not wanted."""
+    """Allocates dx and dresidual, in the layout `kind`, and dweight and dbias [C], where wanted."""
     dx, dresidual = (
         None if dtype is None else dense_like(x, dtype, kind) for dtype in (wanted.dx_dtype, wanted.dresidual_dtype)
     )
@@ -261,7 +261,7 @@ def gradients(x: Tensor, wanted: Wanted, kind: str, dx_alike: bool = False) -> G
 
 
 def group_forward_plan_of(spec: GroupNormSpec, tensors: Inputs) -> GroupForwardPlan:
-    """Returns the plan of forwards like this one, made if there is none yet."""
+    """Returns the plan of forwards of this signature, creating it if necessary."""
     key = "group_norm", spec, *(tensor is None for tensor in tensors)
     plan: GroupForwardPlan | None = plans.find(key, tensors)
     if plan is None:
@@ -271,7 +271,7 @@ def group_forward_plan_of(spec: GroupNormSpec, tensors: Inputs) -> GroupForwardP
 
 
 def group_backward_plan_of(spec: GroupNormSpec, wanted: Wanted, tensors: GroupBackwardTensors) -> GroupBackwardPlan:
-    """Returns the plan of backwards like this one, made if there is none yet."""
+    """Returns the plan of backwards of this signature, creating it if necessary."""
     key = "group_norm", spec, wanted, *(tensor is None for tensor in tensors)
     plan: GroupBackwardPlan | None = plans.find(key, tensors)
     if plan is None:

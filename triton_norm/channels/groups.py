@@ -1,4 +1,4 @@
-"""GroupNorm: the kernels' launches or their operators, and autograd."""
+"""Runs GroupNorm by the kernels or their operators, with autograd."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,10 +35,10 @@ from triton_norm.specs import GroupNormSpec, Inputs, Wanted
 
 
 class ForwardCall(NamedTuple):
-    """Bundles the arguments of the forward's operator.
+    """Holds the arguments of the forward's operator.
 
     Args:
-        has_moments: the groups' moments are wanted, to move running statistics by.
+        has_moments: the groups' moments are needed to update running statistics.
     """
 
     inputs: Inputs
@@ -47,19 +47,13 @@ class ForwardCall(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """Bundles the arguments of the backward's operator."""
-
     tensors: GroupBackwardTensors
     wanted: Wanted
     spec: GroupNormSpec
 
 
 class Saved(NamedTuple):
-    """Bundles the tensors that the backward takes from the forward.
-
-    Args:
-        residual, bias: None unless an activation was taken, whose argument is computed again.
-    """
+    """Holds the tensors that the forward saves for the backward; residual and bias only to recompute z."""
 
     x: Tensor
     residual: Tensor | None
@@ -69,7 +63,7 @@ class Saved(NamedTuple):
 
     @property
     def bits(self) -> None:
-        """Bits of a sign, as a BatchNorm's backward may have, which this one has not."""
+        """Returns None: no bits are saved, unlike a BatchNorm's."""
 
 
 def _n_statistics(x: Tensor, spec: GroupNormSpec) -> int:
@@ -82,7 +76,7 @@ def _moments(x: Tensor, spec: GroupNormSpec) -> Tensor:
 
 def _forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
     x, spec = call.inputs.x, call.spec
-    if x.numel() == 0:  # of a number of samples that whoever recorded the call could not know
+    if x.numel() == 0:  # the number of samples was unknown while recording
         y, *found = _fake_forward(call)
         return y, *(None if tensor is None else tensor.zero_() for tensor in found)
     moments = _moments(x, spec) if call.has_moments else None
@@ -108,7 +102,7 @@ def _fake_backward(call: BackwardCall) -> Gradients:
 
 
 def _composed_gradients(spec: GroupNormSpec, kept: Kept, needs: Needs, dy: Tensor, saved: Any) -> list[Tensor | None]:
-    """Returns the gradients of x, residual, weight and bias, composed of torch's own functions."""
+    """Returns the gradients of x, residual, weight and bias, composed of torch's functions."""
 
     def function(inputs: Inputs, activation: str | None) -> Tensor:
         return reference.group_norm(inputs, spec._replace(activation=activation, out_dtype=dy.dtype))
@@ -117,7 +111,7 @@ def _composed_gradients(spec: GroupNormSpec, kept: Kept, needs: Needs, dy: Tenso
 
 
 class _PassesDy(NamedTuple):
-    """Runs a backward whose gradient of the residual is dy, as the residual's dtype."""
+    """Runs a backward without activation, where dresidual is dy in the residual's dtype."""
 
     plan: Any
     dtype: torch.dtype
@@ -129,7 +123,7 @@ class _PassesDy(NamedTuple):
 
 
 def _gradients(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of x, residual, weight and bias, each in the shape and dtype of its own."""
+    """Returns the gradients of x, residual, weight and bias, in the shape and dtype of each."""
     kept: Kept = ctx.kept
     spec, needs = ctx.spec, needs_of(ctx)
     intercepted = kept.forms is None or is_intercepted()
@@ -225,11 +219,12 @@ backward_op = recorded(
 
 
 class GroupNormPlan:
-    """Runs the calls of one signature, and holds what their backwards have to know.
+    """Runs the calls of one signature, and holds the facts that their backwards need.
 
-    requires_grad: a tensor requires a gradient.
-    saves_copies: autograd can only save a copy of x or the residual.
-    kept: what a backward has to know, once there was a forward with gradients.
+    Attributes:
+        requires_grad: a tensor requires grad.
+        saves_copies: autograd can save only a copy of x or residual.
+        kept: facts for the backward, set by the first forward with gradients.
     """
 
     def __init__(self, spec: GroupNormSpec, tensors: Inputs) -> None:
@@ -240,7 +235,7 @@ class GroupNormPlan:
 
 
 def _savable(tensors: Inputs, spec: GroupNormSpec) -> Inputs:
-    """Returns the tensors, with copies of those that autograd has to save and can't."""
+    """Returns the tensors, with copies of those that autograd needs but can't save."""
     x, residual, _, _ = tensors
     if is_unsavable(x):
         tensors = tensors._replace(x=x.clone())
@@ -250,7 +245,7 @@ def _savable(tensors: Inputs, spec: GroupNormSpec) -> Inputs:
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """Computes first-order gradients by the kernels; `needs_torch` tells which backwards go through `reference`."""
+    """Differentiates once by the kernels; `needs_torch` decides which backwards use `reference` instead."""
 
     @staticmethod
     def forward(
@@ -275,7 +270,7 @@ class GroupNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, saved, needs = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad
         if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            tensors = dy, *saved  # as GroupBackwardTensors
+            tensors = dy, *saved  # fields of GroupBackwardTensors
             backward = plans.find((plan, needs), tensors)
             if backward is not None:
                 return *backward(tensors), None, None
@@ -284,16 +279,16 @@ class GroupNormFunction(torch.autograd.Function):
         return *_gradients(ctx, Saved(*saved), dy), None, None
 
 
-# torch.autograd.Function.apply without its look for torch.func's transforms, which `dispatch` has done.
+# torch.autograd.Function.apply without its check for torch.func's transforms, which `dispatch` has made.
 _apply: Any = super(torch.autograd.Function, GroupNormFunction).apply
 
 
 def launch(tensors: tuple[Any, ...], plan: GroupNormPlan, moments: Tensor | None = None) -> Tensor:
-    """Returns y through the kernels.
+    """Returns y by the kernels.
 
     Args:
         tensors: fields of Inputs.
-        moments: [3, n_samples · n_groups], to be filled with mean, mean_lo and M2 of each group; None: not wanted.
+        moments: [3, n_samples · n_groups], filled with mean, mean_lo and M2; or None.
     """
     if plan.requires_grad and torch.is_grad_enabled():
         if plan.saves_copies:
@@ -304,7 +299,7 @@ def launch(tensors: tuple[Any, ...], plan: GroupNormPlan, moments: Tensor | None
 
 
 def record(tensors: Inputs, spec: GroupNormSpec, moments: bool = False) -> Any:
-    """Returns y, or (y, moments), through the operators that stand for a call where it is recorded."""
+    """Returns y, or (y, moments), by the operators that record the call."""
     if needs_gradient(tensors):
         tensors = _savable(tensors, spec)
     y, _, found = forward_op(ForwardCall._make((tensors, moments, spec)))

@@ -24,8 +24,8 @@ class Instances(NamedTuple):
 
     Args:
         n_instances: number of slices: a GroupNorm's samples.
-        strides: elements from one slice to the next of each tensor in Read.lies, None for a tensor that is None.
-        channels_per_statistic: adjacent channels that share their statistics.
+        strides: elements between slices, of each tensor in Read.lies, None for a tensor that is None.
+        channels_per_statistic: adjacent channels with common statistics.
     """
 
     n_instances: int
@@ -42,7 +42,7 @@ class Read(NamedTuple):
         x: dtype of x.
         swept: dtypes of the tensors that it reads, in the kernel's order.
         others: dtypes of the kernel's other tensors, None for those that are None.
-        instances: None for a BatchNorm, which works once on whole tensors.
+        instances: None for a BatchNorm, which processes whole tensors at once.
     """
 
     shape: tuple[int, ...]

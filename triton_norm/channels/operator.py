@@ -153,7 +153,7 @@ def _launched(ctx: Any, wanted: Wanted, tensors: BackwardTensors) -> Gradients:
 
 
 class Asked(NamedTuple):
-    """Describes what a backward is asked for; `spec` has an activation and its slope."""
+    """Specifies a backward; `spec` has an activation and its slope."""
 
     spec: Any
     bits_kind: str | None

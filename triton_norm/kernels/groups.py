@@ -1,4 +1,4 @@
-"""Combines the sums of a GroupNorm's channels, sample by sample, into what dx, dweight and dbias need."""
+"""Combines the channel sums of a GroupNorm, sample by sample, to the means for dx, and to dweight and dbias."""
 
 import triton
 import triton.language as tl
@@ -8,8 +8,11 @@ from triton_norm.kernels.moments import tile_sum, to_float
 
 @triton.jit
 def sum_group(ptr, weight_ptr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns Σ weight · value [1, 1] over the PER_GROUP channels of a group, whose values and weights begin at ptr and
-    weight_ptr; the weight may be None."""
+    """Returns Σ weight · value [1, 1] over the PER_GROUP channels of a group.
+
+    Args:
+        ptr, weight_ptr: the group's first value and weight; weight_ptr may be None.
+    """
     COMPUTE: tl.constexpr = ptr.dtype.element_ty
     found = tl.zeros([1, BLOCK_C], COMPUTE)
     for start in range(0, PER_GROUP, BLOCK_C):
@@ -24,7 +27,7 @@ def sum_group(ptr, weight_ptr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def add_samples(ptr, sums_ptr, columns, n_samples, n_channels, BLOCK_K: tl.constexpr):
-    """Stores the sum over the samples of sums [n_samples, n_channels], for some columns [1, n], in fixed order."""
+    """Stores the sums over samples of sums [n_samples, n_channels], for some columns [1, n], in fixed order."""
     COMPUTE: tl.constexpr = sums_ptr.dtype.element_ty
     there = columns < n_channels
     found = tl.zeros([BLOCK_K, columns.shape[1]], COMPUTE)
@@ -51,12 +54,12 @@ def groups_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Computes the means that dx takes of each group, and dweight and dbias, from sums over each sample's channels.
+    """Computes the group means that dx depends on, and dweight and dbias, from sums over each sample's channels.
 
     Grid: n_means + cdiv(n_channels, BLOCK_C). The first n_means programs have a group each, the rest BLOCK_C channels.
 
     Args:
-        dweight_sums_ptr, dbias_sums_ptr: [n_samples, n_channels], Σ dz · x_hat and Σ dz; None where nothing needs them.
+        dweight_sums_ptr, dbias_sums_ptr: [n_samples, n_channels], Σ dz · x_hat and Σ dz; or None.
         weight_ptr: [n_channels], or None.
         statistics_ptr: [3, n_means]: mean, mean_lo and rstd.
         means_ptr: [2, n_means], mean(weight · dz) and mean(weight · dz · x_hat) · rstd, of n_means = n_samples ·
@@ -64,7 +67,7 @@ def groups_backward_kernel(
         dweight_ptr, dbias_ptr: [n_channels], or None.
         total: elements of a group.
         PER_GROUP: channels of a group.
-        BLOCK_K: samples that are added at a time.
+        BLOCK_K: samples added at a time.
     """
     program = tl.program_id(0)
     if program < n_means:

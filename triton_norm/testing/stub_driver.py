@@ -1,7 +1,7 @@
-"""Calls of this library without a GPU: launched as on one, over a CUDA driver that computes nothing.
+"""Runs calls of this library without a GPU, launched as on one, over a CUDA driver that computes nothing.
 
 `installed` is for measuring the host's time. Triton compiles, loads and launches as on a GPU; the kernels don't run, so
-results are whatever memory holds. It takes a process of its own, without TRITON_INTERPRET=1, and a C compiler:
+the contents of results are undefined. It takes a process of its own, without TRITON_INTERPRET=1, and a C compiler:
 
     from triton_norm.testing import stub_driver
 
@@ -11,7 +11,7 @@ results are whatever memory holds. It takes a process of its own, without TRITON
         before = launches()
         print(timeit.timeit(lambda: norm(x), number=1000), launches() - before)
 
-`as_on_gpu` alone has CPU tensors launched as on a GPU, and leaves the driver as it is.
+`as_on_gpu` alone launches for CPU tensors as on a GPU, and leaves the driver unchanged.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STUB_SOURCE = Path(__file__).with_name("stub_cuda.c")
 
 @contextmanager
 def as_on_gpu(gpu: Gpu, start: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Serves CPU tensors within this context, with the launches that are chosen for a GPU.
+    """Serves CPU tensors within this context, with the launches chosen for a GPU.
 
     Args:
         gpu: the GPU.
