@@ -120,24 +120,6 @@ def uncached(record: Traffic) -> float:
     return streamed(record) - record["again_bytes"] / record["floor_bytes"]
 
 
-def _form_floor(record: Traffic) -> int:
-    """Returns the floor for as many launches as there are: two have to read the reduced tensors twice."""
-    return record["floor_bytes"] if len(record["launches"]) == 1 else record["apart_floor_bytes"]
-
-
-def over_its_form(record: Traffic) -> float:
-    """Returns `uncached` bytes over the floor for as many launches as there are."""
-    return uncached(record) * record["floor_bytes"] / _form_floor(record)
-
-
-def exchanged(record: Traffic) -> float:
-    """Returns the part of `over_its_form` that programs leave for each other, all of it in cache: partial sums,
-    counters, and statistics beyond each once."""
-    partials = sum(record["bytes"]["partials"].values())
-    statistics = sum(record["bytes"]["statistics"].values()) - sum(record["footprint"]["statistics"].values())
-    return (partials + statistics) / _form_floor(record)
-
-
 def access_bits(record: Resources) -> int:
     """Returns the narrowest access to x, y and their like; where arguments are not told apart, the widest of all."""
     bulk = [access for name, access in record["accesses"].items() if name in BULK]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 from unittest import mock
 
@@ -29,8 +28,6 @@ from triton_norm.tuning.configs import Config, Space
 from triton_norm.tuning.limits import Gpu
 
 OPS = triton_norm_functions()
-NARROWER = ("SHARED", "LANES", "WIDTH")
-"""Constants of launches that change sizes alone, and no work."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +145,6 @@ class Launch:
     def describe(self) -> dict[str, Any]:
         return {"kernel": self.kernel.__name__, "config": self.config.keywords, "programs": self.programs}
 
-    @property
-    def elements(self) -> int:
-        """Returns the elements of a program's tile."""
-        return prod(dict(self.config.blocks).values()) * int(self.constants.get("LANES", 1))
-
 
 @contextmanager
 def compiling_for(target: Target) -> Iterator[list[Launch]]:
@@ -198,22 +190,6 @@ def compile_point(point: Point, target: Target, every_config: bool = False) -> l
         if every_config:
             launches[:] = [replace(launch, config=config) for launch in launches for config in launch.space.configs]
         return [(launch, launch.compile()) for launch in launches]
-
-
-def representatives(points: Sequence[Point], target: Target) -> list[Point]:
-    """Returns one point for each way of launching: of launches that differ in sizes alone, the largest tiles'."""
-    found: dict[Any, tuple[int, Point]] = {}
-    for point in points:
-        with launches_of(point, target) as launches:
-            ways = [
-                (launch.kernel.__name__, *((k, v) for k, v in launch.constants.items() if k not in NARROWER))
-                for launch in launches
-            ]
-            size = sum(launch.elements for launch in launches)
-        way = point.op, point.mode, point.dtype, str(ways)
-        if way not in found or found[way][0] < size:
-            found[way] = size, point
-    return [point for _, point in found.values()]
 
 
 def _some(points: Sequence[Point], target: Target, known: dict[str, Code], every_config: bool) -> Iterator[Resources]:
