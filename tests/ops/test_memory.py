@@ -97,6 +97,19 @@ def test_channels_keep_x_statistics_and_a_bit_an_element(training, activation, a
     check(kept, referred, bits + ([(torch.float32, 3 * 2 * 4)] if training else []))
 
 
+@pytest.mark.parametrize("n_groups", [2, 4])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_groups_keep_x_and_statistics(activation, n_groups, device):
+    x, residual = torch.randn(2, 3, 4, 2, 4, device=device).unbind()
+    x, residual = x.clone(), residual.clone()
+    weight, bias = torch.ones(4, device=device), torch.zeros(4, device=device)
+    ask_for("all", x=x, weight=weight, bias=bias, residual=residual)
+    fused = {"residual": residual, "activation": activation}
+    _, kept = kept_by(lambda: triton_norm.group_norm(x, n_groups, weight, bias, **fused))
+    referred = [x, weight, *(() if activation is None else (bias, residual))]
+    check(kept, referred, [(torch.float32, 12 * 3 * n_groups)])
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_synchronized_statistics_are_kept_as_a_batchs_own(activation, monkeypatch, device):
     monkeypatch.setattr(distributed, "gather", lambda packed, group: packed[None])
