@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from perf.contenders import Functions
-from perf.points import BOTH, Point
+from perf.points import BOTH, NUM_GROUPS, Point
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 EPS = 1e-5
@@ -107,6 +107,10 @@ def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
     if point.workload.family == "channels":
         statistics, training = (i.running_mean, i.running_var), point.training
         return lambda: function(*tensors, *statistics, i.weight, i.bias, training, MOMENTUM, EPS)
+    if point.workload.family == "groups":
+        return lambda: function(*tensors, NUM_GROUPS, i.weight, i.bias, EPS)
+    if point.workload.family == "instances":
+        return lambda: function(*tensors, None, None, i.weight, i.bias, True, MOMENTUM, EPS)
     parameters = (i.weight, i.bias) if point.has_bias else (i.weight,)
     shape = (point.workload.features,)
     return lambda: function(*tensors, shape, *parameters, EPS)

@@ -22,6 +22,9 @@ class Functions:
     layer_norm_residual: Function | None = None
     rms_norm_residual: Function | None = None
     batch_norm_add_relu: Function | None = None
+    group_norm: Function | None = None
+    group_norm_silu: Function | None = None
+    instance_norm: Function | None = None
 
 
 def _layer_norm_of_sum(x: Any, residual: Any, *arguments: Any) -> Any:
@@ -38,6 +41,10 @@ def _batch_norm_add_relu(x: Any, residual: Any, *arguments: Any) -> Any:
     return functional.relu(functional.batch_norm(x, *arguments) + residual)
 
 
+def _group_norm_silu(*arguments: Any) -> Any:
+    return functional.silu(functional.group_norm(*arguments))
+
+
 def torch_functions() -> Functions:
     return Functions(
         functional.layer_norm,
@@ -46,6 +53,9 @@ def torch_functions() -> Functions:
         _layer_norm_of_sum,
         _rms_norm_of_sum,
         _batch_norm_add_relu,
+        functional.group_norm,
+        _group_norm_silu,
+        functional.instance_norm,
     )
 
 
@@ -61,6 +71,17 @@ def triton_norm_functions() -> Functions:
     def batch_norm_add_relu(x: Any, residual: Any, *arguments: Any) -> Any:
         return tn.batch_norm(x, *arguments, residual=residual, activation="relu")
 
+    def group_norm_silu(*arguments: Any) -> Any:
+        return tn.group_norm(*arguments, activation="silu")
+
     return Functions(
-        tn.layer_norm, tn.batch_norm, tn.rms_norm, layer_norm_residual, rms_norm_residual, batch_norm_add_relu
+        tn.layer_norm,
+        tn.batch_norm,
+        tn.rms_norm,
+        layer_norm_residual,
+        rms_norm_residual,
+        batch_norm_add_relu,
+        tn.group_norm,
+        group_norm_silu,
+        tn.instance_norm,
     )

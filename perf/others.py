@@ -23,7 +23,10 @@ def liger() -> Functions:
     def rms_norm_residual(x: Any, residual: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
         return ops.liger_fused_add_rms_norm(x, residual, weight, eps, **as_torch)
 
-    return Functions(layer_norm, rms_norm=rms_norm, rms_norm_residual=rms_norm_residual)
+    def group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float) -> Any:
+        return ops.liger_group_norm(x, weight, bias, x.shape[1], num_groups, eps)
+
+    return Functions(layer_norm, rms_norm=rms_norm, rms_norm_residual=rms_norm_residual, group_norm=group_norm)
 
 
 def quack() -> Functions:

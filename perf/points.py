@@ -25,6 +25,9 @@ FAMILY = {
     "batch_norm": "channels",
     "batch_norm_eval": "channels",
     "batch_norm_add_relu": "channels",
+    "group_norm": "groups",
+    "group_norm_silu": "groups",
+    "instance_norm": "instances",
 }
 TITLE = {
     "layer_norm": "LayerNorm",
@@ -34,7 +37,12 @@ TITLE = {
     "batch_norm": "BatchNorm, training",
     "batch_norm_eval": "BatchNorm, evaluation",
     "batch_norm_add_relu": "BatchNorm + add + ReLU",
+    "group_norm": "GroupNorm",
+    "group_norm_silu": "GroupNorm + SiLU",
+    "instance_norm": "InstanceNorm",
 }
+NUM_GROUPS = 32
+"""Groups of every GroupNorm: those of diffusion models and of most others."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,12 @@ FLOORS = {
     ("batch_norm_add_relu", "backward"): Floor(
         ("x", "dy", "bits", "weight", "mean", "rstd"), ("dx", "dresidual", "dweight", "dbias")
     ),
+    ("group_norm", "forward"): Floor(("x", "weight", "bias"), ("y",)),
+    ("group_norm", "backward"): Floor(("x", "dy", "weight", "mean", "rstd"), _GRADIENTS),
+    ("group_norm_silu", "forward"): Floor(("x", "weight", "bias"), ("y",)),
+    ("group_norm_silu", "backward"): Floor(("x", "dy", "weight", "bias", "mean", "rstd"), _GRADIENTS),
+    ("instance_norm", "forward"): Floor(("x", "weight", "bias"), ("y",)),
+    ("instance_norm", "backward"): Floor(("x", "dy", "weight", "mean", "rstd"), _GRADIENTS),
 }
 
 REDUCED = {
@@ -85,6 +99,12 @@ REDUCED = {
     ("batch_norm", "backward"): ("x", "dy"),
     ("batch_norm_add_relu", "forward"): ("x",),
     ("batch_norm_add_relu", "backward"): ("x", "dy", "bits"),
+    ("group_norm", "forward"): ("x",),
+    ("group_norm", "backward"): ("x", "dy"),
+    ("group_norm_silu", "forward"): ("x",),
+    ("group_norm_silu", "backward"): ("x", "dy"),
+    ("instance_norm", "forward"): ("x",),
+    ("instance_norm", "backward"): ("x", "dy"),
 }
 """Tensors that have to be read from end to end before the first element can be written."""
 
@@ -105,7 +125,7 @@ def floor_of(op: str, mode: str) -> Floor:
 
 @dataclass(frozen=True)
 class Workload:
-    """One input. Rows: (tokens, hidden). Channels: (N, C, *spatial), lying in memory as `layout` says."""
+    """One input. Rows: (tokens, hidden). Others: (N, C, *spatial), lying in memory as `layout` says."""
 
     family: str
     group: str
@@ -125,8 +145,10 @@ class Workload:
 
     @property
     def groups(self) -> int:
-        """Returns how many means there are: one a row, or one a channel."""
-        return self.elements // self.features if self.family == "rows" else self.features
+        """Returns how many means there are: one a row, a channel, or a group or channel of a sample."""
+        means = {"rows": self.elements // self.features, "channels": self.features}
+        means |= {"groups": self.shape[0] * NUM_GROUPS, "instances": self.shape[0] * self.features}
+        return means[self.family]
 
 
 @dataclass(frozen=True)
@@ -177,8 +199,8 @@ class Point:
 
     @property
     def parameter_dtype(self) -> str:
-        """Returns x's type, or for BatchNorm fp32 beside 16-bit activations, as under autocast."""
-        return self.dtype if self.workload.family == "rows" or self.dtype == "fp64" else "fp32"
+        """Returns x's type, or for BatchNorm and InstanceNorm fp32 beside 16-bit activations, as under autocast."""
+        return self.dtype if self.workload.family in ("rows", "groups") or self.dtype == "fp64" else "fp32"
 
     def tensor_bytes(self, name: str) -> int:
         if name in BULK:

@@ -53,6 +53,10 @@ MOBILENET_V2 = [
 ]  # fmt: skip
 UNET_3D = [(32, 128), (64, 64), (128, 32), (256, 16), (320, 8), (320, 4)]
 MLP = [(16384, 1024), (8192, 4096), (4096, 1000), (65536, 64)]
+# [channels, side of the square image] of diffusion at 512 x 512 pixels, and of a network for style transfer.
+STABLE_DIFFUSION = [(320, 64), (960, 64), (640, 32), (1920, 32), (1280, 16), (2560, 16), (1280, 8), (2560, 8)]
+DECODER = [(512, 64), (512, 128), (512, 256), (256, 256), (256, 512), (128, 512)]
+STYLE_TRANSFER = [(32, 256), (64, 128), (128, 64)]
 QUICK_RESNET50 = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
 QUICK_ADD_CHANNELS = (256, 2048)
 
@@ -98,7 +102,25 @@ def _channels(layout: str) -> Iterator[Workload]:
             yield Workload("channels", "networks", matrix, "MLP", quick=matrix == MLP[0])
 
 
+def _samples(layout: str) -> Iterator[Workload]:
+    """Yields inputs of GroupNorm and InstanceNorm."""
+
+    def workload(family: str, shape: tuple[int, ...], source: str, quick: bool = False) -> Workload:
+        return Workload(family, "networks", shape, source, layout, quick, quick)
+
+    for channels, side in STABLE_DIFFUSION:
+        yield workload("groups", (8, channels, side, side), "Stable Diffusion's UNet", quick=side == 64)
+    for channels, side in DECODER:
+        yield workload("groups", (1, channels, side, side), "Stable Diffusion's VAE", quick=side == 512)
+    yield workload("groups", (1, 128, 20, 256, 256), "video VAE")
+    for channels, side in UNET_3D:
+        yield workload("instances", (2, channels, side, side, side), "nnU-Net", quick=side == 64)
+    for channels, side in STYLE_TRANSFER:
+        yield workload("instances", (4, channels, side, side), "style transfer", quick=side == 128)
+
+
 WORKLOADS = [*_rows(), *_channels("contiguous"), *_channels("channels_last")]
+WORKLOADS += [*_samples("contiguous"), *_samples("channels_last")]
 
 
 def _is_quick(op: str, workload: Workload) -> bool:
@@ -111,7 +133,8 @@ def _is_quick(op: str, workload: Workload) -> bool:
 
 def read(path: Path) -> list[Workload]:
     """Workloads from JSON: a list of {"shape": [...]}, each with "family": "rows" (the last extent is normalized; a
-    shape of two extents has it by default) or "channels", "layout" and "source", where wanted. ValueError if it is not.
+    shape of two extents has it by default), "channels", "groups" or "instances", "layout" and "source", where wanted.
+    ValueError if it is not.
     """
     try:
         described = json.loads(path.read_text())
@@ -174,12 +197,15 @@ BAR_ROWS = {"forward": 1024, "backward": 16384}
 QUICK_BAR_COLUMNS = (1000, 1024, 4096, 8192, 32768, 65536)
 ROW_OPS = tuple(op for op, family in FAMILY.items() if family == "rows")
 CHANNEL_OPS = tuple(op for op, family in FAMILY.items() if family == "channels")
+SAMPLE_OPS = tuple(op for op, family in FAMILY.items() if family in ("groups", "instances"))
 CHANNEL_BARS = tuple(
     workload
     for workload in WORKLOADS
     if workload.family == "channels" and workload.source in ("ResNet-50", "3-D U-Net", "MLP")
 )
 TYPES = ("bf16", "fp32")
+SAMPLES = (8, 320, 64, 64)
+"""The GroupNorm whose kernels are always compiled."""
 
 MULTIPROCESSORS = 132
 """Of the GPU that bytes are counted for, an H100."""
@@ -237,6 +263,20 @@ def channel_bars(
     return [Point(op, mode, dtype, each) for op in ops for dtype in dtypes for each in workloads for mode in modes]
 
 
+def sample_bars(
+    ops: Sequence[str] = SAMPLE_OPS, modes: Sequence[str] = MODES, dtypes: Sequence[str] = TYPES, quick: bool = False
+) -> list[Point]:
+    """Returns every GroupNorm and InstanceNorm of the networks that the bars for machine code are stated for."""
+    return [
+        Point(op, mode, dtype, each)
+        for op in ops
+        for dtype in dtypes
+        for each in WORKLOADS
+        if each.family == FAMILY[op] and (each.quick or not quick)
+        for mode in modes
+    ]
+
+
 def _few_rows(sliced: bool) -> list[Point]:
     several = bars(("layer_norm",), dtypes=("bf16",), columns=QUICK_BAR_COLUMNS, sliced=sliced)
     several += bars(("layer_norm",), dtypes=("fp32",), columns=(4096, 16384), sliced=sliced)
@@ -246,11 +286,12 @@ def _few_rows(sliced: bool) -> list[Point]:
 def resource_points(full: bool = False) -> list[Point]:
     """Returns shapes whose launches differ, or with `full` all that the bars for machine code are stated for."""
     if full:
-        return bars() + channel_bars()
+        return bars() + channel_bars() + sample_bars()
     shapes = {((32, 64, 112, 112), layout) for layout in LAYOUTS} | {((32, 1024, 14, 14), layout) for layout in LAYOUTS}
     shapes.add(((32, 2048, 7, 7), "contiguous"))
     chosen = [workload for workload in CHANNEL_BARS if (workload.shape, workload.layout) in shapes]
-    return _few_rows(sliced=False) + channel_bars(dtypes=("bf16",), workloads=chosen)
+    groups = [point for point in sample_bars(("group_norm_silu",), dtypes=("bf16",)) if point.workload.shape == SAMPLES]
+    return _few_rows(sliced=False) + channel_bars(dtypes=("bf16",), workloads=chosen) + groups
 
 
 def traffic_points(full: bool = False) -> list[Point]:

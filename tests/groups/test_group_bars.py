@@ -1,0 +1,50 @@
+"""Bars for GroupNorm and InstanceNorm that need no GPU: machine code, launches, and programs that fill it."""
+
+import json
+
+import pytest
+
+from perf.findings import layout_text
+from support.bars import moved, records, wanting
+
+pytest.importorskip("triton")
+
+pytestmark = [pytest.mark.unguarded, pytest.mark.long]
+
+RESOURCES = """
+from perf import resources, workloads
+
+target, dtypes, quick = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "quick"
+found = resources.records(workloads.sample_bars(dtypes=dtypes, quick=quick), [target])
+"""
+KERNELS = {"channels_forward_kernel", "channels_backward_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("target", "dtypes", "which"),
+    [
+        ("sm_90", ("bf16",), "quick"),
+        pytest.param("sm_80", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
+        pytest.param("sm_90", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
+        pytest.param("sm_100", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
+    ],
+)
+def test_machine_code(target, dtypes, which):
+    """No kernel spills, and each access to x, y and their like moves 16 bytes."""
+    compiled = records(RESOURCES, target, json.dumps(dtypes), which)
+    found = {
+        f"{r['op']} {r['mode']} {r['dtype']} {layout_text(r)}, {r['kernel']}": wanting(r, 128)
+        for r in compiled
+        if r["status"] != "ok" or r["kernel"] in KERNELS
+    }
+    assert {name: faults for name, faults in found.items() if faults} == {}
+    assert {("x", "load"), ("dy", "load"), ("y", "store"), ("dx", "store")} < moved(compiled)
+    launches = {}
+    for record in compiled:
+        call = record["op"], record["mode"], *record["shape"], record["layout"], record["dtype"]
+        launches.setdefault(call, []).append(record)
+    for (op, mode, *_), made in launches.items():
+        most = {"forward": 2, "backward": 3}[mode]
+        assert len(made) <= most, op
+        if made[0]["floor_bytes"] > 1 << 28:  # a large input is worked on by two programs a multiprocessor or more
+            assert all(r["programs"] >= 2 * 132 for r in made if r["kernel"] in KERNELS)
