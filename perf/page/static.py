@@ -192,7 +192,7 @@ def machine_code(findings: Findings) -> list[Block]:
 
 def _by_target(compiled: Sequence[Resources]) -> Table:
     """Returns a row for each kernel of an op, pass and shape, and a column for each GPU."""
-    targets = list(dict.fromkeys(r["target"] for r in compiled))
+    targets = sorted({r["target"] for r in compiled}, key=lambda name: (not name.startswith("sm"), len(name), name))
     found: dict[tuple[str, ...], dict[str, Resources]] = {}
     for r in compiled:
         key = (TITLE[r["op"]], MODE_TITLE[r["mode"]], f"{layout_text(r)} {r['dtype']}", r["kernel"])
