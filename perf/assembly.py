@@ -44,6 +44,8 @@ def _text_section(cubin: bytes) -> bytes:
 def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
     """Returns each kernel's mnemonics. nvdisasm takes half a second to start, so it starts once for all of them."""
     texts = [_text_section(cubin) for cubin in cubins]
+    if not texts:
+        return []  # nvdisasm fails on an empty file
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(texts))
         file.flush()

@@ -83,7 +83,7 @@ def test_unknown_backends():
         pass
 
 
-python = functools.partial(processes.run, "-c")
+python = functools.partial(processes.output, "-c")
 
 EXPLAIN = "import torch, triton_norm as tn; print(tn.explain(tn.layer_norm, torch.ones(2, 3), (3,)))"
 
@@ -97,7 +97,7 @@ EXPLAIN = "import torch, triton_norm as tn; print(tn.explain(tn.layer_norm, torc
     ],
 )
 def test_cpu_tensors(environment, said):
-    assert python(EXPLAIN, **environment).stdout.startswith(said)
+    assert python(EXPLAIN, **environment).startswith(said)
 
 
 NONSENSE = """
@@ -115,8 +115,7 @@ for name in "cuda", "", " auto", "AUTO":
 
 
 def test_nonsense_in_the_environment_is_one_clear_error():
-    done = python(NONSENSE)
-    assert done.returncode == 0, done.stderr
+    python(NONSENSE)
 
 
 def test_import_without_triton():
@@ -136,15 +135,12 @@ y.sum().backward()
 print(tn.BatchNorm1d(4)(torch.randn(3, 4)).shape, tn.explain(tn.layer_norm, y, (4,)))
 assert "triton" not in sys.modules
 """
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-    assert "triton is not installed" in done.stdout
+    assert "triton is not installed" in python(code)
 
 
 def test_import_does_not_import_triton_and_touches_no_gpu():
     code = "import sys, torch, triton_norm; assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
-    done = python(code)
-    assert done.returncode == 0, done.stderr
+    python(code)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])

@@ -67,5 +67,4 @@ for name in sys.argv[1:]:
 def test_each_trains(code):
     """The kernels are interpreted here, where they can be, and torch's path is taken."""
     backends = ("triton", "torch") if INTERPRETED else ("torch",)
-    done = processes.run("-c", SETUP + code, *backends, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr
+    processes.output("-c", SETUP + code, *backends, TRITON_INTERPRET="1")

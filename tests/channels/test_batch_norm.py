@@ -10,6 +10,7 @@ import triton_norm
 from support.channel_norms import ACTIVATIONS, FUSED, KINDS, MODES, SHAPES, SPLIT, Call, drawn, laid, share
 from support.oracle import DTYPES, differentiated, ulp
 from support.turns import taking_turns
+from triton_norm.channels.layout import kind_of
 
 pytestmark = pytest.mark.usefixtures("through_the_kernels")
 
@@ -186,33 +187,30 @@ def test_no_less_exact_than_torch_on_hard_data(data, kind, numbers, device):
     assert our_error <= 2 * their_error + 4 * torch.finfo(torch.float32).eps * exact.abs().max().clamp_min(1)
 
 
-def uneven(data: str) -> torch.Tensor:
-    """Returns an image whose channels are read in many tiles, not all alike."""
-    x = torch.randn(32, 8, 4, 8)
-    if data == "mean 1e6 times std":
-        x += 1e6
-    elif data == "an outlier in the first tile":
-        x[0, :, 0, 0] = 1e6
-    elif data == "an outlier in the last tile":
-        x[-1, :, -1, -1] = 1e6
-    elif data == "drift":
-        x += torch.linspace(-1e3, 1e3, 32).view(-1, 1, 1, 1)
-    elif data == "a step":
-        x = 1e-3 * x + 1e3 * (torch.arange(32) >= 16).view(-1, 1, 1, 1)
-    x[:, 1] = 1e6 / 3
-    return x
+UNEVEN = {
+    "normal": lambda x, place: x,
+    "mean 1e6 times std": lambda x, place: x + 1e6,
+    "an outlier in the first tile": lambda x, place: torch.where(place == 0, 1e6, x),
+    "an outlier in the last tile": lambda x, place: torch.where(place == 1, 1e6, x),
+    "drift": lambda x, place: x + 2e3 * place - 1e3,
+    "a step": lambda x, place: 1e-3 * x + 1e3 * (place > 0.5),
+}
+"""Channels of many tiles, not all alike, from noise x and the place of an element in its channel, 0 to 1."""
 
 
 @pytest.mark.parametrize("one_launch", [True, False])
-@pytest.mark.parametrize("kind", ["flat", "last"])
 @pytest.mark.parametrize(
-    "data",
-    ["normal", "mean 1e6 times std", "an outlier in the first tile", "an outlier in the last tile", "drift", "a step"],
+    ("kind", "shape"), [("flat", (32, 8, 4, 8)), ("last", (32, 8, 4, 8)), ("folded", (120, 8, 3, 3))]
 )
-def test_moments_of_many_tiles_are_those_of_all(data, kind, one_launch, numbers, device):
+@pytest.mark.parametrize("data", UNEVEN)
+def test_moments_of_many_tiles_are_those_of_all(data, kind, shape, one_launch, numbers, device):
     """No mean leaves an error of its own size, and a constant channel leaves none."""
-    share(numbers, 128, one_launch, channels_last_lanes=8)
-    x = laid(uneven(data), kind).to(device)
+    share(numbers, 512 if kind == "folded" else 128, one_launch, channels_last_lanes=8)
+    place = torch.linspace(0, 1, shape[0] * shape[2] * shape[3]).view(shape[0], 1, *shape[2:])
+    x = UNEVEN[data](torch.randn(shape), place)
+    x[:, 1] = 1e6 / 3
+    x = laid(x, kind).to(device)
+    assert kind_of(x) == kind
     exact = F.batch_norm(x.double().cpu(), None, None, training=True)
     with taking_turns():
         y = triton_norm.batch_norm(x, None, None, training=True).double().cpu()

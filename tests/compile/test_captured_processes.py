@@ -39,13 +39,6 @@ for file in Path(sys.argv[1]).glob("*.pt2"):
 """
 
 
-def done(code: str, *arguments: str, **environment: str) -> str:
-    """Returns what the code prints in a process of its own, which must not fail."""
-    finished = processes.run("-c", code, *arguments, **environment)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return finished.stdout
-
-
 def test_exported_programs_train_where_this_library_is_not(tmp_path):
     """Their graphs hold torch's own operators alone."""
     expected = {}
@@ -63,7 +56,7 @@ def test_exported_programs_train_where_this_library_is_not(tmp_path):
             for step in range(2)
         ]
         expected[number] = [*steps[0], *steps[1], *(buffer for _, buffer in sorted(theirs.named_buffers()))]
-    done(ELSEWHERE, str(tmp_path))
+    processes.output("-c", ELSEWHERE, str(tmp_path))
     for number, tensors in expected.items():
         torch.testing.assert_close(torch.load(tmp_path / f"{number}.found"), tensors, **TOLERANCE)
 
@@ -99,7 +92,7 @@ def counted(kind: str, training: bool, backend: str, folder: Path, **options: An
     """Returns torch's counters after a process has trained the norm by Inductor and compared it with torch's."""
     asked = {"stores": False, "stance": "default", **options}
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_INTERPRET": "1", "PYTHONPATH": "."}
-    printed = done(COMPILED, kind, str(training), backend, *map(str, asked.values()), **environment)
+    printed = processes.output("-c", COMPILED, kind, str(training), backend, *map(str, asked.values()), **environment)
     counters: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return counters
 

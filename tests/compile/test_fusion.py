@@ -397,5 +397,4 @@ assert decomposition.fast_random_decomps()[DEFINED[fusible.NAME]] is fusible.dec
 def test_inductor_knows_the_operator(table):
     """Whatever its table of decompositions, of which it keeps a copy, was filled by before."""
     interpreted = {"TRITON_INTERPRET": "1"} if INTERPRETED else {}
-    done = processes.run("-c", ANEW + TABLES[table], **interpreted)
-    assert done.returncode == 0, done.stderr
+    processes.output("-c", ANEW + TABLES[table], **interpreted)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import triton_norm as tn
+from support.steps import state_of
 
 
 class Own(nn.LayerNorm):
@@ -76,14 +77,6 @@ TYPES = {
     nn.BatchNorm3d: tn.BatchNorm3d,
     nn.SyncBatchNorm: tn.SyncBatchNorm,
 }
-
-
-def state_of(model: nn.Module) -> list[tuple[object, ...]]:
-    """All that a module is, of each module, by identity."""
-    return [
-        (id(module), type(module), {name: id(value) for name, value in vars(module).items()})
-        for module in model.modules()
-    ]
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

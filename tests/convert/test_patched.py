@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_norm as tn
+from support.steps import state_of
 from triton_norm import calls, converting, functional, hugging_face
 
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -17,11 +18,6 @@ LlamaRMSNorm = llama.LlamaRMSNorm
 
 # Dynamo's own, on every autograd.Function that it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be inst:DeprecationWarning")
-
-
-def state_of(model: nn.Module) -> list[tuple[object, ...]]:
-    """All that a module is, of each module, by identity."""
-    return [(id(m), type(m), {name: id(value) for name, value in vars(m).items()}) for m in model.modules()]
 
 
 def for_a_gpu(error: Exception):

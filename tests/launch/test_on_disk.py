@@ -232,8 +232,7 @@ def test_tritons_cache_can_not_be_used(tmp_path):
     skip_beside_a_driver()
     if stub_driver.missing():
         pytest.skip(stub_driver.missing())
-    done = processes.run("-c", TRITONS_CACHE, str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
+    processes.output("-c", TRITONS_CACHE, str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
 
 
 WRITES = """

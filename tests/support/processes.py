@@ -65,6 +65,13 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
+def output(*arguments: str, **environment: str) -> str:
+    """Returns what Python prints with these arguments; raises AssertionError with its errors if it fails."""
+    done = run(*arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @contextlib.contextmanager
 def ending_children() -> Iterator[None]:
     """Ends the processes that multiprocessing has started within this context, however they were started."""

@@ -64,3 +64,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(
             found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def state_of(model: nn.Module) -> list[tuple[object, ...]]:
+    """Returns the identity, the class and the attributes of each module."""
+    return [(id(m), type(m), {name: id(value) for name, value in vars(m).items()}) for m in model.modules()]
