@@ -3,6 +3,7 @@
 kernels/activations.py implements them under the same names.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +33,19 @@ def _silu_gradient(dy: Tensor, z: Tensor, slope: float) -> Tensor:
     return sigmoid * (1.0 + z * (1.0 - sigmoid)) * dy
 
 
+def _gelu_gradient(dy: Tensor, z: Tensor, slope: float) -> Tensor:
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    distribution = 0.5 * torch.erfc(-math.sqrt(0.5) * z)
+    return (distribution + z * density) * dy
+
+
+def _gelu_tanh_gradient(dy: Tensor, z: Tensor, slope: float) -> Tensor:
+    root = math.sqrt(2 / math.pi)
+    sigmoid = torch.sigmoid(2 * root * z * (1 + 0.044715 * z * z))
+    twice_u_slope = 2 * root * (1 + 3 * 0.044715 * z * z)
+    return (sigmoid + sigmoid * (1.0 - sigmoid) * z * twice_u_slope) * dy
+
+
 ACTIVATIONS = {
     "relu": Activation(
         lambda z, slope: torch.relu(z),
@@ -39,6 +53,8 @@ ACTIVATIONS = {
         lambda z: ~(z <= 0),  # as torch: NaN passes, and an infinite dy stops at 0
     ),
     "silu": Activation(lambda z, slope: F.silu(z), _silu_gradient),
+    "gelu": Activation(lambda z, slope: F.gelu(z), _gelu_gradient),
+    "gelu_tanh": Activation(lambda z, slope: F.gelu(z, approximate="tanh"), _gelu_tanh_gradient),
     "leaky_relu": Activation(
         F.leaky_relu,
         lambda dy, positive, slope: torch.where(positive, dy, dy * slope),

@@ -224,7 +224,10 @@ COMPILED = [
     (lambda x, w: triton_norm.rms_norm(x, (4,), w[:3]), r"weight of shape \[3\] and normalized_shape=\[4\]"),
     (lambda x, w: triton_norm.rms_norm(x, (4,), w, residual=x[0]), r"residual of shape \[3, 4\].*\[2, 3, 4\]"),
     (lambda x, w: triton_norm.batch_norm(x, w, w), r"running_mean should contain 3 elements.*\[4\]"),
-    (lambda x, w: triton_norm.batch_norm(x, None, None, training=True, activation="gelu"), "activation must be one of"),
+    (
+        lambda x, w: triton_norm.batch_norm(x, None, None, training=True, activation="new"),
+        "activation must be one of",
+    ),
 ]
 
 

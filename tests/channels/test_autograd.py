@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_norm
+from support.activations import SIDED
 from support.channel_norms import FUSED, KINDS, MODES, SHAPES, SPLIT, drawn, share
 from support.oracle import assert_same_but_for_order
 from support.turns import taking_turns
@@ -49,10 +50,12 @@ def test_what_is_kept_for_the_backward(activation, residual, kind, shape, traini
         given |= {t.data_ptr(): "running" for t in call.running}
     assert y.data_ptr() not in {t.data_ptr() for t in kept}
     names = {given[t.data_ptr()] for t in kept if t.data_ptr() in given}
-    assert names - {"weight", "bias", "running"} == ({"x", "residual"} if residual and activation == "silu" else {"x"})
+    assert names - {"weight", "bias", "running"} == (
+        {"x", "residual"} if residual and activation not in SIDED else {"x"}
+    )
     own = sorted((str(t.dtype), t.numel()) for t in kept if t.data_ptr() not in given)
     expected = [("torch.float32", 3 * shape[1])] if training else []
-    if residual and activation in ("relu", "leaky_relu"):
+    if residual and activation in SIDED:
         expected.append(("torch.uint8", bits_of(kind, shape)))
     assert own == expected
 
@@ -136,7 +139,7 @@ def test_what_is_not_kept_may_be_overwritten(device):
 
 @pytest.mark.unguarded  # fp64 through hundreds of launches; the kernels are guarded above
 @MODES
-@pytest.mark.parametrize(("activation", "residual"), [(None, None), *FUSED])
+@pytest.mark.parametrize(("activation", "residual"), [(None, None), *FUSED, ("gelu", HALF), ("gelu_tanh", None)])
 def test_gradients_of_both_orders(activation, residual, training, device):
     residual = None if residual is None else torch.float64
     kind, shape = ("last", (3, 2)) if residual else ("flat", (2, 2, 2))

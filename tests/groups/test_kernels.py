@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import triton_norm
+from support.activations import SIDED
 from support.oracle import DTYPES, ErrorBound, Formula, Inputs, compute_dtype, differentiated, moments_about
 from triton_norm import reference
 
@@ -104,9 +105,16 @@ def test_matches_fp64(shape, n_groups, layout, device):
 @pytest.mark.parametrize("n_groups", [2, 8])
 def test_activations_residuals_and_strides(n_groups, activation, residual, layout, device):
     inputs = drawn((2, 8, 6, 5), device, layout=layout, residual=residual)
-    if activation in ("relu", "leaky_relu"):
+    if activation in SIDED:
         inputs = away_from_the_kink(inputs, n_groups)
     checked(inputs, n_groups, activation)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu(activation, layout, device):
+    """It takes the path of silu: only the function is another one."""
+    checked(drawn((2, 8, 6, 5), device, layout=layout, residual=True), 2, activation)
 
 
 def away_from_the_kink(inputs, n_groups):

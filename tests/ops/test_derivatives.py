@@ -10,6 +10,7 @@ from torch import Tensor
 
 import triton_norm
 from support import operator_calls
+from support.activations import SIDED
 from triton_norm import reference
 from triton_norm.channels.layout import empty_bits
 from triton_norm.library import DEFINED
@@ -118,6 +119,8 @@ ACTIVATIONS = [
     ("relu", False),
     ("relu", True),
     ("leaky_relu", True),
+    ("gelu", True),
+    ("gelu_tanh", False),
 ]
 ACTIVATED = pytest.mark.parametrize(("activation", "residual"), ACTIVATIONS)
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -135,7 +138,7 @@ def channels(training: bool, activation: str | None) -> Callable[..., Tensor]:
 
 def bits_kind_of(activation: str | None, residual: bool) -> str | None:
     """Returns the kind of bits that a call of this library records."""
-    return "flat" if residual and activation in ("relu", "leaky_relu") else None
+    return "flat" if residual and activation in SIDED else None
 
 
 @MODES

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import triton_norm
+from support.activations import SIDED
 from support.allocations import allocations
 from support.channel_norms import ACTIVATIONS, MODES, running_statistics
 from triton_norm import distributed, launch, plans
@@ -90,7 +91,7 @@ def test_channels_keep_x_statistics_and_a_bit_an_element(training, activation, a
     mean, var = running_statistics(2, device)
     fused = {"residual": residual, "activation": activation}
     _, kept = kept_by(lambda: triton_norm.batch_norm(x, mean, var, weight, bias, training, **fused))
-    by_bits = added and activation in ("relu", "leaky_relu")
+    by_bits = added and activation in SIDED
     recomputes = activation is not None and not by_bits
     referred = [x, weight, *((bias, residual) if recomputes else ()), *(() if training else (mean, var))]
     bits = [(torch.uint8, x.numel() // 8)] if by_bits else []

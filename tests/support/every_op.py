@@ -10,13 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import triton_norm
+from support.activations import activated
 from support.channel_norms import laid
 
 N_GROUPS = 3
-
-
-def _activated(z: Tensor, activation: str | None) -> Tensor:
-    return z if activation is None else getattr(F, activation)(z)
 
 
 def _of_channels(function: Callable[..., Any], op: "Op", x: Tensor, *parameters: Tensor | None, **options: Any) -> Any:
@@ -86,7 +83,7 @@ class Op:
             y = _rows(function, total, weight, bias)
             return (y,) if residual is None else (y, total)
         z = _of_channels(function, self, x, weight, bias)
-        return (_activated(z if residual is None else z + residual, self.activation),)
+        return (activated(z if residual is None else z + residual, self.activation),)
 
 
 ROWS = [

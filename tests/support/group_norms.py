@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import triton_norm
+from support.activations import activated
 
 N_GROUPS = 3
 PATHS = pytest.mark.parametrize("path", ["auto", "torch"])
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "leaky_relu": lambda z: F.leaky_relu(z, 0.2)}
 Inputs = Sequence[Tensor | None]
 
 CALLS: dict[str, Callable[..., Tensor]] = {
@@ -66,7 +66,7 @@ def theirs(name: str, activation: str | None = None) -> Callable[..., Tensor]:
             weight = torch.ones_like(bias)  # torch's has no backward for a bias alone
         z = CALLS[name](F, x, weight, bias)
         z = z if residual is None else z + residual
-        return z if activation is None else ACTIVATIONS[activation](z)
+        return activated(z, activation, 0.2)
 
     return composed
 

@@ -247,13 +247,31 @@ activations.unpack
     last, leaky_relu of a sum | value | tl.arange(0, PER_BYTE) -> (PER_BYTE - 1 - tl.arange(0, PER_BYTE))
 activations.activate
     flat, relu of a sum | value | tl.where(z < 0.0, 0.0, z) -> tl.where(z < 1.0, 0.0, z)
+    flat, gelu | value | z * distribution -> tl.abs(z) * distribution
+    flat, gelu_tanh | value | z * sigmoid -> z
 activations.activate_backward
     flat, silu | value | 1.0 + z * (1.0 - sigmoid) -> 1.0 + z * sigmoid
+    flat, gelu | value | power * DENSITY_AT_ZERO -> power
+    flat, gelu_tanh | value | 3.0 * TANH_CUBIC -> TANH_CUBIC
+    far gelu_tanh | different | tl.minimum(z * z, 1e30) -> z * z
 activations.gradient_by_side
     flat, relu of a sum | value | tl.where(positive, dy, 0.0) -> dy
     last, leaky_relu of a sum | value | dy * SLOPE -> dy
-activations.exp
+exponentials.exp
     far silu | different | tl.fma(x, LOG2_E, -t) + x * LOG2_E_LO -> x * 0.0
+exponentials.exp_of_sum
+    far gelu | different | tl.fma(x, LOG2_E, -t) + (x * LOG2_E_LO -> (x * 0.0
+    far gelu_tanh | different | x_lo * LOG2_E -> x_lo
+exponentials.polynomial
+    flat, gelu | value | (2, length_of(COEFFICIENTS)) -> (3, length_of(COEFFICIENTS))
+exponentials.normal
+    far gelu | different | tl.fma(a, a, -square) -> 0.0 * a
+    far gelu | different | tl.minimum(tl.abs(z), FARTHEST) -> tl.abs(z)
+    flat, gelu | value | tl.where(z < 0.0, tail, 1.0 - tail) -> 1.0 - tail
+exponentials.tanh_sigmoids
+    far gelu_tanh | different | tl.fma(a, p, -x) + a * p_lo -> tl.fma(a, p, -x)
+    far gelu_tanh | different | square * TANH_CUBIC_LO + -> 0.0 * square +
+    flat, gelu_tanh | value | (z < 0.0, larger, smaller) -> (z < 0.0, smaller, larger)
 ranks.first_and_total
     shares of a batch | different | mask=ranks < n_ranks, other=0.0) -> mask=ranks < n_ranks)
 ranks.shares_of

@@ -1,6 +1,7 @@
 """The suite's own checks of the kernels, each held to see what it is for: kernels that are wrong in one place."""
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -230,12 +231,24 @@ def bits(numbers, monkeypatch) -> None:
     assert torch.equal(layout.side_of_zero(found, call.x, "last"), y > 0), "other bits"
 
 
-def far_silu(numbers, monkeypatch) -> None:
-    """z is x itself: mean 0, variance 1 and eps 0."""
-    z = torch.linspace(-87, 20, 128).view(8, 2, 8)
-    y = triton_norm.batch_norm(z, torch.zeros(2), torch.ones(2), eps=0.0, activation="silu")
-    exact = F.silu(z.double())
-    assert ((y - exact).abs() <= 4 * ulp(exact, torch.float32)).all(), "not close"
+def far_from_zero(
+    numbers, monkeypatch, activation: str, farthest: float, exact: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """z is x itself: mean 0, variance 1 and eps 0. Its gradient is finite, however large z is."""
+    z = torch.cat((torch.linspace(-farthest, 8, 126), torch.tensor([-1e20, 1e20]))).view(8, 2, 8).requires_grad_()
+    y = triton_norm.batch_norm(z, torch.zeros(2), torch.ones(2), eps=0.0, activation=activation)
+    true = exact(z.detach().double())
+    assert ((y - true).abs() <= (4 if activation == "silu" else 8) * ulp(true, torch.float32)).all(), "not close"
+    (dx,) = torch.autograd.grad(y, z, torch.ones_like(y))
+    assert dx.isfinite().all(), "not close"
+
+
+def exact_gelu(z: torch.Tensor) -> torch.Tensor:
+    return z * 0.5 * torch.erfc(-math.sqrt(0.5) * z)
+
+
+def exact_gelu_tanh(z: torch.Tensor) -> torch.Tensor:
+    return z * torch.sigmoid(2 * math.sqrt(2 / math.pi) * z * (1 + 0.044715 * z * z))
 
 
 def shares_of_a_batch(numbers, monkeypatch) -> None:
@@ -288,7 +301,11 @@ CHECKS: dict[str, Callable[..., None]] = {
     "last, leaky_relu of a sum": _of(channels, kind="last", shape=NARROW, **_sums | {"activation": "leaky_relu"}),
     "bits, last": bits,
     "flat, silu": _of(channels, kind="flat", activation="silu", training=False),
-    "far silu": far_silu,
+    "flat, gelu": _of(channels, kind="flat", activation="gelu", training=False),
+    "flat, gelu_tanh": _of(channels, kind="flat", activation="gelu_tanh", training=False),
+    "far silu": _of(far_from_zero, activation="silu", farthest=87.0, exact=F.silu),
+    "far gelu": _of(far_from_zero, activation="gelu", farthest=12.8, exact=exact_gelu),
+    "far gelu_tanh": _of(far_from_zero, activation="gelu_tanh", farthest=10.0, exact=exact_gelu_tanh),
     "far samples": far_samples,
     "far channels": far_channels,
     "off-centre flat": off_centre_channels,

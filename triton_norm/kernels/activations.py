@@ -6,22 +6,7 @@ triton_norm/activations.py lists the activations by name. Each function here fai
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOG2_E_LO = tl.constexpr(1.925963033500e-8)  # the rounding error of LOG2_E in fp32
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def exp(x):
-    """Returns e^x. In fp32 it computes 2^t with t = x · log2(e), and corrects for the rounding error of t."""
-    if x.dtype == tl.float64:
-        power = tl.exp(x)
-    else:
-        t = x * LOG2_E
-        left = tl.fma(x, LOG2_E, -t) + x * LOG2_E_LO
-        power = tl.exp2(t)
-        power += tl.where(tl.abs(left) < 1.0, left, 0.0) * LN_2 * tl.where(power < float("inf"), power, 0.0)
-    return power
+from triton_norm.kernels.exponentials import DENSITY_AT_ZERO, TANH_CUBIC, TANH_LINEAR, exp, normal, tanh_sigmoids
 
 
 @triton.jit
@@ -35,6 +20,12 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
         y = tl.where(z > 0.0, z, z * SLOPE)
     elif ACTIVATION == "silu":
         y = z / (1.0 + exp(-z))
+    elif ACTIVATION == "gelu":
+        distribution, _ = normal(z)
+        y = z * distribution
+    elif ACTIVATION == "gelu_tanh":
+        sigmoid, _ = tanh_sigmoids(z)
+        y = z * sigmoid
     else:
         tl.static_assert(False, "unknown activation")
     return y
@@ -69,6 +60,13 @@ def activate_backward(dy, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     if ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + exp(-z))
         dz = dy * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
+    elif ACTIVATION == "gelu":
+        distribution, power = normal(z)
+        dz = dy * (distribution + z * (power * DENSITY_AT_ZERO))
+    elif ACTIVATION == "gelu_tanh":
+        sigmoid, complement = tanh_sigmoids(z)
+        minus_slope = TANH_LINEAR + 3.0 * TANH_CUBIC * tl.minimum(z * z, 1e30)  # of -2u, and finite: 0 · ∞ is NaN
+        dz = dy * (sigmoid - sigmoid * complement * z * minus_slope)
     else:
         dz = gradient_by_side(dy, side_of_zero(z, ACTIVATION), ACTIVATION, SLOPE)
     return dz
