@@ -22,7 +22,7 @@ STEP_RIVALS = {
     "triton_norm, compiled, kernels forced": "torch.compile",
 }
 STATUS_TEXT = {"wrong": "outside tolerance"}
-"""How a status is shown, where not by its name."""
+"""Texts that stand for a status, unless its name does."""
 NOT_TIMED = "Nothing was timed on this machine: it has no GPU."
 
 

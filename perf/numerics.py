@@ -1,4 +1,4 @@
-"""How far triton_norm and torch are from fp64 on data that normalizations find hard.
+"""Measures how far triton_norm and torch are from fp64 on data that normalizations find hard.
 
 An error is counted in ulp: distances between neighbours of the output's type at the largest element of the exact row.
 The kernels run on the GPU where there is one, otherwise under Triton's interpreter, for which the process must have

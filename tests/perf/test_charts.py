@@ -88,7 +88,7 @@ def test_shares_and_speedups_of_nothing(records):
 
 
 def test_a_median_is_drawn_only_of_as_many_points_as_ours():
-    """Beside the medians of others, that of few points would say nothing."""
+    """A median of few points would say nothing beside those of others."""
     records = [r for r in timings(SOME[:2], ("forward",), ("rms_norm",)) if r["dtype"] == "bf16"]
     few = [r for r in records if r["contender"] == "triton_norm" or r["shape"] == [16384, 768]]
     marks = [len(charts.shares(chosen, 4100.0).axes[0].lines) for chosen in (records, few)]

@@ -225,7 +225,7 @@ CASES = {
 
 
 def install(monkeypatch, modules):
-    """In place of any that are installed."""
+    """Stands in for those that are installed."""
     for name, members in modules.items():
         module = ModuleType(name)
         vars(module).update(members)
@@ -337,7 +337,7 @@ def test_ours_tells_its_version_and_tritons(monkeypatch):
 
 @pytest.fixture
 def compilations(monkeypatch):
-    """How often the contenders were compiled, by mode. By AOTAutograd alone: Inductor takes long."""
+    """Counts how often the contenders were compiled, by mode; AOTAutograd alone compiles, since Inductor takes long."""
     from torch._dynamo.backends.debugging import aot_eager
 
     counts = Counter()

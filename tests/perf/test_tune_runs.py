@@ -94,7 +94,7 @@ def test_without_a_gpu_there_is_nothing_to_search(tmp_path):
 
 
 def test_an_interrupted_run_leaves_what_is_done(unknown_gpu, monkeypatch, tmp_path):
-    """In the midst of the second workload, of which nothing counts."""
+    """The run ends in the midst of the second workload, of which nothing counts."""
 
     class Interrupted(MadeUpTimes):
         def _of(self, name):

@@ -65,7 +65,7 @@ def forward_space():
 
 
 def times_of(rows):
-    """From (workload, number of a config, µs) of the forward's space."""
+    """Takes (workload, number of a config, µs) of the forward's space."""
     return {(workload, tuner.text(forward_space().configs[number])): us for workload, number, us in rows}
 
 
