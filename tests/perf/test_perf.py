@@ -352,7 +352,7 @@ def test_traffic_of_layer_norm_reads_x_once_and_writes_y_once():
 
 @pytest.mark.parametrize("file", sorted(TUNED.glob("*.json")), ids=lambda file: file.stem)
 def test_shipped_choices_are_of_their_spaces_and_serve_the_quick_shapes(file):
-    """Points are in bf16, landmarks in fp32 too: on that GPU none of their calls searches or warns. GPUs with a file all
+    """Points are in bf16, landmarks in fp32 too: on that GPU none of the calls searches or warns. GPUs with a file all
     have as many multiprocessors."""
     from perf import resources
 
