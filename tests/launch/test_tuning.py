@@ -1,6 +1,7 @@
 """Launch choices: every config is right, the search is triton.autotune's, and what it finds is kept."""
 
 import contextlib
+import itertools
 import json
 import warnings
 from types import SimpleNamespace
@@ -49,7 +50,11 @@ def every_space():
         for vector in (1, 2, 4, 8):
             for kind, lanes, width in (("flat", vector, 1), ("last", 64, 64), ("folded", 2048, 64)):
                 for held in (0, 4096, 16384):
-                    yield channel_spaces.channels(of_channels(kind, lanes, vector, width, held), gpu)
+                    work = of_channels(kind, lanes, vector, width, held)
+                    roles = ("waits",) if held else ("reduces", "applies")
+                    kernels = ("channels_forward_kernel", channel_spaces.BACKWARD)
+                    for kernel, role, curved in itertools.product(kernels, roles, (False, True)):
+                        yield channel_spaces.channels(work._replace(kernel=kernel, role=role, curved=curved), gpu)
 
 
 def test_spaces_are_small_and_of_powers_of_two():

@@ -218,7 +218,7 @@ def _sweeping_configs(work: ChannelWork, gpu: Gpu) -> list[Config]:
     if work.vector == 1:  # each element needs an address
         tiles, per_threads = (2048, 4096), (8, 16)
     elif work.kind == "folded":
-        tiles = (8192, 16384)
+        tiles = (4096, 8192) if work.curved else (8192, 16384)  # a thread has half as many elements of the former
     if work.curved:
         per_threads = per_threads[0] // 2, per_threads[1] // 2
     return [
