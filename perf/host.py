@@ -1,4 +1,4 @@
-"""What the library costs on the host for each call, on top of the launches that the call makes.
+"""Measures what the library costs on the host for each call, on top of the launches that the call makes.
 
 Triton compiles, loads and launches as on a GPU, over the driver of `triton_norm.testing.stub_driver`, which computes
 nothing. The process must be one of its own, without TRITON_INTERPRET=1.

@@ -1,4 +1,4 @@
-"""What the kernels cost on GPUs that are not here: compiled exactly as they would be launched, and disassembled.
+"""Counts what the kernels cost on GPUs that are not here: compiled exactly as they would be launched, and disassembled.
 
 The process must not have TRITON_INTERPRET=1 set. Nothing runs: the ops are called with CPU tensors, and the one
 function through which they launch is replaced by one that compiles.

@@ -208,7 +208,7 @@ SAMPLES = (8, 320, 64, 64)
 """The GroupNorm whose kernels are always compiled."""
 
 MULTIPROCESSORS = 132
-"""Of the GPU that bytes are counted for, an H100."""
+"""Multiprocessors of the GPU that bytes are counted for, an H100."""
 SLICE = "slices"
 """The group of workloads that are parts of larger ones, to be counted on a part of that GPU."""
 # A slice has this many rows, and at most this many elements.

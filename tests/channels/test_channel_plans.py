@@ -12,10 +12,10 @@ LANES = {"flat": (1, 4, 8), "last": (1, 8, 32), "folded": (512, 2048)}
 H100 = gpus.changed(gpus.H100, one_launch_bytes=2**62)  # however much there is to read
 
 
-def work_of(kind: str, n_groups: int, lanes: int, n_blocks: int, held_bytes: int, crowded: bool = False):
+def work_of(kind: str, n_groups: int, lanes: int, n_blocks: int, resident_bytes: int, crowded: bool = False):
     """Returns the work of programs with registers for half as large a tile, if `crowded`."""
     vector = 1 if crowded and kind != "flat" else 4
-    return SharedChannels(kind, lanes, vector, n_groups, 1, n_blocks, held_bytes, adds=crowded and kind == "flat")
+    return SharedChannels(kind, lanes, vector, n_groups, 1, n_blocks, resident_bytes, adds=crowded and kind == "flat")
 
 
 def check_plan(plan: Plan, work: SharedChannels, gpu: Gpu) -> None:
@@ -24,7 +24,7 @@ def check_plan(plan: Plan, work: SharedChannels, gpu: Gpu) -> None:
     assert plan.tile & (plan.tile - 1) == 0
     assert plan.tile % work.lanes == 0
     elements = plan.groups_per_split * work.lanes
-    again = max(0, elements - plan.tile) * work.held_bytes
+    again = max(0, elements - plan.tile) * work.resident_bytes
     at_once = min(work.n_blocks * n_splits, gpu.limits.holding_programs_per_sm * gpu.multiprocessors)
     assert again * at_once * gpu.limits.cache_bytes_per_reread_byte <= gpu.l2_bytes
     assert not again or elements % plan.tile == 0  # no half-empty tile but a channel's last

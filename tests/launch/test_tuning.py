@@ -130,7 +130,7 @@ def test_every_config_for_channels_is_right(index, kind, held, numbers, monkeypa
     numbers(
         multiprocessors=6,
         interpreted_tile_elements=256,
-        min_held_elements=64,
+        min_resident_elements=64,
         one_launch_bytes=2**62 if held else 0,
     )
     forget()

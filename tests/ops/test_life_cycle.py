@@ -133,7 +133,7 @@ def make(numbers, monkeypatch, device, zeros):
         most = 0 if name in ("training in two launches", "training, statistics with gaps") else 2**62
         numbers(
             multiprocessors=6,
-            min_held_elements=1,
+            min_resident_elements=1,
             min_split_elements=1,
             one_launch_bytes=most,
             interpreted_tile_elements=256,

@@ -19,7 +19,7 @@ VERBS = (
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """What a command does to its process is undone."""
+    """Undoes what a command does to its process."""
     before = os.environ.copy()
     handler = signal.getsignal(signal.SIGTERM)
     yield
@@ -39,7 +39,7 @@ def tasks(capsys, *arguments):
 
 
 def refused(capsys, *arguments):
-    """What is said about a command line that is refused, with the exit status 2."""
+    """Returns the message about a command line that is refused, with the exit status 2."""
     try:
         status = cli.main(list(arguments))
     except SystemExit as ended:

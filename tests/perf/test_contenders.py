@@ -1,4 +1,4 @@
-"""Who is timed: each called with its own library's arguments, and compiled once a point."""
+"""Contenders that are timed: each is called with its own library's arguments, and compiled once a point."""
 
 import importlib
 import inspect

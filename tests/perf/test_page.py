@@ -44,7 +44,7 @@ return times;
 
 
 def missing():
-    """Why no browser can be started, or nothing."""
+    """Returns why no browser can be started, or nothing."""
     if importlib.util.find_spec("selenium") is None:
         return "selenium is not installed"
     if not any(map(shutil.which, BROWSERS)):

@@ -148,7 +148,7 @@ def test_a_key_no_config_of_which_works_is_left_out(unknown_gpu, monkeypatch, tm
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_wrong_result_is_not_written(number, unknown_gpu, monkeypatch, tmp_path):
-    """Whether it is the best guess, with which the call is made first, or another one: that config alone is out."""
+    """The config is the best guess, with which the call is made first, or another one: that config alone is out."""
     wrong, second = forward_space().configs[number], forward_space().configs[1]
     failing(monkeypatch, lambda given, config: config == wrong, lambda given: given["y_ptr"].mul_(1.01))
     timer = MadeUpTimes({("", tuner.text(wrong)): 1.0, ("", tuner.text(second)): 2.0})
@@ -207,7 +207,7 @@ def test_a_wrong_call_is_blamed_on_the_one_config_that_makes_it_wrong(unknown_gp
 
 
 def test_running_statistics_move_as_by_one_call(unknown_gpu, monkeypatch, tmp_path):
-    """Of the call that is made to learn its launches; those that are timed move copies."""
+    """The call that is made to learn its launches moves them; those that are timed move copies."""
     seen, started = [], []
 
     def kept(*arguments):

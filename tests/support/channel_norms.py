@@ -55,7 +55,7 @@ SHAPES = [
 ]
 SHARED = {
     "multiprocessors": 6,  # two programs a channel
-    "min_held_elements": 1,
+    "min_resident_elements": 1,
     "channels_last_lanes": 16,
     "most_folded_columns": 512,
     "channel_programs_per_sm": 1,

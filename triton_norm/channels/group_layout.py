@@ -12,7 +12,7 @@ from triton_norm.channels.layout import (
     MOST_CHANNELS,
     MOST_COLUMNS,
     MOST_POSITIONS,
-    Lie,
+    Placement,
     channels_last,
     dense_like,
 )
@@ -114,8 +114,8 @@ class Groups(NamedTuple):
         return self._read(shape, kind, 1, lambda slices: (slices.position_stride, per_group, 1))
 
     def _read(self, shape: tuple[int, int, int], kind: str, per_statistic: int, strides: Any) -> Read:
-        lies = tuple(
-            None if slices is None else Lie._make((*strides(slices), slices.itemsize, slices.misaligned))
+        placements = tuple(
+            None if slices is None else Placement._make((*strides(slices), slices.itemsize, slices.misaligned))
             for slices in self.slices
         )
         apart = tuple(None if slices is None else slices.sample_stride for slices in self.slices)
@@ -123,7 +123,7 @@ class Groups(NamedTuple):
         (x_type, *_) = self.types
         assert x_type is not None
         instances = Instances(n_samples, apart, per_statistic)
-        return Read(shape, kind, lies, x_type, self.types, self.others, self.device, instances)
+        return Read(shape, kind, placements, x_type, self.types, self.others, self.device, instances)
 
 
 def shape_of(x: Tensor, n_groups: int) -> tuple[int, int, int, int]:

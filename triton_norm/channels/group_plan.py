@@ -46,7 +46,7 @@ class GroupBackwardTensors(NamedTuple):
 
 
 def _forward_launches(read: Read, waits: bool) -> Launches:
-    x, residual = read.lies
+    x, residual = read.placements
     assert x is not None
     return Launches("channels_forward_kernel", read, x.itemsize if waits else 0, adds=residual is not None)
 
@@ -89,8 +89,8 @@ class GroupForwardPlan:
         self._y_dtype = x.dtype if spec.out_dtype is None else spec.out_dtype
         self._y_alike = self._y_dtype == x.dtype and is_dense(x, self._kind)
         swept = [tensor for tensor in (x, residual) if tensor is not None]
-        lie = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
-        self._copies = not lie or any(copies(tensor, self._kind) for tensor in swept)
+        are_contiguous = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
+        self._copies = not are_contiguous or any(copies(tensor, self._kind) for tensor in swept)
         self._steps: dict[Any, list[Step]] = {}
 
     def __call__(self, tensors: Sequence[Any], moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -128,11 +128,11 @@ def _backward_steps(groups: Groups, spec: GroupNormSpec, phase: Phase, constant:
     activations.check(spec.activation)
     _, _, per_group, _ = groups.shape
     read = groups.by_channel()
-    x, dy, residual = read.lies
+    x, dy, residual = read.placements
     assert x is not None and dy is not None
     waits = phase is Phase.FUSED and per_group == 1 and not constant
-    beside = 0 if residual is None else residual.itemsize
-    launches = Launches("channels_backward_kernel", read, x.itemsize + dy.itemsize if waits else 0, beside)
+    streamed = 0 if residual is None else residual.itemsize
+    launches = Launches("channels_backward_kernel", read, x.itemsize + dy.itemsize if waits else 0, streamed)
     apart = phase is Phase.FUSED and per_group > 1 and not constant
     x_type, dy_type, residual_type = groups.types
     return [
@@ -184,8 +184,8 @@ class GroupBackwardPlan:
         applies = not self._constant or wanted.dresidual_dtype is not None
         self._phase = Phase.FUSED if reduces and applies else Phase.REDUCE if reduces else Phase.APPLY
         swept = [tensor for tensor in (dy, x, residual) if tensor is not None]
-        lie = all(tensor is None or tensor.is_contiguous() for tensor in others)
-        self._copies = not lie or any(copies(tensor, self._kind) for tensor in swept)
+        are_contiguous = all(tensor is None or tensor.is_contiguous() for tensor in others)
+        self._copies = not are_contiguous or any(copies(tensor, self._kind) for tensor in swept)
         self._steps: dict[Any, tuple[list[Step], Launch | None]] = {}
 
     def __call__(self, tensors: Sequence[Any]) -> Gradients:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from triton_norm.activations import has_side
-from triton_norm.channels.layout import Layout, Lie, layout_of
+from triton_norm.channels.layout import Layout, Placement, layout_of
 from triton_norm.launch import INT32_END, Launch, Launcher
 from triton_norm.library import name_of, triton_dtype
 from triton_norm.specs import Phase
@@ -24,7 +24,7 @@ class Instances(NamedTuple):
 
     Args:
         n_instances: number of slices: a GroupNorm's samples.
-        strides: elements between slices, of each tensor in Read.lies, None for a tensor that is None.
+        strides: elements between slices, of each tensor in Read.placements, None for a tensor that is None.
         channels_per_statistic: adjacent channels with common statistics.
     """
 
@@ -38,7 +38,7 @@ class Read(NamedTuple):
 
     Args:
         kind: "flat", "last" or "folded".
-        lies: strides of the tensors of x's shape that it reads: forward x, residual; backward x, dy, residual.
+        placements: strides of the tensors of x's shape that it reads: forward x, residual; backward x, dy, residual.
         x: dtype of x.
         swept: dtypes of the tensors that it reads, in the kernel's order.
         others: dtypes of the kernel's other tensors, None for those that are None.
@@ -47,7 +47,7 @@ class Read(NamedTuple):
 
     shape: tuple[int, ...]
     kind: str
-    lies: tuple[Lie | None, ...]
+    placements: tuple[Placement | None, ...]
     x: torch.dtype
     swept: Types
     others: Types
@@ -90,11 +90,13 @@ def _is_curved(activation: str | None) -> bool:
 class Launches:
     """Prepares the launches of one kernel for one layout; arguments as in tuning.channel_spaces.SharedChannels."""
 
-    def __init__(self, kernel: str, read: Read, held_bytes: int, beside_bytes: float = 0.0, adds: bool = False) -> None:
-        self._kernel, self._read, self._held_bytes, self._adds = kernel, read, held_bytes, adds
+    def __init__(
+        self, kernel: str, read: Read, resident_bytes: int, streamed_bytes: float = 0.0, adds: bool = False
+    ) -> None:
+        self._kernel, self._read, self._resident_bytes, self._adds = kernel, read, resident_bytes, adds
         gpu = gpu_of(read.device)
         apart = () if read.instances is None else [stride for stride in read.instances.strides if stride is not None]
-        self.layout: Layout = layout_of(read.shape, read.kind, *filter(None, read.lies), apart=apart)
+        self.layout: Layout = layout_of(read.shape, read.kind, *filter(None, read.placements), apart=apart)
         self._n_instances = 1 if read.instances is None else read.instances.n_instances
         self._shared = SharedChannels(
             read.kind,
@@ -103,11 +105,11 @@ class Launches:
             n_groups=read.shape[0] * self.layout.groups_per_sample,
             elements_per_group=self.layout.elements_per_group,
             n_blocks=self.layout.n_blocks,
-            held_bytes=held_bytes,
-            beside_bytes=beside_bytes,
+            resident_bytes=resident_bytes,
+            streamed_bytes=streamed_bytes,
             adds=adds,
         )
-        plan = channel_spaces.plan_channels(self._shared, gpu) if held_bytes else None
+        plan = channel_spaces.plan_channels(self._shared, gpu) if resident_bytes else None
         self._plan: Plan = plan or channel_spaces.plan_channels_apart(self._shared, gpu)
 
     def phases(self, asked: Phase, constant: bool = False) -> list[Phase]:
@@ -118,14 +120,14 @@ class Launches:
 
     def scalars(self) -> tuple[int | None, ...]:
         """Returns the kernel's integer arguments: the geometry of the layout, and the strides of each tensor."""
-        strides = (stride for lie in self._read.lies for stride in self.layout.strides(lie))
+        strides = (stride for placement in self._read.placements for stride in self.layout.strides(placement))
         return *self.layout.geometry, *strides, *self._of_instances()
 
     def _of_instances(self) -> tuple[int | None, ...]:
         """Returns the blocks of an instance, and each tensor's stride between instances, divided by V."""
         instances = self._read.instances
         if instances is None:
-            return (None,) * (1 + len(self._read.lies))
+            return (None,) * (1 + len(self._read.placements))
         return self.layout.n_blocks, *((stride or 0) // self.layout.vector for stride in instances.strides)
 
     def step(self, phase: Phase, swept: Types, scalars: Sequence[float | None], **constants: Any) -> Step:
@@ -147,8 +149,8 @@ class Launches:
             layout.vector,
             layout.fold or (1 if layout.axis is None else layout.lanes),
             types=tuple(name_of(dtype) for dtype in swept if dtype is not None),
-            held=plan.tile,
-            held_bytes=self._held_bytes,
+            resident=plan.tile,
+            resident_bytes=self._resident_bytes,
             adds=self._adds and phase.applies,
             curved=_is_curved(constants["ACTIVATION"]) and (phase.applies or self._kernel == channel_spaces.BACKWARD),
         )

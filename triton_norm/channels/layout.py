@@ -22,7 +22,7 @@ MOST_CHANNELS = 2**29
 """There are at most this many channels: the kernels number three statistics of each in 32 bits."""
 
 
-class Lie(NamedTuple):
+class Placement(NamedTuple):
     """Holds a tensor's strides as [samples, channels, positions], and its address modulo 16 bytes, `misaligned`.
 
     Axes of length 1 have stride 0, a single sample the dense stride: their own values would only compile more kernels.
@@ -62,23 +62,23 @@ class Layout(NamedTuple):
         unit = 1 if self.axis is None else self.vector
         return self.n_columns // unit, self.block_columns // unit, self.columns_per_channel, self.groups_per_sample
 
-    def spread(self, lie: Lie) -> bool:
+    def spread(self, placement: Placement) -> bool:
         """Returns True if a channel's lanes are adjacent, False if they are one element, expanded."""
         if self.axis is None:
-            return bool(lie.position_stride) or self.groups_per_sample * self.vector == 1
+            return bool(placement.position_stride) or self.groups_per_sample * self.vector == 1
         if self.fold:
-            return bool(lie.position_stride)
-        return bool(lie.channel_stride) or self.n_columns == 1
+            return bool(placement.position_stride)
+        return bool(placement.channel_stride) or self.n_columns == 1
 
-    def strides(self, lie: Lie | None) -> tuple[int, int, int]:
+    def strides(self, placement: Placement | None) -> tuple[int, int, int]:
         """Returns the (sample, group, channel) strides, divided by V unless the lanes are one element, expanded."""
-        if lie is None:
+        if placement is None:
             return 0, 0, 0
-        spread = self.spread(lie)
+        spread = self.spread(placement)
         unit = self.vector if spread else 1
-        group = lie.position_stride * self.vector if self.axis is None else lie.position_stride
-        channel = 0 if self.axis == 0 and spread else lie.channel_stride
-        return lie.sample_stride // unit, 0 if self.fold else group // unit, channel // unit
+        group = placement.position_stride * self.vector if self.axis is None else placement.position_stride
+        channel = 0 if self.axis == 0 and spread else placement.channel_stride
+        return placement.sample_stride // unit, 0 if self.fold else group // unit, channel // unit
 
 
 def beyond(shape: Sequence[int]) -> str | None:
@@ -168,7 +168,7 @@ class Readable(NamedTuple):
     """Holds a tensor that the kernels can read, and its strides."""
 
     tensor: Tensor
-    lie: Lie
+    placement: Placement
 
 
 def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> Readable:
@@ -177,19 +177,19 @@ def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> Readable:
         x = dense_like(x, x.dtype, kind).copy_(x)
     strides = _strides(x)
     assert strides is not None
-    return Readable(x, Lie(*strides, x.itemsize, x.data_ptr() % VECTOR_BYTES))
+    return Readable(x, Placement(*strides, x.itemsize, x.data_ptr() % VECTOR_BYTES))
 
 
-def _vector(lies: Sequence[Lie], *extents: int) -> int:
+def _vector(placements: Sequence[Placement], *extents: int) -> int:
     """Returns the widest access in elements: 16 bytes of the narrowest type, or less by addresses and extents."""
-    vector = vector_width(min(lie.itemsize for lie in lies), *extents)
-    for lie in lies:
-        if lie.misaligned:
-            vector = min(vector, max(1, (lie.misaligned & -lie.misaligned) // lie.itemsize))
+    vector = vector_width(min(placement.itemsize for placement in placements), *extents)
+    for placement in placements:
+        if placement.misaligned:
+            vector = min(vector, max(1, (placement.misaligned & -placement.misaligned) // placement.itemsize))
     return vector
 
 
-def layout_of(shape: Sequence[int], kind: str, *lies: Lie, apart: Sequence[int] = ()) -> Layout:
+def layout_of(shape: Sequence[int], kind: str, *placements: Placement, apart: Sequence[int] = ()) -> Layout:
     """Returns the layout in which tensors with these strides are read together, with the widest common access.
 
     Args:
@@ -197,21 +197,24 @@ def layout_of(shape: Sequence[int], kind: str, *lies: Lie, apart: Sequence[int] 
     """
     n_channels, n_positions = shape[1], math.prod(shape[2:])
     if kind == "last":
-        spread = [lie for lie in lies if lie.channel_stride or n_channels == 1]
-        strides = [*apart, *(stride for lie in spread for stride in (lie.sample_stride, lie.position_stride))]
+        spread = [placement for placement in placements if placement.channel_stride or n_channels == 1]
+        strides = [
+            *apart,
+            *(stride for placement in spread for stride in (placement.sample_stride, placement.position_stride)),
+        ]
         lanes = channel_spaces.channel_lanes(n_channels, limits_in_force())
-        vector = _vector(spread or lies, n_channels, *strides)
+        vector = _vector(spread or placements, n_channels, *strides)
         return Layout(0, vector, lanes, 0, 1, n_channels, n_channels, lanes, 1, n_positions)
-    spread = [lie for lie in lies if lie.position_stride]
-    strides = [*apart, *(lie.sample_stride for lie in spread)]
+    spread = [placement for placement in placements if placement.position_stride]
+    strides = [*apart, *(placement.sample_stride for placement in spread)]
     if kind == "folded":
         n_columns = n_channels * n_positions
         lanes, channels = channel_spaces.fold(n_channels, n_positions, limits_in_force())
-        vector = _vector(spread or lies, n_columns, channels * n_positions, *strides)
+        vector = _vector(spread or placements, n_columns, channels * n_positions, *strides)
         fold, width = next_power_of_2(channels), next_power_of_2(n_positions)
         return Layout(0, vector, lanes, fold, width, n_channels, n_columns, channels * n_positions, n_positions, 1)
-    strides += [lie.channel_stride for lie in spread]
-    vector = _vector(spread or lies, n_positions, *strides)
+    strides += [placement.channel_stride for placement in spread]
+    vector = _vector(spread or placements, n_positions, *strides)
     return Layout(None, vector, vector, 0, 1, n_channels, n_channels, 1, 1, n_positions // vector)
 
 

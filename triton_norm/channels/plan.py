@@ -67,7 +67,7 @@ def _types(tensors: Sequence[Tensor | None]) -> Types:
 @remembered
 def _forward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
     activations.check(spec.activation)
-    x, residual = read.lies
+    x, residual = read.placements
     assert x is not None
     launches = Launches(
         "channels_forward_kernel", read, x.itemsize if part.phase is Phase.FUSED else 0, adds=residual is not None
@@ -147,9 +147,12 @@ class ForwardPlan:
         return BatchNormTensors._make(read)
 
     def _prepare(self, x: Tensor, residual: Tensor | None, others: Types) -> list[Step]:
-        lies = as_readable(x, self._kind).lie, None if residual is None else as_readable(residual, self._kind).lie
+        placements = (
+            as_readable(x, self._kind).placement,
+            None if residual is None else as_readable(residual, self._kind).placement,
+        )
         swept = _types((x, residual))
-        read = Read(self._shape, self._kind, lies, x.dtype, swept, others, x.device)
+        read = Read(self._shape, self._kind, placements, x.dtype, swept, others, x.device)
         return _forward_steps(read, self._spec, self._part)
 
 
@@ -206,11 +209,11 @@ def gradients(x: Tensor, wanted: Wanted, bits_kind: str | None) -> Gradients:
 @remembered
 def _backward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
     activations.check(spec.activation)
-    x, dy, residual = read.lies
+    x, dy, residual = read.placements
     assert x is not None and dy is not None
     waits = part.phase is Phase.FUSED and not part.constant
-    beside = (0 if residual is None else residual.itemsize) + (0 if part.bits_kind is None else 1 / 8)
-    launches = Launches("channels_backward_kernel", read, x.itemsize + dy.itemsize if waits else 0, beside)
+    streamed = (0 if residual is None else residual.itemsize) + (0 if part.bits_kind is None else 1 / 8)
+    launches = Launches("channels_backward_kernel", read, x.itemsize + dy.itemsize if waits else 0, streamed)
     return [
         launches.step(
             phase,
@@ -246,8 +249,8 @@ class BackwardPlan:
         are_read = reads(dy, self._kind, broadcast=True) and reads(x, self._kind) and not dy.is_neg()
         drops = residual is not None and (part.bits_kind is not None or spec.activation is None)
         adds = residual is None or reads(residual, self._kind)
-        others_lie = all(tensor is None or tensor.is_contiguous() for tensor in others)
-        self._copies = drops or not (are_read and adds and others_lie)
+        others_are_contiguous = all(tensor is None or tensor.is_contiguous() for tensor in others)
+        self._copies = drops or not (are_read and adds and others_are_contiguous)
         self._steps: dict[Any, list[Step]] = {}
 
     def __call__(self, tensors: Sequence[Any], means: Tensor | None = None) -> Gradients:
@@ -312,10 +315,14 @@ class BackwardPlan:
 
     def _prepare(self, sweeps: Sequence[Any], others: Types) -> list[Step]:
         x, dy, residual = sweeps
-        lie = None if residual is None else as_readable(residual, self._kind).lie
-        lies = as_readable(x, self._kind).lie, as_readable(dy, self._kind, broadcast=True).lie, lie
+        placement = None if residual is None else as_readable(residual, self._kind).placement
+        placements = (
+            as_readable(x, self._kind).placement,
+            as_readable(dy, self._kind, broadcast=True).placement,
+            placement,
+        )
         swept = _types((dy, x, residual))
-        read = Read(self._shape, self._kind, lies, x.dtype, swept, others, x.device)
+        read = Read(self._shape, self._kind, placements, x.dtype, swept, others, x.device)
         return _backward_steps(read, self._spec, self._part)
 
 

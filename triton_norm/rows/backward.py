@@ -192,8 +192,8 @@ class RowBackwardPlan:
         self._n_rows = tensors.x.numel() // spec.n_cols
         dy, dtotal, x, *others = tensors
         self._layout = layout_of((x, dy, dtotal), spec.n_cols, (False, True, True))
-        lie = all(tensor is None or tensor.is_contiguous() for tensor in others)
-        self._copies = not lie or any(self._layout.copied)
+        are_contiguous = all(tensor is None or tensor.is_contiguous() for tensor in others)
+        self._copies = not are_contiguous or any(self._layout.copied)
         _, dy_strides, dtotal_strides = self._layout.strides
         self._dy_spreads = dy_strides is not None and bool(dy_strides.column)
         self._dtotal_spreads = dtotal_strides is not None and bool(dtotal_strides.column)

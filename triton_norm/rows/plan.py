@@ -126,8 +126,8 @@ class RowPlan:
         self.is_unsavable = residual is None and is_unsavable(x)
         self.kept: Kept | None = None
         self._layout = layout_of((x, residual), spec.n_cols, (False, False))
-        lie = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
-        self._copies = not lie or any(self._layout.copied)
+        are_contiguous = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
+        self._copies = not are_contiguous or any(self._layout.copied)
         self._launches: dict[tuple[bool, int], tuple[Launch, int]] = {}
 
     def forward(self, tensors: Sequence[Any], saves: bool) -> Outputs:

@@ -68,8 +68,8 @@ class SharedChannels(NamedTuple):
         n_groups: groups of each block.
         elements_per_group: elements of a group that belong to one channel.
         n_blocks: number of blocks.
-        held_bytes: bytes an element of the tensors that stay resident in registers; 0 for unfused launches.
-        beside_bytes: bytes an element of the tensors that are streamed twice.
+        resident_bytes: bytes an element of the tensors that stay resident in registers; 0 for unfused launches.
+        streamed_bytes: bytes an element of the tensors that are streamed twice.
         adds: the forward adds a residual.
     """
 
@@ -79,8 +79,8 @@ class SharedChannels(NamedTuple):
     n_groups: int
     elements_per_group: int
     n_blocks: int
-    held_bytes: int = 0
-    beside_bytes: float = 0
+    resident_bytes: int = 0
+    streamed_bytes: float = 0
     adds: bool = False
 
 
@@ -110,24 +110,24 @@ def plan_channels(work: SharedChannels, gpu: Gpu) -> Plan | None:
     A fused launch suits tensors that are small, if its programs fill the GPU, and if the elements that don't stay
     resident will still be in L2 when they are read again.
     """
-    limits, lanes, held = gpu.limits, work.lanes, work.held_bytes
+    limits, lanes, resident = gpu.limits, work.lanes, work.resident_bytes
     elements = work.n_groups * lanes
     tile = limits.interpreted_tile_elements
     if not gpu.interpreted:
-        tile = max(lanes, limits.held_bytes.of(work.kind) // held // (2 if _crowds(work) else 1))
+        tile = max(lanes, limits.resident_bytes.of(work.kind) // resident // (2 if _crowds(work) else 1))
     at_once = limits.holding_programs_per_sm * gpu.multiprocessors
     enough = max(-(-at_once // work.n_blocks), -(-elements // tile))
-    peers = max(1, min(gpu.most_peers, enough, elements // limits.min_held_elements))
+    peers = max(1, min(gpu.most_peers, enough, elements // limits.min_resident_elements))
     per_split = -(-work.n_groups // peers)
-    step = limits.held_step_factor
-    while not gpu.interpreted and tile // step >= max(per_split * lanes, limits.min_held_elements, lanes):
+    step = limits.resident_step_factor
+    while not gpu.interpreted and tile // step >= max(per_split * lanes, limits.min_resident_elements, lanes):
         tile //= step
     whole = max(8, tile // lanes) if per_split * lanes > tile else 8
     per_split = -(-per_split // whole) * whole
     n_programs = work.n_blocks * -(-work.n_groups // per_split)
-    again = max(0, per_split * lanes - tile) * held + per_split * lanes * work.beside_bytes
+    again = max(0, per_split * lanes - tile) * resident + per_split * lanes * work.streamed_bytes
     fits = again * min(n_programs, at_once) * limits.cache_bytes_per_reread_byte <= gpu.l2_bytes
-    total = elements * work.n_blocks * held
+    total = elements * work.n_blocks * resident
     fills = n_programs * limits.one_launch_sms_per_program >= gpu.multiprocessors or total <= limits.small_bytes
     return Plan(tile, per_split) if total <= limits.one_launch_bytes and fits and fills else None
 
@@ -141,8 +141,8 @@ class ChannelWork(NamedTuple):
         kind, lanes, vector, adds: as in SharedChannels.
         width: channels of a block.
         types: names of the dtypes of the inputs of x's shape.
-        held: elements of the resident tile, or 0.
-        held_bytes: bytes an element of the resident tile.
+        resident: elements of the resident tile, or 0.
+        resident_bytes: bytes an element of the resident tile.
         curved: an activation is computed whose derivative is not a constant on each side of 0, which takes registers.
     """
 
@@ -153,8 +153,8 @@ class ChannelWork(NamedTuple):
     vector: int
     width: int
     types: tuple[str, ...]
-    held: int = 0
-    held_bytes: int = 0
+    resident: int = 0
+    resident_bytes: int = 0
     adds: bool = False
     curved: bool = False
 
@@ -163,8 +163,8 @@ class ChannelWork(NamedTuple):
 
     def key(self, limits: Limits) -> str:
         named = f"{self.role}, {self.kind}, {self.lanes} lanes by {self.vector}, {', '.join(self.types)}"
-        if self.held:
-            named += f", {self.held} held"
+        if self.resident:
+            named += f", {self.resident} held"
         if self.curved:
             named += ", curved"
         return f"{named}, {self.merged(limits)} merged" if self.kind == "folded" else named  # lanes decide otherwise
@@ -187,24 +187,24 @@ def _config_of(n_warps: int, tile: int, work: ChannelWork, gpu: Gpu) -> Config:
 
 def _waiting_config(work: ChannelWork, gpu: Gpu) -> Config:
     """Returns the config of programs that wait for each other, with the fewest threads that can hold the tile."""
-    in_thread_bytes = gpu.limits.thread_held_bytes.of(work.kind)
-    most_elements = work.held // (4 * gpu.warp)
+    in_thread_bytes = gpu.limits.thread_resident_bytes.of(work.kind)
+    most_elements = work.resident // (4 * gpu.warp)
     backward = work.kernel == BACKWARD
     if work.kind == "folded":
         # A thread has eight columns, with moments of their own; eight warps may use twice the registers.
-        most_elements = min(most_elements, 8 * max(1, work.held // work.lanes))
+        most_elements = min(most_elements, 8 * max(1, work.resident // work.lanes))
         if backward and work.vector > 1:
             in_thread_bytes *= 2
     else:
-        if work.vector * work.held_bytes < VECTOR_BYTES * (2 if backward else 1):
+        if work.vector * work.resident_bytes < VECTOR_BYTES * (2 if backward else 1):
             # Narrow accesses need more addresses: bf16, channels-last, one element an access spilled 149 registers.
             in_thread_bytes //= 2
         if _crowds(work):
             in_thread_bytes //= 2
         if work.curved:
             in_thread_bytes //= 2
-    per_thread = max(1, min(most_elements, in_thread_bytes // work.held_bytes))
-    return _config_of(warps_for(work.held, per_thread, gpu), work.held, work, gpu)
+    per_thread = max(1, min(most_elements, in_thread_bytes // work.resident_bytes))
+    return _config_of(warps_for(work.resident, per_thread, gpu), work.resident, work, gpu)
 
 
 def _sweeping_configs(work: ChannelWork, gpu: Gpu) -> list[Config]:
@@ -233,9 +233,9 @@ def _sweeping_configs(work: ChannelWork, gpu: Gpu) -> list[Config]:
 def channels(work: ChannelWork, gpu: Gpu) -> Space:
     """Returns the configs of a launch. T is the groups of a tile, BLOCK_K the splits merged at a time."""
     if gpu.interpreted:
-        tile = work.held or gpu.limits.interpreted_tile_elements // 4
+        tile = work.resident or gpu.limits.interpreted_tile_elements // 4
         configs = [_config_of(warps_for(tile, 32, gpu), tile, work, gpu)]
-    elif work.held:
+    elif work.resident:
         configs = [_waiting_config(work, gpu)]
     else:
         configs = _sweeping_configs(work, gpu)

@@ -80,15 +80,15 @@ class Limits:
     # A fused launch is used up to this size of x, in the backward of x and dy together.
     one_launch_bytes: int = 8 * 1024 * 1024
     # The resident tile of a program is at most this large...
-    held_bytes: ByKind = ByKind(flat=32 * 1024, last=16 * 1024, folded=32 * 1024)
+    resident_bytes: ByKind = ByKind(flat=32 * 1024, last=16 * 1024, folded=32 * 1024)
     # ... and each thread's part of it at most this large.
-    thread_held_bytes: ByKind = ByKind(flat=128, last=64, folded=64)
+    thread_resident_bytes: ByKind = ByKind(flat=128, last=64, folded=64)
     # Resident tile sizes grow by this factor, which bounds the number of compiled variants.
-    held_step_factor: int = 4
+    resident_step_factor: int = 4
     # A multiprocessor runs this many programs with a resident tile at once.
     holding_programs_per_sm: int = 2
     # A program of a fused launch has at least this many elements.
-    min_held_elements: int = 1024
+    min_resident_elements: int = 1024
     # Data that all resident programs read twice may occupy at most half of L2.
     cache_bytes_per_reread_byte: int = 2
     # A fused launch fills at least half of the SMs...
