@@ -15,7 +15,7 @@ from triton_norm import reference
 from triton_norm.channels.layout import empty_bits
 from triton_norm.library import DEFINED
 from triton_norm.rows import fusible
-from triton_norm.specs import BatchNormSpec, BatchNormTensors, RowSpec
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, GroupNormSpec, Inputs, RowSpec
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 Function = Callable[..., Sequence[Tensor]]
@@ -183,6 +183,53 @@ def test_batch_norm_backward(training, activation, residual):
 
     def theirs(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, *added: Tensor) -> Sequence[Tensor]:
         y = channels(training, activation)(x, weight, bias, *added)
+        dx, dweight, dbias, *rest = torch.autograd.grad(y, [x, weight, bias, *added], dy, create_graph=True)
+        return [dx, *rest, dweight, dbias] if through else [dx, dweight, dbias]
+
+    assert_same_derivatives(ours, theirs, leaves)
+
+
+def grouped(n_groups: int, activation: str | None) -> Callable[..., Tensor]:
+    def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        spec = GroupNormSpec(n_groups, 1e-5, activation, SLOPE)
+        return reference.group_norm(Inputs(x, residual, weight, bias), spec)
+
+    return function
+
+
+GROUPS = pytest.mark.parametrize("n_groups", [2, 4], ids=["GroupNorm", "InstanceNorm"])
+
+
+@GROUPS
+@ACTIVATED
+def test_group_norm_forward(activation, residual, n_groups):
+    leaves = [rand(*SHAPE), rand(4), rand(4)] + ([rand(*SHAPE)] if residual else [])
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Sequence[Tensor]:
+        options = False, n_groups, 1e-5, activation, SLOPE, None
+        return DEFINED["group_norm_forward"](x, residual, weight, bias, *options)[:1]
+
+    function = grouped(n_groups, activation)
+    assert_same_derivatives(ours, lambda *tensors: [function(*tensors)], leaves)
+
+
+@GROUPS
+@ACTIVATED
+def test_group_norm_backward(activation, residual, n_groups):
+    leaves = [rand(*SHAPE), rand(4), rand(4), rand(*SHAPE)] + ([rand(*SHAPE)] if residual else [])
+    x, weight, bias, _, *added = (leaf.detach() for leaf in leaves)
+    options = n_groups, 1e-5, activation, SLOPE, None
+    _, statistics, _ = DEFINED["group_norm_forward"](x, added[0] if added else None, weight, bias, False, *options)
+    through = residual and activation is not None
+    types = torch.float64, torch.float64 if through else None, torch.float64, torch.float64
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, *added: Tensor) -> Sequence[Tensor]:
+        again = (added[0] if added else None, weight, bias) if activation is not None else (None, weight, None)
+        found = DEFINED["group_norm_backward"](dy, x, *again, statistics, *types, *options)
+        return [gradient for gradient, dtype in zip(found, types, strict=True) if dtype is not None]
+
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, *added: Tensor) -> Sequence[Tensor]:
+        y = grouped(n_groups, activation)(x, weight, bias, *added)
         dx, dweight, dbias, *rest = torch.autograd.grad(y, [x, weight, bias, *added], dy, create_graph=True)
         return [dx, *rest, dweight, dbias] if through else [dx, dweight, dbias]
 

@@ -95,6 +95,22 @@ def of_rows_and_channels(device: str) -> dict[str, tuple]:
             ops.batch_norm_backward,
             (x, x, None, bits, channel_weight, None, statistics, None, None, *of_residual, "last", 1e-5, "relu", 0.0),
         ),
+        "group_norm_forward": (
+            ops.group_norm_forward,
+            (x, None, channel_weight, None, False, 2, 1e-5, None, 0.0, None),
+        ),
+        "group_norm_forward, residual": (
+            ops.group_norm_forward,
+            (last, x.half(), channel_weight, channel_weight, True, 4, 1e-5, "silu", 0.0, torch.float64),
+        ),
+        "group_norm_backward": (
+            ops.group_norm_backward,
+            (x, last, None, channel_weight, None, torch.rand(18, device=device), *wanted, 2, 1e-5, None, 0.0, None),
+        ),
+        "group_norm_backward, residual": (
+            ops.group_norm_backward,
+            (x, x, x + 1, channel_weight, None, statistics.repeat(3, 1), *of_residual, 4, 1e-5, "silu", 0.0, None),
+        ),
     }
 
 
