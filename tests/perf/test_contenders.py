@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
@@ -17,7 +18,7 @@ from torch.nn import functional
 from perf import contenders, measure
 from perf.calls import EPS
 from perf.contenders import CONTENDERS
-from perf.points import BOTH, FAMILY, PASSES, Point, Workload
+from perf.points import BOTH, FAMILY, NUM_GROUPS, PASSES, Point, Workload
 
 pytestmark = [
     pytest.mark.unguarded,
@@ -57,7 +58,10 @@ class FakeTimer:
 
 
 def point_of(op, mode, dtype="fp32", images=IMAGES):
-    return Point(op, mode, dtype, ROWS if FAMILY[op] == "rows" else images)
+    family = FAMILY[op]
+    if family in ("groups", "instances"):
+        images = replace(images, family=family, shape=(2, NUM_GROUPS, 5, 5))
+    return Point(op, mode, dtype, ROWS if family == "rows" else images)
 
 
 def measured(contender, op, mode, **options):
@@ -100,6 +104,10 @@ def liger():
     def liger_fused_add_rms_norm(X, R, W, eps, offset=0.0, casting_mode="llama", in_place=True):
         assert (offset, casting_mode, in_place) == (0.0, "gemma", False)
         return rms_norm_of_sum(X, R, W, eps)
+
+    def liger_group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
+        assert num_channels == X.shape[1]
+        return functional.group_norm(X, num_groups, affine_scaling_weight, affine_shifting_bias, eps)
 
     return {"liger_kernel.transformers.functional": locals()}
 
@@ -211,7 +219,7 @@ STAND_INS = {
     "FlagGems": flag_gems,
 }
 CASES = {
-    "Liger-Kernel": (liger, {"layer_norm", "rms_norm", "rms_norm_residual"}),
+    "Liger-Kernel": (liger, {"layer_norm", "rms_norm", "rms_norm_residual", "group_norm"}),
     "QuACK": (quack, {"layer_norm", "rms_norm", "rms_norm_residual"}),
     "flash-linear-attention": (
         flash_linear_attention, {"layer_norm", "rms_norm", "layer_norm_residual", "rms_norm_residual"}

@@ -82,11 +82,9 @@ def test_two_launches_read_what_is_reduced_twice(op, forward, backward):
 
 @pytest.mark.parametrize("op", FAMILY)
 def test_both_passes_move_what_each_moves_and_the_statistics_between_them(op):
-    workload = Workload(FAMILY[op], "", (2, 3, 4, 4) if FAMILY[op] == "channels" else (10, 30), "")
+    workload = Workload(FAMILY[op], "", (10, 30) if FAMILY[op] == "rows" else (2, 32, 4, 4), "")
     forward, backward, both = (Point(op, mode, "bf16", workload) for mode in PASSES)
-    left = {"layer_norm": 2, "rms_norm": 1, "layer_norm_residual": 2, "rms_norm_residual": 1, "batch_norm": 2}.get(
-        op, 0
-    )
+    left = {"rms_norm": 1, "rms_norm_residual": 1, "batch_norm_eval": 0, "batch_norm_add_relu": 0}.get(op, 2)
     assert both.floor_bytes == forward.floor_bytes + backward.floor_bytes + left * 4 * workload.groups
     assert both.apart_floor_bytes - both.floor_bytes == sum(
         point.apart_floor_bytes - point.floor_bytes for point in (forward, backward)
@@ -108,10 +106,11 @@ def test_workloads_are_distinct_and_the_sweep_is_of_one_size():
 
 
 def test_the_ops_with_a_residual_make_a_quick_run_little_longer():
-    before, after = (workloads.points(ops=ops) for ops in (("layer_norm", *CHANNEL_OPS), tuple(FAMILY)))
+    ops = tuple(op for op in FAMILY if op not in workloads.SAMPLE_OPS)
+    before, after = (workloads.points(ops=some) for some in (("layer_norm", *CHANNEL_OPS), ops))
     assert len(after) < 1.5 * len(before)
     assert sum(point.is_landmark for point in after) < 1.7 * sum(point.is_landmark for point in before)
-    assert {point.op for point in after} == set(FAMILY)
+    assert {point.op for point in after} == set(ops)
     assert FLOORS["layer_norm_residual", "forward"].short == "2R2W"
     assert FLOORS["layer_norm_residual", "backward"].short == "3R1W"
     assert FLOORS["batch_norm_add_relu", "backward"].short == "2R2W + 1 bit"
@@ -359,7 +358,8 @@ def test_shipped_choices_are_of_their_spaces_and_serve_the_quick_shapes(file):
     shipped = json.loads(file.read_text())
     assert shipped["environment"]["multiprocessors"] == str(resources.TARGETS["sm_90"].multiprocessors)
     with resources.compiling_for(resources.TARGETS["sm_90"]) as launches:
-        points = workloads.points(("bf16", "fp32"))
+        ops = tuple(op for op in FAMILY if op not in workloads.SAMPLE_OPS)  # which no GPU was tuned for yet
+        points = workloads.points(("bf16", "fp32"), ops=ops)
         for point in (point for point in points if point.dtype == "bf16" or point.workload.landmark):
             inputs = calls.make_inputs(point, "cpu", blank=True)
             call = calls.candidate("triton_norm", point, calls.bind(point, resources.OPS, inputs), inputs)
