@@ -233,6 +233,21 @@ channels_backward.channels_backward_kernel
     flat, relu of a sum | value | dresidual = dz.to -> dresidual = raw_dy.to
     off-centre flat | off-centre | (raw_x.to(COMPUTE) - mean) - mean_lo -> raw_x.to(COMPUTE) - mean
     whole tiles | unwritten | (end - 1 - first) // T * T -> (end - first) // T * T
+    groups | different | (dz * weight - mean_dz -> (dz - mean_dz
+    groups | different | centred * slope) * rstd -> centred * slope)
+    groups, last | race | offsets += instance_offset( -> offsets += 0 * instance_offset(
+tiles.instance_offset
+    groups | race | instance.to(tl.int64) * instance_vecs -> 0 * instance_vecs
+tiles.of_instance
+    groups | bounds | index // PER_STATISTIC -> index
+    instances | race | channels.index + instance * channels.n_channels -> channels.index
+groups.sum_group
+    groups | different | value *= tl.load(weight_ptr -> value += 0 * tl.load(weight_ptr
+groups.add_samples
+    groups | different | found += tl.load( -> found = tl.load(
+groups.groups_backward_kernel
+    groups | different | slope * tl.load( -> slope + 0 * tl.load(
+    groups | different | program % (n_channels // PER_GROUP) * PER_GROUP -> 0
 channels_backward.merge_sums
     flat | value | (splits < n_splits) & -> (splits < n_splits - 1) &
 channels_backward.finalise_sums

@@ -110,6 +110,21 @@ def far_rows(numbers, monkeypatch) -> None:
     LAYER_NORM.against_oracle(far((2, 64), 2**31 + 64, 1), None, None, far((2, 64), 2**31 + 64, 1))
 
 
+def groups(numbers, monkeypatch, n_groups: int = 2, last: bool = False) -> None:
+    """More samples than the backward adds at a time, with statistics that differ from sample to sample."""
+    x, dy = torch.randn(2, 9, 4, 3, 5) * torch.linspace(1, 3, 9).view(-1, 1, 1, 1)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    leaves = [tensor.requires_grad_() for tensor in (x, *torch.randn(2, 4))]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y, exact = triton_norm.group_norm(leaves[0], n_groups, *leaves[1:]), F.group_norm(wide[0], n_groups, *wide[1:])
+    found, expected = (
+        (one, *torch.autograd.grad(one, of, dy.to(one.dtype))) for one, of in ((y, leaves), (exact, wide))
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
 def rows_along_axes(numbers, monkeypatch) -> None:
     """Rows along three axes, those of x and dy in another order."""
     small_rows(numbers)
@@ -315,6 +330,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "fp64 statistics": _of(statistics_move, dtype=torch.float64),
     "cumulative statistics": _of(statistics_move, momentum=None),
     "shares of a batch": shares_of_a_batch,
+    "groups": groups,
+    "groups, last": _of(groups, last=True),
+    "instances": _of(groups, n_groups=4),
 }
 """The checks of real tests, of few elements; right kernels pass each."""
 
