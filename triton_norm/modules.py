@@ -1,6 +1,7 @@
 """Replaces the forward of torch.nn's normalization layers. Parameters, buffers and state_dicts are torch's own."""
 
 import dataclasses
+import operator
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,23 +18,34 @@ from triton_norm.dispatch import Explanation
 from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions
 from triton_norm.symbolic import REVERTED
 
+_weight, _weight_and_bias = operator.itemgetter("weight"), operator.itemgetter("weight", "bias")
 
-def parameters_of(module: nn.Module, *names: str) -> tuple[Any, ...]:
-    """Returns parameters of a module from its dict, since torch.nn.Module's own look-up takes a Python call for each.
+
+def weight_of(module: nn.Module) -> Any:
+    """Returns the weight from the module's dict, since torch.nn.Module's own look-up takes a Python call.
 
     The dict has no parametrized tensor; torch.nn.Module's look-up finds those.
     """
     if not is_compiling():
-        there = module._parameters
         try:
-            return tuple([there[name] for name in names])
+            return _weight(module._parameters)
         except KeyError:
             pass
-    return tuple([getattr(module, name) for name in names])
+    return module.weight
+
+
+def weight_and_bias_of(module: nn.Module) -> tuple[Any, Any]:
+    """Returns the weight and the bias, as `weight_of`."""
+    if not is_compiling():
+        try:
+            return _weight_and_bias(module._parameters)  # type: ignore[no-any-return]
+        except KeyError:
+            pass
+    return module.weight, module.bias
 
 
 def statistics_of(module: nn.Module, counts: bool) -> tuple[Any, ...]:
-    """Returns a BatchNorm's running_mean and running_var, and its counter if it counts; `parameters_of` says how."""
+    """Returns a BatchNorm's running_mean and running_var, and its counter if it counts, as `weight_of`."""
     if not is_compiling():
         buffers = module._buffers
         try:
@@ -67,7 +79,7 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
             instead = symbolic.instead(self, LayerNorm.forward, input)
             if instead is not None:
                 return instead(input, **changed(LayerNorm.forward, (residual, *own)))
-        weight, bias = parameters_of(self, "weight", "bias")
+        weight, bias = weight_and_bias_of(self)
         tensors = input, residual, weight, bias
         options = self.normalized_shape, self.eps, *own
         if has_torch_function_variadic(*tensors):
@@ -104,7 +116,7 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
             instead = symbolic.instead(self, RMSNorm.forward, x)
             if instead is not None:
                 return instead(x, **changed(RMSNorm.forward, (residual, *own)))
-        (weight,) = parameters_of(self, "weight")
+        weight = weight_of(self)
         tensors = x, residual, weight, None
         options = self.normalized_shape, self.eps, *own
         if has_torch_function_variadic(*tensors):
@@ -126,7 +138,7 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum, training = self.momentum, self.training
         moves = training and self.track_running_stats
-        weight, bias = parameters_of(self, "weight", "bias")
+        weight, bias = weight_and_bias_of(self)
         running_mean, running_var, counter = statistics_of(self, moves)
         if momentum is None and counter is None:
             momentum = 0.0

@@ -8,7 +8,7 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 
 from triton_norm import explaining, functional_groups, symbolic
 from triton_norm.dispatch import Explanation
-from triton_norm.modules import changed, parameters_of, statistics_of
+from triton_norm.modules import changed, statistics_of, weight_and_bias_of
 from triton_norm.specs import BatchNormTensors, GroupNormOptions, Inputs, InstanceNormOptions
 from triton_norm.symbolic import REVERTED
 
@@ -26,7 +26,7 @@ class GroupNorm(symbolic.Scriptable, nn.GroupNorm):
         self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the fields of Inputs and those of GroupNormOptions."""
-        weight, bias = parameters_of(self, "weight", "bias")
+        weight, bias = weight_and_bias_of(self)
         return (input, residual, weight, bias), (self.num_groups, self.eps, activation, negative_slope)
 
     def forward(
@@ -89,7 +89,7 @@ class _InstanceNorm(symbolic.Scriptable, nn.modules.instancenorm._InstanceNorm):
         if input.dim() == self._get_no_batch_dim():  # type: ignore[no-untyped-call]
             input = input.unsqueeze(0)
             residual = residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
-        weight, bias = parameters_of(self, "weight", "bias")
+        weight, bias = weight_and_bias_of(self)
         running_mean, running_var, _ = statistics_of(self, counts=False)
         momentum = 0.0 if self.momentum is None else self.momentum
         uses_input = bool(self.training or not self.track_running_stats)
