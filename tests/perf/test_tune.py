@@ -74,6 +74,8 @@ OF_CHANNELS = {"channels_forward_kernel", "channels_backward_kernel"}
         ("batch_norm", IMAGES, False, OF_CHANNELS),
         ("batch_norm_eval", IMAGES, True, OF_CHANNELS),
         ("batch_norm_add_relu", IMAGES, False, OF_CHANNELS),
+        ("group_norm_silu", Workload("groups", "", (2, 64, 4, 5), ""), False, OF_CHANNELS),
+        ("instance_norm", Workload("instances", "", (2, 8, 8, 8), ""), False, OF_CHANNELS),
     ],
 )
 def test_both_directions_are_tuned_once_for_each_workload(
