@@ -82,7 +82,7 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
         weight, bias = weight_and_bias_of(self)
         tensors = input, residual, weight, bias
         options = self.normalized_shape, self.eps, *own
-        if has_torch_function_variadic(*tensors):
+        if has_torch_function_variadic(*tensors):  # self.weight: a tracer of torch.fx makes it a node
             return functional.layer_norm(
                 input, residual=residual, weight=self.weight, bias=self.bias, **RowOptions._make(options)._asdict()
             )
@@ -119,7 +119,7 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
         weight = weight_of(self)
         tensors = x, residual, weight, None
         options = self.normalized_shape, self.eps, *own
-        if has_torch_function_variadic(*tensors):
+        if has_torch_function_variadic(*tensors):  # self.weight: a tracer of torch.fx makes it a node
             return functional.rms_norm(x, residual=residual, weight=self.weight, **RowOptions._make(options)._asdict())
         return functional.normalize_rows("rms_norm", tensors, options)
 

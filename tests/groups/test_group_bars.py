@@ -46,5 +46,5 @@ def test_machine_code(target, dtypes, which):
     for (op, mode, *_), made in launches.items():
         most = {"forward": 2, "backward": 3}[mode]
         assert len(made) <= most, op
-        if made[0]["floor_bytes"] > 1 << 28:  # a large input is worked on by two programs a multiprocessor or more
+        if made[0]["floor_bytes"] > 1 << 26:  # a large input is worked on by two programs a multiprocessor or more
             assert all(r["programs"] >= 2 * 132 for r in made if r["kernel"] in KERNELS)

@@ -178,7 +178,6 @@ class GroupBackwardPlan:
         dy, x, residual, *others = tensors
         self._spec, self._wanted, self._kind = spec, wanted, kind_of(x)
         self._shape, self._like = shape_of(x, spec.n_groups), x.new_empty(0, dtype=compute_dtype(x))
-        self._dx_alike = wanted.dx_dtype == x.dtype and is_dense(x, self._kind)
         self._constant = wanted.dx_dtype is None
         reduces = not self._constant or wanted.dweight_dtype is not None or wanted.dbias_dtype is not None
         applies = not self._constant or wanted.dresidual_dtype is not None
@@ -195,7 +194,7 @@ class GroupBackwardPlan:
             tensors: fields of GroupBackwardTensors.
         """
         dy, x, residual, weight, bias, statistics = tensors
-        found = dx, dresidual, dweight, dbias = gradients(x, self._wanted, self._kind, self._dx_alike)
+        found = dx, dresidual, dweight, dbias = gradients(x, self._wanted, self._kind)
         if self._copies:
             dy, x, weight = as_readable(dy, self._kind), as_readable(x, self._kind), contiguous(weight)
             residual = None if residual is None else as_readable(residual, self._kind)
@@ -248,7 +247,7 @@ class GroupBackwardPlan:
         return steps, combine
 
 
-def gradients(x: Tensor, wanted: Wanted, kind: str, dx_alike: bool = False) -> Gradients:
+def gradients(x: Tensor, wanted: Wanted, kind: str) -> Gradients:
     """Allocates dx and dresidual, in the layout `kind`, and dweight and dbias [C], where wanted."""
     dx, dresidual = (
         None if dtype is None else dense_like(x, dtype, kind) for dtype in (wanted.dx_dtype, wanted.dresidual_dtype)

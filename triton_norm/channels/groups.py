@@ -17,7 +17,7 @@ from triton_norm.channels.group_plan import (
     group_forward_plan_of,
 )
 from triton_norm.channels.layout import dense_like
-from triton_norm.channels.operator import Asked, composed_gradients, wanted_of
+from triton_norm.channels.operator import Asked, PassesDy, composed_gradients, wanted_of
 from triton_norm.library import Derivative, recorded
 from triton_norm.saved import (
     Kept,
@@ -66,12 +66,8 @@ class Saved(NamedTuple):
         """Returns None: no bits are saved, unlike a BatchNorm's."""
 
 
-def _n_statistics(x: Tensor, spec: GroupNormSpec) -> int:
-    return 3 * x.shape[0] * spec.n_groups
-
-
 def _moments(x: Tensor, spec: GroupNormSpec) -> Tensor:
-    return x.new_empty(_n_statistics(x, spec), dtype=reference.compute_dtype(x))
+    return x.new_empty(3 * x.shape[0] * spec.n_groups, dtype=reference.compute_dtype(x))
 
 
 def _forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
@@ -110,18 +106,6 @@ def _composed_gradients(spec: GroupNormSpec, kept: Kept, needs: Needs, dy: Tenso
     return composed_gradients(Asked(spec, None, kept, needs), dy, saved, function)
 
 
-class _PassesDy(NamedTuple):
-    """Runs a backward without activation, where dresidual is dy in the residual's dtype."""
-
-    plan: Any
-    dtype: torch.dtype
-
-    def __call__(self, tensors: Sequence[Any]) -> Gradients:
-        dx, _, dweight, dbias = self.plan(tensors)
-        dy, *_ = tensors
-        return dx, dy.to(self.dtype), dweight, dbias
-
-
 def _gradients(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Returns the gradients of x, residual, weight and bias, in the shape and dtype of each."""
     kept: Kept = ctx.kept
@@ -140,7 +124,7 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan: Any = group_backward_plan_of(spec, wanted, tensors)
         if all(parameter is None or len(parameter.shape) == 1 for parameter in (kept.weight, kept.bias)):
             assert kept.dresidual is not None or not passes
-            plans.keep((ctx.plan, ctx.needs_input_grad), tensors, _PassesDy(plan, kept.dresidual) if passes else plan)  # type: ignore[arg-type]
+            plans.keep((ctx.plan, ctx.needs_input_grad), tensors, PassesDy(plan, kept.dresidual) if passes else plan)  # type: ignore[arg-type]
         found = plan(tensors)
     dx, dresidual, dweight, dbias = found
     if passes:

@@ -11,7 +11,6 @@ from triton_norm.activations import gradient_by_side
 from triton_norm.captures import is_intercepted
 from triton_norm.channels.layout import dense_like, empty_bits, side_of_zero
 from triton_norm.channels.plan import (
-    BackwardPlan,
     BackwardTensors,
     Gradients,
     backward_part,
@@ -126,10 +125,10 @@ def _fake_backward(call: BackwardCall) -> Gradients:
     return gradients(call.tensors.x, call.wanted, call.bits_kind)
 
 
-class _PassesDy(NamedTuple):
+class PassesDy(NamedTuple):
     """Runs a backward without activation, where dresidual is dy in the residual's dtype."""
 
-    plan: BackwardPlan
+    plan: Callable[[Sequence[Any]], Gradients]
     dtype: torch.dtype
 
     def __call__(self, tensors: Sequence[Any]) -> Gradients:
@@ -147,7 +146,7 @@ def _launched(ctx: Any, wanted: Wanted, tensors: BackwardTensors) -> Gradients:
     plan: Any = backward_plan_of(spec, wanted, part, tensors)
     if all(parameter is None or len(parameter.shape) == 1 for parameter in (kept.weight, kept.bias)):
         passes = needs_of(ctx).residual and spec.activation is None
-        plans.keep((ctx.plan, ctx.needs_input_grad), tensors, _PassesDy(plan, kept.dresidual) if passes else plan)
+        plans.keep((ctx.plan, ctx.needs_input_grad), tensors, PassesDy(plan, kept.dresidual) if passes else plan)
     found: Gradients = plan(tensors)
     return found
 
