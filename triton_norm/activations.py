@@ -101,3 +101,23 @@ def gradient_by_side(dy: Tensor, positive: Tensor, activation: str | None, slope
 def has_side(activation: str | None) -> bool:
     """Decides whether the gradient depends on z by a mask alone."""
     return activation is not None and named(activation).side is not None
+
+
+GATES: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    None: lambda gate: gate,
+}
+"""The activations of a gate, by name. kernels/modulated.py implements them, and their derivatives."""
+
+
+def check_gate(activation: str | None, function: str) -> None:
+    """Raises ValueError, in the name of `function`, for an unknown activation of a gate."""
+    if activation not in GATES:
+        known = ", ".join(map(repr, GATES))
+        raise ValueError(f"{function}(): gate_activation must be one of {known}, but got {activation!r}")
+
+
+def apply_gate(gate: Tensor, activation: str | None) -> Tensor:
+    """Returns f(gate)."""
+    return GATES[activation](gate)

@@ -16,14 +16,12 @@ from triton_norm.specs import (
     GroupNormOptions,
     Inputs,
     InstanceNormOptions,
-    RowOptions,
-    RowTensors,
 )
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
-def _is_tensor(function: str, name: str, value: object, optional: bool = True) -> None:
+def is_tensor(function: str, name: str, value: object, optional: bool = True) -> None:
     if not (isinstance(value, Tensor) or (optional and value is None)):
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
@@ -33,7 +31,7 @@ def module(function: str, name: str, value: object) -> None:
         raise TypeError(f"{function}(): argument '{name}' must be torch.nn.Module, not {type(value).__name__}")
 
 
-def _is_number(function: str, name: str, value: object) -> None:
+def is_number(function: str, name: str, value: object) -> None:
     """Accepts a real number that fits a float, or a tensor of no dimensions with such a value, as torch does."""
     if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         return
@@ -50,7 +48,7 @@ def _is_number(function: str, name: str, value: object) -> None:
         raise RuntimeError(f"{function}(): argument '{name}': {error}") from None
 
 
-def _is_dense(function: str, name: str, tensor: Tensor, jagged: bool = False) -> None:
+def is_dense(function: str, name: str, tensor: Tensor, jagged: bool = False) -> None:
     """Requires a strided tensor; with `jagged`, also accepts a nested one in the jagged layout, which has a shape."""
     if jagged and tensor.layout == torch.jagged:
         return
@@ -60,7 +58,7 @@ def _is_dense(function: str, name: str, tensor: Tensor, jagged: bool = False) ->
         raise NotImplementedError(f"{function}(): not implemented for {name} of layout {tensor.layout}")
 
 
-def _matches_input(function: str, name: str, value: Tensor, x: Tensor) -> None:
+def matches_input(function: str, name: str, value: Tensor, x: Tensor) -> None:
     if value.device != x.device:
         raise RuntimeError(
             f"{function}(): expected all tensors to be on the same device, but input is on {x.device} "
@@ -70,7 +68,7 @@ def _matches_input(function: str, name: str, value: Tensor, x: Tensor) -> None:
         raise NotImplementedError(f"{function}(): {name} must be of a floating-point type, but got {value.dtype}")
 
 
-def _is_floating(function: str, x: Tensor) -> None:
+def is_floating(function: str, x: Tensor) -> None:
     if x.dtype not in FLOATING:
         raise NotImplementedError(
             f"{function}(): not implemented for input of {x.dtype}; expected one of "
@@ -78,7 +76,7 @@ def _is_floating(function: str, x: Tensor) -> None:
         )
 
 
-def _is_dtype(function: str, name: str, value: object) -> None:
+def is_dtype(function: str, name: str, value: object) -> None:
     if value is None:
         return
     if not isinstance(value, torch.dtype):
@@ -87,7 +85,7 @@ def _is_dtype(function: str, name: str, value: object) -> None:
         raise NotImplementedError(f"{function}(): {name} must be a floating-point type, but got {value}")
 
 
-def _index(value: Any) -> Any:
+def index(value: Any) -> Any:
     """Returns an integer, or the integer that the value stands for; None for any other value."""
     if type(value) is int or type(value) is torch.SymInt:
         return value
@@ -99,95 +97,15 @@ def _index(value: Any) -> Any:
         return None
 
 
-def _normalized_shape(function: str, normalized_shape: object) -> tuple[int, ...]:
-    if not isinstance(normalized_shape, (tuple, list)):
-        raise TypeError(
-            f"{function}(): argument 'normalized_shape' must be tuple of ints, not {type(normalized_shape).__name__}"
-        )
-    shape = []
-    for element in normalized_shape:
-        length = _index(element)
-        if length is None:
-            raise TypeError(
-                f"{function}(): argument 'normalized_shape' must be tuple of ints, "
-                f"but found element of type {type(element).__name__}"
-            )
-        shape.append(length)
-    if not shape:
-        raise RuntimeError(f"{function}(): expected normalized_shape to have at least one dimension, but got []")
-    return tuple(shape)
-
-
-def _row_parameter(function: str, name: str, parameter: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    _is_tensor(function, name, parameter)
-    _is_dense(function, name, parameter)
-    if parameter.shape != shape:
+def has_shape_of_input(function: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Requires a tensor of input's shape, device and kind of dtype."""
+    is_dense(function, name, tensor, jagged=x.layout == torch.jagged)
+    if tensor.shape != x.shape:
         raise RuntimeError(
-            f"{function}(): expected {name} to be of the same shape as normalized_shape, "
-            f"but got {name} of shape {list(parameter.shape)} and normalized_shape={list(shape)}"
+            f"{function}(): expected {name} to be of the same shape as input, "
+            f"but got {name} of shape {list(tensor.shape)} and input of size {list(x.shape)}"
         )
-    _matches_input(function, name, parameter, x)
-
-
-def rows(function: str, tensors: RowTensors, options: RowOptions) -> tuple[int, ...]:
-    """Checks layer_norm's or rms_norm's arguments, torch's as torch does. Returns normalized_shape as a tuple."""
-    x, residual, weight, bias = tensors
-    normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype = options
-    _is_tensor(function, "input", x, optional=False)
-    shape = _normalized_shape(function, normalized_shape)
-    if not (eps is None and function == "rms_norm"):
-        _is_number(function, "eps", eps)
-    if x.dim() == 0 and function == "rms_norm":
-        raise ValueError("rms_norm(): expected input of at least one dimension, but got input of size []")
-    ragged = x.is_nested and (x.layout == torch.jagged or function == "layer_norm")  # torch's own checks its lengths
-    if not ragged:
-        _is_dense(function, "input", x, jagged=True)
-    if not ragged and x.shape[-len(shape) :] != shape:
-        expected = ", ".join(("*", *map(str, shape)))
-        raise RuntimeError(
-            f"{function}(): given normalized_shape={list(shape)}, expected input with shape [{expected}], "
-            f"but got input of size {list(x.shape)}"
-        )
-    if x.dtype not in FLOATING and not (x.is_complex() and function == "rms_norm"):
-        _is_floating(function, x)
-    if weight is not None:
-        _row_parameter(function, "weight", weight, shape, x)
-    if bias is not None:
-        _row_parameter(function, "bias", bias, shape, x)
-    is_torchs = isinstance(weight_offset, float) and weight_offset == 0.0
-    if not is_torchs or any(own is not None for own in (residual, residual_dtype, x_hat_dtype, out_dtype)):
-        _fused(function, tensors, options)
-    return shape
-
-
-def _residual(function: str, residual: Tensor, x: Tensor) -> None:
-    _is_dense(function, "residual", residual, jagged=x.layout == torch.jagged)
-    if residual.shape != x.shape:
-        raise RuntimeError(
-            f"{function}(): expected residual to be of the same shape as input, "
-            f"but got residual of shape {list(residual.shape)} and input of size {list(x.shape)}"
-        )
-    _matches_input(function, "residual", residual, x)
-
-
-def _fused(function: str, tensors: RowTensors, options: RowOptions) -> None:
-    """Checks the arguments that torch's functions lack."""
-    x, residual, weight, _ = tensors
-    _, _, residual_dtype, weight_offset, x_hat_dtype, out_dtype = options
-    _is_tensor(function, "residual", residual)
-    _is_number(function, "weight_offset", weight_offset)
-    _is_dtype(function, "residual_dtype", residual_dtype)
-    _is_dtype(function, "x_hat_dtype", x_hat_dtype)
-    _is_dtype(function, "out_dtype", out_dtype)
-    _is_dense(function, "input", x, jagged=True)
-    _is_floating(function, x)
-    if residual is None:
-        if residual_dtype is not None:
-            raise ValueError(f"{function}(): residual_dtype={residual_dtype} was given without a residual")
-    else:
-        _residual(function, residual, x)
-    if weight_offset and weight is None:
-        raise ValueError(f"{function}(): weight_offset={weight_offset} was given without a weight")
+    matches_input(function, name, tensor, x)
 
 
 def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> None:
@@ -199,17 +117,17 @@ def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool =
     """
     x, residual, weight, bias, running_mean, running_var, num_batches_tracked = given
     training, momentum, eps, activation, negative_slope = options
-    _is_tensor("batch_norm", "input", x, optional=False)
+    is_tensor("batch_norm", "input", x, optional=False)
     tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, tensor in (*tensors.items(), ("num_batches_tracked", num_batches_tracked)):
-        _is_tensor("batch_norm", name, tensor)
+        is_tensor("batch_norm", name, tensor)
     if not isinstance(training, bool):
         raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
-    _is_number("batch_norm", "eps", eps)
+    is_number("batch_norm", "eps", eps)
     if momentum is not None:
-        _is_number("batch_norm", "momentum", momentum)
+        is_number("batch_norm", "momentum", momentum)
     if x.layout in _SPARSE or x.is_nested:  # torch's batch_norm takes MKL-DNN's layout
-        _is_dense("batch_norm", "input", x)
+        is_dense("batch_norm", "input", x)
     if x.dim() < 2 and (x.dim() == 0 or not holds(x.numel() == 0)):  # for torch, an empty vector has no channels
         raise RuntimeError(
             f"batch_norm(): expected input of at least 2 dimensions (N, C, *), but got input of size {list(x.shape)}"
@@ -219,18 +137,18 @@ def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool =
     if (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm(): running_mean and running_var must either both be None or neither be None")
     _check_values_per_channel(x, training, eps, whole)
-    _is_floating("batch_norm", x)
+    is_floating("batch_norm", x)
     n_channels = x.shape[1] if x.dim() > 1 else 0
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        _is_dense("batch_norm", name, tensor)
+        is_dense("batch_norm", name, tensor)
         if tensor.numel() != n_channels:
             raise RuntimeError(
                 f"batch_norm(): {name} should contain {n_channels} elements, one for each channel of input of size "
                 f"{list(x.shape)}, but got {name} of shape {list(tensor.shape)}"
             )
-        _matches_input("batch_norm", name, tensor, x)
+        matches_input("batch_norm", name, tensor, x)
         if name.startswith("running"):
             _check_statistics("batch_norm", name, tensor, training)
     if training and running_mean is not None:
@@ -243,15 +161,15 @@ def _activated(
     function: str, x: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
 ) -> None:
     """Checks the arguments that torch's functions over channels lack."""
-    _is_tensor(function, "residual", residual)
+    is_tensor(function, "residual", residual)
     if residual is not None:
-        _residual(function, residual, x)
+        has_shape_of_input(function, "residual", residual, x)
     if residual is not None or activation is not None:
-        _is_dense(function, "input", x)
+        is_dense(function, "input", x)
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"{function}(): argument 'activation' must be str or None, not {type(activation).__name__}")
     activations.check(activation, function)
-    _is_number(function, "negative_slope", negative_slope)
+    is_number(function, "negative_slope", negative_slope)
 
 
 def _check_momentum(function: str, momentum: float | None, running_mean: Tensor) -> None:
@@ -270,7 +188,7 @@ def _check_counter(x: Tensor, momentum: float | None, num_batches_tracked: Tenso
                 "batch_norm(): argument 'momentum' must be float, not NoneType, unless num_batches_tracked is given"
             )
         return
-    _is_dense("batch_norm", "num_batches_tracked", num_batches_tracked)
+    is_dense("batch_norm", "num_batches_tracked", num_batches_tracked)
     dtype = num_batches_tracked.dtype
     if num_batches_tracked.numel() != 1 or dtype == torch.bool or dtype.is_complex:
         raise RuntimeError(
@@ -308,14 +226,14 @@ def group_norm(given: Inputs, options: GroupNormOptions) -> int:
     """Checks group_norm's arguments, torch's as torch does. Returns the number of groups."""
     x, residual, weight, bias = given
     num_groups, eps, activation, negative_slope = options
-    _is_tensor("group_norm", "input", x, optional=False)
-    _is_tensor("group_norm", "weight", weight)
-    _is_tensor("group_norm", "bias", bias)
-    n_groups = None if isinstance(num_groups, Tensor) and num_groups.dim() > 0 else _index(num_groups)
+    is_tensor("group_norm", "input", x, optional=False)
+    is_tensor("group_norm", "weight", weight)
+    is_tensor("group_norm", "bias", bias)
+    n_groups = None if isinstance(num_groups, Tensor) and num_groups.dim() > 0 else index(num_groups)
     if n_groups is None:
         raise TypeError(f"group_norm(): argument 'num_groups' must be int, not {type(num_groups).__name__}")
-    _is_number("group_norm", "eps", eps)
-    _is_dense("group_norm", "input", x)
+    is_number("group_norm", "eps", eps)
+    is_dense("group_norm", "input", x)
     if x.dim() < 2:
         raise RuntimeError(
             f"group_norm(): expected input of at least 2 dimensions (N, C, *), but got input of size {list(x.shape)}"
@@ -333,7 +251,7 @@ def group_norm(given: Inputs, options: GroupNormOptions) -> int:
             f"group_norm(): expected the number of channels to be divisible by num_groups={n_groups}, "
             f"but got input of size {list(x.shape)}"
         )
-    _is_floating("group_norm", x)
+    is_floating("group_norm", x)
     for name, parameter in (("weight", weight), ("bias", bias)):
         _one_per_channel("group_norm", name, parameter, x)
     _activated("group_norm", x, residual, activation, negative_slope)
@@ -343,13 +261,13 @@ def group_norm(given: Inputs, options: GroupNormOptions) -> int:
 def _one_per_channel(function: str, name: str, tensor: Tensor | None, x: Tensor) -> None:
     if tensor is None:
         return
-    _is_dense(function, name, tensor)
+    is_dense(function, name, tensor)
     if tensor.shape != x.shape[1:2]:
         raise RuntimeError(
             f"{function}(): {name} should contain {x.shape[1]} elements, one for each channel of input of size "
             f"{list(x.shape)}, but got {name} of shape {list(tensor.shape)}"
         )
-    _matches_input(function, name, tensor, x)
+    matches_input(function, name, tensor, x)
 
 
 def instance_norm(given: BatchNormTensors, options: InstanceNormOptions) -> None:
@@ -357,16 +275,16 @@ def instance_norm(given: BatchNormTensors, options: InstanceNormOptions) -> None
     memory or would become NaN."""
     x, residual, weight, bias, running_mean, running_var, _ = given
     use_input_stats, momentum, eps, activation, negative_slope = options
-    _is_tensor("instance_norm", "input", x, optional=False)
+    is_tensor("instance_norm", "input", x, optional=False)
     tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, tensor in tensors.items():
-        _is_tensor("instance_norm", name, tensor)
+        is_tensor("instance_norm", name, tensor)
     if not isinstance(use_input_stats, bool):
         kind = type(use_input_stats).__name__
         raise TypeError(f"instance_norm(): argument 'use_input_stats' must be bool, not {kind}")
-    _is_number("instance_norm", "eps", eps)
-    _is_number("instance_norm", "momentum", momentum)
-    _is_dense("instance_norm", "input", x)
+    is_number("instance_norm", "eps", eps)
+    is_number("instance_norm", "momentum", momentum)
+    is_dense("instance_norm", "input", x)
     if use_input_stats and holds(math.prod(x.shape[2:]) == 1):
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
     if x.dim() < 2:
@@ -379,7 +297,7 @@ def instance_norm(given: BatchNormTensors, options: InstanceNormOptions) -> None
         raise ValueError("instance_norm(): running_mean and running_var must either both be None or neither be None")
     if not use_input_stats and eps < 0.0:
         raise ValueError(f"instance_norm(): eps must be non-negative without use_input_stats, but got {eps}")
-    _is_floating("instance_norm", x)
+    is_floating("instance_norm", x)
     for name, tensor in tensors.items():
         _one_per_channel("instance_norm", name, tensor, x)
         if tensor is not None and name.startswith("running"):

@@ -5,8 +5,9 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,3 +204,21 @@ def explanation(function: str, copies: tuple[str, ...], x: Tensor, reason: str |
 def explained_by(function: str, reason: str) -> Explanation:
     refused = "; backend 'triton' makes this an error" if asked_for() == "triton" else ""
     return Explanation(function, "torch", reason + refused)
+
+
+def instead_of(
+    function: Any, torch_function: Callable[..., Any], tensors: tuple[Any, ...], fused: tuple[Any, ...]
+) -> Callable[..., Any] | None:
+    """Returns the function to call instead if a mode or an argument overrides `function` by `__torch_function__`, or
+    None. Raises RuntimeError if backend "triton" was set, since only the kernels may serve the call then.
+
+    Args:
+        fused: values of the keyword-only arguments of `function`, in order.
+    """
+    options = dict(zip(function.__kwdefaults__, fused, strict=True))
+    found = overrides.taker(function, torch_function, tensors, options)
+    if found is None:
+        return None
+    who, instead = found
+    goes_to_triton(who)
+    return instead

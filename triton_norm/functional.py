@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function_variadic
 from torch.utils.checkpoint import _StopRecomputationError
 
-from triton_norm import overrides, plans, reference, resolve
+from triton_norm import plans, reference, resolve
 from triton_norm.activations import activate
 from triton_norm.channels import function as channels
-from triton_norm.dispatch import autocasts, goes_to_triton, is_fusible, override
+from triton_norm.dispatch import autocasts, goes_to_triton, instead_of, is_fusible, override
+from triton_norm.functional_modulated import PLAIN, Modulation, bundles, normalize_modulated
 from triton_norm.plain import HALVES, has_known_sizes, holds
 from triton_norm.rows import operator as rows
 from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors, RowOptions, RowSpec, RowTensors
@@ -86,11 +87,20 @@ def layer_norm(
     weight_offset: float = 0.0,
     x_hat_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    gate: Tensor | None = None,
+    gate_activation: str | None = "silu",
+    gate_first: bool = False,
+    product_dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual_gate: Tensor | None = None,
+    head_weight: Tensor | None = None,
 ) -> Any:
     r"""Computes y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias, as torch.nn.functional.layer_norm.
 
     mean and var = E[(x − mean)²], the biased variance, are taken for each sample, over the axes of `normalized_shape`.
-    With `residual`, x is total = input + residual, rounded once to total's dtype, and (y, total) is returned.
+    With `residual`, x is total = input + residual, rounded once to total's dtype, and (y, total) is returned. With
+    `gate`, y is multiplied by f(gate); with `scale` and `shift`, y becomes y · (1 + scale) + shift before.
 
     Args:
         input: [*, *normalized_shape], float32, float16, bfloat16 or float64, with any strides.
@@ -102,6 +112,13 @@ def layer_norm(
         weight_offset: added to the weight in float32: 1 for a weight that is stored as its distance from 1.
         x_hat_dtype: narrower dtype that x_hat = (x − mean) / sqrt(var + eps) is rounded to; None: no rounding.
         out_dtype: dtype of y; None: input's, or float32 under CUDA's autocast.
+        gate: of input's shape, any of these dtypes.
+        gate_activation: f: "silu", "sigmoid" or None.
+        gate_first: multiplies x by f(gate) before it is normalized, not y behind it.
+        product_dtype: narrower dtype that y is rounded to before it is gated; None: no rounding.
+        scale, shift, residual_gate: of input's shape; leading axes may have length 1, or be missing before
+            normalized_shape: [B, D] modulates each sample of input [B, T, D]. total = residual + residual_gate · input.
+        head_weight: [H, *normalized_shape], in place of weight, for input [*, H, *normalized_shape].
 
     Returns:
         y, contiguous, of input's shape; with `residual` (y, total).
@@ -110,7 +127,8 @@ def layer_norm(
         RuntimeError: shapes or devices don't match.
         NotImplementedError: a dtype is not supported.
         TypeError: an argument has the wrong type.
-        ValueError: residual_dtype without residual, or weight_offset without weight.
+        ValueError: residual_dtype or residual_gate without residual, weight_offset without weight, gate_first or
+            product_dtype without gate, head_weight with weight, bias or scale, or an unknown gate_activation.
 
     Statistics are computed and saved in float32 (float64 for float64 input). A sample's bits don't depend on its batch.
 
@@ -119,10 +137,13 @@ def layer_norm(
     """
     tensors = input, residual, weight, bias
     own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    modulation = gate, gate_activation, gate_first, product_dtype, scale, shift, residual_gate, head_weight
     if has_torch_function_variadic(*tensors):
-        instead = instead_of(layer_norm, F.layer_norm, tensors, (residual, *own))
+        instead = instead_of(layer_norm, F.layer_norm, tensors, (residual, *own, *modulation))
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, bias=bias, eps=eps)
+    if modulation != PLAIN:
+        return _modulate(layer_norm, tensors, (normalized_shape, eps, *own), Modulation._make(modulation))
     return normalize_rows("layer_norm", tensors, (normalized_shape, eps, *own))
 
 
@@ -137,6 +158,14 @@ def rms_norm(
     weight_offset: float = 0.0,
     x_hat_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    gate: Tensor | None = None,
+    gate_activation: str | None = "silu",
+    gate_first: bool = False,
+    product_dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual_gate: Tensor | None = None,
+    head_weight: Tensor | None = None,
 ) -> Any:
     r"""Computes y = x / sqrt(E[x²] + eps) · (weight + weight_offset), as torch.nn.functional.rms_norm.
 
@@ -148,7 +177,7 @@ def rms_norm(
         normalized_shape: lengths of the trailing axes to normalize over.
         weight: [*normalized_shape], any of these dtypes; None: 1.
         eps: added under the root; None: the machine epsilon of float32, or float64 for float64 input.
-        residual, residual_dtype, weight_offset, out_dtype: as layer_norm's.
+        residual, residual_dtype, weight_offset, out_dtype, and those from gate on: as layer_norm's.
         x_hat_dtype: narrower dtype that x_hat = x / sqrt(E[x²] + eps) is rounded to; Hugging Face's Llama: input's.
 
     Returns:
@@ -165,11 +194,30 @@ def rms_norm(
     """
     tensors = input, residual, weight, None
     own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    modulation = gate, gate_activation, gate_first, product_dtype, scale, shift, residual_gate, head_weight
     if has_torch_function_variadic(*tensors):
-        instead = instead_of(rms_norm, F.rms_norm, tensors, (residual, *own))
+        instead = instead_of(rms_norm, F.rms_norm, tensors, (residual, *own, *modulation))
         if instead is not None:
             return instead(input, normalized_shape, weight=weight, eps=eps)
+    if modulation != PLAIN:
+        return _modulate(rms_norm, tensors, (normalized_shape, eps, *own), Modulation._make(modulation))
     return normalize_rows("rms_norm", tensors, (normalized_shape, eps, *own))
+
+
+def _modulate(function: Any, tensors: tuple[Any, ...], options: tuple[Any, ...], modulation: Modulation) -> Any:
+    """Computes layer_norm or rms_norm with a gate or a modulation, unless one of these tensors overrides the call.
+
+    Args:
+        tensors, options: fields of RowTensors and RowOptions.
+    """
+    others = modulation.gate, modulation.scale, modulation.shift, modulation.residual_gate, modulation.head_weight
+    if has_torch_function_variadic(*others):
+        (x, residual, weight, bias), (shape, eps, *own) = tensors, options
+        torch_function = F.layer_norm if function is layer_norm else F.rms_norm
+        instead = instead_of(function, torch_function, (*tensors, *others), (residual, *own, *modulation))
+        if instead is not None:
+            return instead(x, shape, weight, *((bias,) if function is layer_norm else ()), eps)
+    return normalize_modulated(function.__name__, *bundles(function.__name__, tensors, options, modulation))
 
 
 def batch_norm(
@@ -274,24 +322,6 @@ def normalize_resolved(tensors: tuple[Any, ...], call: resolve.Call) -> Tensor:
     if goes_to_triton(call.reason, compiles_torch=None if averages else named.x):
         return channels.record(named, spec)
     return _torch_batch_norm(named, spec)
-
-
-def instead_of(
-    function: Any, torch_function: Callable[..., Any], tensors: tuple[Any, ...], fused: tuple[Any, ...]
-) -> Callable[..., Any] | None:
-    """Returns the function to call instead if a mode or an argument overrides `function` by `__torch_function__`, or
-    None. Raises RuntimeError if backend "triton" was set, since only the kernels may serve the call then.
-
-    Args:
-        fused: values of the keyword-only arguments of `function`, in order.
-    """
-    options = dict(zip(function.__kwdefaults__, fused, strict=True))
-    found = overrides.taker(function, torch_function, tensors, options)
-    if found is None:
-        return None
-    who, instead = found
-    goes_to_triton(who)
-    return instead
 
 
 def _counted_batch_norm(counter: Tensor | None, x: Tensor, running_mean: Tensor | None, *rest: Any) -> Tensor:

@@ -11,8 +11,7 @@ from torch.overrides import has_torch_function_variadic
 from triton_norm import captures, functional, plans, reference, resolve
 from triton_norm.activations import activate
 from triton_norm.channels import groups
-from triton_norm.dispatch import goes_to_triton, override
-from triton_norm.functional import instead_of
+from triton_norm.dispatch import goes_to_triton, instead_of, override
 from triton_norm.plain import HALVES, has_known_sizes, holds
 from triton_norm.specs import (
     BatchNormSpec,

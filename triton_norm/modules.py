@@ -73,18 +73,24 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
         weight_offset: float = 0.0,
         x_hat_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
+        **modulation: Any,
     ) -> Any:
         own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
         if REVERTED in self.__dict__ or has_torch_function_unary(input):
             instead = symbolic.instead(self, LayerNorm.forward, input)
             if instead is not None:
-                return instead(input, **changed(LayerNorm.forward, (residual, *own)))
+                return instead(input, **changed(LayerNorm.forward, (residual, *own)), **modulation)
         weight, bias = weight_and_bias_of(self)
         tensors = input, residual, weight, bias
         options = self.normalized_shape, self.eps, *own
-        if has_torch_function_variadic(*tensors):  # self.weight: a tracer of torch.fx makes it a node
+        if modulation or has_torch_function_variadic(*tensors):  # self.weight: a tracer of torch.fx makes it a node
             return functional.layer_norm(
-                input, residual=residual, weight=self.weight, bias=self.bias, **RowOptions._make(options)._asdict()
+                input,
+                residual=residual,
+                weight=self.weight,
+                bias=self.bias,
+                **RowOptions._make(options)._asdict(),
+                **modulation,
             )
         return functional.normalize_rows("layer_norm", tensors, options)
 
@@ -110,17 +116,20 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
         weight_offset: float = 0.0,
         x_hat_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
+        **modulation: Any,
     ) -> Any:
         own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
         if REVERTED in self.__dict__ or has_torch_function_unary(x):
             instead = symbolic.instead(self, RMSNorm.forward, x)
             if instead is not None:
-                return instead(x, **changed(RMSNorm.forward, (residual, *own)))
+                return instead(x, **changed(RMSNorm.forward, (residual, *own)), **modulation)
         weight = weight_of(self)
         tensors = x, residual, weight, None
         options = self.normalized_shape, self.eps, *own
-        if has_torch_function_variadic(*tensors):  # self.weight: a tracer of torch.fx makes it a node
-            return functional.rms_norm(x, residual=residual, weight=self.weight, **RowOptions._make(options)._asdict())
+        if modulation or has_torch_function_variadic(*tensors):  # self.weight: a tracer of torch.fx makes it a node
+            return functional.rms_norm(
+                x, residual=residual, weight=self.weight, **RowOptions._make(options)._asdict(), **modulation
+            )
         return functional.normalize_rows("rms_norm", tensors, options)
 
     def explain_call(self, x: Tensor, **fused: Any) -> Explanation:

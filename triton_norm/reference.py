@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_norm.activations import activate
+from triton_norm.activations import activate, apply_gate
 from triton_norm.plain import has_known_sizes
-from triton_norm.specs import BatchNormSpec, BatchNormTensors, GroupNormSpec, Inputs, RowSpec
+from triton_norm.specs import (
+    BatchNormSpec,
+    BatchNormTensors,
+    GroupNormSpec,
+    Inputs,
+    ModulatedSpec,
+    ModulatedTensors,
+    RowSpec,
+)
 
 MOST_AXES = 64
 """torch's sums reduce at most this many axes."""
@@ -53,10 +61,72 @@ def normalize(
     if spec.centred:
         x_hat = x_hat - x_hat.mean(axes, keepdim=True)
     x_hat = x_hat * torch.rsqrt((x_hat * x_hat).mean(axes, keepdim=True) + spec.eps)
-    if spec.x_hat_dtype is not None:
-        rounding = x_hat.to(spec.x_hat_dtype).to(x_hat.dtype) - x_hat
-        x_hat = x_hat + rounding.detach()  # exact; a cast would round the gradient too
+    x_hat = rounded(x_hat, spec.x_hat_dtype)
     return affine(x_hat, weight, bias, spec.weight_offset).to(spec.out_dtype or x.dtype)
+
+
+def outer_shape(shape: Sequence[int], x_shape: Sequence[int], n_outer: int, per_head: bool) -> list[int]:
+    """Returns a modulation's lengths along the n_outer axes of x before its columns, 1 for those that are missing.
+
+    Args:
+        per_head: its axes are x's last ones, not its first.
+    """
+    own = list(shape[: len(shape) - (len(x_shape) - n_outer)])
+    missing = [1] * (n_outer - len(own))
+    return missing + own if per_head else own + missing
+
+
+def _modulation(own: Tensor, x: Tensor, n_outer: int, per_head: bool, dtype: torch.dtype) -> Tensor:
+    return own.reshape(*outer_shape(own.shape, x.shape, n_outer, per_head), *x.shape[n_outer:]).to(dtype)
+
+
+def add_gated(x: Tensor, residual: Tensor, residual_gate: Tensor, n_outer: int, dtype: torch.dtype) -> Tensor:
+    """Returns residual + residual_gate · x, rounded once."""
+    compute = torch.float64 if dtype == torch.float64 else compute_dtype(x, residual)
+    gate = _modulation(residual_gate, x, n_outer, False, compute)
+    return (residual.to(compute) + gate * x.to(compute)).to(dtype)
+
+
+def modulate(total: Tensor, normalized_shape: Sequence[int], tensors: ModulatedTensors, spec: ModulatedSpec) -> Tensor:
+    """Returns y = (norm(v) · weight + bias) · (scale + scale_offset) + shift, times f(gate).
+
+    The gate multiplies total instead, v = total · f(gate), if the spec says so; otherwise v = total.
+
+    Args:
+        total: x, or the sum of x and residual; fields x, residual and residual_gate of `tensors` are not read.
+    """
+    compute, n_outer = compute_dtype(total), total.dim() - len(normalized_shape)
+    x, gate = total.to(compute), None
+    if tensors.gate is not None:
+        gate = apply_gate(tensors.gate.to(compute), spec.gate_activation)
+        if spec.gate_first:
+            x, gate = x * gate, None
+    y = normalize(x, normalized_shape, tensors.weight, tensors.bias, spec.rows._replace(out_dtype=compute))
+    if tensors.scale is not None:
+        y = y * (_modulation(tensors.scale, total, n_outer, spec.per_head, compute) + spec.scale_offset)
+    if tensors.shift is not None:
+        y = y + _modulation(tensors.shift, total, n_outer, False, compute)
+    if gate is not None:
+        y = rounded(y, spec.product_dtype) * gate
+    return y.to(spec.rows.out_dtype or total.dtype)
+
+
+def statistics(total: Tensor, gate: Tensor | None, axes: tuple[int, ...], spec: ModulatedSpec) -> Tensor:
+    """Returns the means, if the spec is `centred`, and then rstd, of the rows that `modulate` normalizes, flat."""
+    x = total.to(compute_dtype(total))
+    if gate is not None and spec.gate_first:
+        x = x * apply_gate(gate.to(x.dtype), spec.gate_activation)
+    means = []
+    if spec.rows.centred:
+        mean = x.mean(axes, keepdim=True)
+        means, x = [mean.flatten()], x - mean
+    rstd = torch.rsqrt((x * x).mean(axes, keepdim=True) + spec.rows.eps)
+    return torch.cat([*means, rstd.flatten()])
+
+
+def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Returns x rounded to this dtype, but in its own. The gradient is not rounded, unlike a cast's. None: x."""
+    return x if dtype is None else x + (x.to(dtype).to(x.dtype) - x).detach()  # exact
 
 
 def batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_norm import captures, checks, dispatch, plans, reference, symbolic
+from triton_norm import captures, checks, checks_rows, dispatch, plans, reference, symbolic
 from triton_norm.channels import group_layout
 from triton_norm.channels.function import BatchNormPlan
 from triton_norm.channels.groups import GroupNormPlan
 from triton_norm.plain import HALVES
+from triton_norm.rows import modulation
+from triton_norm.rows.modulated_plan import modulated_plan_of
 from triton_norm.rows.plan import plan_of
 from triton_norm.specs import (
     BatchNormOptions,
@@ -21,6 +23,9 @@ from triton_norm.specs import (
     GroupNormSpec,
     Inputs,
     InstanceNormOptions,
+    ModulatedOptions,
+    ModulatedSpec,
+    ModulatedTensors,
     RowOptions,
     RowSpec,
     RowTensors,
@@ -31,7 +36,7 @@ class Call(NamedTuple):
     """Holds the result of resolving a call.
 
     Args:
-        spec: a RowSpec, BatchNormSpec or GroupNormSpec.
+        spec: a RowSpec, ModulatedSpec, BatchNormSpec or GroupNormSpec.
         reason: why the kernels can't serve such calls, or None.
         plan: plan of a call that the kernels serve and nothing records or intercepts, or None.
         shape: normalized_shape as given, a tuple of integers; None for a norm over channels.
@@ -45,7 +50,7 @@ class Call(NamedTuple):
 
 def check_rows(function: str, tensors: RowTensors, options: RowOptions) -> Call:
     """Checks a call of layer_norm or rms_norm. Returns it without a plan."""
-    shape = checks.rows(function, tensors, options)
+    shape = checks_rows.rows(function, tensors, options)
     eps = torch.finfo(reference.compute_dtype(tensors.x)).eps if options.eps is None else options.eps
     n_cols, centred = math.prod(shape), function == "layer_norm"
     out_dtype = options.out_dtype
@@ -54,6 +59,22 @@ def check_rows(function: str, tensors: RowTensors, options: RowOptions) -> Call:
     dtypes = out_dtype, options.residual_dtype, options.x_hat_dtype
     spec = RowSpec._make((n_cols, float(eps), float(options.weight_offset), centred, *dtypes))
     return Call._make((spec, dispatch.unserved(tensors, columns=n_cols), None, options.normalized_shape))
+
+
+def check_modulated(function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Call:
+    """Checks a call of layer_norm or rms_norm with a gate or a modulation. Returns it without a plan."""
+    x, residual, weight, bias, *_ = tensors
+    plain, gate_activation, gate_first, product_dtype, per_head = options
+    offset = plain.weight_offset
+    if per_head:  # the weight is a modulation
+        checks.is_number(function, "weight_offset", offset)
+        plain = plain._replace(weight_offset=0.0)
+    call = check_rows(function, RowTensors._make((x, residual, weight, bias)), plain)
+    checks_rows.modulated(function, tensors, options)
+    scale_offset = float(offset) if per_head else 1.0
+    spec = ModulatedSpec._make((call.spec, gate_activation, gate_first, product_dtype, scale_offset, per_head))
+    reason = call.reason or dispatch.unserved(tensors, columns=call.spec.n_cols)
+    return call._replace(spec=spec, reason=reason or modulation.beyond(call.spec.n_cols, reference.compute_dtype(x)))
 
 
 def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> BatchNormSpec:
@@ -106,6 +127,16 @@ def check_instance_norm(tensors: BatchNormTensors, options: InstanceNormOptions)
 def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> Call:
     """Resolves a call of layer_norm or rms_norm, and caches it unless the key is None."""
     return _kept(key, tensors, options, lambda: check_rows(function, tensors, options), plan_of)
+
+
+def modulated(key: Any, function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Call:
+    """Resolves a call with a gate or a modulation and caches it, as `rows`. It has no plan if its modulations need to
+    be expanded first."""
+
+    def plan_of(spec: Any, tensors: ModulatedTensors) -> Any:
+        return modulated_plan_of(spec, tensors) if modulation.spread(tensors, spec) is tensors else None
+
+    return _kept(key, tensors, options.rows, lambda: check_modulated(function, tensors, options), plan_of)
 
 
 def batch_norm(key: Any, tensors: BatchNormTensors, options: BatchNormOptions) -> Call:

@@ -44,7 +44,8 @@ class Kept(NamedTuple):
         return None if parameter is None else parameter.shape
 
 
-def _form(tensor: Tensor | None) -> Form | None:
+def form_of(tensor: Tensor | None) -> Form | None:
+    """Returns (dtype, shape, device), or None."""
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.device)
 
 
@@ -56,15 +57,16 @@ def kept_of(saved: Iterable[Tensor | None] | None, inputs: Sequence[Tensor | Non
     """Returns the facts of a forward for its backward. saved: the saved tensors, None while tracing."""
     x, residual, weight, bias = inputs
     assert x is not None
-    forms = None if saved is None else tuple(map(_form, saved))
+    forms = None if saved is None else tuple(map(form_of, saved))
     dresidual = None if residual is None else residual.dtype
     return Kept(forms, x.dtype, dresidual, _parameter(weight), _parameter(bias))
 
 
-def check_restored(kept: Kept, kind: Any, tensors: Sequence[Tensor | None]) -> None:
+def check_restored(kept: Any, kind: Any, tensors: Sequence[Tensor | None]) -> None:
     """Checks the saved tensors that a backward receives.
 
     Args:
+        kept: facts of the forward; its `forms` are those of the tensors that were saved.
         kind: the NamedTuple that they were saved as.
 
     Raises:
@@ -79,7 +81,7 @@ def check_restored(kept: Kept, kind: Any, tensors: Sequence[Tensor | None]) -> N
 
 def _changed(kind: Any, tensors: Sequence[Tensor | None], forms: Sequence[Form | None]) -> str:
     for name, tensor, form in zip(kind._fields, tensors, forms, strict=True):
-        if tensor is not None and form is not None and _form(tensor) != form:
+        if tensor is not None and form is not None and form_of(tensor) != form:
             was, now = _described(*form), _described(tensor.dtype, tensor.shape, tensor.device)
             return f"{name} was saved for backward as {was}, but a hook has given back {now}"
     return "a saved tensor was changed by a hook"

@@ -56,6 +56,60 @@ class RowSpec(NamedTuple):
     x_hat_dtype: torch.dtype | None = None
 
 
+class ModulatedTensors(NamedTuple):
+    """Holds the tensors of a LayerNorm or RMSNorm call with a gate or a modulation.
+
+    Args:
+        x, residual, gate: [*, *normalized_shape].
+        weight, bias: [*normalized_shape].
+        scale, shift, residual_gate: [*, *normalized_shape]; the leading axes broadcast against x's, and may be missing
+            behind the first ones. scale may be the weights [H, *normalized_shape] of x's last axis before these.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    gate: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    residual_gate: Tensor | None
+
+
+class ModulatedOptions(NamedTuple):
+    """Holds the other arguments of layer_norm and rms_norm with a gate or a modulation, as passed.
+
+    Args:
+        rows: those that every call has.
+        per_head: the call's head_weight is passed as the scale.
+    """
+
+    rows: RowOptions
+    gate_activation: Any = "silu"
+    gate_first: Any = False
+    product_dtype: Any = None
+    per_head: bool = False
+
+
+class ModulatedSpec(NamedTuple):
+    """Specifies a LayerNorm or RMSNorm with a gate or a modulation, in the order of the operators' schemas.
+
+    Args:
+        gate_activation: name of the gate's activation; None: the gate itself.
+        gate_first: x is gated before it is normalized.
+        product_dtype: dtype that the normalized x is rounded to before it is gated; None: no rounding.
+        scale_offset: added to the scale.
+        per_head: scale has a row for each of the last axis before normalized_shape.
+    """
+
+    rows: RowSpec
+    gate_activation: str | None
+    gate_first: bool
+    product_dtype: torch.dtype | None
+    scale_offset: float
+    per_head: bool
+
+
 class BatchNormTensors(NamedTuple):
     """Holds the tensors of a BatchNorm call.
 
@@ -189,3 +243,16 @@ class Wanted(NamedTuple):
     dresidual_dtype: torch.dtype | None
     dweight_dtype: torch.dtype | None
     dbias_dtype: torch.dtype | None
+
+
+class ModulatedWanted(NamedTuple):
+    """Holds the dtypes of the gradients of ModulatedTensors that a backward has to compute; None for the others."""
+
+    dx_dtype: torch.dtype | None
+    dresidual_dtype: torch.dtype | None
+    dweight_dtype: torch.dtype | None
+    dbias_dtype: torch.dtype | None
+    dgate_dtype: torch.dtype | None
+    dscale_dtype: torch.dtype | None
+    dshift_dtype: torch.dtype | None
+    dresidual_gate_dtype: torch.dtype | None

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from triton_norm import reference
-from triton_norm.specs import RowSpec
+from triton_norm.specs import ModulatedSpec, ModulatedTensors, RowSpec
 
 T = TypeVar("T")
 
-VERSION = 2
-"""Every change of `decomposed` increments this: torch's caches of compiled code identify an operator by its name."""
+VERSION, MODULATED_VERSION = 2, 1
+"""Every change of a decomposition increments its version: torch's caches of compiled code identify an operator by its
+name."""
 
 NAME = f"_rows_forward_v{VERSION}"
+MODULATED = f"_modulated_rows_forward_v{MODULATED_VERSION}"
 
 
 def _axes(x: Tensor, n_cols: int) -> tuple[int, ...]:
@@ -68,24 +70,54 @@ def decomposed(
     return y, nothing if total is None else total, *(statistics if saves else (nothing, nothing))
 
 
-def _register() -> None:
-    """Adds `decomposed` to Inductor's table and its cached copy, which another thread may be building without it."""
+def decomposed_modulated(x: Tensor, residual: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the operator's (y, total, statistics); results that the call doesn't need are empty.
+
+    Args:
+        arguments: the other fields of ModulatedTensors, `saves`, and the fields of ModulatedSpec, flat.
+    """
+    n_tensors, n_rows = len(ModulatedTensors._fields) - 2, len(RowSpec._fields)
+    inner, (saves, *options) = arguments[:n_tensors], arguments[n_tensors:]
+    spec = ModulatedSpec(RowSpec(*options[:n_rows]), *options[n_rows:])
+    tensors = ModulatedTensors._make((x, residual, *inner))
+    total, nothing, axes = x, x.new_empty(0), _axes(x, spec.rows.n_cols)
+    n_outer = x.dim() - len(axes)
+    if residual is not None:
+        dtype = spec.rows.total_dtype or residual.dtype
+        if tensors.residual_gate is None:
+            total = reference.add(x, residual, dtype).contiguous()
+        else:
+            total = reference.add_gated(x, residual, tensors.residual_gate, n_outer, dtype).contiguous()
+    row = x.shape[n_outer:]
+    read = _stored(total) if saves else total
+    if spec.rows.out_dtype is None:
+        spec = spec._replace(rows=spec.rows._replace(out_dtype=x.dtype))
+    y = reference.modulate(read, row, tensors, spec).contiguous()
+    statistics = reference.statistics(read, tensors.gate, axes, spec) if saves else nothing
+    return y, nothing if residual is None else total, statistics
+
+
+DECOMPOSITIONS: dict[str, Callable[..., Any]] = {NAME: decomposed, MODULATED: decomposed_modulated}
+
+
+def _register(name: str) -> None:
+    """Adds a decomposition to Inductor's table and its cached copy, which another thread may be building without it."""
     from torch._inductor import decomposition
 
     from triton_norm.library import DEFINED
 
-    operator = DEFINED[NAME]
-    decomposition.decompositions[operator] = decomposed
-    if decomposition.fast_random_decomps().get(operator) is not decomposed:
+    operator = DEFINED[name]
+    decomposition.decompositions[operator] = DECOMPOSITIONS[name]
+    if decomposition.fast_random_decomps().get(operator) is not DECOMPOSITIONS[name]:
         decomposition.fast_random_decomps.cache_clear()
 
 
-def known(fake: Callable[..., T]) -> Callable[..., T]:
+def known(fake: Callable[..., T], name: str) -> Callable[..., T]:
     """Wraps the operator's fake, which runs before any compilation, to register the decomposition with Inductor."""
 
     def told(*arguments: Any) -> T:
         with torch.utils._python_dispatch._disable_current_modes():
-            _register()
+            _register(name)
         return fake(*arguments)
 
     return told

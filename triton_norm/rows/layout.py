@@ -58,7 +58,8 @@ class RowLayout(NamedTuple):
     copied: tuple[bool, ...]
 
 
-def _first_column_axis(shape: Sequence[int], n_cols: int) -> int:
+def first_column_axis(shape: Sequence[int], n_cols: int) -> int:
+    """Returns the first of the trailing axes that form a row of n_cols elements."""
     axis, n = len(shape), 1
     while n < n_cols:
         axis -= 1
@@ -93,7 +94,7 @@ def copies(x: Tensor, n_cols: int, broadcast: bool = False) -> bool:
     Args:
         broadcast: a row may be one element, expanded.
     """
-    axis = _first_column_axis(x.shape, n_cols)
+    axis = first_column_axis(x.shape, n_cols)
     if x.is_neg() or _column_stride(x, axis, n_cols) not in ((0, 1) if broadcast else (1,)):
         return True
     lengths, _ = _row_axes(x.shape[:axis], [x.stride()])
@@ -117,7 +118,7 @@ def layout_of(tensors: Sequence[Tensor | None], n_cols: int, broadcast: Sequence
     """
     first, *_ = tensors
     assert first is not None
-    shape, axis = first.shape, _first_column_axis(first.shape, n_cols)
+    shape, axis = first.shape, first_column_axis(first.shape, n_cols)
     copied = [
         tensor is not None and (tensor.shape != shape or copies(tensor, n_cols, spread))
         for tensor, spread in zip(tensors, broadcast, strict=True)
@@ -156,7 +157,11 @@ def vector_of(misaligned: int, extents: int, itemsizes: Sequence[int]) -> int:
 
 def rounded_to(spec: RowSpec, compute: torch.dtype) -> Any:
     """Returns the type that the kernels round x_hat to; None if it is not narrower than the compute type."""
-    dtype = spec.x_hat_dtype
+    return narrower(spec.x_hat_dtype, compute)
+
+
+def narrower(dtype: torch.dtype | None, compute: torch.dtype) -> Any:
+    """Returns Triton's type, or None if it is not narrower than the compute type."""
     return None if dtype is None or dtype.itemsize >= compute.itemsize else triton_dtype(dtype)
 
 

@@ -218,7 +218,7 @@ fusible_op = recorded(
     4,
     lambda call: [*_present_forward(call), call.saves and call.spec.centred],
     _apart(_forward),
-    fusible.known(_apart(_fake_forward)),
+    fusible.known(_apart(_fake_forward), fusible.NAME),
     _forward_derivative,
 )
 backward_op = recorded(

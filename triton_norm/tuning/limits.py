@@ -55,6 +55,9 @@ class Limits:
     backward_span_bytes: int = 32 * 1024
     # A multiprocessor has this many row elements in registers in the backward, each with x, dy and two sums.
     rows_backward_elements_per_sm: int = 8 * 1024
+    # A program that sums over the rows of one modulation has at least this many rows: two sums in float32, written and
+    # read, are then at most 5 % of dy, x and dx in a 16-bit type.
+    modulated_split_rows: int = 64
     # At most a third of the SMs cooperate on one row or channel, so that three such launches can run concurrently
     # without deadlock.
     sms_per_peer: int = 3

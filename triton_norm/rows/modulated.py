@@ -1,0 +1,292 @@
+"""Runs gated and modulated rows by the kernels or their operators, with autograd."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor
+
+from triton_norm import plans, reference
+from triton_norm.captures import is_intercepted
+from triton_norm.library import Derivative, recorded
+from triton_norm.rows import fusible
+from triton_norm.rows.modulated_backward import (
+    BackwardCall,
+    Gradients,
+    ModulatedBackwardTensors,
+    ModulatedGradients,
+    modulated_backward_plan_of,
+)
+from triton_norm.rows.modulated_composed import composed, through_total
+from triton_norm.rows.modulated_plan import ModulatedPlan, modulated_plan_of
+from triton_norm.rows.modulation import Modulation, modulation_of
+from triton_norm.rows.plan import Outputs, RowOutputs
+from triton_norm.saved import Form, check_restored, form_of, is_unsavable, needs_gradient, needs_torch
+from triton_norm.specs import ModulatedSpec, ModulatedTensors, ModulatedWanted, RowTensors
+
+
+class ForwardCall(NamedTuple):
+    """Holds the arguments of the forward's operators. saves: statistics are needed for a backward."""
+
+    tensors: ModulatedTensors
+    saves: bool
+    spec: ModulatedSpec
+
+
+class Saved(NamedTuple):
+    """Holds the tensors that the forward saves for the backward, as ModulatedBackwardTensors describes them.
+
+    Statistics are None if an operator was recorded without gradients; they are then computed again.
+    """
+
+    total: Tensor
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    gate: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    residual_gate: Tensor | None
+    statistics: Tensor | None
+
+
+class Facts(NamedTuple):
+    """Holds facts of a forward that its backward needs; equal for calls of one signature.
+
+    Args:
+        forms: of each saved tensor; None while tracing.
+        inputs: forms of the fields of ModulatedTensors.
+        numbers: tell which row has which modulation.
+    """
+
+    forms: tuple[Form | None, ...] | None
+    inputs: tuple[Form | None, ...]
+    numbers: Modulation
+
+    @property
+    def modulation_shapes(self) -> tuple[Size | None, ...]:
+        """Returns the shapes of scale, shift and residual_gate."""
+        *_, scale, shift, residual_gate = self.inputs
+        return tuple(None if form is None else form[1] for form in (scale, shift, residual_gate))
+
+
+def facts_of(saved: Sequence[Tensor | None] | None, tensors: ModulatedTensors, spec: ModulatedSpec) -> Facts:
+    forms = None if saved is None else tuple(map(form_of, saved))
+    return Facts(forms, tuple(map(form_of, tensors)), modulation_of(tensors, spec))
+
+
+def _outputs(call: ForwardCall) -> Outputs:
+    x, residual, *_ = call.tensors
+    tensors = RowTensors(x, residual, None, None)
+    return RowOutputs(call.spec.rows, tensors, exact=False)(tensors, call.saves)
+
+
+def _forward(call: ForwardCall) -> Outputs:
+    if call.tensors.x.numel() == 0:  # the number of rows was unknown while recording
+        return _outputs(call)
+    return modulated_plan_of(call.spec, call.tensors).forward(call.tensors, call.saves)
+
+
+def _present_forward(call: ForwardCall) -> list[bool]:
+    return [True, call.tensors.residual is not None, call.saves]
+
+
+def _shapes(call: BackwardCall) -> list[tuple[int, int]]:
+    """Returns the shapes in which the backward's operator returns the gradients of modulations."""
+    return [(call.numbers.n_modulations, call.spec.rows.n_cols)] * 3
+
+
+def _backward(call: BackwardCall) -> Gradients:
+    if call.tensors.total.numel() == 0:
+        return tuple(None if gradient is None else gradient.zero_() for gradient in _fake_backward(call))
+    return modulated_backward_plan_of(call, _shapes(call))(call.tensors)
+
+
+def _fake_backward(call: BackwardCall) -> Gradients:
+    total, n_cols = call.tensors.total, call.spec.rows.n_cols
+    return ModulatedGradients(total, call.wanted, n_cols, _shapes(call), exact=False)(total)
+
+
+def _wanted(facts: Facts, needs: Sequence[bool]) -> ModulatedWanted:
+    """Returns the gradients to compute. If x and residual have one dtype and one gradient, it is computed once."""
+    dtypes = [form[0] if form is not None and need else None for form, need in zip(facts.inputs, needs, strict=True)]
+    dx, dresidual, *inner = dtypes
+    if facts.inputs[ModulatedTensors._fields.index("residual_gate")] is None:
+        if dx is None:
+            dx, dresidual = dresidual, None
+        elif dx == dresidual:
+            dresidual = None
+    return ModulatedWanted._make((dx, dresidual, *inner))
+
+
+def _assigned(found: Gradients, facts: Facts, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of the fields of ModulatedTensors, in the shape of each, from those that were computed."""
+    dx, dresidual, *inner = found
+    x_needs, residual_needs, *_ = needs
+    if residual_needs and dresidual is None:
+        dresidual = dx
+    placed = dx if x_needs else None, dresidual if residual_needs else None, *inner
+    return tuple(
+        None if gradient is None or form is None else gradient if gradient.shape == form[1] else gradient.view(form[1])
+        for gradient, form in zip(placed, facts.inputs, strict=True)
+    )
+
+
+def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of the fields of ModulatedTensors."""
+    facts, spec = ctx.facts, ctx.spec
+    needs = ctx.needs_input_grad[: len(ModulatedTensors._fields)]
+    if not any(needs):
+        return (None,) * len(needs)
+    wanted, shapes = _wanted(facts, needs), facts.modulation_shapes
+    intercepted = facts.forms is None or is_intercepted()
+    if dy is None:  # y was not used
+        return _assigned(through_total(dtotal, (dy, dtotal, *saved), spec, wanted), facts, needs)
+    if needs_torch((dy, dtotal), saved, intercepted):
+        return _assigned(composed((dy, dtotal, *saved), spec, wanted, shapes), facts, needs)
+    statistics = saved.statistics
+    if statistics is None:
+        *inner, _ = saved[2:]
+        again = ModulatedTensors._make((saved.total, None, *inner[:-1], None))
+        _, _, statistics = forward_op(ForwardCall(again, True, spec))
+    tensors = ModulatedBackwardTensors._make((dy, dtotal, *saved[:-1], statistics))
+    call = BackwardCall(tensors, wanted, facts.numbers, spec)
+    if intercepted:
+        return _assigned(backward_op(call), facts, needs)
+    plan = modulated_backward_plan_of(call, shapes)
+    plans.keep((ctx.plan, ctx.needs_input_grad, dtotal is None), tensors, plan)
+    return _assigned(plan(tensors), facts, needs)
+
+
+def _for_backward(tensors: Sequence[Any], results: Outputs, spec: ModulatedSpec) -> tuple[Tensor | None, ...]:
+    """Returns the fields of Saved."""
+    x, _, weight, bias, gate, scale, shift, residual_gate = tensors
+    _, total, statistics = results
+    gated_last = gate is not None and not spec.gate_first
+    return (
+        x if total is None else total,
+        None if residual_gate is None else x,
+        weight,
+        bias if gated_last or scale is not None else None,
+        *(gate, scale, shift if gated_last else None, residual_gate),
+        statistics,
+    )
+
+
+def _setup(ctx: Any, call: ForwardCall, results: Any) -> int:
+    ctx.save_for_backward(*_for_backward(call.tensors, results, call.spec))
+    ctx.facts, ctx.spec = facts_of(None, call.tensors, call.spec), call.spec
+    ctx.set_materialize_grads(False)
+    return 1 if call.tensors.residual is None else 2
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    residual = ctx.facts.inputs[ModulatedTensors._fields.index("residual")]
+    return _gradients(ctx, Saved(*ctx.saved_tensors), dy, None if residual is None else dtotal)
+
+
+def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, ...]) -> int:
+    ctx.save_for_backward(*call.tensors)
+    ctx.call = call._replace(tensors=None)  # type: ignore[arg-type]
+    return len(results)
+
+
+def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | None]:
+    call, saved = ctx.call, ModulatedBackwardTensors(*ctx.saved_tensors)
+    there = [gradient for gradient, dtype in zip(results, call.wanted, strict=True) if dtype is not None]
+    shapes = [None if own is None else own.shape for own in (saved.scale, saved.shift, saved.residual_gate)]
+
+    def function(dy: Tensor, dtotal: Tensor | None, *read: Tensor | None) -> tuple[Tensor, ...]:
+        tensors = dy, dtotal, *reference.differentiable(*read), saved.statistics
+        found = composed(tensors, call.spec, call.wanted, shapes)
+        return tuple(
+            gradient.view_as(like) for gradient, like in zip(found, results, strict=True) if gradient is not None
+        )
+
+    *inputs, _ = saved
+    needs = ctx.needs_input_grad[: len(inputs)]
+    return reference.gradients(function, tuple(inputs), there, needs, may_be_unused=True)
+
+
+_derivative = Derivative(_setup, _differentiate)
+forward_op = recorded("modulated_rows_forward", ForwardCall, 3, _present_forward, _forward, _outputs, _derivative)
+fusible_op = recorded(
+    fusible.MODULATED,
+    ForwardCall,
+    3,
+    _present_forward,
+    _forward,
+    fusible.known(_outputs, fusible.MODULATED),
+    _derivative,
+)
+backward_op = recorded(
+    "modulated_rows_backward",
+    BackwardCall,
+    8,
+    lambda call: [dtype is not None for dtype in call.wanted],
+    _backward,
+    _fake_backward,
+    Derivative(_setup_backward, _differentiate_backward),
+)
+
+
+class ModulatedFunction(torch.autograd.Function):
+    """Differentiates once by the kernels; `needs_torch` decides which backwards use `reference` instead."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *tensors, plan = arguments
+        results = y, total, _ = plan.forward(tensors, True)
+        saved = _for_backward(tensors, results, plan.spec)
+        ctx.save_for_backward(*saved)
+        ctx.plan = plan
+        if plan.facts is None:
+            plan.facts = facts_of(saved, ModulatedTensors._make(tensors), plan.spec)
+        ctx.set_materialize_grads(False)
+        return y if total is None else (y, total)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        plan, saved = ctx.plan, ctx.saved_tensors
+        if not (torch.compiler.is_compiling() or dy is None or torch.is_grad_enabled()):
+            tensors = dy, dtotal, *saved  # fields of ModulatedBackwardTensors
+            backward = plans.find((plan, ctx.needs_input_grad, dtotal is None), tensors)
+            if backward is not None:
+                return *_assigned(backward(tensors), plan.facts, ctx.needs_input_grad[:-1]), None
+        check_restored(plan.facts, Saved, saved)
+        ctx.facts, ctx.spec = plan.facts, plan.spec
+        return *_gradients(ctx, Saved(*saved), dy, dtotal), None
+
+
+# torch.autograd.Function.apply without its check for torch.func's transforms, which `dispatch` has made.
+_apply: Any = super(torch.autograd.Function, ModulatedFunction).apply
+
+
+def _savable(tensors: ModulatedTensors) -> ModulatedTensors:
+    """Returns the tensors, with copies of those that autograd can't save."""
+    return ModulatedTensors._make(
+        tensor.clone() if tensor is not None and is_unsavable(tensor) else tensor for tensor in tensors
+    )
+
+
+def record(tensors: ModulatedTensors, spec: ModulatedSpec, is_fusible: bool) -> Any:
+    """Returns y, or (y, total) with a residual, by an operator; is_fusible: by the one that Inductor decomposes."""
+    saves = needs_gradient(tensors)
+    if saves:
+        tensors = _savable(tensors)
+    y, total, _ = (fusible_op if is_fusible else forward_op)(ForwardCall._make((tensors, saves, spec)))
+    return y if total is None else (y, total)
+
+
+def launch(tensors: Sequence[Any], plan: ModulatedPlan) -> Any:
+    """Returns y, or (y, total) with a residual, by the kernels. Stores no statistics without gradients.
+
+    Args:
+        tensors: fields of ModulatedTensors.
+    """
+    if plan.requires_grad and torch.is_grad_enabled():
+        if plan.saves_copies:
+            tensors = _savable(ModulatedTensors._make(tensors))
+        return _apply(*tensors, plan)
+    y, total, _ = plan.forward(tensors, False)
+    return y if total is None else (y, total)

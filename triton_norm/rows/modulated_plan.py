@@ -1,0 +1,243 @@
+"""Plans and launches the forward of gated and modulated rows."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import plans
+from triton_norm.launch import Launch, Launcher
+from triton_norm.library import contiguous, triton_dtype
+from triton_norm.rows.layout import (
+    RowLayout,
+    RowStrides,
+    Types,
+    first_column_axis,
+    given,
+    layout_of,
+    names,
+    narrower,
+    readable,
+    rounded_to,
+    types_of,
+    vector_of,
+)
+from triton_norm.rows.modulation import Modulation, modulation_of, row_stride
+from triton_norm.rows.plan import Outputs, RowOutputs
+from triton_norm.saved import is_unsavable
+from triton_norm.specs import ModulatedSpec, ModulatedTensors, RowTensors
+from triton_norm.tuning import modulated_spaces
+from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
+from triton_norm.tuning.memory import remembered
+from triton_norm.tuning.modulated_spaces import ModulatedWork
+
+
+class Modulations(NamedTuple):
+    """Describes how a call's modulations are read.
+
+    Args:
+        numbers: tell which row has which modulation.
+        strides: elements between rows of scale, shift and residual_gate; 0 for None.
+        copied: tells of each whether it has to be copied first.
+        summed: several rows have one modulation, so that its gradient is a sum over them.
+    """
+
+    numbers: Modulation
+    strides: tuple[int, int, int]
+    copied: tuple[bool, bool, bool]
+    summed: bool
+
+    @property
+    def extents(self) -> int:
+        """The strides that an access of several columns has to divide, or'ed."""
+        return functools.reduce(int.__or__, self.strides)
+
+    def over(self, vector: int) -> tuple[int, ...]:
+        return tuple(stride // vector for stride in self.strides)
+
+    def readable(self, *modulations: Tensor | None) -> list[Tensor | None]:
+        return [readable(own, copied) for own, copied in zip(modulations, self.copied, strict=True)]
+
+
+def modulations_of(tensors: ModulatedTensors, numbers: Modulation, n_cols: int) -> Modulations:
+    n_column_axes = tensors.x.dim() - first_column_axis(tensors.x.shape, n_cols)
+    found = [row_stride(own, n_column_axes) for own in (tensors.scale, tensors.shift, tensors.residual_gate)]
+    strides = tuple(n_cols if stride is None else stride for stride in found)
+    copied = tuple(stride is None for stride in found)
+    summed = numbers.n_modulations < tensors.x.numel() // n_cols
+    return Modulations(numbers, strides, copied, summed)  # type: ignore[arg-type]
+
+
+def outer(strides: RowStrides | None, vector: int) -> tuple[int | None, ...]:
+    """Returns the kernel's arguments for the strides of one tensor."""
+    return (0, None, None) if strides is None else strides.over(vector)
+
+
+def constants_of(spec: ModulatedSpec, compute: torch.dtype, has_gate: bool, vector: int) -> dict[str, Any]:
+    """Returns the constants that forward and backward share."""
+    return {
+        "WEIGHT_OFFSET": spec.rows.weight_offset,
+        "SCALE_OFFSET": spec.scale_offset,
+        "ROUNDED": rounded_to(spec.rows, compute),
+        "PRODUCT": narrower(spec.product_dtype, compute),
+        "CENTRED": spec.rows.centred,
+        "GATE": spec.gate_activation,
+        "GATE_FIRST": has_gate and spec.gate_first,
+        "V": vector,
+        "COMPUTE": triton_dtype(compute),
+    }
+
+
+def form_of(spec: ModulatedSpec, fields: Sequence[str], types: Types) -> str:
+    """Returns the names of the tensors that are there, for the key of a choice."""
+    there = [name for name, dtype in zip(fields, types, strict=True) if dtype is not None]
+    norm = "centred" if spec.rows.centred else "uncentred"
+    return f"{norm}, {'gate first, ' if spec.gate_first else ''}{' '.join(there)}"
+
+
+@remembered
+def _forward_launcher(
+    spec: ModulatedSpec,
+    types: Types,
+    layout: RowLayout,
+    modulations: Modulations,
+    misaligned: int,
+    device: torch.device,
+) -> Launcher:
+    """Returns the launcher of a forward for this layout of x, residual, gate and modulations.
+
+    Args:
+        types: of the fields of ModulatedTensors, y, total and statistics.
+    """
+    x, residual, _, _, gate, scale, shift, residual_gate, y, total, _ = types
+    n_cols = spec.rows.n_cols
+    assert x is not None and y is not None
+    compute = torch.float64 if torch.float64 in (x, total) else torch.float32
+    extents = n_cols | modulations.extents
+    for strides in layout.strides:
+        extents |= 0 if strides is None else strides.extents
+    swept = x, residual, gate, y, total
+    vector = vector_of(misaligned, extents, [dtype.itemsize for dtype in given((*swept, scale, shift, residual_gate))])
+    x_strides, residual_strides, gate_strides = layout.strides
+    work = ModulatedWork(n_cols, names(swept), form_of(spec, ModulatedTensors._fields, types[:8]))
+
+    def n_programs(config: Mapping[str, Any], n_rows: int, n_tokens: int, n_modulations: int) -> int:
+        programs: int = -(-n_rows // config["BLOCK_M"])
+        return programs
+
+    return Launcher(
+        _kernel(),
+        modulated_spaces.modulated_forward(work, gpu_of(device)),
+        device,
+        n_programs,
+        (
+            *(n_cols // vector, layout.n_inner, layout.n_middle),
+            *outer(x_strides, vector),
+            *outer(residual_strides, vector),
+            *outer(gate_strides, vector),
+            *modulations.over(vector),
+        ),
+        EPS=spec.rows.eps,
+        **constants_of(spec, compute, gate is not None, vector),
+    )
+
+
+@functools.cache
+def _kernel() -> Any:
+    from triton_norm.kernels import modulated
+
+    return modulated.modulated_forward_kernel
+
+
+def addresses_of(tensors: Sequence[Any], places: Sequence[int]) -> int:
+    """Returns the addresses of the tensors in these places, or'ed, modulo 16."""
+    found: int = 0
+    for place in places:
+        found |= tensors[place].data_ptr()
+    return found % VECTOR_BYTES
+
+
+def places_of(tensors: Sequence[Tensor | None], apart: Sequence[int]) -> list[int]:
+    """Returns the places of the tensors that are not None, but those in `apart`."""
+    return [place for place, tensor in enumerate(tensors) if tensor is not None and place not in apart]
+
+
+_PARAMETERS = 2, 3  # weight and bias, which are read one element at a time where they are not aligned
+
+
+class ModulatedPlan:
+    """Runs the forward of all calls of one signature.
+
+    Attributes:
+        requires_grad: a tensor requires grad.
+        saves_copies: autograd can save only a copy of a tensor.
+        facts: those that the backward needs, set by the first forward with gradients.
+    """
+
+    def __init__(self, spec: ModulatedSpec, tensors: ModulatedTensors) -> None:
+        x, residual, weight, bias, gate, *_ = tensors
+        self.spec, self._n_rows = spec, x.numel() // spec.rows.n_cols
+        self._outputs = RowOutputs(spec.rows, RowTensors(x, residual, None, None))
+        self.requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        self.saves_copies = any(tensor is not None and is_unsavable(tensor) for tensor in tensors)
+        self.facts: Any = None
+        self._layout = layout_of((x, residual, gate), spec.rows.n_cols, (False, False, False))
+        self._modulations = modulations_of(tensors, modulation_of(tensors, spec), spec.rows.n_cols)
+        are_contiguous = all(parameter is None or parameter.is_contiguous() for parameter in (weight, bias))
+        self._copies = not are_contiguous or any(self._layout.copied) or any(self._modulations.copied)
+        self._places = places_of(tensors, _PARAMETERS)
+        self._launches: dict[tuple[bool, int], Launch] = {}
+
+    def forward(self, tensors: Sequence[Any], saves: bool) -> Outputs:
+        """Returns y, total if there is a residual, and statistics if `saves`.
+
+        Args:
+            tensors: fields of ModulatedTensors.
+        """
+        x, residual, *_ = tensors
+        found = self._outputs((x, residual, None, None), saves)
+        if self._copies:
+            tensors = self._readable(*tensors)
+        key = saves, addresses_of(tensors, self._places)
+        launch = self._launches.get(key) or self._prepare(key, (*tensors, *found))
+        launch(*tensors, *found)
+        return found
+
+    def _readable(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        *modulations: Tensor | None,
+    ) -> list[Tensor | None]:
+        x_copied, residual_copied, gate_copied = self._layout.copied
+        return [
+            readable(x, x_copied),
+            readable(residual, residual_copied),
+            contiguous(weight),
+            contiguous(bias),
+            readable(gate, gate_copied),
+            *self._modulations.readable(*modulations),
+        ]
+
+    def _prepare(self, key: tuple[bool, int], arguments: Sequence[Any]) -> Launch:
+        (_, misaligned), (x, *_) = key, arguments
+        launcher = _forward_launcher(
+            self.spec, types_of(arguments), self._layout, self._modulations, misaligned, x.device
+        )
+        launch = self._launches[key] = Launch(launcher, self._n_rows, *self._modulations.numbers)
+        return launch
+
+
+def modulated_plan_of(spec: ModulatedSpec, tensors: ModulatedTensors) -> ModulatedPlan:
+    """Returns the plan of calls of this signature, creating it if necessary."""
+    key = spec, *(tensor is None for tensor in tensors)
+    plan: ModulatedPlan | None = plans.find(key, tensors)
+    if plan is None:
+        plan = ModulatedPlan(spec, tensors)
+        plans.keep(key, tensors, plan)
+    return plan

@@ -1,0 +1,86 @@
+"""Maps the rows of x to the rows of its modulations: scale, shift and residual_gate."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm.plain import collapsed_stride, holds
+from triton_norm.reference import outer_shape
+from triton_norm.rows.layout import first_column_axis
+from triton_norm.specs import ModulatedSpec, ModulatedTensors
+from triton_norm.tuning.limits import limits_in_force
+
+
+class Modulation(NamedTuple):
+    """Numbers the modulations: row r of x has number r // n_tokens % n_modulations.
+
+    Args:
+        n_tokens: rows of x in sequence that have one modulation.
+        n_modulations: number of modulations.
+    """
+
+    n_tokens: int
+    n_modulations: int
+
+
+def beyond(n_cols: int, compute: torch.dtype) -> str | None:
+    """Returns why the kernels can't serve rows of this many columns, or None."""
+    most = limits_in_force().backward_span_bytes // compute.itemsize
+    return f"a row with a gate or a modulation has more than {most} columns" if n_cols > most else None
+
+
+def _named(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[str, tuple[Tensor, bool]]:
+    """Returns the modulations that are not None, each with its `per_head`."""
+    found = {"scale": spec.per_head, "shift": False, "residual_gate": False}
+    named = tensors._asdict()
+    return {name: (named[name], per_head) for name, per_head in found.items() if named[name] is not None}
+
+
+def spread(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
+    """Returns the tensors with all modulations along the same axes of x, which follow each other.
+
+    A modulation of fewer axes is expanded to those of the others. autograd sums its gradient.
+    """
+    shape = tensors.x.shape
+    n_outer = first_column_axis(shape, spec.rows.n_cols)
+    named = _named(tensors, spec)
+    outer = {name: outer_shape(own.shape, shape, n_outer, per_head) for name, (own, per_head) in named.items()}
+    axes = [axis for axis in range(n_outer) if not holds(shape[axis] == 1)]
+    varying = [place for place, axis in enumerate(axes) if any(lengths[axis] != 1 for lengths in outer.values())]
+    if not varying:
+        return tensors
+    run = axes[varying[0] : varying[-1] + 1]
+    expanded = {}
+    for name, lengths in outer.items():
+        if any(lengths[axis] == 1 for axis in run):
+            own, _ = named[name]
+            target = [shape[axis] if axis in run else lengths[axis] for axis in range(n_outer)]
+            expanded[name] = own.reshape(*lengths, *shape[n_outer:]).expand(*target, *shape[n_outer:])
+    return tensors._replace(**expanded)
+
+
+def modulation_of(tensors: ModulatedTensors, spec: ModulatedSpec) -> Modulation:
+    """Returns the numbers of modulations after `spread`; without any, each row has a number of its own."""
+    x = tensors.x
+    n_outer = first_column_axis(x.shape, spec.rows.n_cols)
+    for own, per_head in _named(tensors, spec).values():
+        lengths = outer_shape(own.shape, x.shape, n_outer, per_head)
+        n_tokens = 1
+        for axis in reversed(range(n_outer)):
+            if lengths[axis] != 1:
+                break
+            n_tokens *= x.shape[axis]
+        return Modulation(n_tokens, math.prod(lengths))
+    return Modulation(1, x.numel() // spec.rows.n_cols)
+
+
+def row_stride(own: Tensor | None, n_column_axes: int) -> int | None:
+    """Returns the stride between a modulation's rows, 0 for None, or None if it has to be copied."""
+    if own is None:
+        return 0
+    axis = own.dim() - n_column_axes
+    row = collapsed_stride(own.shape[:axis], own.stride()[:axis])
+    column = 1 if math.prod(own.shape[axis:]) == 1 else collapsed_stride(own.shape[axis:], own.stride()[axis:])
+    return None if own.is_neg() or column != 1 else row

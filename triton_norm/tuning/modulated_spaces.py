@@ -1,0 +1,96 @@
+"""Lists the configs of the kernels of gated and modulated rows, and plans how programs share the rows."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from triton_norm.tuning.configs import Config, Space, config, next_power_of_2, space_of, warps_for
+from triton_norm.tuning.limits import MOST_REGISTERS_PER_THREAD, MOST_THREADS, REGISTERS_PER_SM, Gpu
+from triton_norm.tuning.memory import remembered
+from triton_norm.tuning.row_spaces import rows_backward_teams
+
+
+class ModulatedWork(NamedTuple):
+    """Describes the rows that a kernel processes.
+
+    Args:
+        n_cols: columns of a row.
+        types: names of dtypes: x, residual, gate and y in the forward; dy, dtotal, total, x and gate in the backward;
+            those that are there.
+        form: names the tensors that are there, and the order of gate and norm.
+    """
+
+    n_cols: int
+    types: tuple[str, ...]
+    form: str
+
+    @property
+    def width(self) -> int:
+        return next_power_of_2(self.n_cols)
+
+    @property
+    def key(self) -> str:
+        return f"columns {self.width}, {', '.join(self.types)}, {self.form}"
+
+
+@remembered
+def modulated_forward(work: ModulatedWork, gpu: Gpu) -> Space:
+    """Returns the configs of a forward: several short rows a program, or one."""
+    width = work.width
+    if gpu.interpreted:
+        configs = [config(4, BLOCK_M=max(1, gpu.limits.interpreted_tile_elements // width), BLOCK_N=width)]
+    else:
+        configs = [
+            config(warps_for(tile, per_thread, gpu), BLOCK_M=tile // width, BLOCK_N=width)
+            for per_thread in (16, 8)
+            for tile in sorted({max(width, tile) for tile in (1024, 2048, 4096)}, reverse=True)
+            if tile <= MOST_THREADS * per_thread
+        ]
+    return space_of("modulated_forward_kernel", work.key, configs)
+
+
+def _backward_config(tile: int, per_thread: int, width: int, gpu: Gpu) -> Config:
+    """Returns a config that limits registers a thread, so that all programs meant for a multiprocessor fit."""
+    n_warps = warps_for(tile, per_thread, gpu)
+    share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread
+    limit = min(share, REGISTERS_PER_SM // (n_warps * gpu.warp), MOST_REGISTERS_PER_THREAD)
+    return config(n_warps, maxnreg=limit if gpu.limits_registers else None, BLOCK_M=tile // width, BLOCK_N=width)
+
+
+@remembered
+def modulated_backward(work: ModulatedWork, gpu: Gpu) -> Space:
+    """Returns the configs of a backward, the fewest rows a program first: each sum takes registers for every row."""
+    width = work.width
+    if gpu.interpreted:
+        configs = [config(4, BLOCK_M=max(1, gpu.limits.interpreted_tile_elements // width), BLOCK_N=width)]
+    else:
+        tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)})
+        configs = [
+            _backward_config(tile, per_thread, width, gpu)
+            for per_thread in (8, 4)
+            for tile in tiles
+            if tile <= MOST_THREADS * per_thread
+        ]
+    return space_of("modulated_backward_kernel", work.key, configs)
+
+
+def modulated_backward_splits(config: Mapping[str, Any], n_members: int, n_cols: int, summed: bool, gpu: Gpu) -> int:
+    """Returns the number of programs that share the rows of one modulation, or all rows.
+
+    Programs of one modulation depend on its rows and the GPU alone: the sums of a sample have the same bits in every
+    batch. Each has so many rows that writing and reading its sums is at most 5 % of the traffic.
+
+    Args:
+        n_members: rows of a modulation, or all rows.
+        summed: the gradients of modulations are sums over these rows.
+    """
+    most = rows_backward_teams(config, n_members, n_cols, gpu)
+    if not summed:
+        return most
+    return max(1, min(most, n_members // gpu.limits.modulated_split_rows))
+
+
+@remembered
+def modulated_backward_finalise(gpu: Gpu) -> Space:
+    shapes = ((4, 64, 512),) if gpu.interpreted else ((4, 16, 64), (4, 128, 16), (4, 32, 32), (8, 128, 16))
+    configs = [config(n_warps, BLOCK_M=rows, BLOCK_N=columns) for n_warps, rows, columns in shapes]
+    return space_of("modulated_backward_finalise_kernel", "", configs)
