@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from triton_norm import functional, functional_groups, overrides, resolve
 from triton_norm.channels import group_layout, layout
 from triton_norm.dispatch import Explanation, explained_by, explanation
+from triton_norm.functional_modulated import PLAIN, Modulation, bundles
 from triton_norm.rows.layout import copies
+from triton_norm.rows.modulation import copied_modulations
 from triton_norm.specs import (
     BatchNormOptions,
     BatchNormTensors,
@@ -18,6 +20,8 @@ from triton_norm.specs import (
     GroupNormSpec,
     Inputs,
     InstanceNormOptions,
+    ModulatedOptions,
+    ModulatedTensors,
     RowOptions,
     RowTensors,
 )
@@ -46,19 +50,43 @@ def _unsavable(inputs: dict[str, Tensor | None], parameters: Iterable[Tensor | N
 
 def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Explanation:
     named = _named(getattr(functional, function), arguments, named_arguments)
-    x, residual = named["input"], named["residual"]
-    tensors = RowTensors(x, residual, named["weight"], named.get("bias"))
-    overriding = overrides.overriding_argument(tensors)
+    tensors = RowTensors(named["input"], named["residual"], named["weight"], named.get("bias"))
+    options = RowOptions(*(named[name] for name in RowOptions._fields))
+    modulation = Modulation(*(named[name] for name in Modulation._fields))
+    overriding = overrides.overriding_argument((*tensors, *modulation))
     if overriding is not None:
         return explained_by(function, overriding)
-    call = resolve.check_rows(function, tensors, RowOptions(*(named[name] for name in RowOptions._fields)))
-    copied = [
+    if modulation != PLAIN:
+        return _explain_modulated(function, *bundles(function, tensors, options, modulation))
+    call = resolve.check_rows(function, tensors, options)
+    copied = _copied_rows({"input": tensors.x, "residual": tensors.residual}, call.spec.n_cols)
+    if tensors.residual is None:  # with a residual the total is saved
+        copied += _unsavable({"input": tensors.x}, (tensors.weight, tensors.bias))
+    return explanation(function, tuple(copied), tensors.x, call.reason)
+
+
+def _copied_rows(tensors: dict[str, Tensor | None], n_cols: int) -> list[str]:
+    return [
         f"the {name}: its columns are not adjacent, or its rows lie along more than three axes"
-        for name, tensor in (("input", x), ("residual", residual))
-        if tensor is not None and tensor.numel() and copies(tensor, call.spec.n_cols)
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.numel() and copies(tensor, n_cols)
     ]
-    if residual is None:  # with a residual the total is saved
-        copied += _unsavable({"input": x}, (tensors.weight, tensors.bias))
+
+
+def _explain_modulated(function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Explanation:
+    call = resolve.check_modulated(function, tensors, options)
+    x, gate, n_cols = tensors.x, tensors.gate, call.spec.rows.n_cols
+    copied = _copied_rows({"input": x, "residual": tensors.residual, "gate": gate}, n_cols)
+    if x.numel():
+        copied += [
+            f"the {'head_weight' if options.per_head and name == 'scale' else name}: {why}"
+            for name, why in copied_modulations(tensors, call.spec).items()
+        ]
+    saved = {"gate": gate}
+    if tensors.residual is None or tensors.residual_gate is not None:
+        saved["input"] = x
+    inner = tensors.weight, tensors.bias, tensors.scale, tensors.shift, tensors.residual_gate
+    copied += _unsavable(saved, inner)
     return explanation(function, tuple(copied), x, call.reason)
 
 

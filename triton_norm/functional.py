@@ -99,8 +99,8 @@ def layer_norm(
     r"""Computes y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias, as torch.nn.functional.layer_norm.
 
     mean and var = E[(x − mean)²], the biased variance, are taken for each sample, over the axes of `normalized_shape`.
-    With `residual`, x is total = input + residual, rounded once to total's dtype, and (y, total) is returned. With
-    `gate`, y is multiplied by f(gate); with `scale` and `shift`, y becomes y · (1 + scale) + shift before.
+    With `residual`, x is total = input + residual, rounded once to total's dtype, and (y, total) is returned.
+    With `scale` and `shift`, y becomes y · (1 + scale) + shift; with `gate`, it is then multiplied by f(gate).
 
     Args:
         input: [*, *normalized_shape], float32, float16, bfloat16 or float64, with any strides.
@@ -112,39 +112,29 @@ def layer_norm(
         weight_offset: added to the weight in float32: 1 for a weight that is stored as its distance from 1.
         x_hat_dtype: narrower dtype that x_hat = (x − mean) / sqrt(var + eps) is rounded to; None: no rounding.
         out_dtype: dtype of y; None: input's, or float32 under CUDA's autocast.
-        gate: of input's shape, any of these dtypes.
-        gate_activation: f: "silu", "sigmoid" or None.
-        gate_first: multiplies x by f(gate) before it is normalized, not y behind it.
-        product_dtype: narrower dtype that y is rounded to before it is gated; None: no rounding.
-        scale, shift, residual_gate: of input's shape; leading axes may have length 1, or be missing before
-            normalized_shape: [B, D] modulates each sample of input [B, T, D]. total = residual + residual_gate · input.
-        head_weight: [H, *normalized_shape], in place of weight, for input [*, H, *normalized_shape].
+        gate, gate_activation: of input's shape; f: "silu", "sigmoid" or None.
+        gate_first: multiplies x by f(gate) before it is normalized, and not y.
+        product_dtype: narrower dtype that y is rounded to before it is multiplied by f(gate); None: no rounding.
+        scale, shift, residual_gate: of input's shape; axes before normalized_shape may have length 1, and the last ones
+            may be missing: [B, D] is for the samples of [B, T, D]. total = residual + residual_gate · input.
+        head_weight: [H, *normalized_shape] for input [*, H, *normalized_shape], in place of weight.
 
     Returns:
-        y, contiguous, of input's shape; with `residual` (y, total).
+        y, contiguous, of input's shape; with `residual` (y, total). A sample's bits don't depend on its batch.
 
     Raises:
-        RuntimeError: shapes or devices don't match.
-        NotImplementedError: a dtype is not supported.
-        TypeError: an argument has the wrong type.
-        ValueError: residual_dtype or residual_gate without residual, weight_offset without weight, gate_first or
-            product_dtype without gate, head_weight with weight, bias or scale, or an unknown gate_activation.
+        RuntimeError, NotImplementedError, TypeError: wrong shapes or devices; a wrong dtype; a wrong type.
+        ValueError: an argument without the one that it belongs to, two that exclude each other, or an unknown f.
 
-    Statistics are computed and saved in float32 (float64 for float64 input). A sample's bits don't depend on its batch.
-
-    Memory: saves x or total and 8 bytes a sample (float64: 16) for the backward. Temporary memory: see docs/memory.md.
+    Memory: saves x or total, 8 bytes a sample (float64: 16), gate and modulation. See docs/memory.md.
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
     tensors = input, residual, weight, bias
-    own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    options = normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     modulation = gate, gate_activation, gate_first, product_dtype, scale, shift, residual_gate, head_weight
-    if has_torch_function_variadic(*tensors):
-        instead = instead_of(layer_norm, F.layer_norm, tensors, (residual, *own, *modulation))
-        if instead is not None:
-            return instead(input, normalized_shape, weight=weight, bias=bias, eps=eps)
-    if modulation != PLAIN:
-        return _modulate(layer_norm, tensors, (normalized_shape, eps, *own), Modulation._make(modulation))
-    return normalize_rows("layer_norm", tensors, (normalized_shape, eps, *own))
+    if has_torch_function_variadic(*tensors) or modulation != PLAIN:
+        return _normalize_rows(layer_norm, tensors, options, Modulation._make(modulation))
+    return normalize_rows("layer_norm", tensors, options)
 
 
 def rms_norm(
@@ -193,30 +183,29 @@ def rms_norm(
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
     tensors = input, residual, weight, None
-    own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
+    options = normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype
     modulation = gate, gate_activation, gate_first, product_dtype, scale, shift, residual_gate, head_weight
-    if has_torch_function_variadic(*tensors):
-        instead = instead_of(rms_norm, F.rms_norm, tensors, (residual, *own, *modulation))
-        if instead is not None:
-            return instead(input, normalized_shape, weight=weight, eps=eps)
-    if modulation != PLAIN:
-        return _modulate(rms_norm, tensors, (normalized_shape, eps, *own), Modulation._make(modulation))
-    return normalize_rows("rms_norm", tensors, (normalized_shape, eps, *own))
+    if has_torch_function_variadic(*tensors) or modulation != PLAIN:
+        return _normalize_rows(rms_norm, tensors, options, Modulation._make(modulation))
+    return normalize_rows("rms_norm", tensors, options)
 
 
-def _modulate(function: Any, tensors: tuple[Any, ...], options: tuple[Any, ...], modulation: Modulation) -> Any:
-    """Computes layer_norm or rms_norm with a gate or a modulation, unless one of these tensors overrides the call.
+def _normalize_rows(function: Any, tensors: tuple[Any, ...], options: tuple[Any, ...], modulation: Modulation) -> Any:
+    """Computes layer_norm or rms_norm with a gate or a modulation, or for a tensor that may override the call.
 
     Args:
         tensors, options: fields of RowTensors and RowOptions.
     """
     others = modulation.gate, modulation.scale, modulation.shift, modulation.residual_gate, modulation.head_weight
-    if has_torch_function_variadic(*others):
+    if has_torch_function_variadic(*tensors, *others):
         (x, residual, weight, bias), (shape, eps, *own) = tensors, options
         torch_function = F.layer_norm if function is layer_norm else F.rms_norm
         instead = instead_of(function, torch_function, (*tensors, *others), (residual, *own, *modulation))
         if instead is not None:
-            return instead(x, shape, weight, *((bias,) if function is layer_norm else ()), eps)
+            named = {"weight": weight, "bias": bias} if function is layer_norm else {"weight": weight}
+            return instead(x, shape, **named, eps=eps)
+    if modulation == PLAIN:
+        return normalize_rows(function.__name__, tensors, options)
     return normalize_modulated(function.__name__, *bundles(function.__name__, tensors, options, modulation))
 
 

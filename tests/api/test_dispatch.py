@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import triton_norm
 from support import processes
 from support.at_once import at_once
-from triton_norm import checks, dispatch, plans
+from triton_norm import checks_rows, dispatch, plans
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_complex_input_goes_to_torch(device):
 def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch, device):
     x, weight = torch.randn(5, 24, device=device), torch.ones(24, device=device)
     triton_norm.layer_norm(x, (24,), weight)
-    monkeypatch.setattr(checks, "rows", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(checks_rows, "rows", lambda *_: pytest.fail("checked again"))
     triton_norm.layer_norm(x + 1, (24,), weight + 1)
     monkeypatch.undo()
     for wrong in ((x, (24,), weight[:23]), (x[:, 1:], (24,), weight), (x, (24,), weight.long()), (x, [23], weight)):

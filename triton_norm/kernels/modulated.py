@@ -18,21 +18,35 @@ from triton_norm.kernels.rows import Axes, RowStrides, at, normalize, rounded, r
 
 
 @triton.jit
-def gate_of(z, GATE: tl.constexpr):
-    """Returns (f(z), f'(z))."""
+def sigmoid_of(z, GATE: tl.constexpr):
+    """Returns the sigmoid that a gate's activation and its derivative are made of."""
     if GATE is None:
-        gate = z
-        slope = tl.full(z.shape, 1.0, z.dtype)
-    elif GATE == "sigmoid":
-        gate = 1.0 / (1.0 + exp(-z))
-        slope = gate * (1.0 - gate)
-    elif GATE == "silu":
+        sigmoid = z
+    else:
         sigmoid = 1.0 / (1.0 + exp(-z))
-        gate = z / (1.0 + exp(-z))
-        slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return sigmoid
+
+
+@triton.jit
+def gate_of(z, sigmoid, GATE: tl.constexpr):
+    """Returns f(z)."""
+    if GATE == "silu":
+        gate = z * sigmoid
+    elif GATE == "sigmoid" or GATE is None:
+        gate = sigmoid
     else:
         tl.static_assert(False, "unknown activation of a gate")
-    return gate, slope
+    return gate
+
+
+@triton.jit
+def gate_backward(dgate, z, sigmoid, GATE: tl.constexpr):
+    """Returns dgate · f'(z)."""
+    if GATE == "silu":
+        dgate *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+    elif GATE == "sigmoid":
+        dgate *= sigmoid * (1.0 - sigmoid)
+    return dgate
 
 
 @triton.jit
@@ -133,8 +147,8 @@ def modulated_forward_kernel(
     if gate_ptr is not None:
         gate_rows = row_offsets(rows, RowStrides(gate_row_vecs, gate_middle_vecs, gate_outer_vecs), axes, V)
     if GATE_FIRST:
-        gate, _ = gate_of(load_rows(gate_ptr, gate_rows, cols, mask, V, COMPUTE), GATE)
-        v *= gate
+        z = load_rows(gate_ptr, gate_rows, cols, mask, V, COMPUTE)
+        v *= gate_of(z, sigmoid_of(z, GATE), GATE)
     centred, moments = moments_of(v, mask, to_float(n_cols, COMPUTE), 1, CENTRED)
     rstd = tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + EPS)
     y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
@@ -143,8 +157,8 @@ def modulated_forward_kernel(
     if shift_ptr is not None:
         y += load_modulation(shift_ptr, numbers, shift_vecs, cols, mask, V, COMPUTE)
     if gate_ptr is not None and not GATE_FIRST:
-        gate, _ = gate_of(load_rows(gate_ptr, gate_rows, cols, mask, V, COMPUTE), GATE)
-        y = rounded(y, PRODUCT) * gate
+        z = load_rows(gate_ptr, gate_rows, cols, mask, V, COMPUTE)
+        y = rounded(y, PRODUCT) * gate_of(z, sigmoid_of(z, GATE), GATE)
     tl.store(at(y_ptr + rows * n_cols, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
     if statistics_ptr is not None:
         if CENTRED:

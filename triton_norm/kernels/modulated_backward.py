@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.modulated import gate_of, load_modulation, load_rows
+from triton_norm.kernels.modulated import gate_backward, gate_of, load_modulation, load_rows, sigmoid_of
 from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.rows import Axes, RowStrides, at, load_columns, rounded, row_offsets
 from triton_norm.kernels.rows_backward import normalized, sums_of
@@ -126,9 +126,9 @@ def modulated_backward_kernel(
         if gate_ptr is not None:
             gate_strides = RowStrides(gate_row_vecs, gate_middle_vecs, gate_outer_vecs)
             z = load_rows(gate_ptr, row_offsets(rows, gate_strides, axes, V), cols, mask, V, COMPUTE)
-            gate, slope = gate_of(z, GATE)
+            sigmoid = sigmoid_of(z, GATE)
             if GATE_FIRST:
-                v = total * gate
+                v = total * gate_of(z, sigmoid, GATE)
         x_hat = normalized(v, mean, rstd, mask, CENTRED)
         scaled = rounded(x_hat, ROUNDED)
         modulated = scaled
@@ -146,9 +146,9 @@ def modulated_backward_kernel(
                     ungated *= scale
                 if shift_ptr is not None:
                     ungated += load_modulation(shift_ptr, numbers, shift_vecs, cols, modulation_mask, V, COMPUTE)
-                dgate = dy * rounded(ungated, PRODUCT) * slope
+                dgate = gate_backward(dy * rounded(ungated, PRODUCT), z, sigmoid, GATE)
                 tl.store(at(dgate_ptr + out, cols, V), dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-            dy *= gate
+            dy *= gate_of(z, sigmoid, GATE)
         if dshift_ptr is not None:
             tl.store(at(dshift_ptr + out, cols, V), dy.to(dshift_ptr.dtype.element_ty), mask=mask)
         if dscale_ptr is not None:
@@ -170,9 +170,9 @@ def modulated_backward_kernel(
         dtotal *= rstd
         if GATE_FIRST:
             if dgate_ptr is not None:
-                dgate = dtotal * total * slope
+                dgate = gate_backward(dtotal * total, z, sigmoid, GATE)
                 tl.store(at(dgate_ptr + out, cols, V), dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-            dtotal *= gate
+            dtotal *= gate_of(z, sigmoid, GATE)
         if dtotal_ptr is not None:
             dtotal_strides = RowStrides(dtotal_row_vecs, dtotal_middle_vecs, dtotal_outer_vecs)
             dtotal += load_rows(dtotal_ptr, row_offsets(rows, dtotal_strides, axes, V), cols, mask, V, COMPUTE)

@@ -120,6 +120,7 @@ def _backward_launcher(
     types: Types,
     layout: RowLayout,
     modulations: Modulations,
+    n_sums: int,
     misaligned: int,
     device: torch.device,
 ) -> Launcher:
@@ -140,7 +141,7 @@ def _backward_launcher(
     itemsizes = [dtype.itemsize for dtype in given((*swept, scale, shift, residual_gate, dx, dresidual, dgate))]
     vector = vector_of(misaligned, extents, itemsizes)
     form = form_of(spec, ModulatedBackwardTensors._fields, tuple(read))
-    work = ModulatedWork(n_cols, names(swept), f"summed, {form}" if modulations.summed else form)
+    work = ModulatedWork(n_cols, names(swept), form, n_sums, modulations.summed)
     total_strides, dy_strides, dtotal_strides, x_strides, gate_strides = layout.strides
     return Launcher(
         _kernels().modulated_backward_kernel,
@@ -294,7 +295,9 @@ class ModulatedBackwardPlan:
 
     def _make(self, arguments: Sequence[Any], misaligned: int) -> _Backward:
         (dy, *_), modulations = arguments, self._modulations
-        launcher = _backward_launcher(self._spec, types_of(arguments), self._layout, modulations, misaligned, dy.device)
+        launcher = _backward_launcher(
+            self._spec, types_of(arguments), self._layout, modulations, sum(self._sums), misaligned, dy.device
+        )
         made = self._made[misaligned] = _Backward(launcher, (self._n_rows, *modulations.numbers))
         return made
 

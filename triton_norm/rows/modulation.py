@@ -84,3 +84,17 @@ def row_stride(own: Tensor | None, n_column_axes: int) -> int | None:
     row = collapsed_stride(own.shape[:axis], own.stride()[:axis])
     column = 1 if math.prod(own.shape[axis:]) == 1 else collapsed_stride(own.shape[axis:], own.stride()[axis:])
     return None if own.is_neg() or column != 1 else row
+
+
+def copied_modulations(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[str, str]:
+    """Returns the modulations that have to be copied, by name, and why."""
+    expanded = _named(spread(tensors, spec), spec)
+    n_column_axes = tensors.x.dim() - first_column_axis(tensors.x.shape, spec.rows.n_cols)
+    found = {}
+    for name, (own, _) in _named(tensors, spec).items():
+        wide, _ = expanded[name]
+        if wide is not own:
+            found[name] = "it varies along other axes than the other modulations, or along axes that are not adjacent"
+        elif row_stride(own, n_column_axes) is None:
+            found[name] = "its columns are not adjacent, or its rows have no common stride"
+    return found

@@ -17,11 +17,15 @@ class ModulatedWork(NamedTuple):
         types: names of dtypes: x, residual, gate and y in the forward; dy, dtotal, total, x and gate in the backward;
             those that are there.
         form: names the tensors that are there, and the order of gate and norm.
+        n_sums: sums over rows that the backward has in registers; 0 in the forward.
+        summed: programs share the rows of one modulation.
     """
 
     n_cols: int
     types: tuple[str, ...]
     form: str
+    n_sums: int = 0
+    summed: bool = False
 
     @property
     def width(self) -> int:
@@ -29,7 +33,7 @@ class ModulatedWork(NamedTuple):
 
     @property
     def key(self) -> str:
-        return f"columns {self.width}, {', '.join(self.types)}, {self.form}"
+        return f"columns {self.width}, {', '.join(self.types)}, {self.form}{', summed' if self.summed else ''}"
 
 
 @remembered
@@ -48,26 +52,34 @@ def modulated_forward(work: ModulatedWork, gpu: Gpu) -> Space:
     return space_of("modulated_forward_kernel", work.key, configs)
 
 
-def _backward_config(tile: int, per_thread: int, width: int, gpu: Gpu) -> Config:
-    """Returns a config that limits registers a thread, so that all programs meant for a multiprocessor fit."""
-    n_warps = warps_for(tile, per_thread, gpu)
-    share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread
+def _backward_config(work: ModulatedWork, tile: int, per_thread: int, gpu: Gpu) -> Config:
+    """Returns a config that limits registers a thread, so that all programs meant for a multiprocessor fit.
+
+    Programs with several rows have addresses and statistics of each: at 8 registers an element they spilled 27 to 132
+    of them (bf16, 128 columns, sm_90). A third sum takes an eighth more where warps are few.
+    """
+    n_warps, several = warps_for(tile, per_thread, gpu), tile > work.width
+    share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread * (2 if several else 1)
+    if work.n_sums > 2:
+        share = share * 3 // 2 if several else share * 9 // 8
     limit = min(share, REGISTERS_PER_SM // (n_warps * gpu.warp), MOST_REGISTERS_PER_THREAD)
-    return config(n_warps, maxnreg=limit if gpu.limits_registers else None, BLOCK_M=tile // width, BLOCK_N=width)
+    return config(
+        n_warps, maxnreg=limit if gpu.limits_registers else None, BLOCK_M=tile // work.width, BLOCK_N=work.width
+    )
 
 
 @remembered
 def modulated_backward(work: ModulatedWork, gpu: Gpu) -> Space:
-    """Returns the configs of a backward, the fewest rows a program first: each sum takes registers for every row."""
+    """Returns the configs of a backward: few rows a program, or many where few programs share a modulation's rows."""
     width = work.width
     if gpu.interpreted:
         configs = [config(4, BLOCK_M=max(1, gpu.limits.interpreted_tile_elements // width), BLOCK_N=width)]
     else:
-        tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)})
+        tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)}, reverse=work.summed)
         configs = [
-            _backward_config(tile, per_thread, width, gpu)
-            for per_thread in (8, 4)
+            _backward_config(work, tile, per_thread, gpu)
             for tile in tiles
+            for per_thread in ((8, 16) if tile > width else (16, 8))
             if tile <= MOST_THREADS * per_thread
         ]
     return space_of("modulated_backward_kernel", work.key, configs)
@@ -91,6 +103,6 @@ def modulated_backward_splits(config: Mapping[str, Any], n_members: int, n_cols:
 
 @remembered
 def modulated_backward_finalise(gpu: Gpu) -> Space:
-    shapes = ((4, 64, 512),) if gpu.interpreted else ((4, 16, 64), (4, 128, 16), (4, 32, 32), (8, 128, 16))
+    shapes = ((4, 64, 512),) if gpu.interpreted else ((4, 16, 32), (4, 128, 16), (4, 16, 64), (8, 128, 16))
     configs = [config(n_warps, BLOCK_M=rows, BLOCK_N=columns) for n_warps, rows, columns in shapes]
     return space_of("modulated_backward_finalise_kernel", "", configs)
