@@ -28,19 +28,35 @@ _NAMES: dict[Any, str] = {
 }
 
 
+_FUSED = "rmsnorm_weight"
+"""mamba_ssm's fused kernel takes the weight of the norm under this name."""
+_FUSED_NAME = "mamba_ssm's fused scan, in training, with its norm's weight,"
+
+
 def norms_called_by(cls: type[Any]) -> tuple[str, ...]:
-    """Returns the names of norms that the class's methods refer to, by their globals and modules found there."""
+    """Returns the names of norms that the class's methods refer to, by their globals and modules found there.
+
+    Among them are fused kernels that are passed a norm's weight: these don't call the norm.
+    """
+    codes = [method.__code__ for method in _methods(cls)]
+    fused = any(isinstance(constant, tuple) and _FUSED in constant for code in codes for constant in code.co_consts)
     found = {
         _NAMES[value]: None
+        for function in _methods(cls)
+        for value in _named(function.__code__, function.__globals__)
+        if isinstance(value, (FunctionType, type(torch.layer_norm))) and value in _NAMES
+    }
+    return (*found, _FUSED_NAME) if fused else tuple(found)
+
+
+def _methods(cls: type[Any]) -> list[FunctionType]:
+    return [
+        inspect.unwrap(method)
         for base in cls.__mro__
         if base not in (object, nn.Module)
         for method in vars(base).values()
         if isinstance(method, FunctionType)
-        for function in (inspect.unwrap(method),)
-        for value in _named(function.__code__, function.__globals__)
-        if isinstance(value, (FunctionType, type(torch.layer_norm))) and value in _NAMES
-    }
-    return tuple(found)
+    ]
 
 
 def _named(code: CodeType, variables: dict[str, Any]) -> Iterator[Any]:

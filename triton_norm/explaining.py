@@ -57,7 +57,7 @@ def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Exp
     if overriding is not None:
         return explained_by(function, overriding)
     if modulation != PLAIN:
-        return _explain_modulated(function, *bundles(function, tensors, options, modulation))
+        return explain_modulated(function, *bundles(function, tensors, options, modulation))
     call = resolve.check_rows(function, tensors, options)
     copied = _copied_rows({"input": tensors.x, "residual": tensors.residual}, call.spec.n_cols)
     if tensors.residual is None:  # with a residual the total is saved
@@ -73,7 +73,8 @@ def _copied_rows(tensors: dict[str, Tensor | None], n_cols: int) -> list[str]:
     ]
 
 
-def _explain_modulated(function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Explanation:
+def explain_modulated(function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Explanation:
+    """Explains a call of layer_norm or rms_norm with a gate or a modulation, after the same checks."""
     call = resolve.check_modulated(function, tensors, options)
     x, gate, n_cols = tensors.x, tensors.gate, call.spec.rows.n_cols
     copied = _copied_rows({"input": x, "residual": tensors.residual, "gate": gate}, n_cols)

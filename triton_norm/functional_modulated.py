@@ -1,5 +1,6 @@
 """Computes layer_norm and rms_norm with a gate or a modulation, for functional.py."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -51,8 +52,14 @@ def bundles(
     )
 
 
-def normalize_modulated(function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Any:
-    """Computes layer_norm or rms_norm with a gate or a modulation."""
+def normalize_modulated(
+    function: str, tensors: ModulatedTensors, options: ModulatedOptions, instead: Callable[[], Any] | None = None
+) -> Any:
+    """Computes layer_norm or rms_norm with a gate or a modulation.
+
+    Args:
+        instead: computes y if the kernels can't serve the call; None: reference.py.
+    """
     if is_compiling():
         call = resolve.check_modulated(function, tensors, options)
     else:
@@ -68,6 +75,8 @@ def normalize_modulated(function: str, tensors: ModulatedTensors, options: Modul
             return modulated.launch(tensors, call.plan)
     if goes_to_triton(call.reason):
         return modulated.record(spread(tensors, call.spec), call.spec, is_fusible())
+    if instead is not None:
+        return instead()
     return _torch_modulated(tensors, tuple(options.rows.normalized_shape), call.spec)
 
 

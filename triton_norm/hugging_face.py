@@ -3,18 +3,26 @@
 import functools
 import inspect
 import itertools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from triton_norm import explaining, functional, reference
 from triton_norm.dispatch import Explanation, goes_to_triton
+from triton_norm.hugging_face_gated import (
+    COMPUTES_ELSE,
+    GATED,
+    SERVED,
+    GatedRMSNorm,
+    Type,
+    dtype_of,
+    takes,
+    width_of,
+)
 from triton_norm.modules import LayerNorm
 from triton_norm.specs import RowOptions, RowSpec, RowTensors
 from triton_norm.symbolic import Scriptable
-
-Type = Literal["input", "weight", "promoted"]
 
 
 class Arithmetic(NamedTuple):
@@ -138,19 +146,6 @@ def _path(cls: type) -> str:
 ARITHMETIC = {path: arithmetic for arithmetic, paths in _RMS_NORMS.items() for path in paths.split()}
 LAYER_NORMS = frozenset(_LAYER_NORMS.split())
 
-_COMPUTES_ELSE = "the model's own forward computes something else of these arguments"
-# The classes compute float64 in float32, so it is missing here. A set, since `in` compares with a tuple's elements by
-# ==, which fails for a torch.fx proxy.
-_SERVED = frozenset({torch.float32, torch.float16, torch.bfloat16})
-
-
-def _dtype(kind: Type | None, x: Tensor, weight: Tensor) -> torch.dtype | None:
-    if kind == "input":
-        return x.dtype
-    if kind == "promoted":
-        return torch.promote_types(x.dtype, weight.dtype)
-    return weight.dtype if kind == "weight" else None
-
 
 class _Made(Scriptable):
     """Marks classes that are created on request, so that copy and pickle can't find them by name.
@@ -182,15 +177,15 @@ class _RMSNorm(_Made):
     def _arguments(self: Any, x: Tensor) -> tuple[RowTensors, RowOptions] | None:
         """Returns the arguments of rms_norm, or None if the class computes something else, or raises."""
         eps, weighted, weight_offset, x_hat, y = self.arithmetic
-        if x.dtype not in _SERVED or x.dim() == 0:
+        if x.dtype not in SERVED or x.dim() == 0:
             return None
         if not (weighted and self.__dict__.get("with_scale", True)):  # False in a Gemma3nRMSNorm without weight
             plain = RowOptions._make((x.shape[-1:], getattr(self, eps), None, 0.0, None, x.dtype))
             return RowTensors._make((x, None, None, None)), plain
         weight = self.weight
-        if weight is None or weight.dtype not in _SERVED or weight.dim() != 1:
+        if weight is None or weight.dtype not in SERVED or weight.dim() != 1:
             return None
-        dtypes = _dtype(x_hat, x, weight), _dtype(y, x, weight)
+        dtypes = dtype_of(x_hat, x, weight), dtype_of(y, x, weight)
         options = RowOptions._make((weight.shape, getattr(self, eps), None, weight_offset, *dtypes))
         return RowTensors._make((x, None, weight, None)), options
 
@@ -201,8 +196,8 @@ class _RMSNorm(_Made):
         arguments = None if x is None else self._arguments(x)
         if arguments is not None:
             return functional.normalize_rows("rms_norm", *arguments, own)
-        if x is not None or _takes(own, inputs, named):
-            goes_to_triton(_COMPUTES_ELSE)
+        if x is not None or takes(own, inputs, named):
+            goes_to_triton(COMPUTES_ELSE)
         return own(*inputs, **named)
 
     def explain_call(self: Any, *inputs: Any, **named: Any) -> Explanation:
@@ -211,7 +206,7 @@ class _RMSNorm(_Made):
             inspect.signature(self.original.forward).bind(self, *inputs, **named)
         arguments = None if x is None else self._arguments(x)
         if arguments is None:
-            return Explanation("rms_norm", "torch", _COMPUTES_ELSE)
+            return Explanation("rms_norm", "torch", COMPUTES_ELSE)
         tensors, options = arguments
         return explaining.explain(functional.rms_norm, x, weight=tensors.weight, **options._asdict())
 
@@ -225,18 +220,10 @@ class _LayerNorm(_Made):
         return super().explain_call(x)  # type: ignore[misc, no-any-return]
 
 
-def _takes(function: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    try:
-        inspect.signature(function).bind(*inputs, **named)
-    except TypeError:
-        return False
-    return True
-
-
 def counterpart(cls: Any) -> type[nn.Module] | None:
     """Returns the class that modules of exactly this class are converted to, its subclass of the same name, or None."""
     path = _path(cls)
-    return _counterpart(cls, path) if path in ARITHMETIC or path in LAYER_NORMS else None
+    return _counterpart(cls, path) if path in ARITHMETIC or path in GATED or path in LAYER_NORMS else None
 
 
 @functools.cache
@@ -249,6 +236,8 @@ def _counterpart(cls: Any, path: str) -> type[nn.Module]:
     }
     if path in ARITHMETIC:
         return type(cls.__name__, (_RMSNorm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
+    if path in GATED:
+        return type(cls.__name__, (GatedRMSNorm, _Made, cls), of_class | {"gating": GATED[path]})
     # super() in the class's own forward is then this library's LayerNorm.
     return type(cls.__name__, (_LayerNorm, cls, LayerNorm), of_class)
 
@@ -278,34 +267,51 @@ def mismatch(module: nn.Module) -> str | None:
     Compares the module to its listed arithmetic on a few numbers, x and weight each in half precision and in float32.
     Values must agree, and all but a few in every bit.
     """
-    name = type(module).__name__
-    if _path(type(module)) not in ARITHMETIC:
+    name, path = type(module).__name__, _path(type(module))
+    if path not in ARITHMETIC and path not in GATED:
         return None
-    width, halves, single = 64, torch.bfloat16, torch.float32
+    agrees = _gated_agrees if path in GATED else _agrees
+    width, halves, single = width_of(module, GATED.get(path)), torch.bfloat16, torch.float32
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         drawn = torch.sin(torch.arange(6.0 * width, device="cpu").square()).view(6, width)
         weight, x = 0.5 + drawn[0], drawn[1:] * torch.tensor([1e-3, 1e-2, 1.0, 10.0, 1e4], device="cpu")[:, None]
         types = itertools.product((halves, single), repeat=2)
         try:
-            agrees = all(_agrees(module, x.to(x_dtype), weight.to(dtype)) for x_dtype, dtype in types)
+            alike = all(agrees(module, x.to(x_dtype), weight.to(dtype)) for x_dtype, dtype in types)
         except Exception as error:  # a patched forward may raise anything on a CPU
             said = f"{type(error).__name__}: {error}".partition("\n")[0]
             return f"its version of {name} could not be tried on a few numbers, and raised {said}"
-    return None if agrees else f"its version of {name} computes something else than the one that is known"
+    return None if alike else f"its version of {name} computes something else than the one that is known"
 
 
-def _agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
+def _probe(module: nn.Module, weight: Tensor) -> Any:
+    """Returns a copy of the module, of its counterpart's class, with another weight."""
     probe: Any = _make(type(module))
     probe.__dict__.update(module.__dict__)
     probe.__dict__.pop("weight", None)
     probe.__dict__["_parameters"] = {"weight": weight} if hasattr(module, "weight") else {}
+    return probe
+
+
+def _agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
+    probe = _probe(module, weight)
     arguments = probe._arguments(x)
     if arguments is None:
         return False
     tensors, options = arguments
     spec = RowSpec(x.shape[-1], options.eps, options.weight_offset, False, options.out_dtype, None, options.x_hat_dtype)
     expected = reference.normalize(x, options.normalized_shape, tensors.weight, None, spec)
-    found = type(module).forward(probe, x)
+    return _alike(type(module).forward(probe, x), expected)
+
+
+def _gated_agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
+    probe = _probe(module, weight)
+    gate = x.flip(-1) / x.abs().amax(-1, keepdim=True) * 4.0
+    expected = probe.expected(x, gate)
+    return expected is not None and _alike(type(module).forward(probe, x, gate), expected)
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
     if found.dtype != expected.dtype:
         return False
     difference = (found.double() - expected.double()).abs() / expected.double().abs()

@@ -27,7 +27,7 @@ FLOORS = (
     ("resolve",),
     ("functional", "functional_groups", "functional_modulated", "distributed", "operators"),
     ("explaining",),
-    ("modules", "modules_groups", "hugging_face"),
+    ("modules", "modules_groups", "hugging_face", "hugging_face_gated"),
     ("converting", "folding"),
     ("__init__",),
     ("testing",),

@@ -90,7 +90,7 @@ def test_a_version_that_computes_something_else_is_skipped(monkeypatch):
     assert report.skipped["0"] == "its version of LlamaRMSNorm computes something else than the one that is known"
 
 
-@pytest.mark.parametrize("path", ["mamba2.MambaRMSNormGated", "cohere.CohereLayerNorm", "xlstm.xLSTMRMSNorm"])
+@pytest.mark.parametrize("path", ["axk2.AXK2GatedRMSNorm", "cohere.CohereLayerNorm", "xlstm.xLSTMRMSNorm"])
 def test_what_is_not_listed_is_skipped(path):
     cls = class_at(path)
     module = cls.__new__(cls)
