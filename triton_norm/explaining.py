@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from triton_norm import functional, functional_groups, overrides, resolve
 from triton_norm.channels import group_layout, layout
 from triton_norm.dispatch import Explanation, explained_by, explanation
-from triton_norm.functional_modulated import PLAIN, Modulation, bundles
+from triton_norm.functional_modulated import bundled, is_plain
 from triton_norm.rows.layout import copies
 from triton_norm.rows.modulation import copied_modulations
 from triton_norm.specs import (
@@ -52,12 +52,14 @@ def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Exp
     named = _named(getattr(functional, function), arguments, named_arguments)
     tensors = RowTensors(named["input"], named["residual"], named["weight"], named.get("bias"))
     options = RowOptions(*(named[name] for name in RowOptions._fields))
-    modulation = Modulation(*(named[name] for name in Modulation._fields))
+    modulation = tuple(named[name] for name in ("gate", "scale", "shift", "residual_gate", "head_weight"))
+    of_gate = named["gate_activation"], named["gate_first"], named["product_dtype"]
     overriding = overrides.overriding_argument((*tensors, *modulation))
     if overriding is not None:
         return explained_by(function, overriding)
-    if modulation != PLAIN:
-        return explain_modulated(function, *bundles(function, tensors, options, modulation))
+    if not is_plain(modulation, of_gate):
+        inputs, (_, *rest) = bundled(function, tensors, modulation, options, of_gate)
+        return explain_modulated(function, ModulatedTensors(*inputs), ModulatedOptions(options, *rest))
     call = resolve.check_rows(function, tensors, options)
     copied = _copied_rows({"input": tensors.x, "residual": tensors.residual}, call.spec.n_cols)
     if tensors.residual is None:  # with a residual the total is saved

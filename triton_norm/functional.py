@@ -14,7 +14,7 @@ from triton_norm import plans, reference, resolve
 from triton_norm.activations import activate
 from triton_norm.channels import function as channels
 from triton_norm.dispatch import autocasts, goes_to_triton, instead_of, is_fusible, override
-from triton_norm.functional_modulated import PLAIN, Modulation, bundles, normalize_modulated
+from triton_norm.functional_modulated import NO_GATE, bundled, is_plain, normalize_modulated
 from triton_norm.plain import HALVES, has_known_sizes, holds
 from triton_norm.rows import operator as rows
 from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors, RowOptions, RowSpec, RowTensors
@@ -99,8 +99,8 @@ def layer_norm(
     r"""Computes y = (x − mean) / sqrt(var + eps) · (weight + weight_offset) + bias, as torch.nn.functional.layer_norm.
 
     mean and var = E[(x − mean)²], the biased variance, are taken for each sample, over the axes of `normalized_shape`.
-    With `residual`, x is total = input + residual, rounded once to total's dtype, and (y, total) is returned.
-    With `scale` and `shift`, y becomes y · (1 + scale) + shift; with `gate`, it is then multiplied by f(gate).
+    With `residual`, x is total = input + residual, rounded once to total's dtype, and (y, total) is returned. `scale`
+    and `shift` turn y into y · (1 + scale) + shift, and `gate` multiplies that by f(gate).
 
     Args:
         input: [*, *normalized_shape], float32, float16, bfloat16 or float64, with any strides.
@@ -113,27 +113,27 @@ def layer_norm(
         x_hat_dtype: narrower dtype that x_hat = (x − mean) / sqrt(var + eps) is rounded to; None: no rounding.
         out_dtype: dtype of y; None: input's, or float32 under CUDA's autocast.
         gate, gate_activation: of input's shape; f: "silu", "sigmoid" or None.
-        gate_first: multiplies x by f(gate) before it is normalized, and not y.
-        product_dtype: narrower dtype that y is rounded to before it is multiplied by f(gate); None: no rounding.
+        gate_first, product_dtype: multiplies x by f(gate), not y; narrower dtype that y is rounded to before f(gate).
         scale, shift, residual_gate: of input's shape; axes before normalized_shape may have length 1, and the last ones
             may be missing: [B, D] is for the samples of [B, T, D]. total = residual + residual_gate · input.
         head_weight: [H, *normalized_shape] for input [*, H, *normalized_shape], in place of weight.
 
-    Returns:
-        y, contiguous, of input's shape; with `residual` (y, total). A sample's bits don't depend on its batch.
+    Returns: y, contiguous, of input's shape; with `residual` (y, total). A sample's bits don't depend on its batch.
 
     Raises:
-        RuntimeError, NotImplementedError, TypeError: wrong shapes or devices; a wrong dtype; a wrong type.
-        ValueError: an argument without the one that it belongs to, two that exclude each other, or an unknown f.
+        RuntimeError, NotImplementedError, TypeError: wrong shapes or devices, a wrong dtype, a wrong type.
+        ValueError: an argument without the one that it needs, two that exclude each other, or an unknown f.
 
     Memory: saves x or total, 8 bytes a sample (float64: 16), gate and modulation. See docs/memory.md.
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
     tensors = input, residual, weight, bias
     options = normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    modulation = gate, gate_activation, gate_first, product_dtype, scale, shift, residual_gate, head_weight
-    if has_torch_function_variadic(*tensors) or modulation != PLAIN:
-        return _normalize_rows(layer_norm, tensors, options, Modulation._make(modulation))
+    modulation = gate, scale, shift, residual_gate, head_weight
+    of_gate = gate_activation, gate_first, product_dtype
+    is_plain = gate is scale is shift is residual_gate is head_weight is None and of_gate == NO_GATE
+    if not is_plain or has_torch_function_variadic(*tensors):
+        return _normalize_rows(layer_norm, tensors, options, modulation, of_gate)
     return normalize_rows("layer_norm", tensors, options)
 
 
@@ -184,29 +184,35 @@ def rms_norm(
     """
     tensors = input, residual, weight, None
     options = normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    modulation = gate, gate_activation, gate_first, product_dtype, scale, shift, residual_gate, head_weight
-    if has_torch_function_variadic(*tensors) or modulation != PLAIN:
-        return _normalize_rows(rms_norm, tensors, options, Modulation._make(modulation))
+    modulation = gate, scale, shift, residual_gate, head_weight
+    of_gate = gate_activation, gate_first, product_dtype
+    is_plain = gate is scale is shift is residual_gate is head_weight is None and of_gate == NO_GATE
+    if not is_plain or has_torch_function_variadic(*tensors):
+        return _normalize_rows(rms_norm, tensors, options, modulation, of_gate)
     return normalize_rows("rms_norm", tensors, options)
 
 
-def _normalize_rows(function: Any, tensors: tuple[Any, ...], options: tuple[Any, ...], modulation: Modulation) -> Any:
+def _normalize_rows(
+    function: Any, tensors: tuple[Any, ...], options: tuple[Any, ...], modulation: tuple[Any, ...], of_gate: Any
+) -> Any:
     """Computes layer_norm or rms_norm with a gate or a modulation, or for a tensor that may override the call.
 
     Args:
         tensors, options: fields of RowTensors and RowOptions.
+        modulation: gate, scale, shift, residual_gate and head_weight.
+        of_gate: gate_activation, gate_first and product_dtype.
     """
-    others = modulation.gate, modulation.scale, modulation.shift, modulation.residual_gate, modulation.head_weight
-    if has_torch_function_variadic(*tensors, *others):
-        (x, residual, weight, bias), (shape, eps, *own) = tensors, options
+    if has_torch_function_variadic(*tensors, *modulation):
+        (x, residual, weight, bias), (shape, eps, *own), (gate, *others) = tensors, options, modulation
         torch_function = F.layer_norm if function is layer_norm else F.rms_norm
-        instead = instead_of(function, torch_function, (*tensors, *others), (residual, *own, *modulation))
+        fused = residual, *own, gate, *of_gate, *others
+        instead = instead_of(function, torch_function, (*tensors, *modulation), fused)
         if instead is not None:
             named = {"weight": weight, "bias": bias} if function is layer_norm else {"weight": weight}
             return instead(x, shape, **named, eps=eps)
-    if modulation == PLAIN:
-        return normalize_rows(function.__name__, tensors, options)
-    return normalize_modulated(function.__name__, *bundles(function.__name__, tensors, options, modulation))
+        if is_plain(modulation, of_gate):
+            return normalize_rows(function.__name__, tensors, options)
+    return normalize_modulated(function.__name__, *bundled(function.__name__, tensors, modulation, options, of_gate))
 
 
 def batch_norm(

@@ -1,9 +1,8 @@
 """Computes layer_norm and rms_norm with a gate or a modulation, for functional.py."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
 from torch.compiler import is_compiling
 
 from triton_norm import plans, reference, resolve
@@ -12,72 +11,75 @@ from triton_norm.rows import modulated
 from triton_norm.rows.modulation import spread
 from triton_norm.specs import ModulatedOptions, ModulatedSpec, ModulatedTensors, RowOptions
 
+NO_GATE = "silu", False, None
+"""These are gate_activation, gate_first and product_dtype in a call without a gate."""
 
-class Modulation(NamedTuple):
-    """Holds the keyword arguments of layer_norm and rms_norm for a gate and a modulation, in their order."""
-
-    gate: Tensor | None = None
-    gate_activation: str | None = "silu"
-    gate_first: bool = False
-    product_dtype: Any = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    residual_gate: Tensor | None = None
-    head_weight: Tensor | None = None
+_INT = {int}
 
 
-PLAIN = tuple(Modulation())
-"""These are the values in a call without a gate or a modulation."""
+def is_plain(modulation: tuple[Any, ...], of_gate: tuple[Any, ...]) -> bool:
+    """Decides whether a call has neither a gate nor a modulation, nor an option of a gate.
+
+    Args:
+        modulation: gate, scale, shift, residual_gate and head_weight.
+        of_gate: gate_activation, gate_first and product_dtype.
+    """
+    return all(tensor is None for tensor in modulation) and of_gate == NO_GATE
 
 
-def bundles(
-    function: str, tensors: tuple[Any, ...], options: tuple[Any, ...], modulation: Modulation
-) -> tuple[ModulatedTensors, ModulatedOptions]:
-    """Returns the call's bundles.
+def bundled(
+    function: str, tensors: tuple[Any, ...], modulation: tuple[Any, ...], options: Any, of_gate: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Returns the fields of ModulatedTensors, and those of ModulatedOptions.
 
     Args:
         tensors, options: fields of RowTensors and RowOptions.
+        modulation, of_gate: as in `is_plain`.
 
     Raises:
         ValueError: head_weight and scale.
     """
-    gate, gate_activation, gate_first, product_dtype, scale, shift, residual_gate, head_weight = modulation
-    if head_weight is not None and scale is not None:
+    gate, scale, shift, residual_gate, head_weight = modulation
+    if head_weight is None:
+        return (*tensors, gate, scale, shift, residual_gate), (options, *of_gate, False)
+    if scale is not None:
         raise ValueError(f"{function}(): head_weight was given with scale; both multiply the normalized input")
-    scale = head_weight if scale is None else scale
-    of_gate = gate_activation, gate_first, product_dtype
-    return (
-        ModulatedTensors._make((*tensors, gate, scale, shift, residual_gate)),
-        ModulatedOptions._make((RowOptions._make(options), *of_gate, head_weight is not None)),
-    )
+    return (*tensors, gate, head_weight, shift, residual_gate), (options, *of_gate, True)
+
+
+def _named(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[ModulatedTensors, ModulatedOptions]:
+    rows, *of_gate = options
+    return ModulatedTensors._make(tensors), ModulatedOptions._make((RowOptions._make(rows), *of_gate))
 
 
 def normalize_modulated(
-    function: str, tensors: ModulatedTensors, options: ModulatedOptions, instead: Callable[[], Any] | None = None
+    function: str, tensors: tuple[Any, ...], options: tuple[Any, ...], instead: Callable[[], Any] | None = None
 ) -> Any:
     """Computes layer_norm or rms_norm with a gate or a modulation.
 
     Args:
+        tensors, options: fields of ModulatedTensors and ModulatedOptions, which a warm call does not name to save time.
         instead: computes y if the kernels can't serve the call; None: reference.py.
     """
     if is_compiling():
-        call = resolve.check_modulated(function, tensors, options)
+        call = resolve.check_modulated(function, *_named(tensors, options))
     else:
-        key, plain = None, options.rows
-        if isinstance(plain.normalized_shape, tuple):  # 4.0 equals 4, but is not a length
-            types = type(plain.eps), type(plain.weight_offset), type(options.gate_first)
-            lengths = (*map(type, plain.normalized_shape),)
-            key = "modulated", function, options, types, lengths, *[tensor is None for tensor in tensors]
+        _, residual, weight, bias, gate, scale, shift, residual_gate = tensors
+        (shape, eps, _, weight_offset, _, _), _, gate_first, _, _ = options
+        presence = residual is None, weight is None, bias is None, gate is None, scale is None, shift is None
+        key = function, options, type(eps), type(weight_offset), type(gate_first), presence, residual_gate is None
         call = plans.find(key, tensors)
-        if call is None:
-            call = resolve.modulated(key, function, tensors, options)
+        # 4.0 equals 4, but is not a length.
+        if call is None or (shape is not call.shape and {*map(type, shape)} != _INT):
+            call = resolve.modulated(key, function, *_named(tensors, options))
         if call.plan is not None and override.name != "torch":
             return modulated.launch(tensors, call.plan)
+    named, own = _named(tensors, options)
     if goes_to_triton(call.reason):
-        return modulated.record(spread(tensors, call.spec), call.spec, is_fusible())
+        return modulated.record(spread(named, call.spec), call.spec, is_fusible())
     if instead is not None:
         return instead()
-    return _torch_modulated(tensors, tuple(options.rows.normalized_shape), call.spec)
+    return _torch_modulated(named, tuple(own.rows.normalized_shape), call.spec)
 
 
 def _torch_modulated(tensors: ModulatedTensors, normalized_shape: tuple[int, ...], spec: ModulatedSpec) -> Any:

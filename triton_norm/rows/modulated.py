@@ -1,6 +1,7 @@
 """Runs gated and modulated rows by the kernels or their operators, with autograd."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,12 @@ class Facts(NamedTuple):
     numbers: Modulation
 
     @property
+    def parameters(self) -> tuple[Form | None, Form | None]:
+        """Returns the forms of weight and bias."""
+        _, _, weight, bias, *_ = self.inputs
+        return weight, bias
+
+    @property
     def modulation_shapes(self) -> tuple[Size | None, ...]:
         """Returns the shapes of scale, shift and residual_gate."""
         *_, scale, shift, residual_gate = self.inputs
@@ -119,16 +126,20 @@ def _wanted(facts: Facts, needs: Sequence[bool]) -> ModulatedWanted:
     return ModulatedWanted._make((dx, dresidual, *inner))
 
 
-def _assigned(found: Gradients, facts: Facts, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of the fields of ModulatedTensors, in the shape of each, from those that were computed."""
-    dx, dresidual, *inner = found
+def _assigned(wanted: ModulatedWanted, needs: Sequence[bool]) -> Callable[[Sequence[Tensor | None]], Gradients]:
+    """Returns a function from the computed gradients, followed by None, to those of ModulatedTensors' fields."""
+    dx, dresidual, *inner = range(len(ModulatedTensors._fields))
+    nothing = len(ModulatedTensors._fields)
     x_needs, residual_needs, *_ = needs
-    if residual_needs and dresidual is None:
-        dresidual = dx
-    placed = dx if x_needs else None, dresidual if residual_needs else None, *inner
+    of_residual = dx if wanted.dresidual_dtype is None else dresidual
+    return operator.itemgetter(dx if x_needs else nothing, of_residual if residual_needs else nothing, *inner)
+
+
+def _shaped(gradients: Gradients, facts: Facts) -> Gradients:
+    """Returns the gradients in the shapes of their inputs."""
     return tuple(
-        None if gradient is None or form is None else gradient if gradient.shape == form[1] else gradient.view(form[1])
-        for gradient, form in zip(placed, facts.inputs, strict=True)
+        gradient if gradient is None or form is None or gradient.shape == form[1] else gradient.view(form[1])
+        for gradient, form in zip(gradients, facts.inputs, strict=True)
     )
 
 
@@ -140,10 +151,11 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
         return (None,) * len(needs)
     wanted, shapes = _wanted(facts, needs), facts.modulation_shapes
     intercepted = facts.forms is None or is_intercepted()
+    assign = _assigned(wanted, needs)
     if dy is None:  # y was not used
-        return _assigned(through_total(dtotal, (dy, dtotal, *saved), spec, wanted), facts, needs)
+        return _shaped(assign((*through_total(dtotal, (dy, dtotal, *saved), spec, wanted), None)), facts)
     if needs_torch((dy, dtotal), saved, intercepted):
-        return _assigned(composed((dy, dtotal, *saved), spec, wanted, shapes), facts, needs)
+        return _shaped(assign((*composed((dy, dtotal, *saved), spec, wanted, shapes), None)), facts)
     statistics = saved.statistics
     if statistics is None:
         *inner, _ = saved[2:]
@@ -152,10 +164,11 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
     tensors = ModulatedBackwardTensors._make((dy, dtotal, *saved[:-1], statistics))
     call = BackwardCall(tensors, wanted, facts.numbers, spec)
     if intercepted:
-        return _assigned(backward_op(call), facts, needs)
+        return _shaped(assign((*backward_op(call), None)), facts)
     plan = modulated_backward_plan_of(call, shapes)
-    plans.keep((ctx.plan, ctx.needs_input_grad, dtotal is None), tensors, plan)
-    return _assigned(plan(tensors), facts, needs)
+    if all(form is None or len(form[1]) == 1 for form in facts.parameters):
+        plans.keep((ctx.plan, ctx.needs_input_grad, dtotal is None), tensors, (plan, assign))
+    return _shaped(assign((*plan(tensors), None)), facts)
 
 
 def _for_backward(tensors: Sequence[Any], results: Outputs, spec: ModulatedSpec) -> tuple[Tensor | None, ...]:
@@ -234,25 +247,39 @@ class ModulatedFunction(torch.autograd.Function):
     """Differentiates once by the kernels; `needs_torch` decides which backwards use `reference` instead."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        *tensors, plan = arguments
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual_gate: Tensor | None,
+        plan: ModulatedPlan,
+    ) -> Any:
+        tensors = x, residual, weight, bias, gate, scale, shift, residual_gate
         results = y, total, _ = plan.forward(tensors, True)
         saved = _for_backward(tensors, results, plan.spec)
         ctx.save_for_backward(*saved)
         ctx.plan = plan
         if plan.facts is None:
             plan.facts = facts_of(saved, ModulatedTensors._make(tensors), plan.spec)
+        if total is None:
+            return y
         ctx.set_materialize_grads(False)
-        return y if total is None else (y, total)
+        return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
         if not (torch.compiler.is_compiling() or dy is None or torch.is_grad_enabled()):
             tensors = dy, dtotal, *saved  # fields of ModulatedBackwardTensors
-            backward = plans.find((plan, ctx.needs_input_grad, dtotal is None), tensors)
-            if backward is not None:
-                return *_assigned(backward(tensors), plan.facts, ctx.needs_input_grad[:-1]), None
+            found = plans.find((plan, ctx.needs_input_grad, dtotal is None), tensors)
+            if found is not None:
+                backward, assign = found
+                return *assign((*backward(tensors), None)), None
         check_restored(plan.facts, Saved, saved)
         ctx.facts, ctx.spec = plan.facts, plan.spec
         return *_gradients(ctx, Saved(*saved), dy, dtotal), None

@@ -93,17 +93,17 @@ class ModulatedGradients:
 
     def __call__(self, total: Tensor) -> Gradients:
         """Returns those that are wanted, contiguous, None for the others; dweight and dbias are [n_cols]."""
-        dx, dresidual, dweight, dbias, dgate, *of_modulations = self._wanted
+        dx, dresidual, dweight, dbias, dgate, dscale, dshift, dresidual_gate = self._wanted
+        scale_shape, shift_shape, residual_gate_shape = self._shapes
         return (
             None if dx is None else torch.empty_like(total, **self._dx),
             None if dresidual is None else torch.empty_like(total, **self._dresidual),
             None if dweight is None else total.new_empty(self._n_cols, dtype=dweight),
             None if dbias is None else total.new_empty(self._n_cols, dtype=dbias),
             None if dgate is None else torch.empty_like(total, **self._dgate),
-            *[
-                None if dtype is None else total.new_empty(shape, dtype=dtype)
-                for shape, dtype in zip(self._shapes, of_modulations, strict=True)
-            ],
+            None if dscale is None else total.new_empty(scale_shape, dtype=dscale),
+            None if dshift is None else total.new_empty(shift_shape, dtype=dshift),
+            None if dresidual_gate is None else total.new_empty(residual_gate_shape, dtype=dresidual_gate),
         )
 
 
@@ -214,13 +214,13 @@ class _Backward:
     """Holds the launches of a backward for tensors of one alignment.
 
     Attributes:
-        n_sums: upper bound of the programs, each of which leaves a row of partial sums.
+        n_sums: elements of partial sums of one kind, of which each program leaves a row; an upper bound.
     """
 
-    def __init__(self, launcher: Launcher, integers: tuple[int, int, int]) -> None:
+    def __init__(self, launcher: Launcher, integers: tuple[int, int, int], n_cols: int) -> None:
         candidates = [config.keywords for config in launcher.candidates]
         self.launch, self.integers = Launch(launcher, *integers), integers
-        self.n_sums = max(launcher.n_programs(config, *integers) for config in candidates)
+        self.n_sums = n_cols * max(launcher.n_programs(config, *integers) for config in candidates)
         self.finalise: Launch | None = None
 
 
@@ -247,6 +247,7 @@ class ModulatedBackwardPlan:
             or (summed and wanted.dscale_dtype is not None and tensors.bias is not None),
             summed and wanted.dresidual_gate_dtype is not None,
         )
+        self._finalises = any(self._sums)
         self._made: dict[int, _Backward] = {}
 
     def _readable(self, tensors: Sequence[Any]) -> list[Any]:
@@ -269,36 +270,38 @@ class ModulatedBackwardPlan:
         Args:
             tensors: fields of ModulatedBackwardTensors.
         """
-        _, _, total, *_ = tensors
-        found = dx, dresidual, dweight, dbias, dgate, *of_modulations = self._gradients(total)
+        _, _, total, _, _, _, _, _, _, _, _ = tensors
+        found = dx, dresidual, dweight, dbias, dgate, dscale, dshift, dresidual_gate = self._gradients(total)
         if self._copies:
             tensors = self._readable(tensors)
         misaligned = addresses_of(tensors, self._places)
         made = self._made.get(misaligned) or self._make((*tensors, dx, dresidual, dgate), misaligned)
-        *_, statistics = tensors
-        n = made.n_sums * self._spec.rows.n_cols
-        sums = [statistics.new_empty(n) if computed else None for computed in self._sums]
-        by_row = (None, None, None) if self._modulations.summed else of_modulations
-        made.launch(*tensors, dx, dresidual, dgate, *by_row, *sums)
-        if any(self._sums):
+        _, _, _, _, weight, bias, _, scale, _, _, statistics = tensors
+        of_x_hat, of_dy, of_residual_gate = self._sums
+        x_hat_sums = statistics.new_empty(made.n_sums) if of_x_hat else None
+        dy_sums = statistics.new_empty(made.n_sums) if of_dy else None
+        residual_gate_sums = statistics.new_empty(made.n_sums) if of_residual_gate else None
+        sums = x_hat_sums, dy_sums, residual_gate_sums
+        if self._modulations.summed:
+            made.launch(*tensors, dx, dresidual, dgate, None, None, None, *sums)
+            if self._finalises:
+                finalise = made.finalise or self._finalise(made, tensors)
+                finalise(*sums, weight, bias, scale, dweight, dbias, dscale, dshift, dresidual_gate)
+            return found
+        made.launch(*tensors, dx, dresidual, dgate, dscale, dshift, dresidual_gate, *sums)
+        if self._finalises:
             finalise = made.finalise or self._finalise(made, tensors)
-            finalise(*sums, *self._applied(tensors), dweight, dbias, *self._summed(of_modulations))
+            finalise(*sums, None, None, None, dweight, dbias, None, None, None)
         return found
-
-    def _applied(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
-        """Returns weight, bias and scale for the kernel that finalises the sums."""
-        _, _, _, _, weight, bias, _, scale, _, _, _ = tensors
-        return (weight, bias, scale) if self._modulations.summed else (None, None, None)
-
-    def _summed(self, of_modulations: Sequence[Any]) -> Sequence[Any]:
-        return of_modulations if self._modulations.summed else (None, None, None)
 
     def _make(self, arguments: Sequence[Any], misaligned: int) -> _Backward:
         (dy, *_), modulations = arguments, self._modulations
         launcher = _backward_launcher(
             self._spec, types_of(arguments), self._layout, modulations, sum(self._sums), misaligned, dy.device
         )
-        made = self._made[misaligned] = _Backward(launcher, (self._n_rows, *modulations.numbers))
+        made = self._made[misaligned] = _Backward(
+            launcher, (self._n_rows, *modulations.numbers), self._spec.rows.n_cols
+        )
         return made
 
     def _finalise(self, made: _Backward, tensors: Sequence[Any]) -> Launch:

@@ -196,8 +196,7 @@ class ModulatedPlan:
         Args:
             tensors: fields of ModulatedTensors.
         """
-        x, residual, *_ = tensors
-        found = self._outputs((x, residual, None, None), saves)
+        found = self._outputs(tensors, saves)
         if self._copies:
             tensors = self._readable(*tensors)
         key = saves, addresses_of(tensors, self._places)

@@ -58,7 +58,7 @@ def spread(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
             own, _ = named[name]
             target = [shape[axis] if axis in run else lengths[axis] for axis in range(n_outer)]
             expanded[name] = own.reshape(*lengths, *shape[n_outer:]).expand(*target, *shape[n_outer:])
-    return tensors._replace(**expanded)
+    return tensors._replace(**expanded) if expanded else tensors
 
 
 def modulation_of(tensors: ModulatedTensors, spec: ModulatedSpec) -> Modulation:

@@ -101,8 +101,12 @@ class RowOutputs:
         self._n_statistics = x.numel() // spec.n_cols * (2 if spec.centred else 1)
 
     def __call__(self, tensors: Sequence[Any], saves: bool) -> Outputs:
-        """Returns y, total if there is a residual, and statistics if `saves`."""
-        x, residual, _, _ = tensors
+        """Returns y, total if there is a residual, and statistics if `saves`.
+
+        Args:
+            tensors: x, the residual, and others.
+        """
+        x, residual, *_ = tensors
         return (
             torch.empty_like(x, **self._y),
             None if residual is None else torch.empty_like(residual, **self._total),
