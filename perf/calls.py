@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from perf.contenders import Functions
-from perf.points import BOTH, NUM_GROUPS, Point
+from perf.ops import BULK, PARAMETERS, STATISTICS, TENSORS, Functions
+from perf.points import BOTH, STRIDED, Point
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 EPS = 1e-5
@@ -20,100 +21,97 @@ NEAR_ZERO = 1 / 16
 Forward = Callable[[], Any]
 
 
-@dataclass
-class Inputs:
-    """A point's tensors. Gradients are required only where the backward pass is timed."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    dy: torch.Tensor
-    running_mean: torch.Tensor
-    running_var: torch.Tensor
-    residual: torch.Tensor | None = None
-    dtotal: torch.Tensor | None = None
+class Inputs(SimpleNamespace):
+    """Holds a point's tensors by the names that its op has for them, such as x, weight and dy."""
 
     def reset(self) -> None:
-        self.running_mean.fill_(0.25)
-        self.running_var.fill_(1.5)
+        """Fills the running statistics, which a call may have moved."""
+        for name, tensor in vars(self).items():
+            if name in STATISTICS:
+                tensor.fill_(TENSORS[name].mean)
 
-    def leaves(self, point: Point) -> tuple[torch.Tensor, ...]:
-        """Returns the leaf that each of the point's gradients belongs to."""
-        by_gradient = {"dx": self.x, "dresidual": self.residual, "dweight": self.weight, "dbias": self.bias}
-        found = (by_gradient[name] for name in point.gradients)
-        return tuple(leaf for leaf in found if leaf is not None)
+    def named(self, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name) for name in names)
 
     @property
     def bytes(self) -> int:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.untyped_storage().nbytes() for tensor in vars(self).values())
 
     def double(self) -> Inputs:
-        return Inputs(*(_double(getattr(self, field.name)) for field in fields(self)))
+        return Inputs(**{name: _double(tensor) for name, tensor in vars(self).items()})
 
 
-def _double(tensor: torch.Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def _memory_format(point: Point) -> torch.memory_format:
+    if point.workload.layout != "channels_last":
+        return torch.contiguous_format
+    return torch.channels_last if len(point.workload.shape) == 4 else torch.channels_last_3d
 
 
 def make_inputs(point: Point, device: str, seed: int = 0, blank: bool = False) -> Inputs:
-    """Returns random values, or with `blank` memory that nothing has touched, where only the addresses matter."""
+    """Returns random values, or with `blank` memory that nothing has touched, where only the addresses matter.
+
+    Gradients are required only where the backward pass is timed.
+    """
     generator = torch.Generator(device).manual_seed(seed)
-    workload = point.workload
-    memory_format = torch.contiguous_format
-    if workload.layout == "channels_last":
-        memory_format = torch.channels_last if len(workload.shape) == 4 else torch.channels_last_3d
+    workload, op, memory_format = point.workload, point.declared, _memory_format(point)
 
-    def draw(shape: tuple[int, ...], dtype: str, mean: float, std: float) -> torch.Tensor:
-        as_told = memory_format if len(shape) > 1 else torch.contiguous_format
+    def draw(name: str, shape: tuple[int, ...], dtype: str, layout: torch.memory_format) -> torch.Tensor:
         if blank:
-            return torch.empty(shape, device=device, dtype=DTYPES[dtype], memory_format=as_told)
-        values = torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean)
-        return values.to(DTYPES[dtype], memory_format=as_told)
+            return torch.empty(shape, device=device, dtype=DTYPES[dtype], memory_format=layout)
+        values = torch.randn(shape, generator=generator, device=device)
+        values.mul_(TENSORS[name].std).add_(TENSORS[name].mean)
+        return values.to(DTYPES[dtype], memory_format=layout)
 
-    features = (workload.features,)
-    x = draw(workload.shape, point.dtype, 0.5, 2.0)
-    dy = draw(workload.shape, point.dtype, 0.0, 1.0)
-    weight = draw(features, point.parameter_dtype, 1.0, 0.25)
-    bias = draw(features, point.parameter_dtype, 0.0, 0.25)
-    running = torch.empty(features, device=device, dtype=torch.float64 if point.dtype == "fp64" else torch.float32)
-    inputs = Inputs(x, weight, bias, dy, running, running.clone())
-    if point.has_residual:
-        inputs.residual = draw(workload.shape, point.dtype, -0.25, 1.0)
-        if point.has_total:
-            inputs.dtotal = draw(workload.shape, point.dtype, 0.0, 1.0)
-        elif not blank:
-            _keep_from_zero(inputs, inputs.residual)
+    def tensor(name: str) -> torch.Tensor:
+        shape, features = workload.shape, (workload.features,)
+        if name in STATISTICS:
+            return torch.empty(features, device=device, dtype=DTYPES[point.statistics_dtype])
+        if name in PARAMETERS:
+            return draw(name, features, point.parameter_dtype, torch.contiguous_format)
+        if name == "x" and workload.layout == STRIDED:
+            *tokens, heads, columns = shape
+            return draw(name, (*tokens, workload.heads, columns), point.dtype, memory_format)[..., :heads, :]
+        return draw(name, shape, point.dtype, memory_format)
+
+    inputs = Inputs(**{name: tensor(name) for name in op.inputs})
+    if "bits" in op.backward.reads and not blank:
+        _keep_from_zero(inputs)
     inputs.reset()
-    for leaf in inputs.leaves(point):
+    for leaf in inputs.named(op.leaves):
         leaf.requires_grad_(point.differentiates)
     return inputs
 
 
-def _keep_from_zero(inputs: Inputs, residual: torch.Tensor) -> None:
-    """Moves it where ReLU's argument is so near 0 that rounding decides on the side: there the derivative jumps."""
+def _keep_from_zero(inputs: Inputs) -> None:
+    """Moves the residual where ReLU's argument is so near 0 that rounding decides on the side: there the derivative
+    jumps."""
     parameters = inputs.weight.double(), inputs.bias.double()
-    z = functional.batch_norm(inputs.x.double(), None, None, *parameters, True, 0.0, EPS).add_(residual)
+    z = functional.batch_norm(inputs.x.double(), None, None, *parameters, True, 0.0, EPS).add_(inputs.residual)
     away = torch.full_like(z, 2 * NEAR_ZERO).copysign_(z)
-    residual.add_(away.masked_fill_(z.abs() >= NEAR_ZERO, 0.0))
+    inputs.residual.add_(away.masked_fill_(z.abs() >= NEAR_ZERO, 0.0))
 
 
 def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
     """Returns the forward call of one op on these inputs, or None where the contender has no such op."""
-    i, function = inputs, getattr(functions, point.op.removesuffix("_eval"))
+    function, op = functions.get(point.op), point.declared
     if function is None:
         return None
-    tensors = (i.x, i.residual) if point.has_residual else (i.x,)
-    if point.workload.family == "channels":
-        statistics, training = (i.running_mean, i.running_var), point.training
-        return lambda: function(*tensors, *statistics, i.weight, i.bias, training, MOMENTUM, EPS)
-    if point.workload.family == "groups":
-        return lambda: function(*tensors, NUM_GROUPS, i.weight, i.bias, EPS)
-    if point.workload.family == "instances":
-        return lambda: function(*tensors, None, None, i.weight, i.bias, True, MOMENTUM, EPS)
-    parameters = (i.weight, i.bias) if point.has_bias else (i.weight,)
-    shape = (point.workload.features,)
-    return lambda: function(*tensors, shape, *parameters, EPS)
+    reads = op.forward.reads
+    tensors = inputs.named(tuple(name for name in reads if name in BULK))
+    statistics = inputs.named(tuple(name for name in reads if name in STATISTICS))
+    parameters = inputs.named(tuple(name for name in reads if name in PARAMETERS))
+    arguments: dict[str, tuple[Any, ...]] = {
+        "rows": ((point.workload.features,), *parameters, EPS),
+        "channels": (*statistics, *parameters, op.training, MOMENTUM, EPS),
+        "groups": (point.workload.num_groups, *parameters, EPS),
+        "instances": (None, None, *parameters, True, MOMENTUM, EPS),
+    }
+    given = *tensors, *arguments[op.family]
+    return lambda: function(*given)
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def candidate(name: str, point: Point, forward: Forward, inputs: Inputs) -> Cand
     """Returns a call to be timed. A backward pass comes after a fresh, untimed forward pass: no graph is kept."""
     if point.mode == "forward":
         return Candidate(name, lambda: None, lambda _: forward())
-    leaves = inputs.leaves(point)
+    leaves = inputs.named(point.declared.leaves)
     gradients = (inputs.dy, inputs.dtotal) if point.has_total else inputs.dy
 
     def backward(y: Any) -> tuple[torch.Tensor, ...]:

@@ -42,9 +42,7 @@ def hashes(points: Sequence[Point], targets: Sequence[str], every_config: bool =
     found: Code = {}
     for name in targets:
         for point in points:
-            shape = "x".join(map(str, point.workload.shape))
-            where = f"{name} {point.op} {point.mode} {point.dtype} {shape} {point.workload.layout}"
-            found[where] = _hashes(point, TARGETS[name], every_config)
+            found[f"{name} {point}"] = _hashes(point, TARGETS[name], every_config)
     return found
 
 

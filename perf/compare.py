@@ -13,7 +13,7 @@ from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 from perf import records
-from perf.records import Refused, Run
+from perf.records import Refused, Run, task_name
 
 Key = tuple[str, str, str]
 """Group, title and contender of a point."""
@@ -63,11 +63,8 @@ def _timed_run(path: Path) -> Run:
 
 
 def _key(record: dict[str, Any]) -> Key:
-    if "model" in record:
-        return "step", f"step {record['dtype']} {record['model']}", record["contender"]
-    group = f"{record['op']} {record['mode']}"
-    layout = "" if record["layout"] == "contiguous" else f" {record['layout']}"
-    return group, f"{group} {record['dtype']} {'x'.join(map(str, record['shape']))}{layout}", record["contender"]
+    group = "step" if "model" in record else f"{record['op']} {record['mode']}"
+    return group, task_name(record), record["contender"]
 
 
 def _by_point(run: Run, path: Path) -> dict[Key, dict[str, Any]]:

@@ -12,10 +12,8 @@ import torch
 
 from perf import others
 from perf.environment import version
-from perf.functions import Function, Functions, torch_functions, triton_norm_functions
+from perf.ops import Function, Functions, torch_functions, triton_norm_functions
 from perf.records import in_a_line
-
-__all__ = ["CONTENDERS", "Contender", "Function", "Functions", "torch_functions", "triton_norm_functions"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def _compiled(name: str, functions: Functions, **options: Any) -> Functions:
         _at_this_point.clear()
     _at_this_point.add(name)
     compiled = partial(torch.compile, dynamic=False, fullgraph=True, **options)
-    return Functions(**{op: compiled(function) for op, function in vars(functions).items()})
+    return {op: compiled(function) for op, function in functions.items()}
 
 
 def _torch_compile() -> Functions:
@@ -82,7 +80,7 @@ def _max_autotune() -> Functions:
 
 def _triton_norm_compiled() -> Functions:
     compiled = _compiled("triton_norm", triton_norm_functions())
-    return Functions(**{op: _by_default_policy(function) for op, function in vars(compiled).items()})
+    return {op: _by_default_policy(function) for op, function in compiled.items()}
 
 
 def _triton_norm_forced() -> Functions:

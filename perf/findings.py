@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from perf.points import BULK, ITEMSIZE, PASSES, TITLE
+from perf.ops import BULK, TITLE
+from perf.points import ITEMSIZE, PASSES, STRIDED
 from perf.records import Numerics, PointFields, Resources, Results, Run, Step, Timing, Traffic, Ulps, ok
 
 OURS = "triton_norm"
@@ -23,6 +24,7 @@ STEP_RIVALS = {
 }
 STATUS_TEXT = {"wrong": "outside tolerance"}
 """Texts that stand for a status, unless its name does."""
+LAYOUT_TEXT = {"contiguous": "NCHW", "channels_last": "NHWC", STRIDED: "strided"}
 NOT_TIMED = "Nothing was timed on this machine: it has no GPU."
 
 
@@ -103,10 +105,10 @@ def shape_text(record: PointFields) -> str:
 
 
 def layout_text(record: PointFields) -> str:
-    """Returns the shape, and of channels their layout."""
+    """Returns the shape, and its layout where it has more than two extents."""
     if len(record["shape"]) == 2:
         return shape_text(record)
-    return f"{shape_text(record)} {'NHWC' if record['layout'] == 'channels_last' else 'NCHW'}"
+    return f"{shape_text(record)} {LAYOUT_TEXT[record['layout']]}"
 
 
 def streamed(record: Traffic) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from perf.calls import Candidate, Inputs, bind, candidate
-from perf.contenders import Functions, torch_functions
+from perf.ops import Functions, of_sum, torch_functions
 from perf.points import BOTH, MODES, Point
 
 # Relative to the reference's norm. Rounding the result alone costs at most half an ulp an element, 2^-9 in bf16; the
@@ -45,16 +45,10 @@ def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def exact_functions(total_dtype: torch.dtype) -> Functions:
     """Returns torch's own in fp64, where total = x + residual is rounded to the total's type."""
-
-    def layer_norm(x: Any, residual: Any, *arguments: Any) -> Any:
-        total = _rounded(x + residual, total_dtype)
-        return functional.layer_norm(total, *arguments), total
-
-    def rms_norm(x: Any, residual: Any, *arguments: Any) -> Any:
-        total = _rounded(x + residual, total_dtype)
-        return functional.rms_norm(total, *arguments), total
-
-    return replace(torch_functions(), layer_norm_residual=layer_norm, rms_norm_residual=rms_norm)
+    exact = dict(torch_functions())
+    for name in ("layer_norm", "rms_norm"):
+        exact[f"{name}_residual"] = of_sum(exact[name], partial(_rounded, dtype=total_dtype))
+    return exact
 
 
 def expected(point: Point, inputs: Inputs) -> dict[str, torch.Tensor]:

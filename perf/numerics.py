@@ -14,22 +14,26 @@ from unittest import mock
 import torch
 
 import triton_norm
-from perf.calls import DTYPES, EPS
-from perf.contenders import Functions, torch_functions, triton_norm_functions
+from perf import ops
+from perf.calls import DTYPES, Inputs, bind
 from perf.environment import has_gpu
 from perf.findings import OUTPUTS, OVERFLOWING, ulps_of, ulps_text
-from perf.points import FAMILY, Point, Workload
+from perf.ops import BULK, FAMILY, PARAMETERS, TENSORS, Functions, torch_functions, triton_norm_functions
+from perf.points import Point, Workload
 from perf.records import Numerics, Ulps, in_a_line, made
 from triton_norm import launch
 
 Draw = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]
 
-OPS = ("layer_norm", "rms_norm", "batch_norm")
+OPS = tuple(name for name, op in ops.OPS.items() if op.training and {*op.inputs} & {*BULK} == {"x", "dy"})
+"""Ops of one input, which has all of the arithmetic; those with a residual round their sum first."""
 TYPES = ("fp32", "bf16", "fp16")
 COLUMNS = (64, 1000, 4096)
 ROWS = 6
-# A channel's elements are spread over this many samples.
-SAMPLES = 4
+# Rows are groups or instances of this many samples.
+SAMPLES = 2
+# A channel's elements are spread over this many samples, and a group's over this many channels.
+SPREAD = 4
 CONSTANTS = (0.1, 1e4 / 3, -7.7, 0.0, 1e-30, 1e4)
 
 
@@ -73,27 +77,38 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float | None:
     return float(((found.double() - exact).abs() / steps).max())
 
 
-def _call(functions: Functions, point: Point, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """Returns y and dx of (x, dy, weight, bias) in rows, which are BatchNorm's channels, each with its weight and
-    bias."""
-    x, dy, weight, bias = tensors
-    if point.workload.family == "channels":
-        x, dy, weight, bias = _as_channels(x), _as_channels(dy), weight[:ROWS], bias[:ROWS]
-    x = x.clone().requires_grad_()
-    if point.workload.family == "channels":
-        y = functions.batch_norm(x, None, None, weight, bias, True, 0.0, EPS)  # type: ignore[misc]
-    else:
-        y = getattr(functions, point.op)(x, x.shape[1:], *((weight, bias) if point.has_bias else (weight,)), EPS)
-    (dx,) = torch.autograd.grad(y, x, dy)
-    found = {"y": y.detach(), "dx": dx}
-    if point.workload.family == "channels":
-        return {name: tensor.transpose(0, 1).reshape(ROWS, -1) for name, tensor in found.items()}
-    return found
+def _workload(family: str, n: int) -> Workload:
+    """Returns an input of rows of n elements, each of which is normalized by itself: a channel, a group or an
+    instance."""
+    shapes = {
+        "rows": (ROWS, n),
+        "channels": (SPREAD, ROWS, n // SPREAD),
+        "groups": (SAMPLES, ROWS // SAMPLES * SPREAD, n // SPREAD),
+        "instances": (SAMPLES, ROWS // SAMPLES, n),
+    }
+    return Workload(family, "numerics", shapes[family], "", num_groups=ROWS // SAMPLES)
 
 
-def _as_channels(rows: torch.Tensor) -> torch.Tensor:
-    """Returns [rows, n] as [samples, channels, positions]."""
-    return rows.view(ROWS, SAMPLES, -1).transpose(0, 1).contiguous()
+def _laid(rows: torch.Tensor, workload: Workload) -> torch.Tensor:
+    """Returns [rows, n] in the shape of the workload."""
+    if workload.family == "channels":
+        return rows.view(ROWS, SPREAD, -1).transpose(0, 1).contiguous()
+    return rows.view(workload.shape)
+
+
+def _as_rows(tensor: torch.Tensor, workload: Workload) -> torch.Tensor:
+    return (tensor.transpose(0, 1) if workload.family == "channels" else tensor).reshape(ROWS, -1)
+
+
+def _call(functions: Functions, point: Point, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns y and dx as rows, of inputs by their names."""
+    inputs = Inputs(**tensors, running_mean=None, running_var=None)
+    inputs.x = inputs.x.clone().requires_grad_()
+    forward = bind(point, functions, inputs)
+    assert forward is not None
+    y = forward()
+    (dx,) = torch.autograd.grad(y, inputs.x, inputs.dy)
+    return {name: _as_rows(tensor, point.workload) for name, tensor in (("y", y.detach()), ("dx", dx))}
 
 
 @contextmanager
@@ -110,15 +125,19 @@ def _kernels_as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def measure(point: Point, data: str) -> dict[str, Ulps]:
-    """Returns {"y": {"triton_norm": ulp, "torch": ulp}, "dx": ...}."""
-    n, dtype = point.workload.features, DTYPES[point.dtype]
+def measure(point: Point, data: str, n: int) -> dict[str, Ulps]:
+    """Returns {"y": {"triton_norm": ulp, "torch": ulp}, "dx": ...} of rows of n elements."""
+    dtype, workload = DTYPES[point.dtype], point.workload
     generator = torch.Generator().manual_seed(n)
-    x = DATA[data](n, dtype, generator)
-    dy, weight, bias = _normal(n, generator), 1 + 0.25 * _normal(n, generator)[0], 0.25 * _normal(n, generator)[0]
-    rounded = tuple(tensor.to(dtype).contiguous() for tensor in (x, dy, weight, bias))
-    exact = _call(torch_functions(), point, tuple(tensor.double() for tensor in rounded))
-    there = tuple(tensor.to("cuda" if has_gpu() else "cpu") for tensor in rounded)
+    rows = {"x": DATA[data](n, dtype, generator).contiguous(), "dy": _normal(n, generator)}
+    drawn = {name: _laid(tensor, workload) for name, tensor in rows.items()}
+    for name in point.declared.forward.reads:
+        if name in PARAMETERS:
+            law = TENSORS[name]
+            drawn[name] = (law.std * _normal(n, generator)[0] + law.mean)[: workload.features]
+    rounded = {name: tensor.to(dtype) for name, tensor in drawn.items()}
+    exact = _call(torch_functions(), point, {name: tensor.double() for name, tensor in rounded.items()})
+    there = {name: tensor.to("cuda" if has_gpu() else "cpu") for name, tensor in rounded.items()}
     with _kernels_as_on_a_gpu():
         ours = _call(triton_norm_functions(), point, there)
     theirs = _call(torch_functions(), point, there)
@@ -133,10 +152,10 @@ def records() -> Iterator[Numerics]:
         for dtype in TYPES:
             for data in DATA:
                 for columns in COLUMNS:
-                    point = Point(op, "backward", dtype, Workload(FAMILY[op], "numerics", (ROWS, columns), ""))
+                    point = Point(op, "backward", dtype, _workload(FAMILY[op], columns))
                     about = {"op": op, "dtype": dtype, "data": data, "columns": columns, "status": "ok", "message": ""}
                     try:
-                        yield made(Numerics, about, measure(point, data))
+                        yield made(Numerics, about, measure(point, data, columns))
                     except Exception as error:
                         yield made(Numerics, about, {"status": "error", "message": in_a_line(error)})
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perf import workloads
-from perf.points import BOTH, FAMILY, ITEMSIZE, MODES, PASSES, Point, Workload
+from perf.ops import OPS
+from perf.points import BOTH, ITEMSIZE, MODES, PASSES, Point, Workload
 from perf.records import Refused
 
 if TYPE_CHECKING:  # what it imports reads TRITON_INTERPRET, which a verb may set first
@@ -58,7 +59,7 @@ def parents() -> tuple[argparse.ArgumentParser, ...]:
     """Returns groups of options that several verbs share: the folder, points, timing, and how records are printed."""
     folder, points, timing, lines = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     folder.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder to write (default: %(default)s)")
-    ops, dtypes = tuple(FAMILY), tuple(ITEMSIZE)
+    ops, dtypes = tuple(OPS), tuple(ITEMSIZE)
     text = f"ops, of {', '.join(ops)} (default: all)"
     points.add_argument("--op", type=several(ops), default=ops, metavar="OP,...", help=text)
     text = "of fwd, bwd, fwd_bwd (both in one), and step: training steps of whole models"

@@ -1,12 +1,13 @@
 """Other libraries' norms, by torch.nn.functional's signatures."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import Function
 
-from perf.functions import Functions
+from perf.ops import Functions
 
 
 def liger() -> Functions:
@@ -26,7 +27,12 @@ def liger() -> Functions:
     def group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float) -> Any:
         return ops.liger_group_norm(x, weight, bias, x.shape[1], num_groups, eps)
 
-    return Functions(layer_norm, rms_norm=rms_norm, rms_norm_residual=rms_norm_residual, group_norm=group_norm)
+    return {
+        "layer_norm": layer_norm,
+        "rms_norm": rms_norm,
+        "rms_norm_residual": rms_norm_residual,
+        "group_norm": group_norm,
+    }
 
 
 def quack() -> Functions:
@@ -56,7 +62,7 @@ def quack() -> Functions:
     def rms_norm_residual(x: Any, residual: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
         return ops.rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
 
-    return Functions(layer_norm, rms_norm=rms_norm, rms_norm_residual=rms_norm_residual)
+    return {"layer_norm": layer_norm, "rms_norm": rms_norm, "rms_norm_residual": rms_norm_residual}
 
 
 def flash_linear_attention() -> Functions:
@@ -74,13 +80,16 @@ def flash_linear_attention() -> Functions:
     def rms_norm_residual(x: Any, r: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
         return ops.rms_norm(x, weight, None, residual=r, eps=eps, prenorm=True)
 
-    return Functions(
-        layer_norm, rms_norm=rms_norm, layer_norm_residual=layer_norm_residual, rms_norm_residual=rms_norm_residual
-    )
+    return {
+        "layer_norm": layer_norm,
+        "rms_norm": rms_norm,
+        "layer_norm_residual": layer_norm_residual,
+        "rms_norm_residual": rms_norm_residual,
+    }
 
 
 def apex() -> Functions:
-    """Its BatchNorm, of channels-last fp16, is a part that apex is mostly built without."""
+    """Its BatchNorm and its GroupNorm, of channels-last images, are parts that apex is mostly built without."""
     ops = importlib.import_module("apex.normalization.fused_layer_norm")
 
     def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
@@ -89,44 +98,78 @@ def apex() -> Functions:
     def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
         return ops.fused_rms_norm_affine(x, weight, shape, eps)
 
+    functions: dict[str, Any] = {"layer_norm": layer_norm, "rms_norm": rms_norm}
+    if _is_built("bnp"):
+        batch_norm = _batch_norm_nhwc(relu=False)
+        functions |= {"batch_norm": batch_norm, "batch_norm_eval": batch_norm}
+        functions["batch_norm_add_relu"] = _batch_norm_nhwc(relu=True)
+    if _is_built("group_norm_cuda"):
+        functions |= {"group_norm": _group_norm_nhwc(""), "group_norm_silu": _group_norm_nhwc("silu")}
+    return functions
+
+
+def _is_built(extension: str) -> bool:
     try:
-        importlib.import_module("bnp")
+        importlib.import_module(extension)
     except ImportError:
-        return Functions(layer_norm, rms_norm=rms_norm)
-    return Functions(layer_norm, _Nhwc(relu=False).batch_norm, rms_norm, batch_norm_add_relu=_Nhwc(relu=True).add_relu)
+        return False
+    return True
 
 
-class _Nhwc:
-    """apex's BatchNorm2d_NHWC, which takes (N, H, W, C): a module for each weight, built at the first call with it."""
+class _Layers:
+    """Holds a module for each weight, made by `build` at the first call with it."""
 
-    def __init__(self, relu: bool) -> None:
-        self._module = importlib.import_module("apex.contrib.groupbn.batch_norm").BatchNorm2d_NHWC
-        self._relu = relu
+    def __init__(self, build: Callable[..., Any]) -> None:
+        self._build = build
         self._layers: dict[int, Any] = {}
 
-    def _layer(self, mean: Any, var: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float) -> Any:
+    def of(self, weight: Any, bias: Any, *arguments: Any) -> Any:
         layer = self._layers.get(id(weight))
         if layer is None:
-            layer = self._layers[id(weight)] = self._module(weight.numel(), fuse_relu=self._relu)
+            layer = self._layers[id(weight)] = self._build(weight.numel(), *arguments)
             layer._parameters |= {"weight": weight, "bias": bias}
-            layer._buffers |= {"running_mean": mean, "running_var": var}
-            layer.momentum, layer.eps = momentum, eps
-            layer.train(training)
         return layer
 
-    def batch_norm(self, x: Any, *arguments: Any) -> Any:
-        return self._layer(*arguments)(_nhwc(x)).permute(0, 3, 1, 2)
 
-    def add_relu(self, x: Any, residual: Any, *arguments: Any) -> Any:
-        return self._layer(*arguments)(_nhwc(x), _nhwc(residual)).permute(0, 3, 1, 2)
+def _batch_norm_nhwc(relu: bool) -> Callable[..., Any]:
+    """Returns apex's BatchNorm2d_NHWC, which takes (N, H, W, C), as a function; with `relu` it adds a residual."""
+    module = importlib.import_module("apex.contrib.groupbn.batch_norm").BatchNorm2d_NHWC
+
+    def build(channels: int, mean: Any, var: Any, training: bool, momentum: float, eps: float) -> Any:
+        layer = module(channels, fuse_relu=relu)
+        layer._buffers |= {"running_mean": mean, "running_var": var}
+        layer.momentum, layer.eps = momentum, eps
+        return layer.train(training)
+
+    layers = _Layers(build)
+
+    def batch_norm(*arguments: Any) -> Any:
+        *tensors, mean, var, weight, bias, training, momentum, eps = arguments
+        layer = layers.of(weight, bias, mean, var, training, momentum, eps)
+        return layer(*map(_nhwc, tensors)).permute(0, 3, 1, 2)
+
+    return batch_norm
 
 
 def _nhwc(x: Any) -> Any:
-    """Returns x in NHWC. The module checks the type, but not this: it would read 4 channels from whatever lies
-    there."""
+    """Returns x in NHWC. The module checks the type, but not this: it would read 4 channels from whatever is there."""
     if x.dim() != 4 or x.shape[1] % 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("BatchNorm2d_NHWC takes channels-last images, of a multiple of 4 channels")
     return x.permute(0, 2, 3, 1)
+
+
+def _group_norm_nhwc(activation: str) -> Callable[..., Any]:
+    """Returns apex's GroupNorm of channels-last images as a function. The module leaves other inputs to torch."""
+    module = importlib.import_module("apex.contrib.group_norm").GroupNorm
+    layers = _Layers(lambda channels, groups, eps: module(groups, channels, eps, act=activation))
+
+    def group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float) -> Any:
+        layer = layers.of(weight, bias, num_groups, eps)
+        if not layer._check_legality(x):
+            raise ValueError("apex's GroupNorm leaves this input to torch")
+        return layer(x)
+
+    return group_norm
 
 
 def flag_gems() -> Functions:
@@ -135,7 +178,7 @@ def flag_gems() -> Functions:
     No op with a residual: skip_layer_norm has neither the sum nor a backward, fused_add_rms_norm overwrites its inputs.
     """
     gems = importlib.import_module("flag_gems")
-    wanted = [True, True, True]
+    every_gradient = [True, True, True]
 
     class LayerNorm(Function):
         @staticmethod
@@ -148,7 +191,7 @@ def flag_gems() -> Functions:
         @staticmethod
         def backward(ctx: Any, dy: Any) -> Any:
             x, mean, rstd, weight, bias = ctx.saved_tensors
-            dx, dw, db = gems.layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, wanted)
+            dx, dw, db = gems.layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, every_gradient)
             return dx, None, dw, db, None
 
     class BatchNorm(Function):
@@ -162,7 +205,33 @@ def flag_gems() -> Functions:
         @staticmethod
         def backward(ctx: Any, dy: Any) -> Any:
             x, *others = ctx.saved_tensors
-            dx, dw, db = gems.batch_norm_backward(dy, x, *others, ctx.training, ctx.eps, wanted)
+            dx, dw, db = gems.batch_norm_backward(dy, x, *others, ctx.training, ctx.eps, every_gradient)
             return dx, None, None, dw, db, None, None, None
 
-    return Functions(LayerNorm.apply, BatchNorm.apply, gems.rms_norm)
+    class GroupNorm(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, num_groups: int, weight: Any, bias: Any, eps: float) -> Any:
+            ctx.sizes = (*x.shape[:2], x[0, 0].numel(), num_groups)
+            y, mean, rstd = gems.group_norm(x, weight, bias, *ctx.sizes, eps)
+            ctx.save_for_backward(x, mean, rstd, weight)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Any) -> Any:
+            dx, dw, db = gems.group_norm_backward(dy, *ctx.saved_tensors, *ctx.sizes, every_gradient)
+            return dx, None, dw, db, None
+
+    def instance_norm(x: Any, mean: Any, var: Any, weight: Any, bias: Any, *options: Any) -> Any:
+        return gems.instance_norm(x, weight, bias, mean, var, *options)
+
+    functions = {
+        "layer_norm": LayerNorm.apply,
+        "rms_norm": gems.rms_norm,
+        "batch_norm": BatchNorm.apply,
+        "batch_norm_eval": BatchNorm.apply,
+    }
+    if hasattr(gems, "group_norm_backward"):
+        functions["group_norm"] = GroupNorm.apply
+    if hasattr(gems, "instance_norm"):
+        functions["instance_norm"] = instance_norm
+    return functions

@@ -24,7 +24,8 @@ from perf.findings import (
     ulps_text,
     worst,
 )
-from perf.points import MODE_TITLE, PASSES, TITLE
+from perf.ops import TITLE
+from perf.points import MODE_TITLE, PASSES
 from perf.records import Refused, Results, Run, Timing, dumped, ok, read
 
 ROOT = Path(__file__).resolve().parent.parent

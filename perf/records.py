@@ -236,6 +236,14 @@ class Results:
             lists[kind].append(record)
 
 
+def task_name(record: Mapping[str, Any]) -> str:
+    """Returns the name of the task that a record is of, which is the str() of a point or a model."""
+    if "model" in record:
+        return f"step {record['dtype']} {record['model']}"
+    layout = "" if record["layout"] == "contiguous" else f" {record['layout']}"
+    return f"{record['op']} {record['mode']} {record['dtype']} {'x'.join(map(str, record['shape']))}{layout}"
+
+
 def dumped(kind: str, record: Mapping[str, Any]) -> str:
     return json.dumps({"kind": kind, **record})
 

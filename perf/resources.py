@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 
 from perf import assembly, ptx
 from perf.calls import bind, candidate, make_inputs
-from perf.functions import triton_norm_functions
+from perf.ops import triton_norm_functions
 from perf.points import Point
-from perf.records import Code, Refused, Resources, in_a_line, made
+from perf.records import Code, Refused, Resources, in_a_line, made, task_name
 from triton_norm.launch import COMPILE_OPTIONS
 from triton_norm.testing.stub_driver import as_on_gpu
 from triton_norm.tuning import choices
@@ -224,7 +224,7 @@ def records(
 
 
 def line(record: Resources) -> str:
-    name = f"{record['target']} {record['kernel']} {record['dtype']} {record['shape']} {record['layout']}"
+    name = f"{record['target']} {record['kernel']} of {task_name(record)}"
     if record["status"] != "ok":
         return f"{name}: {record['status']}, {record['message']}"
     return f"{name}: {record['registers']} registers, {record['spill_stores']} spilled, loads {record['loads']}"

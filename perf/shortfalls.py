@@ -27,7 +27,8 @@ from perf.findings import (
     ulps_text,
     uncached,
 )
-from perf.points import MODE_TITLE, TITLE
+from perf.ops import TITLE
+from perf.points import MODE_TITLE
 from perf.records import Numerics, Resources, Run, Timing, Traffic, ok
 
 # An error from this many ulp is far from exact, even where torch's is larger.

@@ -19,7 +19,7 @@ from perf import environment, measure, models
 from perf.contenders import CONTENDERS, Contender
 from perf.models import Model
 from perf.points import Point
-from perf.records import ResultsFile, Run
+from perf.records import ResultsFile, Run, task_name
 from triton_norm.tuning.choices import chosen_so_far
 from triton_norm.tuning.limits import gpu_of
 
@@ -137,14 +137,6 @@ def _measure(plan: Plan, file: ResultsFile, reached: set[str], deadline: float, 
             reached.add(str(task))
             if records:
                 say(f"[{number}/{len(tasks)}] {task}: {_line(records)}")
-
-
-def task_name(record: Mapping[str, Any]) -> str:
-    """Returns the name of the task that gave a record: str() of a point or a model."""
-    if "model" in record:
-        return f"step {record['dtype']} {record['model']}"
-    layout = "" if record["layout"] == "contiguous" else f" {record['layout']}"
-    return f"{record['op']} {record['mode']} {record['dtype']} {'x'.join(map(str, record['shape']))}{layout}"
 
 
 def _records(task: Task, contenders: Sequence[Contender], timer: measure.Timer, plan: Plan) -> list[Any]:

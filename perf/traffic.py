@@ -21,11 +21,10 @@ import numpy as np
 import torch
 
 from perf.calls import Inputs, bind, candidate, make_inputs
-from perf.functions import triton_norm_functions
 from perf.gate import TOLERANCE, errors, expected, named, verdict
-from perf.points import BITS, BULK, PARAMETERS, STATISTICS, Point
-from perf.records import Traffic, in_a_line, made
-from perf.workloads import multiprocessors_of
+from perf.ops import BITS, BULK, PARAMETERS, STATISTICS, triton_norm_functions
+from perf.points import Point
+from perf.records import Traffic, in_a_line, made, task_name
 from triton_norm.testing.interleave import interleaved
 from triton_norm.testing.interpreter import (
     AccessKind,
@@ -255,13 +254,13 @@ def count(point: Point, gpu: Gpu = H100) -> Traffic:
 def records(points: Sequence[Point], gpu: Gpu = H100) -> Iterator[Traffic]:
     for point in points:
         try:
-            yield count(point, slice_of(gpu, multiprocessors_of(point.workload)))
+            yield count(point, slice_of(gpu, point.workload.multiprocessors))
         except Exception as error:
             yield made(Traffic, point.describe(), {"status": "error", "message": in_a_line(error)})
 
 
 def line(record: Traffic) -> str:
-    name = f"{record['op']} {record['mode']} {record['dtype']} {record['shape']} {record['layout']}"
+    name = task_name(record)
     if "total_bytes" not in record:
         return f"{name}: {record['status']}, {record['message']}"
     again = f", {record['again_bytes'] / record['floor_bytes']:.3f} of it again" if record["again_bytes"] else ""

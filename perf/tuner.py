@@ -18,9 +18,9 @@ import torch
 
 import triton_norm
 from perf.calls import Candidate, Inputs, bind, candidate, make_inputs
-from perf.functions import triton_norm_functions
 from perf.gate import TOLERANCE, errors, expected, outputs, verdict
 from perf.measure import Stopped, Timer, time_interleaved
+from perf.ops import triton_norm_functions
 from perf.points import Point
 from perf.records import in_a_line
 from triton_norm import launch

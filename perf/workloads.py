@@ -6,13 +6,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from perf.points import FAMILY, LAYOUTS, MODES, Point, Workload
+from perf.ops import FAMILY, OPS, of_family
+from perf.points import LAYOUTS, MODES, STRIDED, Point, Workload
 
 SWEEP_ELEMENTS = 1 << 26
 COLUMNS = [128 << k for k in range(12)]
 QUICK_COLUMNS = (128, 512, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
 LANDMARK_COLUMNS = (1024, 4096, 16384, 65536)
-QUICK_RESIDUAL_COLUMNS = (1024, 4096, 16384)
 
 TOKENS_HIDDEN = 1024
 TOKENS = [1 << k for k in range(0, 21, 2)]
@@ -58,7 +58,16 @@ STABLE_DIFFUSION = [(320, 64), (960, 64), (640, 32), (1920, 32), (1280, 16), (25
 DECODER = [(512, 64), (512, 128), (512, 256), (256, 256), (256, 512), (128, 512)]
 STYLE_TRANSFER = [(32, 256), (64, 128), (128, 64)]
 QUICK_RESNET50 = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
-QUICK_ADD_CHANNELS = (256, 2048)
+
+# Rows that are the q or k of fused projections: the op, [tokens, heads, columns], and the heads of a token in memory.
+HEADS = {
+    "q of Qwen3 8B": ("rms_norm", (16384, 32, 128), 48),
+    "k of Qwen3 8B": ("rms_norm", (16384, 8, 128), 48),
+    "q of Flux": ("rms_norm", (4608, 24, 128), 72),
+    "q of ViT-B": ("layer_norm", (12608, 12, 64), 36),
+    "q of ViT-22B": ("layer_norm", (16448, 48, 128), 144),
+}
+QUICK_HEADS = ("q of Qwen3 8B", "q of ViT-B")
 
 BATCH_CHANNELS, BATCH_SIDE = 256, 28
 BATCHES = [1 << k for k in range(11)]
@@ -79,6 +88,8 @@ def _rows() -> Iterator[Workload]:
         for tokens in TOKENS:
             if n != TOKENS_HIDDEN and tokens != MODEL_TOKENS and tokens * n <= MOST_ELEMENTS:
                 yield Workload("rows", "tokens", (tokens, n), source)
+    for source, (op, rows, heads) in HEADS.items():
+        yield Workload("rows", "heads", rows, source, STRIDED, quick=source in QUICK_HEADS, heads=heads, ops=(op,))
 
 
 def _channels(layout: str) -> Iterator[Workload]:
@@ -123,14 +134,6 @@ WORKLOADS = [*_rows(), *_channels("contiguous"), *_channels("channels_last")]
 WORKLOADS += [*_samples("contiguous"), *_samples("channels_last")]
 
 
-def _is_quick(op: str, workload: Workload) -> bool:
-    if op.endswith("_residual"):
-        return workload.landmark and workload.features in QUICK_RESIDUAL_COLUMNS
-    if op == "batch_norm_add_relu":  # the end of a bottleneck block of ResNet-50
-        return workload.quick and workload.source == "ResNet-50" and workload.features in QUICK_ADD_CHANNELS
-    return workload.quick or workload.landmark
-
-
 def read(path: Path) -> list[Workload]:
     """Workloads from JSON: a list of {"shape": [...]}, each with "family": "rows" (the last extent is normalized; a
     shape of two extents has it by default), "channels", "groups" or "instances", "layout" and "source", where wanted.
@@ -169,7 +172,7 @@ def _described(each: Any) -> Workload:
 def points(
     dtypes: Sequence[str] = ("bf16", "fp32"),
     quick: bool = True,
-    ops: Sequence[str] = tuple(FAMILY),
+    ops: Sequence[str] = tuple(OPS),
     modes: Sequence[str] = MODES,
     chosen: Sequence[Workload] | None = None,
 ) -> list[Point]:
@@ -182,11 +185,11 @@ def points(
         Point(op, mode, dtype, workload)
         for workload in (WORKLOADS if chosen is None else chosen)
         for op in ops
-        if FAMILY[op] == workload.family and (chosen is not None or not quick or _is_quick(op, workload))
+        if workload.is_for(op) and (chosen is not None or not quick or OPS[op].quick(workload))
         for mode in modes
         for dtype in dtypes
     ]
-    return sorted(found, key=lambda point: (not point.workload.landmark, point.op == "batch_norm_eval"))
+    return sorted(found, key=lambda point: (not point.workload.landmark, point.declared.training is False))
 
 
 # The row lengths at which the bars for bytes and machine code hold, and the fewest rows that they are stated for.
@@ -195,22 +198,30 @@ BAR_COLUMNS = (
 )  # fmt: skip
 BAR_ROWS = {"forward": 1024, "backward": 16384}
 QUICK_BAR_COLUMNS = (1000, 1024, 4096, 8192, 32768, 65536)
-ROW_OPS = tuple(op for op, family in FAMILY.items() if family == "rows")
-CHANNEL_OPS = tuple(op for op, family in FAMILY.items() if family == "channels")
-SAMPLE_OPS = tuple(op for op, family in FAMILY.items() if family in ("groups", "instances"))
+ROW_OPS, CHANNEL_OPS = of_family("rows"), of_family("channels")
+SAMPLE_OPS = of_family("groups", "instances")
 CHANNEL_BARS = tuple(
     workload
     for workload in WORKLOADS
     if workload.family == "channels" and workload.source in ("ResNet-50", "3-D U-Net", "MLP")
 )
+SAMPLE_BARS = tuple(workload for workload in WORKLOADS if workload.family in ("groups", "instances"))
 TYPES = ("bf16", "fp32")
-SAMPLES = (8, 320, 64, 64)
-"""The GroupNorm whose kernels are always compiled."""
+# Networks' layers whose kernels are always compiled.
+QUICK_SHAPES = {
+    ((32, 64, 112, 112), "contiguous"),
+    ((32, 64, 112, 112), "channels_last"),
+    ((32, 1024, 14, 14), "contiguous"),
+    ((32, 1024, 14, 14), "channels_last"),
+    ((32, 2048, 7, 7), "contiguous"),
+    ((8, 320, 64, 64), "contiguous"),
+    ((8, 320, 64, 64), "channels_last"),
+    ((4, 128, 64, 64), "contiguous"),
+    ((4, 128, 64, 64), "channels_last"),
+}
 
-MULTIPROCESSORS = 132
-"""Multiprocessors of the GPU that bytes are counted for, an H100."""
 SLICE = "slices"
-"""The group of workloads that are parts of larger ones, to be counted on a part of that GPU."""
+"""The group of workloads that are parts of larger ones, to be counted on a part of a GPU."""
 # A slice has this many rows, and at most this many elements.
 SLICE_ROWS = {"forward": 32, "backward": 128}
 SLICE_ELEMENTS = 1 << 21
@@ -218,20 +229,30 @@ SLICE_ELEMENTS = 1 << 21
 COLUMNS_PER_MULTIPROCESSOR = 8192
 
 
-def _part(shape: tuple[int, ...], whole: str, layout: str = "contiguous") -> Workload:
-    return Workload("channels", SLICE, shape, f"part of {whole}", layout)
+def _part(
+    family: str, shape: tuple[int, ...], whole: str, multiprocessors: int, layout: str = LAYOUTS[0], num_groups: int = 1
+) -> Workload:
+    source = f"part of {whole}"
+    return Workload(family, SLICE, shape, source, layout, num_groups=num_groups, multiprocessors=multiprocessors)
 
 
-CHANNEL_SLICES = {
-    _part((32, 1, 112, 112), "32×64×112×112"): 2,
-    _part((32, 16, 14, 14), "32×1024×14×14"): 2,
-    _part((32, 248, 7, 7), "32×2048×7×7"): 16,
-    _part((16384, 32), "16384×1024"): 4,
-    _part((1, 64, 112, 112), "32×64×112×112", "channels_last"): 4,
-    _part((32, 64, 14, 14), "32×1024×14×14", "channels_last"): 8,
-    _part((256, 32, 7, 7), "256×2048×7×7", "channels_last"): 2,
-}
-"""Parts of layers of networks, and how many multiprocessors each is for."""
+# Parts of layers of networks, each on as large a part of an H100.
+CHANNEL_SLICES = (
+    _part("channels", (32, 1, 112, 112), "32×64×112×112", 2),
+    _part("channels", (32, 16, 14, 14), "32×1024×14×14", 2),
+    _part("channels", (32, 248, 7, 7), "32×2048×7×7", 16),
+    _part("channels", (16384, 32), "16384×1024", 4),
+    _part("channels", (1, 64, 112, 112), "32×64×112×112", 4, "channels_last"),
+    _part("channels", (32, 64, 14, 14), "32×1024×14×14", 8, "channels_last"),
+    _part("channels", (256, 32, 7, 7), "256×2048×7×7", 2, "channels_last"),
+)
+SAMPLE_SLICES = (
+    _part("groups", (2, 20, 64, 64), "8×320×64×64", 2, num_groups=2),
+    _part("groups", (1, 80, 64, 64), "8×320×64×64", 4, "channels_last", num_groups=8),
+    _part("groups", (1, 16, 128, 128), "1×512×128×128", 4),
+    _part("instances", (1, 8, 64, 64), "4×128×64×64", 2),
+    _part("instances", (1, 2, 64, 64, 64), "2×64×64×64×64", 2),
+)
 
 
 def bars(
@@ -245,7 +266,9 @@ def bars(
 
     def workload(mode: str, n: int) -> Workload:
         if sliced:
-            return Workload("rows", SLICE, (min(SLICE_ROWS[mode], SLICE_ELEMENTS // n), n), f"{n} columns")
+            shape = min(SLICE_ROWS[mode], SLICE_ELEMENTS // n), n
+            share = max(1, n // COLUMNS_PER_MULTIPROCESSOR)
+            return Workload("rows", SLICE, shape, f"{n} columns", multiprocessors=share)
         return Workload("rows", "bars", (BAR_ROWS[mode], n), "")
 
     return [
@@ -253,26 +276,20 @@ def bars(
     ]
 
 
-def channel_bars(
-    ops: Sequence[str] = CHANNEL_OPS,
+def layer_bars(
+    workloads: Iterable[Workload] = CHANNEL_BARS + SAMPLE_BARS,
+    ops: Sequence[str] = CHANNEL_OPS + SAMPLE_OPS,
     modes: Sequence[str] = MODES,
     dtypes: Sequence[str] = TYPES,
-    workloads: Iterable[Workload] = CHANNEL_BARS,
 ) -> list[Point]:
-    """Returns every BatchNorm of the networks that the bars for launches and machine code are stated for."""
-    return [Point(op, mode, dtype, each) for op in ops for dtype in dtypes for each in workloads for mode in modes]
-
-
-def sample_bars(
-    ops: Sequence[str] = SAMPLE_OPS, modes: Sequence[str] = MODES, dtypes: Sequence[str] = TYPES, quick: bool = False
-) -> list[Point]:
-    """Returns every GroupNorm and InstanceNorm of the networks that the bars for machine code are stated for."""
+    """Returns every norm of the networks' layers that the bars for launches and machine code are stated for."""
+    workloads = list(workloads)
     return [
         Point(op, mode, dtype, each)
         for op in ops
         for dtype in dtypes
-        for each in WORKLOADS
-        if each.family == FAMILY[op] and (each.quick or not quick)
+        for each in workloads
+        if each.is_for(op)
         for mode in modes
     ]
 
@@ -286,25 +303,15 @@ def _few_rows(sliced: bool) -> list[Point]:
 def resource_points(full: bool = False) -> list[Point]:
     """Returns shapes whose launches differ, or with `full` all that the bars for machine code are stated for."""
     if full:
-        return bars() + channel_bars() + sample_bars()
-    shapes = {((32, 64, 112, 112), layout) for layout in LAYOUTS} | {((32, 1024, 14, 14), layout) for layout in LAYOUTS}
-    shapes.add(((32, 2048, 7, 7), "contiguous"))
-    chosen = [workload for workload in CHANNEL_BARS if (workload.shape, workload.layout) in shapes]
-    groups = [point for point in sample_bars(("group_norm_silu",), dtypes=("bf16",)) if point.workload.shape == SAMPLES]
-    return _few_rows(sliced=False) + channel_bars(dtypes=("bf16",), workloads=chosen) + groups
+        return bars() + layer_bars()
+    chosen = [each for each in CHANNEL_BARS + SAMPLE_BARS if (each.shape, each.layout) in QUICK_SHAPES]
+    ops = [op for op in CHANNEL_OPS + SAMPLE_OPS if op != "group_norm"]  # whose kernels are those with SiLU
+    return _few_rows(sliced=False) + layer_bars(chosen, ops, dtypes=("bf16",))
 
 
 def traffic_points(full: bool = False) -> list[Point]:
     """Returns slices of the workloads that bars for bytes are stated for: a few, or all row lengths, ops and types."""
+    slices = CHANNEL_SLICES + SAMPLE_SLICES
     if full:
-        return bars(sliced=True) + channel_bars(workloads=CHANNEL_SLICES)
-    return _few_rows(sliced=True) + channel_bars(dtypes=("bf16",), workloads=CHANNEL_SLICES)
-
-
-def multiprocessors_of(workload: Workload) -> int:
-    """Returns how many multiprocessors a slice is for; all of the GPU's for a workload that is none."""
-    if workload.group != SLICE:
-        return MULTIPROCESSORS
-    if workload.family == "rows":
-        return max(1, workload.features // COLUMNS_PER_MULTIPROCESSOR)
-    return CHANNEL_SLICES[workload]
+        return bars(sliced=True) + layer_bars(slices)
+    return _few_rows(sliced=True) + layer_bars(slices, dtypes=("bf16",))

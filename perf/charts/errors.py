@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from perf.charts.style import DASHED, GREY, INK, PALE, VERMILION, legend, panel, sheet, styles_of
 from perf.findings import OURS, OUTPUTS, ulps_of
-from perf.points import TITLE
+from perf.ops import TITLE
 from perf.records import Numerics, ok
 
 WHO = (OURS, "torch")

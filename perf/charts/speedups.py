@@ -10,7 +10,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from perf.charts.style import DASHED, INK, in_order, legend, panel, sheet, styles_of
 from perf.findings import OURS, speedups
-from perf.points import MODE_TITLE, PASSES, TITLE
+from perf.ops import TITLE
+from perf.points import MODE_TITLE, PASSES
 from perf.records import Timing, ok
 
 TICKS = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 7, 10, 20, 50)

@@ -12,11 +12,12 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from perf.charts.style import DASHED, GRID, INK, Style, in_order, legend, panel, sheet, short, styles_of
 from perf.findings import OURS, input_bytes, shape_text
-from perf.points import MODE_TITLE, PASSES, TITLE
+from perf.ops import TITLE
+from perf.points import MODE_TITLE, PASSES, STRIDED
 from perf.records import Timing, ok
 
 FAILED = "failed (in its contender's colour)"
-CATEGORIES = ("networks", "models")
+CATEGORIES = ("networks", "models", "heads")
 """Groups of workloads that stand side by side, not along a scale."""
 
 
@@ -36,11 +37,12 @@ def _mebibytes(record: Timing) -> float:
 AXES = {
     "columns": Axis("same number of elements, longer rows", "columns", lambda r: r["shape"][-1]),
     "models": Axis("hidden sizes of models", "columns", lambda r: r["shape"][-1]),
+    "heads": Axis("q and k of fused projections, strided", "rows × heads × columns", _mebibytes),
     "tokens": Axis("more rows", "rows", lambda r: r["shape"][0]),
     "batch": Axis("growing batch of 256 × 28 × 28", "size of x, MiB", _mebibytes),
     "networks": Axis("layers of networks", "", _mebibytes),
 }
-LAYOUT = {"contiguous": "channels first", "channels_last": "channels last"}
+LAYOUT = {"contiguous": "channels first", "channels_last": "channels last", STRIDED: "strided"}
 
 Key = tuple[str, str, int]
 """Group, layout, and where rows grow in number the columns."""

@@ -20,9 +20,10 @@ from perf.findings import (
     ulps_text,
     uncached,
 )
+from perf.ops import TITLE
 from perf.page.blocks import Bar, Bars, Block, Bullets, Cell, Fold, Paragraph, Table, table_of
 from perf.page.drawing import picture
-from perf.points import MODE_TITLE, MODES, TITLE
+from perf.points import MODE_TITLE, MODES
 from perf.records import Numerics, Outcome, PointFields, Resources, Traffic, ok
 from perf.shortfalls import FEW_WARPS, MOST_BYTES_OVER_FLOOR, NARROW_BITS
 

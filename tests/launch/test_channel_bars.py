@@ -66,7 +66,7 @@ def representatives(points, target):
 
 target, (ops, dtypes, shapes) = sys.argv[1], map(json.loads, sys.argv[2:])
 chosen = [Workload("channels", "", tuple(shape), "", layout) for shape, layout in shapes] or workloads.CHANNEL_BARS
-points = workloads.channel_bars(ops, dtypes=dtypes, workloads=chosen)
+points = workloads.layer_bars(chosen, ops, dtypes=dtypes)
 points = representatives(points, resources.TARGETS[target])
 found = resources.records(points, [target], at_once=len(points))
 """
@@ -81,7 +81,7 @@ gpu = replace(H100, limits=replace(H100.limits, one_launch_bytes=2**62))
 
 
 def slices(op, dtype):
-    return workloads.channel_bars((op,), dtypes=(dtype,), workloads=workloads.CHANNEL_SLICES)
+    return workloads.layer_bars(workloads.CHANNEL_SLICES, (op,), dtypes=(dtype,))
 
 
 found = list(traffic.records(slices("batch_norm", "bf16") + slices("batch_norm_add_relu", "bf16"), gpu))
@@ -112,7 +112,7 @@ def widest(record):
 
 def test_shapes_with_narrower_accesses():
     """8 bytes for 14 × 14 positions in 16-bit types, 16 for all else, 7 × 7 too."""
-    points = workloads.channel_bars(("batch_norm",), ("forward",))
+    points = workloads.layer_bars(workloads.CHANNEL_BARS, ("batch_norm",), ("forward",))
     narrow = {(p.workload.shape[2:], p.workload.layout, p.dtype) for p in points if widest(p.describe()) < 128}
     assert narrow == {((14, 14), "contiguous", "bf16")}
     assert {widest(p.describe()) for p in points} == {64, 128}
@@ -222,7 +222,7 @@ def test_launches_of_a_training_step_and_of_evaluation(monkeypatch):
     plan = channel_spaces.plan_channels
     monkeypatch.setattr(channel_spaces, "plan_channels", lambda work, gpu: plans.append(plan(work, gpu)) or plans[-1])
     counts = {}
-    for point in workloads.channel_bars():
+    for point in workloads.layer_bars(workloads.CHANNEL_BARS):
         plans.clear()
         with resources.launches_of(point, resources.TARGETS["sm_90"]) as launches:
             counts.setdefault((point.op, point.mode), set()).add(len(launches))

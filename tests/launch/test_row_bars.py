@@ -24,14 +24,13 @@ found = resources.records(points, [target], at_once=len(points))
 """
 
 ROUNDED = """
-from dataclasses import replace
 from functools import partial
 
 import torch
 from perf import resources, workloads
 
-rms_norm = partial(resources.OPS.rms_norm, x_hat_dtype=torch.bfloat16, out_dtype=torch.bfloat16)
-resources.OPS = replace(resources.OPS, rms_norm=rms_norm)
+rms_norm = partial(resources.OPS["rms_norm"], x_hat_dtype=torch.bfloat16, out_dtype=torch.bfloat16)
+resources.OPS = {"rms_norm": rms_norm}
 points = workloads.bars(("rms_norm",), dtypes=("bf16",), columns=COLUMNS)
 found = resources.records(points, sys.argv[1:], at_once=len(points))
 """

@@ -6,7 +6,8 @@ import pytest
 
 from perf import charts, workloads
 from perf.charts import style
-from perf.points import FAMILY, PASSES, Point
+from perf.ops import FAMILY
+from perf.points import PASSES, Point
 
 pytestmark = pytest.mark.unguarded
 

@@ -8,7 +8,8 @@ import pytest
 
 from perf import __main__ as cli
 from perf import environment, options, workloads
-from perf.points import BOTH, FAMILY, MODES, PASSES
+from perf.ops import OPS
+from perf.points import BOTH, MODES, PASSES
 
 pytestmark = pytest.mark.unguarded
 
@@ -34,8 +35,7 @@ def listed(capsys, *arguments):
 
 
 def tasks(capsys, *arguments):
-    known = tuple(FAMILY)
-    return [line for line in listed(capsys, *arguments) if line.startswith((*known, "step "))]
+    return [line for line in listed(capsys, *arguments) if line.startswith((*OPS, "step "))]
 
 
 def refused(capsys, *arguments):

@@ -18,7 +18,8 @@ from torch.nn import functional
 from perf import contenders, measure
 from perf.calls import EPS
 from perf.contenders import CONTENDERS
-from perf.points import BOTH, FAMILY, NUM_GROUPS, PASSES, Point, Workload
+from perf.ops import FAMILY, OPS
+from perf.points import BOTH, PASSES, Point, Workload
 
 pytestmark = [
     pytest.mark.unguarded,
@@ -60,7 +61,7 @@ class FakeTimer:
 def point_of(op, mode, dtype="fp32", images=IMAGES):
     family = FAMILY[op]
     if family in ("groups", "instances"):
-        images = replace(images, family=family, shape=(2, NUM_GROUPS, 5, 5))
+        images = replace(images, family=family, shape=(2, 128, 3, 3))
     return Point(op, mode, dtype, ROWS if family == "rows" else images)
 
 
@@ -164,7 +165,7 @@ def apex():
     return {"apex.normalization.fused_layer_norm": locals(), "fused_layer_norm_cuda": {}}
 
 
-def apex_with_batch_norm():
+def apex_with_extensions():
     class BatchNorm2d_NHWC(nn.modules.batchnorm._BatchNorm):
         def __init__(
             self, num_features, fuse_relu=False, bn_group=1, max_cta_per_sm=2, cta_launch_margin=12, multi_stream=False
@@ -181,7 +182,21 @@ def apex_with_batch_norm():
             ).permute(0, 2, 3, 1)  # fmt: skip
             return functional.relu(y + z) if self.fuse_relu else y
 
-    return {**apex(), "bnp": {}, "apex.contrib.groupbn.batch_norm": locals()}
+    class GroupNorm(nn.Module):
+        def __init__(self, num_groups, num_channels, eps=1e-5, affine=True, device=None, dtype=None, act=""):
+            super().__init__()
+            self.num_groups, self.eps, self.act = num_groups, eps, act
+            self.weight = self.bias = nn.Parameter(torch.empty(num_channels))
+
+        def _check_legality(self, input):
+            return input.shape[1] == 128 and input.is_contiguous(memory_format=torch.channels_last)
+
+        def forward(self, input):
+            y = functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+            return functional.silu(y) if self.act == "silu" else y
+
+    modules = {"bnp": {}, "apex.contrib.groupbn.batch_norm": {"BatchNorm2d_NHWC": BatchNorm2d_NHWC}}
+    return {**apex(), **modules, "group_norm_cuda": {}, "apex.contrib.group_norm": {"GroupNorm": GroupNorm}}
 
 
 def flag_gems():
@@ -208,6 +223,20 @@ def flag_gems():
             grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps, output_mask
         )
 
+    def group_norm(input, weight, bias, N, C, HxW, group, eps=1e-05):
+        return torch.native_group_norm(input.contiguous(), weight, bias, N, C, HxW, group, eps)
+
+    def group_norm_backward(grad_out, input, mean, rstd, weight, N, C, HxW, group, output_mask):
+        return torch.ops.aten.native_group_norm_backward(
+            grad_out.contiguous(), input.contiguous(), mean, rstd, weight, N, C, HxW, group, output_mask
+        )
+
+    def instance_norm(
+        input, weight=None, bias=None, running_mean=None, running_var=None, use_input_stats=True, momentum=0.1,
+        eps=1e-5, cudnn_enable=False,
+    ):  # fmt: skip
+        return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
     return {"flag_gems": locals()}
 
 
@@ -225,10 +254,11 @@ CASES = {
         flash_linear_attention, {"layer_norm", "rms_norm", "layer_norm_residual", "rms_norm_residual"}
     ),
     "apex": (apex, {"layer_norm", "rms_norm"}),
-    "apex, with its batch norm": (
-        apex_with_batch_norm, {"layer_norm", "rms_norm", "batch_norm_add_relu", *CHANNELS}
+    "apex, with its extensions": (
+        apex_with_extensions,
+        {"layer_norm", "rms_norm", "batch_norm_add_relu", "group_norm", "group_norm_silu", *CHANNELS},
     ),
-    "FlagGems": (flag_gems, {"layer_norm", "rms_norm", *CHANNELS}),
+    "FlagGems": (flag_gems, {"layer_norm", "rms_norm", "group_norm", "instance_norm", *CHANNELS}),
 }  # fmt: skip
 
 
@@ -238,8 +268,9 @@ def install(monkeypatch, modules):
         module = ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    if "bnp" not in modules:
-        monkeypatch.setitem(sys.modules, "bnp", None)
+    for extension in ("bnp", "group_norm_cuda"):
+        if extension not in modules:
+            monkeypatch.setitem(sys.modules, extension, None)
 
 
 def test_names_are_unique_and_ours_comes_first():
@@ -252,11 +283,11 @@ def test_names_are_unique_and_ours_comes_first():
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", PASSES)
-@pytest.mark.parametrize("op", FAMILY)
+@pytest.mark.parametrize("op", OPS)
 def test_others_are_called_with_their_own_arguments(monkeypatch, op, mode, case):
     stand_in, has = CASES[case]
     install(monkeypatch, stand_in())
-    record = measured(BY_NAME[case.removesuffix(", with its batch norm")], op, mode)
+    record = measured(BY_NAME[case.removesuffix(", with its extensions")], op, mode)
     assert record["status"] == ("ok" if op in has else "unsupported"), record["message"]
 
 
@@ -277,10 +308,20 @@ def test_what_a_library_refuses_is_recorded_with_its_message(monkeypatch):
     ],
 )
 def test_apex_batch_norm_is_kept_from_what_it_would_misread(monkeypatch, op, images):
-    install(monkeypatch, apex_with_batch_norm())
+    install(monkeypatch, apex_with_extensions())
     record = measured(BY_NAME["apex"], op, "forward", images=images)
     assert record["status"] == "error"
     assert "takes channels-last images" in record["message"]
+
+
+def test_apex_group_norm_never_times_torch_under_its_name(monkeypatch):
+    install(monkeypatch, apex_with_extensions())
+    images = Workload("groups", "", (2, 96, 3, 3), "", "channels_last")
+    (record,) = measure.measure_point(
+        Point("group_norm", "forward", "fp32", images), [BY_NAME["apex"]], FakeTimer(), seconds=0
+    )
+    assert record["status"] == "error"
+    assert "leaves this input to torch" in record["message"]
 
 
 def real(name):
@@ -379,7 +420,7 @@ def scopes():
 
 
 @pytest.mark.usefixtures("scopes")
-@pytest.mark.parametrize(("op", "mode"), [("layer_norm", "forward"), *((op, BOTH) for op in FAMILY)])
+@pytest.mark.parametrize(("op", "mode"), [("layer_norm", "forward"), *((op, BOTH) for op in OPS)])
 def test_compiled_ones_have_every_op_and_no_graph_break(op, mode, compilations):
     records = measure.measure_point(point_of(op, mode), COMPILED, FakeTimer(), seconds=0)
     assert [(record["contender"], record["status"]) for record in records] == [(c.name, "ok") for c in COMPILED]
@@ -403,6 +444,7 @@ def test_each_compiles_once_a_point_and_never_while_it_is_timed(compilations):
 def test_a_compiled_call_that_the_kernels_do_not_serve_is_an_error():
     functions = BY_NAME["triton_norm, compiled, kernels forced"].load()
     x, weight = torch.randn(3, 8), torch.randn(8)
-    torch.testing.assert_close(functions.rms_norm(x, (8,), weight, EPS), functional.rms_norm(x, (8,), weight, EPS))
+    rms_norm = functions["rms_norm"]
+    torch.testing.assert_close(rms_norm(x, (8,), weight, EPS), functional.rms_norm(x, (8,), weight, EPS))
     with pytest.raises(Exception, match="can't serve this call"):
-        functions.rms_norm(x[:0], (8,), weight, EPS)
+        rms_norm(x[:0], (8,), weight, EPS)

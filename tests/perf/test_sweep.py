@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from perf import environment, measure, models, sweep
-from perf.contenders import Contender, Functions, torch_functions
+from perf.contenders import Contender
+from perf.ops import torch_functions
 from perf.points import Point, Workload
 from perf.records import ResultsFile, dumped, read
 from support.timers import FakeTimer
@@ -21,7 +22,7 @@ LATE = "layer_norm forward fp16 64x96"
 def _gpu_of_the_test(monkeypatch):
     monkeypatch.setattr(measure, "CudaTimer", FakeTimer)
     monkeypatch.setattr(measure, "copy_bandwidth", lambda timer: 1000.0)
-    monkeypatch.setattr(sweep, "CONTENDERS", [TORCH, Contender("absent", Functions, ("no_such_module",))])
+    monkeypatch.setattr(sweep, "CONTENDERS", [TORCH, Contender("absent", dict, ("no_such_module",))])
 
 
 def run(path, points=POINTS, resume=False, **plan):

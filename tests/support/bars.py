@@ -3,7 +3,7 @@
 import json
 import re
 
-from perf.points import BULK
+from perf.ops import BULK
 from support import processes
 
 

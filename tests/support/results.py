@@ -9,6 +9,7 @@ import torch
 
 from perf import workloads
 from perf.findings import Findings
+from perf.ops import FAMILY
 from perf.points import PASSES, Point
 from perf.records import FORMAT, dumped
 
@@ -86,8 +87,7 @@ def timing(points: Sequence[Point] | None = None, seed: int = 0) -> Record:
 
 
 def _about(op: str, mode: str, dtype: str, shape: tuple[int, ...]) -> Record:
-    family = "channels" if op.startswith("batch_norm") else "rows"
-    point = Point(op, mode, dtype, workloads.Workload(family, "bars", shape, "made up"))
+    point = Point(op, mode, dtype, workloads.Workload(FAMILY[op], "bars", shape, "made up"))
     return {**point.describe(), "status": "ok", "message": ""}
 
 
