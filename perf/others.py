@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,25 +14,13 @@ from perf.ops import Functions
 def liger() -> Functions:
     """Its RMSNorm computing in fp32 throughout, as torch does, and leaving dy as it is."""
     ops = importlib.import_module("liger_kernel.transformers.functional")
-    as_torch = {"offset": 0.0, "casting_mode": "gemma", "in_place": False}
-
-    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
-        return ops.liger_layer_norm(x, weight, bias, eps)
-
-    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
-        return ops.liger_rms_norm(x, weight, eps, **as_torch)
-
-    def rms_norm_residual(x: Any, residual: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
-        return ops.liger_fused_add_rms_norm(x, residual, weight, eps, **as_torch)
-
-    def group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float) -> Any:
-        return ops.liger_group_norm(x, weight, bias, x.shape[1], num_groups, eps)
-
+    rms_norm = partial(ops.liger_rms_norm, offset=0.0, casting_mode="gemma", in_place=False)
+    add_rms_norm = partial(ops.liger_fused_add_rms_norm, offset=0.0, casting_mode="gemma", in_place=False)
     return {
-        "layer_norm": layer_norm,
-        "rms_norm": rms_norm,
-        "rms_norm_residual": rms_norm_residual,
-        "group_norm": group_norm,
+        "layer_norm": lambda x, shape, weight, bias, eps: ops.liger_layer_norm(x, weight, bias, eps),
+        "rms_norm": lambda x, shape, weight, eps: rms_norm(x, weight, eps),
+        "rms_norm_residual": lambda x, residual, shape, weight, eps: add_rms_norm(x, residual, weight, eps),
+        "group_norm": lambda x, n, weight, bias, eps: ops.liger_group_norm(x, weight, bias, x.shape[1], n, eps),
     }
 
 
@@ -41,7 +30,7 @@ def quack() -> Functions:
 
     class LayerNorm(Function):
         @staticmethod
-        def forward(ctx: Any, x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        def forward(ctx: Any, x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
             if not any(ctx.needs_input_grad):
                 return ops.layernorm_fwd(x, weight, bias, eps=eps)
             y, rstd, mean = ops.layernorm_fwd(x, weight, bias, eps=eps, return_rstd=True, return_mean=True)
@@ -51,57 +40,41 @@ def quack() -> Functions:
         @staticmethod
         def backward(ctx: Any, dy: Any) -> Any:
             x, weight, rstd, mean = ctx.saved_tensors
-            return *ops.layernorm_bwd(x, weight, dy, rstd, mean, has_bias=True), None
+            dx, dw, db = ops.layernorm_bwd(x, weight, dy, rstd, mean, has_bias=True)
+            return dx, None, dw, db, None
 
-    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
-        return LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
-
-    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
-        return ops.rmsnorm(x, weight, eps=eps)
-
-    def rms_norm_residual(x: Any, residual: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
-        return ops.rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
-
-    return {"layer_norm": layer_norm, "rms_norm": rms_norm, "rms_norm_residual": rms_norm_residual}
+    return {
+        "layer_norm": LayerNorm.apply,
+        "rms_norm": lambda x, shape, weight, eps: ops.rmsnorm(x, weight, eps=eps),
+        "rms_norm_residual": lambda x, residual, shape, weight, eps: ops.rmsnorm(
+            x, weight, residual=residual, eps=eps, prenorm=True
+        ),
+    }
 
 
 def flash_linear_attention() -> Functions:
     ops = importlib.import_module("fla.modules.layernorm")
-
-    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
-        return ops.layer_norm(x, weight, bias, eps=eps)
-
-    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
-        return ops.rms_norm(x, weight, None, eps=eps)
-
-    def layer_norm_residual(x: Any, r: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
-        return ops.layer_norm(x, weight, bias, residual=r, eps=eps, prenorm=True)
-
-    def rms_norm_residual(x: Any, r: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
-        return ops.rms_norm(x, weight, None, residual=r, eps=eps, prenorm=True)
-
     return {
-        "layer_norm": layer_norm,
-        "rms_norm": rms_norm,
-        "layer_norm_residual": layer_norm_residual,
-        "rms_norm_residual": rms_norm_residual,
+        "layer_norm": lambda x, shape, weight, bias, eps: ops.layer_norm(x, weight, bias, eps=eps),
+        "rms_norm": lambda x, shape, weight, eps: ops.rms_norm(x, weight, None, eps=eps),
+        "layer_norm_residual": lambda x, residual, shape, weight, bias, eps: ops.layer_norm(
+            x, weight, bias, residual=residual, eps=eps, prenorm=True
+        ),
+        "rms_norm_residual": lambda x, residual, shape, weight, eps: ops.rms_norm(
+            x, weight, None, residual=residual, eps=eps, prenorm=True
+        ),
     }
 
 
 def apex() -> Functions:
     """Its BatchNorm and its GroupNorm, of channels-last images, are parts that apex is mostly built without."""
     ops = importlib.import_module("apex.normalization.fused_layer_norm")
-
-    def layer_norm(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
-        return ops.fused_layer_norm_affine(x, weight, bias, shape, eps)
-
-    def rms_norm(x: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
-        return ops.fused_rms_norm_affine(x, weight, shape, eps)
-
-    functions: dict[str, Any] = {"layer_norm": layer_norm, "rms_norm": rms_norm}
+    functions: dict[str, Callable[..., Any]] = {
+        "layer_norm": lambda x, shape, weight, bias, eps: ops.fused_layer_norm_affine(x, weight, bias, shape, eps),
+        "rms_norm": lambda x, shape, weight, eps: ops.fused_rms_norm_affine(x, weight, shape, eps),
+    }
     if _is_built("bnp"):
-        batch_norm = _batch_norm_nhwc(relu=False)
-        functions |= {"batch_norm": batch_norm, "batch_norm_eval": batch_norm}
+        functions["batch_norm"] = functions["batch_norm_eval"] = _batch_norm_nhwc(relu=False)
         functions["batch_norm_add_relu"] = _batch_norm_nhwc(relu=True)
     if _is_built("group_norm_cuda"):
         functions |= {"group_norm": _group_norm_nhwc(""), "group_norm_silu": _group_norm_nhwc("silu")}
@@ -221,10 +194,7 @@ def flag_gems() -> Functions:
             dx, dw, db = gems.group_norm_backward(dy, *ctx.saved_tensors, *ctx.sizes, every_gradient)
             return dx, None, dw, db, None
 
-    def instance_norm(x: Any, mean: Any, var: Any, weight: Any, bias: Any, *options: Any) -> Any:
-        return gems.instance_norm(x, weight, bias, mean, var, *options)
-
-    functions = {
+    functions: dict[str, Callable[..., Any]] = {
         "layer_norm": LayerNorm.apply,
         "rms_norm": gems.rms_norm,
         "batch_norm": BatchNorm.apply,
@@ -233,5 +203,7 @@ def flag_gems() -> Functions:
     if hasattr(gems, "group_norm_backward"):
         functions["group_norm"] = GroupNorm.apply
     if hasattr(gems, "instance_norm"):
-        functions["instance_norm"] = instance_norm
+        functions["instance_norm"] = lambda x, mean, var, weight, bias, *options: gems.instance_norm(
+            x, weight, bias, mean, var, *options
+        )
     return functions

@@ -1,12 +1,15 @@
-"""Results to something to read, one page. Nothing here measures."""
+"""Writes the page of results. It needs nothing beside itself, and no script to be read. Nothing here measures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from perf import page, records
+from perf import records
+from perf.environment import machine
 from perf.findings import OURS, Findings
+from perf.page import about, speed, static, summary
+from perf.page.blocks import Section, render
 
 
 def load(paths: Sequence[Path], findings: Findings) -> None:
@@ -18,11 +21,30 @@ def load(paths: Sequence[Path], findings: Findings) -> None:
             findings.problems.append(str(error))
 
 
+def _html(findings: Findings) -> str:
+    """Returns the page. Its summary is made last: it tells which pictures could not be drawn."""
+    sections = [
+        Section("Speed", speed.speed(findings)),
+        Section("Whole models", speed.steps(findings)),
+        Section("Exactness", static.exactness(findings)),
+        Section("Traffic", static.traffic(findings)),
+        Section("Machine code", static.machine_code(findings)),
+        Section(summary.SHORTFALLS, summary.shortfalls(findings)),
+        Section("What is normalized", about.anatomy()),
+        Section("Method", about.method()),
+        Section("Contenders", about.contenders(findings)),
+        Section("Environment", about.environment(findings)),
+    ]
+    run = summary.chief(findings)
+    subtitle = machine(run["environment"] if run else findings.environment)
+    return render("triton_norm: performance", subtitle, summary.summary(findings), sections)
+
+
 def write(findings: Findings, out: Path) -> Path:
     """Writes index.html, and returns its path."""
     out.mkdir(parents=True, exist_ok=True)
     index = out / "index.html"
-    index.write_text(page.html(findings))
+    index.write_text(_html(findings))
     return index
 
 

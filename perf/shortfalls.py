@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from statistics import geometric_mean
@@ -21,7 +21,6 @@ from perf.findings import (
     layout_text,
     pairs,
     speedups,
-    split,
     step_speedups,
     ulps_of,
     ulps_text,
@@ -29,7 +28,7 @@ from perf.findings import (
 )
 from perf.ops import TITLE
 from perf.points import MODE_TITLE
-from perf.records import Numerics, Resources, Run, Timing, Traffic, ok
+from perf.records import Numerics, PointFields, Resources, Run, Timing, Traffic, ok
 
 # An error from this many ulp is far from exact, even where torch's is larger.
 FAR_ULP = 16
@@ -111,11 +110,21 @@ MEANS = {("layer_norm", "backward", "bf16"): 2.0, ("batch_norm", "forward", "bf1
 
 
 class Case(NamedTuple):
-    """One result that falls short: how bad it is, its figure, and the input."""
+    """One result that is held against a bar.
 
-    badness: float
-    figure: str
-    where: str
+    Args:
+        cause: a text that cases of one cause have in common.
+        figure: the result in words.
+        where: the input.
+        badness: orders cases; None of a result that meets the bar.
+        is_counted: the cause tells how many results were held against the bar.
+    """
+
+    cause: str
+    figure: str = ""
+    where: str = ""
+    badness: float | None = 0.0
+    is_counted: bool = False
 
     @property
     def line(self) -> str:
@@ -123,11 +132,16 @@ class Case(NamedTuple):
 
 
 class Cause(NamedTuple):
-    """A reason for which results fall short, with all of them, the worst first; `of`: how many were held against it."""
+    """A reason for which results fall short, with all of them, the worst first; `of`: how many were held against it, 0
+    where that isn't told."""
 
     text: str
     cases: list[Case]
     of: int = 0
+
+    @property
+    def badness(self) -> float:
+        return self.cases[0].badness or 0.0
 
     @property
     def line(self) -> str:
@@ -137,14 +151,21 @@ class Cause(NamedTuple):
         return self.text + count + figure + (f" ({first.where})" if first.where else "")
 
 
-def _causes(cases: Iterator[tuple[str, Case]], of: dict[str, int] | None = None) -> list[Cause]:
-    """Returns cases by the text of their cause, the worst first."""
-    found: dict[str, list[Case]] = {}
-    for text, case in cases:
-        found.setdefault(text, []).append(case)
-    by_badness = [(text, sorted(mine, reverse=True, key=lambda case: case.badness)) for text, mine in found.items()]
-    causes = [Cause(text, mine, (of or {}).get(text, 0)) for text, mine in by_badness]
-    return sorted(causes, reverse=True, key=lambda cause: cause.cases[0].badness)
+Cases = Iterator[Case]
+
+
+def _causes(cases: Iterable[Case]) -> list[Cause]:
+    """Returns the causes of cases that fall short, the worst first."""
+    by_cause: dict[str, list[Case]] = {}
+    for case in cases:
+        by_cause.setdefault(case.cause, []).append(case)
+    causes = []
+    for text, held in by_cause.items():
+        short = [case for case in held if case.badness is not None]
+        short.sort(key=lambda case: case.badness or 0.0, reverse=True)
+        if short:
+            causes.append(Cause(text, short, len(held) if held[0].is_counted else 0))
+    return sorted(causes, key=lambda cause: cause.badness, reverse=True)
 
 
 def slab_bytes(record: Timing) -> int:
@@ -169,107 +190,94 @@ def is_short(record: Timing, copy_gbps: float | None) -> bool:
 
 def shortfalls(findings: Findings) -> dict[str, list[Cause]]:
     """Returns causes under titles, the worst first."""
-    found: dict[str, list[Cause]] = {}
+    found: dict[str, Iterable[Case]] = {}
     for run in findings.timed:
         where = f", {device_of(run)}, {run['environment'].get('date', '')}" if len(findings.timed) > 1 else ""
         found |= {f"{title}{where}": check(run) for title, check in OF_A_RUN.items()}
-    found["The report"] = [Cause(problem, [Case(0, "", "")]) for problem in findings.problems]
+    found["The report"] = [Case(problem) for problem in findings.problems]
     found["Exactness"] = _inexact(findings.numerics)
     found["Bytes moved"] = _traffic(findings.traffic)
     found["Machine code"] = _machine_code(findings.resources)
-    return {title: causes for title, causes in found.items() if causes}
+    return {title: causes for title, cases in found.items() if (causes := _causes(cases))}
 
 
-def _run_itself(run: Run) -> list[Cause]:
-    texts = []
+def _run_itself(run: Run) -> Cases:
     tests = run.get("tests", {})
     if tests.get("passed") is False:
-        texts.append(f"the tests did not pass: {tests['summary']}")
+        yield Case(f"the tests did not pass: {tests['summary']}")
     if run.get("stopped"):
-        texts.append(f"the run stopped early: {run['stopped']}")
+        yield Case(f"the run stopped early: {run['stopped']}")
     if run.get("unreached"):
-        texts.append(f"{counted(len(run['unreached']), 'point')} not reached in the time given")
-    texts += [f"{who}: {status}" for who, status in run.get("contenders", {}).items() if status.startswith("missing")]
-    return [Cause(text, [Case(0, "", "")]) for text in texts]
+        yield Case(f"{counted(len(run['unreached']), 'point')} not reached in the time given")
+    for who, status in run.get("contenders", {}).items():
+        if status.startswith("missing"):
+            yield Case(f"{who}: {status}")
 
 
-def _failed(run: Run) -> list[Cause]:
-    """Returns a cause for each contender that fails with one message, or is outside the tolerance; ours come first."""
-    found: list[tuple[str, str, str, str]] = []
-    for r in run["records"]:
-        where = f"{TITLE[r['op']]} {MODE_TITLE[r['mode']]} {layout_text(r)} {r['dtype']}"
-        found.append((r["contender"], r["status"], r["message"], where))
-    for s in run["steps"]:
-        where = f"training step of {s['model']} in {s['dtype']}"
-        found.append((s["contender"], s["status"], s["message"], where))
-
-    def cases() -> Iterator[tuple[str, Case]]:
-        for who, status, message, where in found:
-            if status == "error":
-                yield f"{who}: {message}", Case(who.startswith(OURS), "", where)
-            elif status == "wrong":
-                yield f"{who} is outside our tolerance", Case(who.startswith(OURS), message, where)
-
-    return _causes(cases())
+def _failed(run: Run) -> Cases:
+    """Yields failures, of which a contender's with one message are one cause; ours come first."""
+    timings = [(r, f"{_op_of(r)} {layout_text(r)} {r['dtype']}") for r in run["records"]]
+    steps = [(s, f"training step of {s['model']} in {s['dtype']}") for s in run["steps"]]
+    for record, where in (*timings, *steps):
+        who = record["contender"]
+        badness = float(who.startswith(OURS))
+        if record["status"] == "error":
+            yield Case(f"{who}: {record['message']}", "", where, badness)
+        elif record["status"] == "wrong":
+            yield Case(f"{who} is outside our tolerance", record["message"], where, badness)
 
 
-def _slower(run: Run, over: str, least: float, chosen: Callable[[Timing], bool], where: str = "") -> list[Cause]:
-    """Returns a cause for each op, pass and type on some of whose `chosen` points the speed-up is below `least`."""
-    causes = []
-    for op, mode, dtype, records in split(run["records"]):
-        compared = [(record, ratio) for record, ratio in pairs(records, over) if chosen(record)]
-        text = f"{TITLE[op]} {MODE_TITLE[mode]} {dtype}: slower than {over}{where}"
-        cases = [(text, Case(1 / x, f"{x:.2f}× its speed", layout_text(r))) for r, x in compared if x < least]
-        causes += _causes(iter(cases), {text: len(compared)})
-    return causes
+def _op_of(record: PointFields) -> str:
+    return f"{TITLE[record['op']]} {MODE_TITLE[record['mode']]}"
 
 
-def _slower_than_torch(run: Run) -> list[Cause]:
-    causes = _slower(run, "torch", 1.0, lambda record: True)
+def _slower(run: Run, over: str, least: float, chosen: Callable[[Timing], bool], where: str = "") -> Cases:
+    """Yields the `chosen` points; those on which the speed-up is below `least` fall short."""
+    for record, ratio in pairs(run["records"], over):
+        if chosen(record):
+            text = f"{_op_of(record)} {record['dtype']}: slower than {over}{where}"
+            badness = 1 / ratio if ratio < least else None
+            yield Case(text, f"{ratio:.2f}× its speed", layout_text(record), badness, is_counted=True)
+
+
+def _slower_than_torch(run: Run) -> Cases:
+    yield from _slower(run, "torch", 1.0, lambda record: True)
     for (op, mode, dtype), least in MEANS.items():
         ratios = speedups([r for r in run["records"] if (r["op"], r["mode"], r["dtype"]) == (op, mode, dtype)], "torch")
-        if ratios and geometric_mean(ratios) < least:
-            figure = f"{geometric_mean(ratios):.2f}× torch's speed where {least:g}× is wanted"
-            case = Case(least / geometric_mean(ratios), figure, counted(len(ratios), "point"))
-            causes.append(Cause(f"{TITLE[op]} {mode} {dtype}: geometric mean", [case]))
-    return sorted(causes, reverse=True, key=lambda cause: cause.cases[0].badness)
+        if ratios and (mean := geometric_mean(ratios)) < least:
+            figure = f"{mean:.2f}× torch's speed where {least:g}× is wanted"
+            points = counted(len(ratios), "point")
+            yield Case(f"{TITLE[op]} {mode} {dtype}: geometric mean", figure, points, least / mean)
 
 
-def _slower_than_others(run: Run) -> list[Cause]:
-    causes: list[Cause] = []
+def _slower_than_others(run: Run) -> Cases:
     for other in dict.fromkeys(r["contender"] for r in run["records"]):
         if other not in (OURS, "torch"):
             size = f"{LARGE_BYTES >> 20} MiB"
-            causes += _slower(run, other, 1.0, lambda r: input_bytes(r) > LARGE_BYTES, f" above {size}")
-            causes += _slower(run, other, LEVEL, lambda r: input_bytes(r) <= LARGE_BYTES, f" up to {size}")
-    return sorted(causes, reverse=True, key=lambda cause: cause.cases[0].badness)
+            yield from _slower(run, other, 1.0, lambda r: input_bytes(r) > LARGE_BYTES, f" above {size}")
+            yield from _slower(run, other, LEVEL, lambda r: input_bytes(r) <= LARGE_BYTES, f" up to {size}")
 
 
-def _below_bars(run: Run) -> list[Cause]:
+def _below_bars(run: Run) -> Cases:
     copy = run.get("copy_gbps")
-    causes: list[Cause] = []
-    for op, mode, dtype, records in split(run["records"]):
-        mine = [(r, bar) for r in ok(records) if r["contender"] == OURS and (bar := bar_of(r))]
-        text = f"{TITLE[op]} {MODE_TITLE[mode]} {dtype}: below the bar"
-        cases = []
-        for r, bar in mine:
-            if copy and is_short(r, copy):
-                share, counting = bar.share(r, copy), " counted as two launches" if bar.two_launches else ""
-                figure = f"{share:.0%} of the copy bandwidth{counting} where {bar.least:.0%} is wanted"
-                cases.append((text, Case(bar.least / share, figure, layout_text(r))))
-        causes += _causes(iter(cases), {text: len(mine)})
-    return sorted(causes, reverse=True, key=lambda cause: cause.cases[0].badness)
+    for r in ok(run["records"]):
+        bar = bar_of(r) if copy and r["contender"] == OURS else None
+        if copy and bar:
+            share, counting = bar.share(r, copy), " counted as two launches" if bar.two_launches else ""
+            figure = f"{share:.0%} of the copy bandwidth{counting} where {bar.least:.0%} is wanted"
+            badness = bar.least / share if is_short(r, copy) else None
+            yield Case(f"{_op_of(r)} {r['dtype']}: below the bar", figure, layout_text(r), badness, is_counted=True)
 
 
-def _slower_steps(run: Run) -> list[Cause]:
-    return _causes(
-        (f"a step with {r['contender']} slower than with {over}", Case(1 / x, f"{x:.2f}× its speed", r["model"]))
-        for r, over, x in step_speedups(run["steps"])
-        if x < 1
-    )
+def _slower_steps(run: Run) -> Cases:
+    for r, over, x in step_speedups(run["steps"]):
+        if x < 1:
+            yield Case(
+                f"a step with {r['contender']} slower than with {over}", f"{x:.2f}× its speed", r["model"], 1 / x
+            )
 
 
-OF_A_RUN: dict[str, Callable[[Run], list[Cause]]] = {
+OF_A_RUN: dict[str, Callable[[Run], Cases]] = {
     "Failed or outside our tolerance": _failed,
     "The timed run": _run_itself,
     "Too slow against torch eager": _slower_than_torch,
@@ -279,59 +287,45 @@ OF_A_RUN: dict[str, Callable[[Run], list[Cause]]] = {
 }
 
 
-def _traffic(records: Sequence[Traffic]) -> list[Cause]:
-    def cases() -> Iterator[tuple[str, Case]]:
-        for r in records:
-            name, where = f"{TITLE[r['op']]} {MODE_TITLE[r['mode']]}", f"{layout_text(r)} {r['dtype']}"
-            if r["status"] != "ok":
-                yield f"{name}: not counted", Case(inf, r["message"], where)
-            elif uncached(r) > MOST_BYTES_OVER_FLOOR:
-                text = f"{name} moves more than {MOST_BYTES_OVER_FLOOR:g} times the floor's bytes"
-                yield text, Case(uncached(r), f"{uncached(r):.2f} times", where)
-
-    return _causes(cases())
+def _traffic(records: Sequence[Traffic]) -> Cases:
+    for r in records:
+        where = f"{layout_text(r)} {r['dtype']}"
+        if r["status"] != "ok":
+            yield Case(f"{_op_of(r)}: not counted", r["message"], where, inf)
+        elif (bytes_over_floor := uncached(r)) > MOST_BYTES_OVER_FLOOR:
+            text = f"{_op_of(r)} moves more than {MOST_BYTES_OVER_FLOOR:g} times the floor's bytes"
+            yield Case(text, f"{bytes_over_floor:.2f} times", where, bytes_over_floor)
 
 
-def _machine_code(records: Sequence[Resources]) -> list[Cause]:
-    def cases() -> Iterator[tuple[str, Case]]:
-        for r in records:
-            where = f"{r['target']}, {TITLE[r['op']]} {MODE_TITLE[r['mode']]} {r['dtype']} {layout_text(r)}"
-            if r["status"] != "ok":
-                yield f"{TITLE[r['op']]} does not compile", Case(5e6, r["message"], where)
-                continue
-            if r["spill_stores"]:
-                yield f"{r['kernel']} spills", Case(3e6 + r["spill_stores"], f"{r['spill_stores']} stores", where)
-            warps = f"{r['resident_warps']} of {r['possible_warps']} warps, by {r['limited_by']}"
-            if r["resident_warps"] == 0:
-                yield f"{r['kernel']} cannot be launched", Case(4e6, r["limited_by"], where)
-            elif r["resident_warps"] < FEW_WARPS * r["possible_warps"]:
-                yield f"{r['kernel']} fills few warps", Case(1e6 - r["resident_warps"], warps, where)
-            if access_bits(r) < NARROW_BITS:
-                figure = f"{access_bits(r) // 8} bytes"
-                yield f"{r['kernel']} moves few bytes an instruction", Case(2e6 - access_bits(r), figure, where)
-
-    return _causes(cases())
+def _machine_code(records: Sequence[Resources]) -> Cases:
+    for r in records:
+        where = f"{r['target']}, {_op_of(r)} {r['dtype']} {layout_text(r)}"
+        if r["status"] != "ok":
+            yield Case(f"{TITLE[r['op']]} does not compile", r["message"], where, 5e6)
+            continue
+        if r["spill_stores"]:
+            yield Case(f"{r['kernel']} spills", f"{r['spill_stores']} stores", where, 3e6 + r["spill_stores"])
+        warps = f"{r['resident_warps']} of {r['possible_warps']} warps, by {r['limited_by']}"
+        if r["resident_warps"] == 0:
+            yield Case(f"{r['kernel']} cannot be launched", r["limited_by"], where, 4e6)
+        elif r["resident_warps"] < FEW_WARPS * r["possible_warps"]:
+            yield Case(f"{r['kernel']} fills few warps", warps, where, 1e6 - r["resident_warps"])
+        if (bits := access_bits(r)) < NARROW_BITS:
+            yield Case(f"{r['kernel']} moves few bytes an instruction", f"{bits // 8} bytes", where, 2e6 - bits)
 
 
-def _inexact(records: Sequence[Numerics]) -> list[Cause]:
-    """Returns outputs that are further off than torch's, and those that are far off as torch's are."""
-    of: dict[str, int] = {}
-
-    def cases() -> Iterator[tuple[str, Case]]:
-        for r in records:
-            if r["status"] != "ok":
-                yield f"{TITLE[r['op']]} {r['dtype']}: not computed", Case(inf, r["message"], r["data"])
-                continue
-            for output in OUTPUTS:
-                ulps, where = ulps_of(r, output), f"{r['data']}, {r['columns']} columns"
-                ours = inf if ulps[OURS] is None else float(ulps[OURS] or 0)
-                name = f"{TITLE[r['op']]} {r['dtype']} {output}"
-                worse = f"{name}: less exact than torch"
-                of[worse] = of.get(worse, 0) + 1
-                figure = f"{ulps_text(ulps[OURS])} where torch has {ulps_text(ulps['torch'])}"
-                if is_worse(ulps):
-                    yield worse, Case(1e9 + ours - (ulps["torch"] or 0), figure, where)
-                elif ours > FAR_ULP:
-                    yield f"{name}: no worse than torch, and far from exact all the same", Case(ours, figure, where)
-
-    return _causes(cases(), of)
+def _inexact(records: Sequence[Numerics]) -> Cases:
+    """Yields outputs held against torch's, and those that are far off as torch's are."""
+    for r in records:
+        if r["status"] != "ok":
+            yield Case(f"{TITLE[r['op']]} {r['dtype']}: not computed", r["message"], r["data"], inf)
+            continue
+        for output in OUTPUTS:
+            ulps, where = ulps_of(r, output), f"{r['data']}, {r['columns']} columns"
+            ours = inf if ulps[OURS] is None else float(ulps[OURS] or 0)
+            name = f"{TITLE[r['op']]} {r['dtype']} {output}"
+            figure = f"{ulps_text(ulps[OURS])} where torch has {ulps_text(ulps['torch'])}"
+            badness = 1e9 + ours - (ulps["torch"] or 0) if is_worse(ulps) else None
+            yield Case(f"{name}: less exact than torch", figure, where, badness, is_counted=True)
+            if badness is None and ours > FAR_ULP:
+                yield Case(f"{name}: no worse than torch, and far from exact all the same", figure, where, ours)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from perf.charts.style import encoded
+from perf.findings import Findings
+from perf.records import in_a_line
 
 HERE = Path(__file__).resolve().parent
 # Folders in messages tell of a machine, not of a result.
@@ -126,6 +131,15 @@ class Picture(Block):
     @property
     def link(self) -> str:
         return f"data:{self.type};base64,{b64encode(self.data).decode()}"
+
+
+def picture(findings: Findings, name: str, draw: Callable[[], Figure], caption: str) -> list[Block]:
+    """Returns a picture; one that can't be drawn is a problem that the page tells, not the end of it."""
+    try:
+        return [Picture(encoded(draw()), "image/webp", caption)]
+    except Exception as error:
+        findings.problems.append(f"the picture of {name} could not be drawn: {in_a_line(error)}")
+        return []
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from perf.findings import (
     step_speedups,
 )
 from perf.ops import TITLE
-from perf.page.blocks import Bar, Bars, Block, Cell, Fold, Heading, Paragraph, Table, table_of
-from perf.page.drawing import picture
+from perf.page.blocks import Bar, Bars, Block, Cell, Fold, Heading, Paragraph, Table, picture, table_of
 from perf.points import MODE_TITLE, PASSES, floor_of
 from perf.records import Outcome, Run, Step, Timing, ok
 from perf.shortfalls import is_short

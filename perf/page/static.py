@@ -21,8 +21,7 @@ from perf.findings import (
     uncached,
 )
 from perf.ops import TITLE
-from perf.page.blocks import Bar, Bars, Block, Bullets, Cell, Fold, Paragraph, Table, table_of
-from perf.page.drawing import picture
+from perf.page.blocks import Bar, Bars, Block, Bullets, Cell, Fold, Paragraph, Table, picture, table_of
 from perf.points import MODE_TITLE, MODES
 from perf.records import Numerics, Outcome, PointFields, Resources, Traffic, ok
 from perf.shortfalls import FEW_WARPS, MOST_BYTES_OVER_FLOOR, NARROW_BITS
