@@ -48,12 +48,12 @@ def require_gpu() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+    args = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return int(given.do(given))
+        return int(args.do(args))
     except Refused as reason:
-        print(f"perf {given.verb}: {reason}", file=sys.stderr)
+        print(f"perf {args.verb}: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -103,15 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def everything(given: argparse.Namespace) -> int:
+def everything(args: argparse.Namespace) -> int:
     from perf import report
 
-    file = ResultsFile(given.out / RESULTS, environment.describe(), given.resume)
+    file = ResultsFile(args.out / RESULTS, environment.describe(), args.resume)
     stored, findings = Findings({}), Findings(file.results.run["environment"])
     report.load(sorted(STORED.glob("*.jsonl")), stored)
     try:
         if environment.has_gpu():
-            _time_into(file, findings, given)
+            _time_into(file, findings, args)
         findings.problems += _in_processes(file)
     except KeyboardInterrupt:
         findings.interrupted = True
@@ -121,7 +121,7 @@ def everything(given: argparse.Namespace) -> int:
         setattr(findings, kind, getattr(static, kind)[len(getattr(file.results, kind)) :])
     findings.timed += stored.timed
     findings.problems += stored.problems
-    return _finish(findings, given.out)
+    return _finish(findings, args.out)
 
 
 def _in_processes(file: ResultsFile) -> list[str]:
@@ -157,18 +157,18 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def run_timing(given: argparse.Namespace) -> int:
+def run_timing(args: argparse.Namespace) -> int:
     require_gpu()
-    file = ResultsFile(given.out / RESULTS, environment.describe(), given.resume)
+    file = ResultsFile(args.out / RESULTS, environment.describe(), args.resume)
     findings = Findings(file.results.run["environment"])
-    _time_into(file, findings, given)
-    return _finish(findings, given.out)
+    _time_into(file, findings, args)
+    return _finish(findings, args.out)
 
 
-def _time_into(file: ResultsFile, findings: Findings, given: argparse.Namespace) -> None:
+def _time_into(file: ResultsFile, findings: Findings, args: argparse.Namespace) -> None:
     from perf import sweep
 
-    run = sweep.timed_run(options.plan_of(given), file, say)
+    run = sweep.timed_run(options.plan_of(args), file, say)
     findings.timed.append(run)
     findings.timed_here = True
     findings.interrupted = run.get("stopped") == "interrupted"
@@ -186,23 +186,23 @@ def _finish(findings: Findings, out: Path) -> int:
     return int(report.has_failed(findings))
 
 
-def report_files(given: argparse.Namespace) -> int:
+def report_files(args: argparse.Namespace) -> int:
     from perf import report
 
     findings = Findings(environment.describe())
-    report.load(given.files, findings)
-    return _finish(findings, given.out)
+    report.load(args.files, findings)
+    return _finish(findings, args.out)
 
 
-def compare_files(given: argparse.Namespace) -> int:
+def compare_files(args: argparse.Namespace) -> int:
     from perf import compare
 
-    contenders = options.contenders_of(given.contenders)
-    return compare.compare(given.old, given.new, given.fail_below, contenders, given.any_gpu, say)
+    contenders = options.contenders_of(args.contenders)
+    return compare.compare(args.old, args.new, args.fail_below, contenders, args.any_gpu, say)
 
 
-def list_tasks(given: argparse.Namespace) -> int:
-    plan = options.plan_of(given)
+def list_tasks(args: argparse.Namespace) -> int:
+    plan = options.plan_of(args)
     for contender in plan.chosen():
         say(f"{contender.name}: {contender.status()}")
     for task in plan.tasks():
@@ -211,13 +211,13 @@ def list_tasks(given: argparse.Namespace) -> int:
     return 0
 
 
-def tune_launches(given: argparse.Namespace) -> int:
+def tune_launches(args: argparse.Namespace) -> int:
     require_gpu()
     from perf import tune
     from triton_norm.tuning.choices import TUNED
 
-    seconds = float("inf") if given.seconds is None else given.seconds
-    found = tune.run(options.points_of(given), TUNED, given.out, seconds, say, fresh=given.fresh)
+    seconds = float("inf") if args.seconds is None else args.seconds
+    found = tune.run(options.points_of(args), TUNED, args.out, seconds, say, fresh=args.fresh)
     if found.get("stopped") == "interrupted":
         return INTERRUPTED
     return int(bool(found.get("stopped") or found.get("problems")))
@@ -231,62 +231,62 @@ def _tell(kind: str, records: Iterable[Outcome], line: Callable[[Any], str], as_
     return int(failed)
 
 
-def count_traffic(given: argparse.Namespace) -> int:
+def count_traffic(args: argparse.Namespace) -> int:
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     from perf import traffic
 
     torch.set_num_threads(1)  # as many as the interpreter has
-    points = options.inspected_of(given, workloads.traffic_points)
-    return _tell("traffic", traffic.records(points), traffic.line, given.lines)
+    points = options.inspected_of(args, workloads.traffic_points)
+    return _tell("traffic", traffic.records(points), traffic.line, args.lines)
 
 
-def compare_numerics(given: argparse.Namespace) -> int:
+def compare_numerics(args: argparse.Namespace) -> int:
     os.environ["TRITON_INTERPRET"] = "0" if environment.has_gpu() else "1"
     from perf import numerics
 
-    return _tell("numerics", numerics.records(), numerics.line, given.lines)
+    return _tell("numerics", numerics.records(), numerics.line, args.lines)
 
 
-def compile_resources(given: argparse.Namespace) -> int:
+def compile_resources(args: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from perf import resources
 
-    targets = resources.targets_of(given.target or resources.TARGETS)
-    points = options.inspected_of(given, workloads.resource_points)
+    targets = resources.targets_of(args.target or resources.TARGETS)
+    points = options.inspected_of(args, workloads.resource_points)
     return _tell(
-        "resources", resources.records(points, targets, every_config=given.every_config), resources.line, given.lines
+        "resources", resources.records(points, targets, every_config=args.every_config), resources.line, args.lines
     )
 
 
-def compare_code(given: argparse.Namespace) -> int:
+def compare_code(args: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from perf import code, resources
 
-    targets = resources.targets_of(given.target or ["sm_90"])
-    before = code.load(given.compare) if given.compare else {}
-    points = options.inspected_of(given, workloads.resource_points)
-    now = code.hashes(points, targets, given.every_config)
-    if given.compare:
+    targets = resources.targets_of(args.target or ["sm_90"])
+    before = code.load(args.compare) if args.compare else {}
+    points = options.inspected_of(args, workloads.resource_points)
+    now = code.hashes(points, targets, args.every_config)
+    if args.compare:
         return int(code.compare(before, now, say) > 0)
-    code.save(given.save, now, say)
+    code.save(args.save, now, say)
     return 0
 
 
-def time_host(given: argparse.Namespace) -> int:
+def time_host(args: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as built:
         os.environ["TRITON_CACHE_DIR"] = built
         from perf import host
 
-        return _tell("host", host.records(Path(built)), host.line, given.lines)
+        return _tell("host", host.records(Path(built)), host.line, args.lines)
 
 
-def write_readme(given: argparse.Namespace) -> int:
+def write_readme(args: argparse.Namespace) -> int:
     from perf import readme
 
-    readme.store(given.files, STORED)
+    readme.store(args.files, STORED)
     say(str(readme.write(STORED)))
     return 0
 

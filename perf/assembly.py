@@ -50,10 +50,12 @@ def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
         file.write(b"".join(texts))
         file.flush()
         architecture = f"SM{capability}{'a' if capability >= 90 else ''}"
-        found = [(int(at, 16), name) for at, name in _SASS.findall(_run("nvdisasm", "-b", architecture, file.name))]
+        instructions = [
+            (int(at, 16), name) for at, name in _SASS.findall(_run("nvdisasm", "-b", architecture, file.name))
+        ]
     code: list[list[str]] = [[] for _ in texts]
     ends = list(accumulate(map(len, texts)))
-    for at, name in found:
+    for at, name in instructions:
         code[bisect(ends, at)].append(name)
     return code
 
@@ -84,8 +86,8 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def _sass_bits(instruction: str) -> int:
-    found = _SASS_WIDTH.search(instruction)
-    return int(found[1]) if found else 32
+    width = _SASS_WIDTH.search(instruction)
+    return int(width[1]) if width else 32
 
 
 def nvidia(cubin: bytes, code: Sequence[str]) -> Code:
@@ -116,8 +118,8 @@ def amd(assembly: str) -> Code:
     code = _GCN.findall(assembly)
 
     def field(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
-        return int(found[1]) if found else 0
+        entry = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        return int(entry[1]) if entry else 0
 
     def widths(kind: str) -> dict[int, int]:
         return dict(Counter(_gcn_bits(i) for i in code if re.match(rf"(global|buffer|flat)_{kind}_", i)))

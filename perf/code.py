@@ -39,11 +39,11 @@ def _hashes(point: Point, target: Target, every_config: bool) -> dict[str, str]:
 
 def hashes(points: Sequence[Point], targets: Sequence[str], every_config: bool = False) -> Code:
     """Compiles the launches of all points for all targets, of the first or of every config; returns their hashes."""
-    found: Code = {}
+    code: Code = {}
     for name in targets:
         for point in points:
-            found[f"{name} {point}"] = _hashes(point, TARGETS[name], every_config)
-    return found
+            code[f"{name} {point}"] = _hashes(point, TARGETS[name], every_config)
+    return code
 
 
 def save(path: Path, code: Code, say: Callable[[str], None]) -> None:

@@ -71,8 +71,8 @@ def _by_point(run: Run, path: Path) -> dict[Key, dict[str, Any]]:
     """Returns the records by point and contender, without those that were not to be timed."""
     try:
         rows: list[dict[str, Any]] = [*map(dict, run["records"]), *map(dict, run["steps"])]
-        found = {_key(record): record for record in rows}
-        timed = {key: r for key, r in found.items() if r["status"] in ("ok", *FAILURES)}
+        by_key = {_key(record): record for record in rows}
+        timed = {key: r for key, r in by_key.items() if r["status"] in ("ok", *FAILURES)}
         if all(r["median_us"] > 0 and r["p20_us"] and r["p80_us"] for r in timed.values() if r["status"] == "ok"):
             return timed
     except (KeyError, TypeError):
@@ -95,8 +95,8 @@ def _compared(old: Path, new: Path, contenders: Sequence[str], any_gpu: bool) ->
         if who in contenders and (group, title, who) in after:
             reference = _ratio(before.get((group, title, REFERENCE)), after.get((group, title, REFERENCE)))
             name = f"{title}, {who}" if len(contenders) > 1 else title
-            found = after[group, title, who]
-            pairs.append(Pair(group, name, record, found, None if who == REFERENCE else reference))
+            new_record = after[group, title, who]
+            pairs.append(Pair(group, name, record, new_record, None if who == REFERENCE else reference))
     if not pairs:
         raise Refused(f"{old} and {new} have no point of {' or '.join(contenders)} in common.")
     mine = [{key for key in run if key[-1] in contenders} for run in (before, after)]

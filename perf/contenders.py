@@ -49,8 +49,10 @@ class Contender:
 
 def _version(distribution: str) -> str:
     """Returns the version of a distribution, or of a package that is imported from a checkout."""
-    found = version(distribution)
-    return getattr(sys.modules.get(distribution), "__version__", found) if found == "not installed" else found
+    installed = version(distribution)
+    if installed != "not installed":
+        return installed
+    return getattr(sys.modules.get(distribution), "__version__", installed)
 
 
 _at_this_point: set[str] = set()

@@ -65,7 +65,7 @@ def gpu() -> dict[str, str]:
 
     device = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(device)
-    found = {
+    facts = {
         "GPU": properties.name,
         "multiprocessors": str(properties.multi_processor_count),
         "GPU memory": f"{properties.total_memory / 2**30:.1f} GiB",
@@ -77,8 +77,8 @@ def gpu() -> dict[str, str]:
         line = _output("nvidia-smi", query, "--format=csv,noheader", this_one)
         values = [value.strip() for value in line.split(",")] if line else []
         if len(values) == len(GPU_FIELDS):
-            found |= dict(zip(GPU_FIELDS.values(), values, strict=True))
-    return found
+            facts |= dict(zip(GPU_FIELDS.values(), values, strict=True))
+    return facts
 
 
 def describe() -> dict[str, str]:

@@ -62,8 +62,10 @@ def pairs(records: Sequence[Timing], over: str, of: str = OURS) -> list[tuple[Ti
     for r in ok(records):
         key = (r["op"], r["mode"], r["dtype"], r["layout"], *r["shape"])
         times.setdefault(key, {})[r["contender"]] = r
-    both = [found for found in times.values() if over in found and of in found]
-    return [(found[of], found[over]["median_us"] / found[of]["median_us"]) for found in both]
+    both = [by_contender for by_contender in times.values() if over in by_contender and of in by_contender]
+    return [
+        (by_contender[of], by_contender[over]["median_us"] / by_contender[of]["median_us"]) for by_contender in both
+    ]
 
 
 def speedups(records: Sequence[Timing], over: str, of: str = OURS) -> list[float]:
@@ -73,13 +75,13 @@ def speedups(records: Sequence[Timing], over: str, of: str = OURS) -> list[float
 def step_speedups(steps: Sequence[Step]) -> list[tuple[Step, str, float]]:
     """Returns steps with triton_norm, the contender that each is held against, and how many times as fast it is."""
     times = {(r["model"], r["dtype"], r["contender"]): r["median_us"] for r in ok(steps)}
-    found = []
+    speedups = []
     for record in ok(steps):
         over = STEP_RIVALS.get(record["contender"], "")
         other = times.get((record["model"], record["dtype"], over))
         if other:
-            found.append((record, over, other / record["median_us"]))
-    return found
+            speedups.append((record, over, other / record["median_us"]))
+    return speedups
 
 
 def split(records: Sequence[Timing]) -> Iterator[tuple[str, str, str, list[Timing]]]:

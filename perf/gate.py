@@ -60,14 +60,13 @@ def expected(point: Point, inputs: Inputs) -> dict[str, torch.Tensor]:
     return outputs(point, candidate("fp64", point, forward, exact), exact)
 
 
-def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """Returns, for each output, ||found - wanted|| / ||wanted||, and the worst element's error over the largest
-    wanted value."""
+def errors(results: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Returns, for each output, ||result - exact|| / ||exact||, and the worst element's error over the largest exact
+    value."""
     measured = {}
-    for name, exact in wanted.items():
-        reference = exact.detach()
-        difference = found[name].detach().double() - reference
-        norm = max(float(reference.norm()), 1e-300)
+    for name, reference in exact.items():
+        difference = results[name].detach().double() - reference.detach()
+        norm = max(float(reference.detach().norm()), 1e-300)
         largest = max(float(reference.abs().max()), 1e-300)
         measured[name] = (float(difference.norm()) / norm, float(difference.abs().max()) / largest)
     return measured

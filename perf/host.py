@@ -109,13 +109,13 @@ def _operators(name: str, x: Tensor, weights: Tensor, dy: Tensor) -> Iterator[Ca
     weight, bias = (*weights, None)[:2]
     spec = RowSpec(SHAPE[1], 1e-5, 0.0, name == "layer_norm")
     tensors = RowTensors(x, None, weight, bias)
-    wanted = Wanted(x.dtype, None, x.dtype, None if bias is None else x.dtype)
+    gradients = Wanted(x.dtype, None, x.dtype, None if bias is None else x.dtype)
 
     def both() -> None:
         with torch.no_grad():
             _, _, statistics = operator.forward_op(operator.ForwardCall(tensors, True, spec))
             read = RowBackwardTensors(dy, None, x, weight, statistics)
-            operator.backward_op(operator.BackwardCall(read, wanted, spec))
+            operator.backward_op(operator.BackwardCall(read, gradients, spec))
 
     yield Case(
         f"{name} operator forward",

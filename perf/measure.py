@@ -153,12 +153,12 @@ def _input_sets(point: Point, device: str) -> list[Inputs]:
 
 
 def _record(point: Point, contender: Contender, status: str, message: str) -> Timing:
-    about = {"contender": contender.name, "status": status, "message": message}
-    return made(Timing, point.describe(), about)
+    outcome = {"contender": contender.name, "status": status, "message": message}
+    return made(Timing, point.describe(), outcome)
 
 
 def _admit(
-    contender: Contender, point: Point, sets: Sequence[Inputs], wanted: dict[str, torch.Tensor], timer: Timer
+    contender: Contender, point: Point, sets: Sequence[Inputs], exact: dict[str, torch.Tensor], timer: Timer
 ) -> tuple[Timing, list[Candidate]]:
     """Builds a contender's calls, one for each set of inputs, and holds the first one's results against fp64."""
     record = _record(point, contender, "ok", "")
@@ -168,7 +168,7 @@ def _admit(
         calls = [candidate(contender.name, point, f, i) for f, i in zip(forwards, sets, strict=True) if f]
         if not calls:
             return record | {"status": "unsupported", "message": "the contender has no such op"}, []
-        measured = errors(outputs(point, calls[0], sets[0]), wanted)
+        measured = errors(outputs(point, calls[0], sets[0]), exact)
         timer.synchronize()
     except Exception as error:
         return record | {"status": "error", "message": in_a_line(error)}, []
@@ -193,9 +193,9 @@ def measure_point(point: Point, contenders: Sequence[Contender], timer: Timer, s
     """Returns one record for each contender: timed, or with the reason why not."""
     try:
         sets = _input_sets(point, timer.device)
-        wanted = expected(point, sets[0])
-        admitted = [_admit(contender, point, sets, wanted, timer) for contender in contenders]
-        del wanted
+        exact = expected(point, sets[0])
+        admitted = [_admit(contender, point, sets, exact, timer) for contender in contenders]
+        del exact
         entries = [calls for _, calls in admitted if calls]
         timings = iter(time_interleaved(entries, timer, seconds) if entries else [])
     except Exception as error:

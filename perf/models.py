@@ -131,8 +131,8 @@ class Trained:
         if autocast:
             within = torch.autocast(torch.device(self.device).type, DTYPES[self.model.dtype])
         with within:
-            found: torch.Tensor = getattr(module(**{self.model.takes: x}), self.model.gives)
-        return found
+            result: torch.Tensor = getattr(module(**{self.model.takes: x}), self.model.gives)
+        return result
 
     def results(self, module: nn.Module, double: bool = False) -> dict[str, torch.Tensor]:
         """Returns the output, and the gradients of all parameters, laid end to end."""
@@ -205,16 +205,17 @@ BASES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def _distances(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
+def _distances(results: dict[str, torch.Tensor], exact_results: dict[str, torch.Tensor]) -> dict[str, float]:
     return {
-        name: float((found[name] - exact).norm() / exact.norm().clamp_min(1e-300)) for name, exact in wanted.items()
+        name: float((results[name] - exact).norm() / exact.norm().clamp_min(1e-300))
+        for name, exact in exact_results.items()
     }
 
 
-def verdict(found: dict[str, float], torchs: dict[str, float], tolerance: float) -> str:
+def verdict(distances: dict[str, float], distances_of_torch: dict[str, float], tolerance: float) -> str:
     """Returns the first result outside the tolerance in words, or an empty string. Rounding adds up over layers."""
-    for name, distance in found.items():
-        allowed = WORSE_THAN_TORCH * torchs[name] + tolerance
+    for name, distance in distances.items():
+        allowed = WORSE_THAN_TORCH * distances_of_torch[name] + tolerance
         if not distance <= allowed:
             return f"{name} is off by {distance:.2e}, {allowed:.2e} is allowed"
     return ""
@@ -225,14 +226,14 @@ def _step(model: Model, contender: str, **fields: Any) -> Step:
 
 
 def _admitted(trained: Trained, names: Sequence[str]) -> Iterator[tuple[Step, nn.Module | None]]:
-    wanted = trained.exact()
-    torchs = _distances(trained.results(copy.deepcopy(trained.module)), wanted)
+    exact = trained.exact()
+    torchs = _distances(trained.results(copy.deepcopy(trained.module)), exact)
     for name in names:
         record = _step(trained.model, name, norms=trained.norms)
         try:
             module = WAYS[name].adapt(copy.deepcopy(trained.module))
             with WAYS[name].scope():
-                distances = _distances(trained.results(module), wanted)
+                distances = _distances(trained.results(module), exact)
         except Exception as error:
             yield record | {"status": "error", "message": in_a_line(error)}, None
             continue
@@ -256,12 +257,12 @@ def measure_step(model: Model, contenders: Collection[str], timer: Timer, second
         modules |= {base: BASES[base](copy.deepcopy(trained.module)) for base in bases}
         calls += [[trained.candidate(base, modules[base])] for base in bases]
         timings = time_interleaved(calls, timer, seconds, backlog=False) if calls else []
-        found = dict(zip(modules, timings, strict=True))
+        spreads = dict(zip(modules, timings, strict=True))
     except Exception as error:
         message = in_a_line(error)
         records = [_step(model, name, status="error", message=message) for name in names]
     else:
-        records = [made(Step, record, _per_step(record, found)) for record, _ in admitted]
+        records = [made(Step, record, _per_step(record, spreads)) for record, _ in admitted]
     try:
         timer.synchronize()
     except Exception as error:
@@ -269,10 +270,10 @@ def measure_step(model: Model, contenders: Collection[str], timer: Timer, second
     return records
 
 
-def _per_step(record: Step, found: dict[str, Spread]) -> dict[str, Any]:
-    timing = found.get(record["contender"])
+def _per_step(record: Step, spreads: dict[str, Spread]) -> dict[str, Any]:
+    timing = spreads.get(record["contender"])
     if timing is None:
         return {}
     base = WAYS[record["contender"]].base
     each = {name: us / STEPS for name, us in timing.items() if name.endswith("_us") and isinstance(us, float)}
-    return {**each, "repetitions": timing["repetitions"], "without_norms_us": found[base]["median_us"] / STEPS}
+    return {**each, "repetitions": timing["repetitions"], "without_norms_us": spreads[base]["median_us"] / STEPS}

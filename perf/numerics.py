@@ -68,13 +68,13 @@ def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return info.eps * torch.exp2(torch.floor(torch.log2(values.abs().clamp_min(info.smallest_normal))))
 
 
-def error(found: torch.Tensor, exact: torch.Tensor) -> float | None:
+def error(rows: torch.Tensor, exact: torch.Tensor) -> float | None:
     """Returns the largest error in ulp; None where a result is not finite."""
-    found = found.cpu()
-    if not found.isfinite().all():
+    rows = rows.cpu()
+    if not rows.isfinite().all():
         return None
-    steps = ulp(exact.abs().amax(1, keepdim=True), found.dtype)
-    return float(((found.double() - exact).abs() / steps).max())
+    steps = ulp(exact.abs().amax(1, keepdim=True), rows.dtype)
+    return float(((rows.double() - exact).abs() / steps).max())
 
 
 def _workload(family: str, n: int) -> Workload:
@@ -153,11 +153,18 @@ def records() -> Iterator[Numerics]:
             for data in DATA:
                 for columns in COLUMNS:
                     point = Point(op, "backward", dtype, _workload(FAMILY[op], columns))
-                    about = {"op": op, "dtype": dtype, "data": data, "columns": columns, "status": "ok", "message": ""}
+                    identity = {
+                        "op": op,
+                        "dtype": dtype,
+                        "data": data,
+                        "columns": columns,
+                        "status": "ok",
+                        "message": "",
+                    }
                     try:
-                        yield made(Numerics, about, measure(point, data, columns))
+                        yield made(Numerics, identity, measure(point, data, columns))
                     except Exception as error:
-                        yield made(Numerics, about, {"status": "error", "message": in_a_line(error)})
+                        yield made(Numerics, identity, {"status": "error", "message": in_a_line(error)})
 
 
 def line(record: Numerics) -> str:

@@ -30,11 +30,11 @@ def several(known: Sequence[str], short: dict[str, str] | None = None) -> Callab
     by_name = {name: name for name in known} | (short or {})
 
     def names(text: str) -> tuple[str, ...]:
-        found = tuple(by_name.get(name.strip(), "") for name in text.split(","))
-        if not all(found):
+        chosen = tuple(by_name.get(name.strip(), "") for name in text.split(","))
+        if not all(chosen):
             listed = ", ".join(dict.fromkeys((*(short or {}), *known)))
             raise argparse.ArgumentTypeError(f"{text!r}: choose from {listed}")
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(chosen))
 
     return names
 
@@ -85,29 +85,29 @@ def choose_inspected(part: argparse.ArgumentParser, compiled: bool) -> None:
         part.add_argument("--every-config", action="store_true", help="all that a search would try, not the first")
 
 
-def is_quick(given: argparse.Namespace) -> bool:
-    return bool(given.shapes == "quick")
+def is_quick(args: argparse.Namespace) -> bool:
+    return bool(args.shapes == "quick")
 
 
-def modes_of(given: argparse.Namespace) -> tuple[str, ...]:
+def modes_of(args: argparse.Namespace) -> tuple[str, ...]:
     """Returns the modes that were chosen, or else each pass and the models' steps, and for all shapes both in one."""
-    if given.mode is not None:
-        return tuple(given.mode)
-    return (*(MODES if is_quick(given) else PASSES), STEP)
+    if args.mode is not None:
+        return tuple(args.mode)
+    return (*(MODES if is_quick(args) else PASSES), STEP)
 
 
-def inspected_of(given: argparse.Namespace, inspected: Callable[[bool], list[Point]]) -> list[Point]:
+def inspected_of(args: argparse.Namespace, inspected: Callable[[bool], list[Point]]) -> list[Point]:
     """Returns points to be counted or compiled: of `inspected`'s own shapes, few or all, or of a file's."""
-    modes = MODES if given.mode is None else given.mode
-    if isinstance(given.shapes, str):
-        found = [
+    modes = MODES if args.mode is None else args.mode
+    if isinstance(args.shapes, str):
+        points = [
             point
-            for point in inspected(given.shapes == "full")
-            if point.op in given.op and point.mode in modes and point.dtype in given.dtype
+            for point in inspected(args.shapes == "full")
+            if point.op in args.op and point.mode in modes and point.dtype in args.dtype
         ]
     else:
-        found = workloads.points(given.dtype, False, given.op, [m for m in modes if m in MODES], given.shapes)
-    return found[: given.points]
+        points = workloads.points(args.dtype, False, args.op, [m for m in modes if m in MODES], args.shapes)
+    return points[: args.points]
 
 
 def contenders_of(text: str) -> tuple[str, ...]:
@@ -121,23 +121,23 @@ def contenders_of(text: str) -> tuple[str, ...]:
         raise Refused(f"--contenders {error}") from error
 
 
-def points_of(given: argparse.Namespace) -> list[Point]:
-    modes = [mode for mode in modes_of(given) if mode != STEP]
-    chosen = None if isinstance(given.shapes, str) else given.shapes
-    return workloads.points(given.dtype, is_quick(given), given.op, modes, chosen)
+def points_of(args: argparse.Namespace) -> list[Point]:
+    modes = [mode for mode in modes_of(args) if mode != STEP]
+    chosen = None if isinstance(args.shapes, str) else args.shapes
+    return workloads.points(args.dtype, is_quick(args), args.op, modes, chosen)
 
 
-def plan_of(given: argparse.Namespace) -> Plan:
+def plan_of(args: argparse.Namespace) -> Plan:
     from perf import models
     from perf.sweep import Plan
 
-    steps, quick = STEP in modes_of(given), is_quick(given)
+    steps, quick = STEP in modes_of(args), is_quick(args)
     limit = QUICK_SECONDS if quick else math.inf
     return Plan(
-        points_of(given),
-        [model for model in models.MODELS if steps and set(model.ops) & set(given.op)],
-        contenders_of(given.contenders) if given.contenders else None,
+        points_of(args),
+        [model for model in models.MODELS if steps and set(model.ops) & set(args.op)],
+        contenders_of(args.contenders) if args.contenders else None,
         quick,
-        limit if given.seconds is None else given.seconds,
-        given.tests,
+        limit if args.seconds is None else args.seconds,
+        args.tests,
     )

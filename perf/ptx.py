@@ -36,12 +36,12 @@ def _origins(ptx: str) -> dict[str, set[int]]:
 
 def _accesses(ptx: str) -> list[tuple[str, str, int]]:
     """Returns "load" or "store", the address's register and the width in bits of each instruction."""
-    found = [("load", register, 8 * int(size, 16)) for register, size in _COPY.findall(ptx)]
+    accesses = [("load", register, 8 * int(size, 16)) for register, size in _COPY.findall(ptx)]
     for kind, modifiers, operands in _ACCESS.findall(ptx):
         width, address = _WIDTH.search(modifiers), _ADDRESS.search(operands)
         assert width is not None and address is not None, operands
-        found.append(("load" if kind == "ld" else "store", address[1], int(width[1] or 1) * int(width[2])))
-    return found
+        accesses.append(("load" if kind == "ld" else "store", address[1], int(width[1] or 1) * int(width[2])))
+    return accesses
 
 
 def accesses(ptx: str, signature: Mapping[str, str]) -> Accesses:
@@ -53,15 +53,17 @@ def accesses(ptx: str, signature: Mapping[str, str]) -> Accesses:
     Args:
         signature: the types of the kernel's arguments in Triton's words, in order.
     """
-    given = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
-    pointers = {place: name.removesuffix("_ptr") for place, (name, kind) in enumerate(given) if kind.startswith("*")}
+    arguments = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
+    pointers = {
+        place: name.removesuffix("_ptr") for place, (name, kind) in enumerate(arguments) if kind.startswith("*")
+    }
     origins = _origins(ptx)
-    found: Accesses = {}
+    by_argument: Accesses = {}
     for kind, register, bits in _accesses(ptx):
         (name,) = [pointers[place] for place in origins.get(register, ()) if place in pointers] or [UNKNOWN]
-        widths = found.setdefault(name, {}).setdefault(kind, {})
+        widths = by_argument.setdefault(name, {}).setdefault(kind, {})
         widths[bits] = widths.get(bits, 0) + 1
-    return found
+    return by_argument
 
 
 def atomics(ptx: str) -> list[str]:

@@ -48,21 +48,21 @@ def store(files: Sequence[Path], folder: Path) -> None:
     Raises:
         Refused: for a file that is none, before anything is written.
     """
-    found: dict[str, list[str]] = {}
+    contents: dict[str, list[str]] = {}
     for file in files:
         results = read(file)
         facts = {name: value for name, value in results.run.items() if name not in ("records", "steps", "measuring")}
         if results.run["records"] or results.run["steps"]:
             timed = [dumped("timing", r) for r in results.run["records"]]
             timed += [dumped("step", r) for r in results.run["steps"]]
-            found[f"{_stem(results.run)}.jsonl"] = [dumped("facts", facts), *timed]
+            contents[f"{_stem(results.run)}.jsonl"] = [dumped("facts", facts), *timed]
         if results.traffic and results.resources:
             lines = [dumped("facts", {name: facts[name] for name in ("format", "environment")})]
             for kind in ("traffic", "resources", "numerics"):
                 lines += [dumped(kind, record) for record in getattr(results, kind)]
-            found[COUNTED] = lines
+            contents[COUNTED] = lines
     folder.mkdir(parents=True, exist_ok=True)
-    for name, lines in found.items():
+    for name, lines in contents.items():
         (folder / name).write_text("\n".join(lines) + "\n")
 
 
@@ -72,10 +72,10 @@ def _stem(run: Run) -> str:
 
 def load(folder: Path) -> tuple[list[Run], Results | None]:
     """Returns timed runs, the latest first, and the results that need no GPU."""
-    found = [read(path) for path in sorted(folder.glob("*.jsonl"))]
-    timed = [results.run for results in found if ok(results.run["records"])]
+    all_results = [read(path) for path in sorted(folder.glob("*.jsonl"))]
+    timed = [results.run for results in all_results if ok(results.run["records"])]
     timed.sort(key=lambda run: run["environment"]["date"], reverse=True)
-    return timed, next((results for results in found if results.numerics), None)
+    return timed, next((results for results in all_results if results.numerics), None)
 
 
 def write(folder: Path, readme: Path = README, numerics: Path = NUMERICS) -> Path:
@@ -136,20 +136,20 @@ def _timed(run: Run, where: str) -> str:
 
 
 def _share(records: Sequence[Timing], copy_gbps: float) -> str:
-    found = sorted(
+    shares = sorted(
         r["gbps"] / copy_gbps
         for r in ok(records)
         if r["contender"] == "triton_norm" and r["floor_bytes"] >= LARGE_BYTES
     )
-    return f"{found[0]:.0%} to {found[-1]:.0%}, {median(found):.0%}" if found else "·"
+    return f"{shares[0]:.0%} to {shares[-1]:.0%}, {median(shares):.0%}" if shares else "·"
 
 
 def _faster(records: Sequence[Timing], rival: str) -> str:
-    found = pairs(records, rival)
-    if not found:
+    compared = pairs(records, rival)
+    if not compared:
         return "·"
-    count = f"{len(found)}" if len(found) > 1 else layout_text(found[0][0])
-    return f"{geometric_mean([ratio for _, ratio in found]):.2f}× ({count})"
+    count = f"{len(compared)}" if len(compared) > 1 else layout_text(compared[0][0])
+    return f"{geometric_mean([ratio for _, ratio in compared]):.2f}× ({count})"
 
 
 def errors(counted: Results | None) -> str:

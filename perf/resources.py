@@ -93,11 +93,11 @@ def inspect(compiled: Sequence[Any], target: Target) -> list[Code]:
     """
     if target.gpu.backend == "cuda":
         cubins = [kernel.asm["cubin"] for kernel in compiled]
-        codes = assembly.disassemble(cubins, int(target.gpu.arch))
-        found = [assembly.nvidia(cubin, code) for cubin, code in zip(cubins, codes, strict=True)]
+        mnemonics = assembly.disassemble(cubins, int(target.gpu.arch))
+        codes = [assembly.nvidia(cubin, names) for cubin, names in zip(cubins, mnemonics, strict=True)]
     else:
-        found = [assembly.amd(kernel.asm["amdgcn"]) for kernel in compiled]
-    for record, kernel in zip(found, compiled, strict=True):
+        codes = [assembly.amd(kernel.asm["amdgcn"]) for kernel in compiled]
+    for record, kernel in zip(codes, compiled, strict=True):
         shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
         resident, limit = occupancy(target, record["registers"], shared, warps)
         record |= {"shared_bytes": shared, "warps": warps, "resident_warps": resident}
@@ -105,7 +105,7 @@ def inspect(compiled: Sequence[Any], target: Target) -> list[Code]:
         text = kernel.asm.get("ptx")
         record["accesses"] = ptx.accesses(text, kernel.src.signature) if text else {}
         record["atomics"] = ptx.atomics(text) if text else []
-    return found
+    return codes
 
 
 class CompileOnlyDriver:
@@ -198,17 +198,17 @@ def _some(points: Sequence[Point], target: Target, known: dict[str, Code], every
     Args:
         known: the code of kernels by their hashes; one kernel serves many shapes.
     """
-    about: list[tuple[dict[str, Any], Any]] = []
+    compiled_kernels: list[tuple[dict[str, Any], Any]] = []
     for point in points:
         described = {**point.describe(), "target": target.name}
         try:
             for launch, kernel in compile_point(point, target, every_config):
-                about.append(({**described, **launch.describe(), "status": "ok", "message": ""}, kernel))
+                compiled_kernels.append(({**described, **launch.describe(), "status": "ok", "message": ""}, kernel))
         except Exception as error:
             yield made(Resources, described, {"kernel": "", "status": "error", "message": in_a_line(error)})
-    new = {kernel.hash: kernel for _, kernel in about if kernel.hash not in known}
+    new = {kernel.hash: kernel for _, kernel in compiled_kernels if kernel.hash not in known}
     known |= dict(zip(new, inspect(list(new.values()), target), strict=True))
-    for description, kernel in about:
+    for description, kernel in compiled_kernels:
         yield made(Resources, description, known[kernel.hash])
 
 

@@ -160,11 +160,11 @@ def _causes(cases: Iterable[Case]) -> list[Cause]:
     for case in cases:
         by_cause.setdefault(case.cause, []).append(case)
     causes = []
-    for text, held in by_cause.items():
-        short = [case for case in held if case.badness is not None]
+    for text, cases_of_cause in by_cause.items():
+        short = [case for case in cases_of_cause if case.badness is not None]
         short.sort(key=lambda case: case.badness or 0.0, reverse=True)
         if short:
-            causes.append(Cause(text, short, len(held) if held[0].is_counted else 0))
+            causes.append(Cause(text, short, len(cases_of_cause) if cases_of_cause[0].is_counted else 0))
     return sorted(causes, key=lambda cause: cause.badness, reverse=True)
 
 
@@ -190,15 +190,15 @@ def is_short(record: Timing, copy_gbps: float | None) -> bool:
 
 def shortfalls(findings: Findings) -> dict[str, list[Cause]]:
     """Returns causes under titles, the worst first."""
-    found: dict[str, Iterable[Case]] = {}
+    by_title: dict[str, Iterable[Case]] = {}
     for run in findings.timed:
         where = f", {device_of(run)}, {run['environment'].get('date', '')}" if len(findings.timed) > 1 else ""
-        found |= {f"{title}{where}": check(run) for title, check in OF_A_RUN.items()}
-    found["The report"] = [Case(problem) for problem in findings.problems]
-    found["Exactness"] = _inexact(findings.numerics)
-    found["Bytes moved"] = _traffic(findings.traffic)
-    found["Machine code"] = _machine_code(findings.resources)
-    return {title: causes for title, cases in found.items() if (causes := _causes(cases))}
+        by_title |= {f"{title}{where}": check(run) for title, check in OF_A_RUN.items()}
+    by_title["The report"] = [Case(problem) for problem in findings.problems]
+    by_title["Exactness"] = _inexact(findings.numerics)
+    by_title["Bytes moved"] = _traffic(findings.traffic)
+    by_title["Machine code"] = _machine_code(findings.resources)
+    return {title: causes for title, cases in by_title.items() if (causes := _causes(cases))}
 
 
 def _run_itself(run: Run) -> Cases:

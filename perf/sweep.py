@@ -156,8 +156,8 @@ def _lost(task: Task, contenders: Sequence[Contender]) -> list[Any]:
 
 
 def _not_timed(task: Task, contenders: Sequence[Contender], status: str, message: str) -> list[Any]:
-    about = {**task.describe(), "status": status, "message": message}
-    return [{**about, "contender": contender.name} for contender in contenders]
+    outcome = {**task.describe(), "status": status, "message": message}
+    return [{**outcome, "contender": contender.name} for contender in contenders]
 
 
 def _line(records: Sequence[Mapping[str, Any]]) -> str:

@@ -132,12 +132,12 @@ class TrafficCounter(Observer):
     def synchronizes(self, addresses: Array, acquires: bool, releases: bool, program: Program) -> None:
         if not acquires or releases:
             return
-        asked = (int(addresses[0]), program)
-        if asked in self._asked:
+        access = (int(addresses[0]), program)
+        if access in self._asked:
             memory = self._memory_of("atomic", addresses.astype(np.int64))
             for way in WAYS["atomic"]:
                 self._move(memory, way, -addresses.size * memory.itemsize)
-        self._asked.add(asked)
+        self._asked.add(access)
 
     def _memory_of(self, kind: AccessKind, lanes: Array) -> Memory:
         low, high = int(lanes.min()), int(lanes.max())
@@ -167,9 +167,9 @@ def _groups(counter: TrafficCounter, tensors: dict[str, torch.Tensor]) -> dict[i
 
 
 def _tensors(inputs: Inputs, *results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = {name: tensor for result in results for name, tensor in result.items()}
-    found |= {name: tensor for name, tensor in vars(inputs).items() if tensor is not None}
-    return {name: found[name] for name in (*BULK, *PARAMETERS, *STATISTICS) if name in found}
+    tensors = {name: tensor for result in results for name, tensor in result.items()}
+    tensors |= {name: tensor for name, tensor in vars(inputs).items() if tensor is not None}
+    return {name: tensors[name] for name in (*BULK, *PARAMETERS, *STATISTICS) if name in tensors}
 
 
 def _figures(counter: TrafficCounter, groups: dict[int, str]) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _few_finalising_programs() -> Iterator[None]:
 def count(point: Point, gpu: Gpu = H100) -> Traffic:
     """Interprets one call, launched as on a GPU. Returns its bytes, and whether its results are right."""
     inputs = make_inputs(point, "cpu")
-    wanted = expected(point, inputs)
+    exact = expected(point, inputs)
     forward = bind(point, OPS, inputs)
     assert forward is not None
     counter = TrafficCounter()
@@ -243,12 +243,12 @@ def count(point: Point, gpu: Gpu = H100) -> Traffic:
         state = call.prepare()
         with observe(counter):
             result = call.run(state)
-    found = named(point, result, inputs)
+    computed = named(point, result, inputs)
     before = {} if state is None else named(replace(point, mode="forward"), state, inputs)
-    message = verdict(errors(found, wanted), TOLERANCE[point.dtype])
-    figures = _figures(counter, _groups(counter, _tensors(inputs, before, found)))
-    about = {"multiprocessors": gpu.multiprocessors, "status": "wrong" if message else "ok", "message": message}
-    return made(Traffic, point.describe(), about, figures)
+    message = verdict(errors(computed, exact), TOLERANCE[point.dtype])
+    figures = _figures(counter, _groups(counter, _tensors(inputs, before, computed)))
+    outcome = {"multiprocessors": gpu.multiprocessors, "status": "wrong" if message else "ok", "message": message}
+    return made(Traffic, point.describe(), outcome, figures)
 
 
 def records(points: Sequence[Point], gpu: Gpu = H100) -> Iterator[Traffic]:

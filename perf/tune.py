@@ -48,25 +48,25 @@ class TunedFile:
 
     def _read(self) -> Results:
         try:
-            found: Results = json.loads(self.path.read_text())["choices"]
-            for keys in found.values():
+            stored: Results = json.loads(self.path.read_text())["choices"]
+            for keys in stored.values():
                 for choice in keys.values():
                     config(**choice)
-            return found
+            return stored
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"{self.path} holds no choices that could be kept: {in_a_line(error)}"
             raise Refused(f"{reason}. Ask for a fresh file to replace it.") from error
 
-    def save(self, found: Results, tuner: Tuner) -> None:
-        """Writes the choices so far, with the environment in `found`; nothing before there is one."""
-        kept = {kernel: dict(keys) for kernel, keys in self._before.items()}
+    def save(self, results: Results, tuner: Tuner) -> None:
+        """Writes the choices so far, with the environment in `results`; nothing before there is one."""
+        merged = {kernel: dict(keys) for kernel, keys in self._before.items()}
         for kernel, key in tuner.trials:
-            kept.get(kernel, {}).pop(key, None)
+            merged.get(kernel, {}).pop(key, None)
         for (kernel, key), choice in tuner.choices.items():
-            kept.setdefault(kernel, {})[key] = choice.keywords
-        by_kernel = {kernel: keys for kernel, keys in kept.items() if keys}
+            merged.setdefault(kernel, {})[key] = choice.keywords
+        by_kernel = {kernel: keys for kernel, keys in merged.items() if keys}
         if by_kernel or self.path.exists():
-            _replace(self.path, {"environment": found["environment"], "choices": by_kernel}, sort_keys=True)
+            _replace(self.path, {"environment": results["environment"], "choices": by_kernel}, sort_keys=True)
 
 
 def _device(timer: Timer | None) -> tuple[Timer, str]:

@@ -81,8 +81,8 @@ class Trial:
         configs = []
         for config in self.space.configs:
             status, message = self.failures.get(config, ("ok", "") if self.times else ("not timed", ""))
-            about = {"config": config.keywords, "ratio": ratios.get(config), "status": status, "message": message}
-            configs.append(about)
+            outcome = {"config": config.keywords, "ratio": ratios.get(config), "status": status, "message": message}
+            configs.append(outcome)
         return {
             "kernel": self.space.kernel,
             "key": self.space.key,
@@ -107,13 +107,13 @@ class Launch:
         constants: Mapping[str, Any],
         used: Config,
     ) -> None:
-        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        by_name = dict(zip(kernel.arg_names, arguments, strict=False))
         for name in launch.MOVED:
-            if given.get(name) is not None:
-                given[name] = given[name].clone()
+            if by_name.get(name) is not None:
+                by_name[name] = by_name[name].clone()
         self.used = used
         self._kernel, self._n_programs, self._constants = kernel, n_programs, constants
-        self._arguments, self._sync = list(given.values()), given.get("sync_ptr")
+        self._arguments, self._sync = list(by_name.values()), by_name.get("sync_ptr")
 
     def zero(self) -> None:
         """Zeroes the memory that the kernel expects zeros in."""
@@ -148,8 +148,8 @@ class Tuner:
 
     @property
     def choices(self) -> dict[Key, Config]:
-        found = ((key, trial.choice) for key, trial in self.trials.items())
-        return {key: choice for key, choice in found if choice is not None}
+        chosen = ((key, trial.choice) for key, trial in self.trials.items())
+        return {key: choice for key, choice in chosen if choice is not None}
 
     def _search(
         self,
@@ -189,19 +189,19 @@ class Tuner:
         each."""
         self._point, self._launches = point, {}
         inputs = make_inputs(point, self._timer.device)
-        wanted = expected(point, inputs)
+        exact = expected(point, inputs)
         choose_only(self._gpu, {})
         outputs(point, self._call(point, inputs), inputs)
         self._timer.synchronize()
         launches = self._launches
-        about = point.op, point.dtype, point.workload
-        new = [key for key in launches if (*about, *key) not in self._timed]
+        call = point.op, point.dtype, point.workload
+        new = [key for key in launches if (*call, *key) not in self._timed]
         times = {key: self._time(key, launches[key]) for key in new}
-        self._check_each(point, inputs, wanted, {key: made.used for key, made in launches.items()}, times)
+        self._check_each(point, inputs, exact, {key: made.used for key, made in launches.items()}, times)
         self.keys[point] = list(launches)
         for key in new:
             self.trials[key].times[str(point)] = times[key]
-            self._timed.add((*about, *key))
+            self._timed.add((*call, *key))
             yield self._line(key, times[key])
 
     def _call(self, point: Point, inputs: Inputs) -> Candidate:
@@ -219,15 +219,15 @@ class Tuner:
         made.zero()
         return {config: timing["median_us"] for config, timing in zip(able, timings, strict=True)}
 
-    def check(self, point: Point, inputs: Inputs, wanted: dict[str, torch.Tensor], choices: Choices) -> str:
+    def check(self, point: Point, inputs: Inputs, exact: dict[str, torch.Tensor], choices: Choices) -> str:
         """Returns why the point's results are wrong with these choices, or an empty string. Memory that a
         kernel leaves unwritten is NaN, not the results of an earlier call."""
         choose_only(self._gpu, choices)
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(True)  # fills new memory
         try:
-            found = outputs(point, self._call(point, inputs), inputs)
-            return verdict(errors(found, wanted), TOLERANCE[point.dtype])
+            computed = outputs(point, self._call(point, inputs), inputs)
+            return verdict(errors(computed, exact), TOLERANCE[point.dtype])
         except Exception as error:
             self._timer.synchronize()
             return in_a_line(error)
@@ -238,14 +238,14 @@ class Tuner:
         self,
         point: Point,
         inputs: Inputs,
-        wanted: dict[str, torch.Tensor],
+        exact: dict[str, torch.Tensor],
         used: dict[Key, Config],
         times: dict[Key, dict[Config, float]],
     ) -> None:
         """Puts each config that was timed in its place in a call that is right, so that the blame is its own."""
-        right, message = used, self.check(point, inputs, wanted, used)
+        right, message = used, self.check(point, inputs, exact, used)
         if message:
-            blamed = self._to_blame(point, inputs, wanted, used)
+            blamed = self._to_blame(point, inputs, exact, used)
             if blamed is None:
                 self._leave_out(f"{point} is wrong with every config: {message}")
                 raise RuntimeError(f"wrong with every config: {message}")
@@ -255,17 +255,17 @@ class Tuner:
         for key, timed in times.items():
             for config in timed:
                 if config != right[key] and config in self.trials[key].working:
-                    message = self.check(point, inputs, wanted, {**right, key: config})
+                    message = self.check(point, inputs, exact, {**right, key: config})
                     if message:
                         self.trials[key].fail(config, "wrong", f"{point}: {message}")
 
     def _to_blame(
-        self, point: Point, inputs: Inputs, wanted: dict[str, torch.Tensor], used: dict[Key, Config]
+        self, point: Point, inputs: Inputs, exact: dict[str, torch.Tensor], used: dict[Key, Config]
     ) -> tuple[Key, Config] | None:
         """Returns the one key whose config makes a call wrong, and another one that makes it right."""
         for key in used:
             for config in self.trials[key].working:
-                if config != used[key] and not self.check(point, inputs, wanted, {**used, key: config}):
+                if config != used[key] and not self.check(point, inputs, exact, {**used, key: config}):
                     return key, config
         return None
 

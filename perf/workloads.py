@@ -181,7 +181,7 @@ def points(
     Args:
         chosen: workloads, instead of the `quick` ones or all.
     """
-    found = [
+    points_to_time = [
         Point(op, mode, dtype, workload)
         for workload in (WORKLOADS if chosen is None else chosen)
         for op in ops
@@ -189,7 +189,7 @@ def points(
         for mode in modes
         for dtype in dtypes
     ]
-    return sorted(found, key=lambda point: (not point.workload.landmark, point.declared.training is False))
+    return sorted(points_to_time, key=lambda point: (not point.workload.landmark, point.declared.training is False))
 
 
 # The row lengths at which the bars for bytes and machine code hold, and the fewest rows that they are stated for.

@@ -27,8 +27,8 @@ def errors(numerics: Sequence[Numerics]) -> Figure:
     panels = [(op, output) for op in dict.fromkeys(r["op"] for r in numerics) for output in OUTPUTS]
     rows = list(dict.fromkeys((r["data"], r["dtype"]) for r in numerics))
     rows.sort(key=lambda row: list(dict.fromkeys(r["data"] for r in numerics)).index(row[0]))
-    found = [ulps_of(r, output)[who] for r in ok(numerics) for output in OUTPUTS for who in WHO]
-    top = max([ulps for ulps in found if ulps] + [2.0]) * 3
+    all_ulps = [ulps_of(r, output)[who] for r in ok(numerics) for output in OUTPUTS for who in WHO]
+    top = max([ulps for ulps in all_ulps if ulps] + [2.0]) * 3
     lines = len(panels) // len(OUTPUTS)
     figure = sheet(lines * (ROW_INCHES * len(rows) + 0.7) + 0.4)
     axes = figure.subplots(lines, len(OUTPUTS), squeeze=False)

@@ -21,22 +21,22 @@ def over_rivals(records: Sequence[Timing]) -> Figure:
     """Draws geometric means: a panel for each pass, a group of bars for each op, a bar for each rival."""
     rivals = [who for who in in_order(r["contender"] for r in ok(records)) if not who.startswith(OURS)]
     styles = styles_of(rivals)
-    found = {
+    ratios_of = {
         (op, mode, rival): ratios
         for op in TITLE
         for mode in PASSES
         for rival in rivals
         if (ratios := speedups([r for r in records if (r["op"], r["mode"]) == (op, mode)], rival))
     }
-    ops, modes = ([each for each in known if any(each in key for key in found)] for known in (TITLE, PASSES))
+    ops, modes = ([each for each in known if any(each in key for key in ratios_of)] for known in (TITLE, PASSES))
     figure = sheet(0.9 + max(len(ops), 1) * (0.2 * len(rivals) + 0.15))
     axes = figure.subplots(1, max(len(modes), 1), squeeze=False, sharey=True, sharex=True)
     for ax, mode in zip(axes.flat, modes, strict=False):
         panel(ax, MODE_TITLE[mode], "x")
         for number, rival in enumerate(rivals):
             for line, op in enumerate(ops):
-                if (op, mode, rival) in found:
-                    ratios = found[op, mode, rival]
+                if (op, mode, rival) in ratios_of:
+                    ratios = ratios_of[op, mode, rival]
                     y, mean = line + 0.8 * ((number + 0.5) / len(rivals) - 0.5), geometric_mean(ratios)
                     colour = styles[rival].colour
                     ax.barh(y, mean - 1, left=1, height=0.7 / len(rivals), color=colour, label=f"over {rival}")
@@ -45,7 +45,7 @@ def over_rivals(records: Sequence[Timing]) -> Figure:
         ax.axvline(1, color=INK, linewidth=1.1, linestyle=DASHED)
         ax.set_yticks(range(len(ops)), [TITLE[op] for op in ops])
         ax.set_ylim(max(len(ops), 1) - 0.5, -0.5)
-        means = [geometric_mean(ratios) for ratios in found.values()]
+        means = [geometric_mean(ratios) for ratios in ratios_of.values()]
         ax.set_xscale("log")
         ax.set_xlim(min([0.8, *means]) * 0.95, max([1.5, *means]) * 1.45)
         ax.set_xticks([tick for tick in TICKS if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]])

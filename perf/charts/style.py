@@ -51,8 +51,8 @@ def styles_of(names: Sequence[str]) -> dict[str, Style]:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Returns each name once, those that have a style of their own first, in the styles' order."""
-    found = list(dict.fromkeys(names))
-    return sorted(found, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES))
+    distinct = list(dict.fromkeys(names))
+    return sorted(distinct, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES))
 
 
 def sheet(height_inches: float) -> Figure:

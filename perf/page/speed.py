@@ -87,9 +87,9 @@ def _means_table(run: Run) -> Table:
         for who in in_order(r["contender"] for r in records):
             ratios = speedups(records, "torch", who)
             if ratios and who != "torch":
-                about = {"op": TITLE[op], "pass": MODE_TITLE[mode], "dtype": dtype, "contender": who}
+                identity = {"op": TITLE[op], "pass": MODE_TITLE[mode], "dtype": dtype, "contender": who}
                 means = {"geometric mean": geometric_mean(ratios), "least": min(ratios), "most": max(ratios)}
-                rows.append(about | means | {"points": len(ratios)})
+                rows.append(identity | means | {"points": len(ratios)})
     return table_of(rows, words=4)
 
 
@@ -139,8 +139,8 @@ def speed_bars(run: Run) -> list[Block]:
         cells = []
         for mode in PASSES:
             mine = [r for r in records if (r["op"], r["mode"]) == (op, mode)]
-            found = [(who, ratios) for who in rivals if (ratios := speedups(mine, who))]
-            means = [(who, geometric_mean(ratios), len(ratios)) for who, ratios in found]
+            ratios_over = [(who, ratios) for who in rivals if (ratios := speedups(mine, who))]
+            means = [(who, geometric_mean(ratios), len(ratios)) for who, ratios in ratios_over]
             cells.append([Bar([(mean, colours[who])], f"{mean:.2f}× ({count})") for who, mean, count in means])
         rows.append((TITLE[op], cells))
     used = [place for place in range(len(PASSES)) if any(cells[place] for _, cells in rows)]

@@ -71,12 +71,12 @@ def exactness(findings: Findings) -> list[Block]:
         return []
 
     def row(r: Numerics) -> dict[str, Any]:
-        about = {"op": TITLE[r["op"]], "dtype": r["dtype"], "x": r["data"], "columns": str(r["columns"])}
+        identity = {"op": TITLE[r["op"]], "dtype": r["dtype"], "x": r["data"], "columns": str(r["columns"])}
         for output in OUTPUTS:
             for who, ulps in ulps_of(r, output).items():
                 worse = who == OURS and is_worse(ulps_of(r, output))
-                about[f"{output}: {who}, ulp"] = Cell(ulps_text(ulps).removesuffix(" ulp"), worse)  # type: ignore[assignment]
-        return about
+                identity[f"{output}: {who}, ulp"] = Cell(ulps_text(ulps).removesuffix(" ulp"), worse)  # type: ignore[assignment]
+        return identity
 
     blocks: list[Block] = [Paragraph(EXACTNESS_NOTE)]
     blocks += picture(findings, "the errors", partial(charts.errors, findings.numerics), ERRORS_CAPTION)
@@ -98,12 +98,12 @@ def part_bytes(record: Traffic, part: str) -> int:
 
 def traffic_bars(records: Sequence[Traffic], title: str, note: str) -> list[Block]:
     """Returns a row for each op and input, and a bar for each pass, made up of the parts."""
-    found: dict[str, dict[str, Traffic]] = {}
+    by_input: dict[str, dict[str, Traffic]] = {}
     for r in ok(records):
         text = f"{TITLE[r['op']]} {layout_text(r) if r['op'].startswith('batch') else r['shape'][-1]} {r['dtype']}"
-        found.setdefault(text, {})[r["mode"]] = r
+        by_input.setdefault(text, {})[r["mode"]] = r
     rows = []
-    for text, by_mode in found.items():
+    for text, by_mode in by_input.items():
         cells: list[list[Bar]] = []
         for mode in MODES:
             if mode in by_mode:
@@ -193,11 +193,11 @@ def machine_code(findings: Findings) -> list[Block]:
 def _by_target(compiled: Sequence[Resources]) -> Table:
     """Returns a row for each kernel of an op, pass and shape, and a column for each GPU."""
     targets = sorted({r["target"] for r in compiled}, key=lambda name: (not name.startswith("sm"), len(name), name))
-    found: dict[tuple[str, ...], dict[str, Resources]] = {}
+    by_kernel: dict[tuple[str, ...], dict[str, Resources]] = {}
     for r in compiled:
         key = (TITLE[r["op"]], MODE_TITLE[r["mode"]], f"{layout_text(r)} {r['dtype']}", r["kernel"])
-        again = sum(r["target"] in mine for known, mine in found.items() if known[:4] == key)
-        found.setdefault((*key, ", again" * again), {})[r["target"]] = r
+        again = sum(r["target"] in mine for known, mine in by_kernel.items() if known[:4] == key)
+        by_kernel.setdefault((*key, ", again" * again), {})[r["target"]] = r
 
     def cell(r: Resources | None) -> Cell:
         if r is None:
@@ -212,6 +212,6 @@ def _by_target(compiled: Sequence[Resources]) -> Table:
     rows = [
         [Cell(op), Cell(mode), Cell(shape), Cell(kernel.removesuffix("_kernel") + again)]
         + [cell(by_target.get(target)) for target in targets]
-        for (op, mode, shape, kernel, again), by_target in found.items()
+        for (op, mode, shape, kernel, again), by_target in by_kernel.items()
     ]
     return Table(["op", "pass", "x", "kernel", *targets], rows, words=4)

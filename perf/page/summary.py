@@ -116,22 +116,26 @@ def _exactness_cards(records: Sequence[Numerics]) -> list[Card]:
 
 
 def _shortfall_cards(findings: Findings) -> list[Card]:
-    found = found_short(findings)
-    count = sum(map(len, found.values()))
-    titles = ", ".join(title.partition(",")[0] for title in list(found)[:3])
-    note = titles + (" and more" if len(found) > 3 else "") if found else "nothing that this report can see"
+    causes_by_title = found_short(findings)
+    count = sum(map(len, causes_by_title.values()))
+    titles = ", ".join(title.partition(",")[0] for title in list(causes_by_title)[:3])
+    note = (
+        titles + (" and more" if len(causes_by_title) > 3 else "")
+        if causes_by_title
+        else "nothing that this report can see"
+    )
     return [Card(SHORTFALLS, [(str(count), "cause, the worst first" if count == 1 else "causes, the worst first")],
                  note, SHORTFALLS)]  # fmt: skip
 
 
 def shortfalls(findings: Findings) -> list[Block]:
-    found = found_short(findings)
-    if not found:
+    causes_by_title = found_short(findings)
+    if not causes_by_title:
         return [Paragraph("Nothing that this report can see.")]
     blocks: list[Block] = [
         Paragraph("Held against the bars under Method, the worst first; a line opens to all inputs.", "soft")
     ]
-    for title, causes in found.items():
+    for title, causes in causes_by_title.items():
         items = [(cause.line, [case.line for case in cause.cases] if len(cause.cases) > 1 else []) for cause in causes]
         blocks += [Heading(f"{title}: {len(causes)}"), Bullets(items[:MOST_CAUSES])]
         if len(items) > MOST_CAUSES:
