@@ -64,9 +64,9 @@ def errors(results: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> 
     """Returns, for each output, ||result - exact|| / ||exact||, and the worst element's error over the largest exact
     value."""
     measured = {}
-    for name, reference in exact.items():
-        difference = results[name].detach().double() - reference.detach()
-        norm = max(float(reference.detach().norm()), 1e-300)
+    for name, reference in ((name, tensor.detach()) for name, tensor in exact.items()):
+        difference = results[name].detach().double() - reference
+        norm = max(float(reference.norm()), 1e-300)
         largest = max(float(reference.abs().max()), 1e-300)
         measured[name] = (float(difference.norm()) / norm, float(difference.abs().max()) / largest)
     return measured

@@ -33,7 +33,7 @@ ROWS = 6
 # Rows are groups or instances of this many samples.
 SAMPLES = 2
 # A channel's elements are spread over this many samples, and a group's over this many channels.
-SPREAD = 4
+SPREAD, GROUP_CHANNELS = 4, 2
 CONSTANTS = (0.1, 1e4 / 3, -7.7, 0.0, 1e-30, 1e4)
 
 
@@ -83,7 +83,7 @@ def _workload(family: str, n: int) -> Workload:
     shapes = {
         "rows": (ROWS, n),
         "channels": (SPREAD, ROWS, n // SPREAD),
-        "groups": (SAMPLES, ROWS // SAMPLES * SPREAD, n // SPREAD),
+        "groups": (SAMPLES, ROWS // SAMPLES * GROUP_CHANNELS, n // GROUP_CHANNELS),
         "instances": (SAMPLES, ROWS // SAMPLES, n),
     }
     return Workload(family, "numerics", shapes[family], "", num_groups=ROWS // SAMPLES)

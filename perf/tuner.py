@@ -194,14 +194,14 @@ class Tuner:
         outputs(point, self._call(point, inputs), inputs)
         self._timer.synchronize()
         launches = self._launches
-        call = point.op, point.dtype, point.workload
-        new = [key for key in launches if (*call, *key) not in self._timed]
+        measured_call = point.op, point.dtype, point.workload
+        new = [key for key in launches if (*measured_call, *key) not in self._timed]
         times = {key: self._time(key, launches[key]) for key in new}
         self._check_each(point, inputs, exact, {key: made.used for key, made in launches.items()}, times)
         self.keys[point] = list(launches)
         for key in new:
             self.trials[key].times[str(point)] = times[key]
-            self._timed.add((*call, *key))
+            self._timed.add((*measured_call, *key))
             yield self._line(key, times[key])
 
     def _call(self, point: Point, inputs: Inputs) -> Candidate:
