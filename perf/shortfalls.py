@@ -26,7 +26,7 @@ from perf.findings import (
     ulps_text,
     uncached,
 )
-from perf.ops import TITLE
+from perf.ops import FAMILY, TITLE
 from perf.points import MODE_TITLE
 from perf.records import Numerics, PointFields, Resources, Run, Timing, Traffic, ok
 
@@ -68,11 +68,14 @@ class Bar:
     two_launches: bool = False
 
     @property
+    def is_of_rows(self) -> bool:
+        return FAMILY[self.ops[0]] == "rows"
+
+    @property
     def text(self) -> str:
         low, high = self.columns
-        is_rows = self.ops[0] in ROWS + RESIDUAL
         parts = [f"{low:g} to {high:g} columns"] if high < inf else []
-        parts += [f"from {LEAST_ROW_ELEMENTS >> 20}M elements" if is_rows else f"above {LARGE_BYTES >> 20} MiB"]
+        parts += [f"from {LEAST_ROW_ELEMENTS >> 20}M elements" if self.is_of_rows else f"above {LARGE_BYTES >> 20} MiB"]
         parts += ["a channel fits in L2"] if self.fits else []
         parts += ["bytes of two launches"] if self.two_launches else []
         return ", ".join(parts)
@@ -80,7 +83,7 @@ class Bar:
     def is_about(self, record: Timing) -> bool:
         if record["op"] not in self.ops or record["mode"] != self.mode:
             return False
-        if record["op"].startswith("batch_norm"):
+        if not self.is_of_rows:
             return input_bytes(record) > LARGE_BYTES and (not self.fits or slab_bytes(record) <= CACHE_BYTES)
         low, high = self.columns
         return prod(record["shape"]) >= LEAST_ROW_ELEMENTS and low <= record["shape"][-1] <= high
@@ -103,8 +106,10 @@ BARS = (
     Bar(("batch_norm_eval",), "forward", 0.95),
     Bar(("batch_norm_eval",), "backward", 0.90),
 )
-MEANS = {("layer_norm", "backward", "bf16"): 2.0, ("batch_norm", "forward", "bf16"): 2.0} | {
-    ("batch_norm", "backward", "bf16"): 2.0
+MEANS = {
+    ("layer_norm", "backward", "bf16"): 2.0,
+    ("batch_norm", "forward", "bf16"): 2.0,
+    ("batch_norm", "backward", "bf16"): 2.0,
 }
 """The least geometric mean of speed-ups over torch eager."""
 

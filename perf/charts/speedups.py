@@ -17,17 +17,20 @@ from perf.records import Timing, ok
 TICKS = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 7, 10, 20, 50)
 
 
+def by_rival(records: Sequence[Timing]) -> tuple[list[str], dict[tuple[str, str, str], list[float]]]:
+    """Returns the rivals in their order, and the speed-ups by op, pass and rival where there are any."""
+    rivals = [who for who in in_order(r["contender"] for r in ok(records)) if not who.startswith(OURS)]
+    of_pass = {
+        (op, mode): [r for r in records if (r["op"], r["mode"]) == (op, mode)] for op in TITLE for mode in PASSES
+    }
+    ratios = {(*key, rival): speedups(mine, rival) for key, mine in of_pass.items() for rival in rivals}
+    return rivals, {key: each for key, each in ratios.items() if each}
+
+
 def over_rivals(records: Sequence[Timing]) -> Figure:
     """Draws geometric means: a panel for each pass, a group of bars for each op, a bar for each rival."""
-    rivals = [who for who in in_order(r["contender"] for r in ok(records)) if not who.startswith(OURS)]
+    rivals, ratios_of = by_rival(records)
     styles = styles_of(rivals)
-    ratios_of = {
-        (op, mode, rival): ratios
-        for op in TITLE
-        for mode in PASSES
-        for rival in rivals
-        if (ratios := speedups([r for r in records if (r["op"], r["mode"]) == (op, mode)], rival))
-    }
     ops, modes = ([each for each in known if any(each in key for key in ratios_of)] for known in (TITLE, PASSES))
     figure = sheet(0.9 + max(len(ops), 1) * (0.2 * len(rivals) + 0.15))
     axes = figure.subplots(1, max(len(modes), 1), squeeze=False, sharey=True, sharex=True)

@@ -131,29 +131,25 @@ def _status(record: Outcome) -> Cell:
 
 def speed_bars(run: Run) -> list[Block]:
     """Returns how many times as fast as each rival ours is, on the points that both were timed on."""
-    records = run["records"]
-    rivals = [who for who in in_order(r["contender"] for r in ok(records)) if not who.startswith(OURS)]
-    colours = {who: style.colour for who, style in styles_of(rivals).items()}
-    rows = []
-    for op in TITLE:
-        cells = []
-        for mode in PASSES:
-            mine = [r for r in records if (r["op"], r["mode"]) == (op, mode)]
-            ratios_over = [(who, ratios) for who in rivals if (ratios := speedups(mine, who))]
-            means = [(who, geometric_mean(ratios), len(ratios)) for who, ratios in ratios_over]
-            cells.append([Bar([(mean, colours[who])], f"{mean:.2f}× ({count})") for who, mean, count in means])
-        rows.append((TITLE[op], cells))
-    used = [place for place in range(len(PASSES)) if any(cells[place] for _, cells in rows)]
-    shown = [(name, [cells[place] for place in used]) for name, cells in rows if any(cells)]
-    if not shown:
+    rivals, ratios_of = charts.by_rival(run["records"])
+    if not ratios_of:
         return []
+    colours = {who: style.colour for who, style in styles_of(rivals).items()}
+    modes = [mode for mode in PASSES if any(mode in key for key in ratios_of)]
+
+    def bars(op: str, mode: str) -> list[Bar]:
+        ratios = {who: ratios_of[op, mode, who] for who in rivals if (op, mode, who) in ratios_of}
+        means = {who: geometric_mean(each) for who, each in ratios.items()}
+        return [Bar([(mean, colours[who])], f"{mean:.2f}× ({len(ratios[who])})") for who, mean in means.items()]
+
+    rows = [(TITLE[op], [bars(op, mode) for mode in modes]) for op in TITLE if any(op in key for key in ratios_of)]
     note = (
         "Geometric means of a rival's time over ours, each bar on the points that both were timed on; their number in "
         f"brackets. {device_of(run)}. Single points are under Speed."
     )
     legend = [(f"over {'torch eager' if who == 'torch' else who}", colour) for who, colour in colours.items()]
     title = "triton_norm: times as fast as each rival (dashed line: as fast)"
-    return [Bars(title, note, [MODE_TITLE[PASSES[place]] for place in used], shown, legend)]
+    return [Bars(title, note, [MODE_TITLE[mode] for mode in modes], rows, legend)]
 
 
 def steps(findings: Findings) -> list[Block]:

@@ -20,7 +20,7 @@ from perf.findings import (
     ulps_text,
     uncached,
 )
-from perf.ops import TITLE
+from perf.ops import FAMILY, TITLE
 from perf.page.blocks import Bar, Bars, Block, Bullets, Cell, Fold, Paragraph, Table, picture, table_of
 from perf.points import MODE_TITLE, MODES
 from perf.records import Numerics, Outcome, PointFields, Resources, Traffic, ok
@@ -100,7 +100,8 @@ def traffic_bars(records: Sequence[Traffic], title: str, note: str) -> list[Bloc
     """Returns a row for each op and input, and a bar for each pass, made up of the parts."""
     by_input: dict[str, dict[str, Traffic]] = {}
     for r in ok(records):
-        text = f"{TITLE[r['op']]} {layout_text(r) if r['op'].startswith('batch') else r['shape'][-1]} {r['dtype']}"
+        shape = f"{r['shape'][-1]}" if FAMILY[r["op"]] == "rows" else layout_text(r)
+        text = f"{TITLE[r['op']]} {shape} {r['dtype']}"
         by_input.setdefault(text, {})[r["mode"]] = r
     rows = []
     for text, by_mode in by_input.items():
