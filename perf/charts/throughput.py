@@ -37,7 +37,7 @@ def _mebibytes(record: Timing) -> float:
 AXES = {
     "columns": Axis("same number of elements, longer rows", "columns", lambda r: r["shape"][-1]),
     "models": Axis("hidden sizes of models", "columns", lambda r: r["shape"][-1]),
-    "heads": Axis("q and k of fused projections, strided", "rows × heads × columns", _mebibytes),
+    "heads": Axis("q and k of fused projections, strided", "tokens × heads × columns", _mebibytes),
     "tokens": Axis("more rows", "rows", lambda r: r["shape"][0]),
     "batch": Axis("growing batch of 256 × 28 × 28", "size of x, MiB", _mebibytes),
     "networks": Axis("layers of networks", "", _mebibytes),
