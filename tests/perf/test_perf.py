@@ -60,6 +60,13 @@ def records_of(*arguments):
         # x, residual, y, one bit an element, and what the backward needs of the statistics; then dresidual apart.
         ("batch_norm_add_relu", "forward", "bf16", (2, 3, 4, 4), 3 * 96 * 2 + 96 // 8 + 2 * 12 + 4 * 12 + 2 * 12),
         ("batch_norm_add_relu", "backward", "bf16", (2, 3, 4, 4), 4 * 96 * 2 + 96 // 8 + 3 * 12 + 2 * 12),
+        # x and y; weight and bias of x's type; statistics of 2 samples of 32 groups; the bias under an activation.
+        ("group_norm", "forward", "bf16", (2, 64, 4, 4), 2 * 2048 * 2 + 2 * 64 * 2),
+        ("group_norm", "backward", "bf16", (2, 64, 4, 4), 3 * 2048 * 2 + 3 * 64 * 2 + 2 * 64 * 4),
+        ("group_norm_silu", "backward", "bf16", (2, 64, 4, 4), 3 * 2048 * 2 + 4 * 64 * 2 + 2 * 64 * 4),
+        # fp32 weight and bias, no running statistics; one mean for each channel of a sample.
+        ("instance_norm", "forward", "bf16", (2, 64, 4, 4), 2 * 2048 * 2 + 2 * 64 * 4),
+        ("instance_norm", "backward", "bf16", (2, 64, 4, 4), 3 * 2048 * 2 + 3 * 64 * 4 + 2 * 128 * 4),
     ],
 )
 def test_floor(op, mode, dtype, shape, by_hand):
@@ -72,6 +79,8 @@ def test_floor(op, mode, dtype, shape, by_hand):
         ("batch_norm", 96 * 2, 2 * 96 * 2),
         ("batch_norm_add_relu", 96 * 2, 2 * 96 * 2 + 96 // 8),
         ("batch_norm_eval", 0, 0),
+        ("group_norm_silu", 96 * 2, 2 * 96 * 2),
+        ("instance_norm", 96 * 2, 2 * 96 * 2),
         ("layer_norm", 0, 0),
     ],
 )
@@ -185,6 +194,34 @@ def test_a_gradient_that_leaves_the_activation_out_fails_the_gate():
         point = Point("batch_norm_add_relu", mode, "fp32", IMAGES)
         (record,) = measure.measure_point(point, [wrong], FakeTimer(), seconds=0)
         assert record["status"] == status
+
+
+@pytest.mark.parametrize("op", ["group_norm", "group_norm_silu", "instance_norm"])
+@pytest.mark.parametrize(("mode", "outputs"), [("forward", {"y"}), ("backward", {"dx", "dweight", "dbias"})])
+def test_the_gate_knows_norms_of_samples(op, mode, outputs):
+    images = Workload(FAMILY[op], "", (2, 12, 5, 5), "", "channels_last", num_groups=3)
+    (record,) = measure.measure_point(Point(op, mode, "bf16", images), [TORCH], FakeTimer(), seconds=0)
+    assert record["status"] == "ok"
+    assert set(record["errors"]) == outputs
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_heads_are_views_of_wider_tokens(mode):
+    point = Point("rms_norm", mode, "bf16", Workload("rows", "heads", (6, 2, 8), "", STRIDED, heads=5))
+    inputs = calls.make_inputs(point, "cpu")
+    assert (inputs.x.shape, inputs.x.stride()) == ((6, 2, 8), (40, 8, 1))
+    assert inputs.bytes == 2 * (6 * 5 * 8 + 6 * 2 * 8 + 8)  # x with the other heads, dy and weight
+    assert point.floor_bytes == Point("rms_norm", mode, "bf16", Workload("rows", "", (12, 8), "")).floor_bytes
+    (record,) = measure.measure_point(point, [TORCH], FakeTimer(), seconds=0)
+    assert record["status"] == "ok"
+    assert record["layout"] == STRIDED
+
+
+def test_workloads_of_one_op_are_measured_with_no_other():
+    heads = [point for point in workloads.points(quick=False) if point.workload.layout == STRIDED]
+    assert {(point.op, point.workload.source) for point in heads} == {
+        (op, source) for source, (op, _, _) in workloads.HEADS.items()
+    }
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm_residual", "rms_norm_residual"])
