@@ -107,6 +107,7 @@ def everything(args: argparse.Namespace) -> int:
     from perf import report
 
     file = ResultsFile(args.out / RESULTS, environment.describe(), args.resume)
+    file.drop(STATIC)
     stored, findings = Findings({}), Findings(file.results.run["environment"])
     report.load(sorted(STORED.glob("*.jsonl")), stored)
     try:
@@ -117,8 +118,8 @@ def everything(args: argparse.Namespace) -> int:
         findings.interrupted = True
         say("interrupted: writing the report of what is done")
     static = read(file.path)
-    for kind in STATIC:  # a resumed file has those of the run before it, too
-        setattr(findings, kind, getattr(static, kind)[len(getattr(file.results, kind)) :])
+    for kind in STATIC:
+        setattr(findings, kind, getattr(static, kind))
     findings.timed += stored.timed
     findings.problems += stored.problems
     return _finish(findings, args.out)

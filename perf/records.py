@@ -8,7 +8,7 @@ later line of facts adds to an earlier one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
@@ -291,6 +291,13 @@ class ResultsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("")
             self.add("facts", {"format": FORMAT, "environment": environment})
+
+    def drop(self, kinds: Collection[str]) -> None:
+        """Removes the records of some kinds, which are to be made anew."""
+        lines = self.path.read_text().splitlines(keepends=True)
+        self.path.write_text("".join(line for line in lines if json.loads(line)["kind"] not in kinds))
+        for kind in kinds:
+            getattr(self.results, kind).clear()
 
     def add(self, kind: str, *records: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:

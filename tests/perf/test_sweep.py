@@ -104,6 +104,18 @@ def test_what_cannot_be_gone_on_with_is_an_error_and_stays(content, tmp_path):
     assert path.read_text() == content
 
 
+def test_records_to_be_made_anew_leave_the_file_and_timings_stay(tmp_path):
+    path = tmp_path / "results.jsonl"
+    run(path, POINTS[:1])
+    file = ResultsFile(path, environment.describe(), resume=True)
+    file.add("traffic", {"op": "layer_norm", "status": "ok", "message": ""})
+    before = read(path)
+    file.drop(("traffic", "numerics"))
+    assert before.traffic
+    assert (read(path).traffic, file.results.traffic) == ([], [])
+    assert read(path).run == before.run
+
+
 def test_half_a_line_that_a_process_has_left_is_not_read_and_replaced(tmp_path):
     path = tmp_path / "results.jsonl"
     first = run(path, POINTS[:1])
