@@ -153,7 +153,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.terminate()
         try:
             process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:  # an import can swallow what the signal raises
+        except subprocess.TimeoutExpired:  # an import can swallow the signal's exception
             process.kill()
             process.wait()
 

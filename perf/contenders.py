@@ -90,7 +90,7 @@ def _triton_norm_forced() -> Functions:
 
 
 def _by_default_policy(function: Function) -> Function:
-    """Returns the function as it is called where nobody asks for a backend: here, the kernels alone are asked for."""
+    """Returns the function as it is called by default: the suite itself forces the kernels."""
     import triton_norm
 
     def call(*arguments: Any) -> Any:

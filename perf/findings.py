@@ -73,7 +73,7 @@ def speedups(records: Sequence[Timing], over: str, of: str = OURS) -> list[float
 
 
 def step_speedups(steps: Sequence[Step]) -> list[tuple[Step, str, float]]:
-    """Returns steps with triton_norm, the contender that each is held against, and how many times as fast it is."""
+    """Returns steps with triton_norm, the contender that each is compared with, and how many times as fast it is."""
     times = {(r["model"], r["dtype"], r["contender"]): r["median_us"] for r in ok(steps)}
     speedups = []
     for record in ok(steps):

@@ -33,7 +33,7 @@ SHAPE = (8, 1024)
 IMAGES = (8, 64, 16, 16)
 # Batches, and calls in each: the shorter a batch, the more of them run undisturbed on a busy machine.
 BATCHES, CALLS = 300, 20
-# Calls before each batch, for the caches hold what the other cases left.
+# Calls before each batch: the caches have the other cases' data.
 WARMUPS = 5
 # Metadata and hooks among a launcher's arguments.
 METADATA_AND_HOOKS = slice(6, 9)

@@ -21,7 +21,7 @@ HOST_CALLS = 9
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 11, 101
 # Calls of a point take turns with this many sets of inputs, or as many as fit in this many bytes.
 INPUT_SETS, INPUT_BYTES = 3, 6 << 30
-# At most this many names of kernels are kept, and characters of each.
+# At most this many names of kernels are stored, and characters of each.
 MOST_KERNELS, KERNEL_NAME = 40, 160
 
 
@@ -178,7 +178,7 @@ def _admit(
 
 
 def _kernels(calls: Sequence[Candidate], timer: Timer) -> list[str]:
-    """Returns the names of a call's kernels. A profiler that fails, as beside another one, leaves no figure out."""
+    """Returns the names of a call's kernels. A profiler that fails, as while another one runs, leaves no figure out."""
     try:
         return timer.kernels(calls[0])
     except Exception as error:

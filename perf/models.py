@@ -198,7 +198,7 @@ WAYS = {
         lambda module: compiled(converted(module)), "compiled", lambda: triton_norm.backend("triton")
     ),
 }
-"""Names of contenders, and what they are."""
+"""Ways of training by the names of contenders."""
 BASES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "eager": without_norms,
     "compiled": lambda module: compiled(without_norms(module)),

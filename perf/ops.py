@@ -112,12 +112,12 @@ class Op:
     """Declares one op.
 
     Args:
-        family: "rows", "channels", "groups" or "instances": what a mean is taken over, and torch's arguments.
+        family: "rows", "channels", "groups" or "instances": the elements that share a mean, and torch's arguments.
         forward, backward: tensors that each pass moves. The forward's reads are the inputs. Tensors for the backward
             are saved in a forward that writes "bits", and in no other one that is timed alone.
         torch: returns torch's function from torch.nn.functional.
         triton_norm: returns this library's function from its package.
-        training: False for statistics that are given.
+        training: False where the statistics are inputs.
         quick: whether a workload belongs to a quick run.
         compiled: whether a quick run compiles the op on a landmark, from the landmark and the dtype.
     """
@@ -134,9 +134,9 @@ class Op:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Returns the tensors of a call, and the gradients that its backward is given."""
-        given = [f"d{name}" for name in self.forward.writes]
-        return (*self.forward.reads, *(name for name in self.backward.reads if name in given))
+        """Returns the names of a call's tensors, and of the gradients that its backward takes."""
+        gradients = [f"d{name}" for name in self.forward.writes]
+        return (*self.forward.reads, *(name for name in self.backward.reads if name in gradients))
 
     @property
     def leaves(self) -> tuple[str, ...]:

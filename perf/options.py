@@ -14,7 +14,7 @@ from perf.ops import OPS
 from perf.points import BOTH, ITEMSIZE, MODES, PASSES, Point, Workload
 from perf.records import Refused
 
-if TYPE_CHECKING:  # what it imports reads TRITON_INTERPRET, which a verb may set first
+if TYPE_CHECKING:  # its imports read TRITON_INTERPRET, which a verb may set first
     from perf.sweep import Plan
 
 STEP = "step"

@@ -1,5 +1,5 @@
-"""Writes the figures of the README and of docs/numerics.md, from the results that are stored beside this file, by
-command, with machine and date."""
+"""Writes the figures of the README and of docs/numerics.md, from the stored results, by command, with machine and
+date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records that the suite makes, and the files that they are kept in.
+"""Defines the records that the suite makes, and the files that store them.
 
 A results file has one JSON record a line, each with its kind: "facts" of a run, "timing", "step", "traffic",
 "resources" or "numerics". Records are appended as they are made, so an interrupted run can go on where it stopped. A

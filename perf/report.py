@@ -1,4 +1,4 @@
-"""Writes the page of results. It needs nothing beside itself, and no script to be read. Nothing here measures."""
+"""Writes the page of results. It needs no other file, and no script to be read. Nothing here measures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts what the kernels cost on GPUs that are not here: compiled exactly as they would be launched, and disassembled.
+"""Compiles the kernels exactly as they would be launched on other GPUs, disassembles them, and counts what they cost.
 
 The process must not have TRITON_INTERPRET=1 set. Nothing runs: the ops are called with CPU tensors, and the one
 function through which they launch is replaced by one that compiles.
@@ -32,7 +32,7 @@ OPS = triton_norm_functions()
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU, and what one of its multiprocessors (NVIDIA: SM, AMD: CU) can hold.
+    """Describes a GPU, and the capacity of each of its multiprocessors (NVIDIA: SM, AMD: CU).
 
     `cache`: bytes of L2, as the driver tells them: of an MI300X those of one XCD, which its programs share.
     """
@@ -129,7 +129,7 @@ class CompileOnlyDriver:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that a GPU would be asked for; on one not known yet, with the first of `space`'s configs."""
+    """Describes a launch on a GPU that is not known yet, with the first of `space`'s configs."""
 
     kernel: Any
     programs: int

@@ -1,4 +1,4 @@
-"""Results held against the bars that the design states: every cause for which some result falls short."""
+"""Compares results with the bars that the design states, and lists the causes for which some fall short."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ FEW_WARPS = 0.25
 NARROW_BITS = 64
 # Up to LARGE_BYTES this share of another's speed is as fast.
 LEVEL = 0.95
-# A share of the copy bandwidth is asked for rows from this many elements.
+# The bars for a share of the copy bandwidth are about rows from this many elements.
 LEAST_ROW_ELEMENTS = 1 << 26
-# The L2 that the bars were stated for, an H200's, and how many channels that lie side by side a program takes together.
+# The L2 that the bars were stated for, an H200's, and how many adjacent channels a program takes together.
 CACHE_BYTES = 50 << 20
 SLAB_CHANNELS = 32
 
@@ -115,14 +115,14 @@ MEANS = {
 
 
 class Case(NamedTuple):
-    """One result that is held against a bar.
+    """Describes one result that is compared with a bar.
 
     Args:
         cause: a text that cases of one cause have in common.
         figure: the result in words.
         where: the input.
         badness: orders cases; None of a result that meets the bar.
-        is_counted: the cause tells how many results were held against the bar.
+        is_counted: the cause tells how many results were compared with the bar.
     """
 
     cause: str
@@ -137,8 +137,8 @@ class Case(NamedTuple):
 
 
 class Cause(NamedTuple):
-    """A reason for which results fall short, with all of them, the worst first; `of`: how many were held against it, 0
-    where that isn't told."""
+    """A reason for which results fall short, with all of them, the worst first; `of`: how many were compared, 0 where
+    that isn't told."""
 
     text: str
     cases: list[Case]
@@ -320,7 +320,7 @@ def _machine_code(records: Sequence[Resources]) -> Cases:
 
 
 def _inexact(records: Sequence[Numerics]) -> Cases:
-    """Yields outputs held against torch's, and those that are far off as torch's are."""
+    """Yields outputs compared with torch's, and those that are far off as torch's are."""
     for r in records:
         if r["status"] != "ok":
             yield Case(f"{TITLE[r['op']]} {r['dtype']}: not computed", r["message"], r["data"], inf)

@@ -1,4 +1,4 @@
-"""Makes a timed run: the tests if asked for, then every point that the time allows, kept as it goes."""
+"""Makes a timed run: the tests, if chosen, then every point that the time allows. Each result is stored at once."""
 
 from __future__ import annotations
 

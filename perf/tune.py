@@ -29,7 +29,7 @@ MEASURING_SHARE = 0.9
 
 
 def _replace(path: Path, content: Results, sort_keys: bool) -> None:
-    """Writes a file that is whole at every moment, whoever else writes it: beside it, and renamed."""
+    """Writes another file and renames it, so that a reader finds a whole one at every moment."""
     partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
     try:
         partial.write_text(json.dumps(content, indent=1, sort_keys=sort_keys) + "\n")
@@ -39,7 +39,7 @@ def _replace(path: Path, content: Results, sort_keys: bool) -> None:
 
 
 class TunedFile:
-    """`tuned/<gpu>.json`. Choices of keys that are not reached stay, unless a `fresh` file is asked for."""
+    """`tuned/<gpu>.json`. Choices of keys that are not reached stay, except in a `fresh` file."""
 
     def __init__(self, path: Path, fresh: bool) -> None:
         self.path, self._before = path, Results()

@@ -1,4 +1,4 @@
-"""Draws how far results are from fp64 on data that normalizations find hard, beside torch."""
+"""Draws how far results are from fp64 on data that normalizations find hard, and torch's distance."""
 
 from __future__ import annotations
 

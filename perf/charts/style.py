@@ -27,7 +27,7 @@ class Style:
     size: float = 1.0
 
 
-# What is compiled has its maker's hue: blues are ours, greens torch.compile's.
+# Compiled contenders have their maker's hue: blues are ours, greens torch.compile's.
 STYLES = {
     "triton_norm": Style(BLUE, "o"),
     "triton_norm, compiled": Style(SKY, "h", 1.1),

@@ -181,7 +181,7 @@ def _shown(value: Any) -> Any:
 
 
 def render(title: str, subtitle: str, summary: Sequence[Block], sections: Sequence[Section]) -> str:
-    """Returns the page, which needs nothing beside itself. Sections without blocks are left out."""
+    """Returns the page, which needs no other file. Sections without blocks are left out."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
