@@ -168,26 +168,6 @@ def test_a_vector_of_no_elements_has_no_channels(device):
     assert triton_norm.batch_norm(x, x.clone(), x.clone(), training=True).shape == (0,)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is ")  # torch's own decompositions; a FutureWarning since 2.14
-@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
-def test_transforms_and_forward_mode(name, device):
-    x, tangent = torch.randn(2, 3, 8, dtype=torch.float64, device=device)
-
-    def loss(norm):
-        return lambda t: norm(t, (8,)).pow(3).sum()
-
-    ours, theirs = loss(getattr(triton_norm, name)), loss(getattr(F, name))
-    torch.testing.assert_close(torch.func.grad(ours)(x), torch.func.grad(theirs)(x))
-    torch.testing.assert_close(torch.func.hessian(ours)(x[0]), torch.func.hessian(theirs)(x[0]))
-    torch.testing.assert_close(torch.func.vmap(ours)(x), torch.func.vmap(theirs)(x))
-    ours_jvp, theirs_jvp = (torch.func.jvp(function, (x,), (tangent,))[1] for function in (ours, theirs))
-    torch.testing.assert_close(ours_jvp, theirs_jvp)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, tangent)
-        found = torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent
-    torch.testing.assert_close(found, theirs_jvp)
-
-
 class Tagged(torch.Tensor):
     pass
 

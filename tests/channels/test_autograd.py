@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 import triton_norm
 from support.activations import SIDED
-from support.channel_norms import FUSED, KINDS, MODES, SHAPES, SPLIT, drawn, share
-from support.oracle import assert_same_but_for_order
-from support.turns import taking_turns
+from support.channel_norms import FUSED, KINDS, MODES, SHAPES, SPLIT, drawn
 from triton_norm.tuning.limits import INTERPRETED
 
 if INTERPRETED:
@@ -94,31 +92,6 @@ def test_nothing_is_moved_but_what_has_to_be(activation, residual, kind, trainin
             assert found == n_bytes, (name, kind_of_access)
 
 
-@MODES
-@pytest.mark.parametrize(("activation", "residual"), [(None, None), (None, HALF), ("relu", HALF), ("silu", HALF)])
-def test_only_the_gradients_asked_for(activation, residual, training, device):
-    call = drawn((3, 4, 5, 3), "flat", device, training=training, residual=residual, activation=activation)
-    everything = call.run()
-    for asked in ((0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 2, 3)):
-        if residual is None and asked == (1,):
-            continue
-        for i, (found, expected) in enumerate(zip(call.run(asked).gradients, everything.gradients, strict=True)):
-            assert (found is not None) == (i in asked and expected is not None)
-            if found is not None:
-                assert_same_but_for_order(found, expected)
-
-
-@pytest.mark.parametrize("asked", [(0,), (3,), (0, 2)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_the_gradients_asked_for_of_shared_channels(kind, asked, numbers, device):
-    """Nothing waits without dx: sums are then taken by other programs, and rounded otherwise."""
-    shape, tile = SPLIT[kind]
-    share(numbers, tile)
-    call = drawn(shape, kind, device)
-    with taking_turns():
-        call.check(call.run(asked))
-
-
 def test_what_is_not_kept_may_be_overwritten(device):
     """y, and a residual beside which bits are kept; but not the one that silu's gradient is computed from."""
     for activation in ("relu", "silu"):
@@ -165,21 +138,6 @@ def test_differentiated_twice_a_gradient_goes_by_the_same_bits(activation, kind,
     assert torch.equal(found[1], expected.dresidual)
     for ours, kernels in zip(found, expected.gradients, strict=True):
         torch.testing.assert_close(ours, kernels, rtol=1e-4, atol=1e-5 * kernels.abs().max().item())
-
-
-def test_transforms(device):
-    """The kernels don't serve these: torch's path does."""
-    call = drawn((3, 4, 6), "flat", device, torch.float64, residual=torch.float64, activation="silu")
-    inputs = call.inputs()
-    with triton_norm.backend("auto"):
-        for ours, theirs in zip(
-            *(
-                torch.func.grad(lambda *a, f=f: f(*a).pow(3).sum(), (0, 1, 2, 3))(*inputs)
-                for f in (call.ours, call.composed)
-            ),
-            strict=True,
-        ):
-            torch.testing.assert_close(ours, theirs)
 
 
 @MODES

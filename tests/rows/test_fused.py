@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import triton_norm
-from support.oracle import assert_same_but_for_order, run
+from support.oracle import run
 
 pytestmark = pytest.mark.usefixtures("through_the_kernels")
 
@@ -66,31 +66,6 @@ def test_only_the_total_is_used(norm, guard, device):
     assert guard is None or len(guard.launches) == launches
 
 
-@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 1)])
-@pytest.mark.parametrize("residual_dtype", [HALF, torch.float32])
-def test_only_the_gradients_asked_for(norm, asked, residual_dtype, device):
-    x, residual, weight, bias, dy, dtotal = parts(norm, HALF, residual_dtype, device)
-
-    everything = dict(zip((0, 1, 2), _grads(norm, x, residual, weight, bias, dy, dtotal, (0, 1, 2)), strict=True))
-    for index, found in zip(asked, _grads(norm, x, residual, weight, bias, dy, dtotal, asked), strict=True):
-        assert_same_but_for_order(found, everything[index])
-
-
-def _grads(norm, x, residual, weight, bias, dy, dtotal, asked):
-    leaves = [tensor.detach().requires_grad_(i in asked) for i, tensor in enumerate((x, residual, weight))]
-    outputs = norm.ours((40,), residual=leaves[1])(leaves[0], leaves[2], bias)
-    return torch.autograd.grad(outputs, [leaves[i] for i in asked], (dy, dtotal))
-
-
-def test_a_residual_that_is_the_input(norm, device):
-    x, _, weight, bias, dy, dtotal = parts(norm, torch.float32, torch.float32, device)
-    leaf = x.clone().requires_grad_()
-    outputs = norm.ours((40,), residual=leaf)(leaf, weight, bias)
-    (found,) = torch.autograd.grad(outputs, leaf, (dy, dtotal))
-    (expected,) = torch.autograd.grad((norm.ours((40,))(leaf + leaf, weight, bias), leaf + leaf), leaf, (dy, dtotal))
-    torch.testing.assert_close(found, expected)
-
-
 def test_weight_offset_is_added_in_fp32(norm, device):
     """The sum would be 1 in bf16."""
     weight = torch.full((40,), 1e-3, dtype=HALF, device=device)
@@ -149,19 +124,6 @@ def test_x_hat_is_not_rounded_to_more_than_it_has(norm, x_hat_dtype, device):
     assert torch.equal(norm.ours((40,), x_hat_dtype=x_hat_dtype)(x, weight, bias), norm.ours((40,))(x, weight, bias))
 
 
-@pytest.mark.unguarded
-def test_gradients_of_both_orders(norm, device):
-    shape = (2, 5)
-    x, residual = (torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
-    weight = torch.randn(5, dtype=torch.float64, device=device, requires_grad=True)
-
-    def function(x, residual, weight):
-        return norm.ours((5,), residual=residual, weight_offset=1.0)(x, weight)
-
-    assert torch.autograd.gradcheck(function, (x, residual, weight))
-    assert torch.autograd.gradgradcheck(function, (x, residual, weight), fast_mode=True)
-
-
 @pytest.mark.parametrize(("dtype", "residual_dtype", "total_dtype"), TYPES)
 def test_torchs_path_computes_the_same(norm, dtype, residual_dtype, total_dtype, device):
     x, residual, weight, bias, dy, dtotal = parts(norm, dtype, residual_dtype, device)
@@ -177,27 +139,6 @@ def test_torchs_path_computes_the_same(norm, dtype, residual_dtype, total_dtype,
     for ours, theirs in zip(found["triton"], found["torch"], strict=True):
         eps = 4 * max(torch.finfo(t).eps for t in (ours.dtype, dtype, residual_dtype))
         torch.testing.assert_close(ours, theirs, rtol=eps, atol=eps * theirs.abs().max().item())
-
-
-def test_transforms(norm, device):
-    x, residual = torch.randn(2, 3, 8, dtype=torch.float64, device=device)
-
-    def loss(function):
-        def of(x, residual):
-            y, total = function(x, residual)
-            return (y.pow(3) + total.sin()).sum()
-
-        return of
-
-    def composed(x, residual):
-        return norm.theirs((8,))(x + residual), x + residual
-
-    def ours(x, residual):
-        return norm.ours((8,), residual=residual)(x)
-
-    with triton_norm.backend("auto"):
-        for transform in (torch.func.grad, torch.func.vmap):
-            torch.testing.assert_close(transform(loss(ours))(x, residual), transform(loss(composed))(x, residual))
 
 
 def test_modules_take_them(norm, device):

@@ -78,18 +78,6 @@ def test_the_bits_do_not_depend_on_the_programs_order(share, device):
         assert all(map(torch.equal, found.tensors(), expected.tensors())), (order, resident, delayed)
 
 
-@pytest.mark.parametrize("of", [0, 1, 2])
-def test_only_one_gradient(of, share, device):
-    share(100)
-    *inputs, dy = LAYER_NORM.drawn((6, 100), 1, torch.float32, device)
-    with interleaved():
-        everything = run(LAYER_NORM.ours((100,)), *inputs, dy)
-        inputs[of].requires_grad_()
-        y = LAYER_NORM.ours((100,))(*inputs)
-        (found,) = torch.autograd.grad(y, inputs[of], dy)
-    assert torch.equal(found, (everything.dx, everything.dweight, everything.dbias)[of])
-
-
 def test_places_by_program_id_hang_where_tickets_do_not(share, monkeypatch, device):
     """The programs start backwards, and as many are held at once as share a row, less what one more row would need."""
     share(100)

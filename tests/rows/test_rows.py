@@ -8,16 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import triton_norm
-from support.oracle import DTYPES, assert_same_but_for_order, run
-from support.row_norms import LAYER_NORM
+from support.oracle import DTYPES, run
 
 pytestmark = pytest.mark.usefixtures("through_the_kernels")
-
-
-@pytest.fixture
-def small_tiles(numbers):
-    """Interpreted with tiles as small, against these rows, as a GPU's are against real ones."""
-    numbers(interpreted_tile_elements=128, multiprocessors=3, whole_row_bytes=512)
 
 
 SHAPES = [
@@ -39,50 +32,18 @@ def test_matches_fp64(norm, shape, n_axes, dtype, device):
     norm.against_oracle(*norm.drawn(shape, n_axes, dtype, device), n_axes)
 
 
-@pytest.mark.parametrize(
-    "columns", [65537, 40000]
-)  # past one row in registers: an odd length, and one with wide accesses
-def test_long_rows(norm, columns, device):
+@pytest.mark.parametrize("columns", [65537, 40000])
+def test_rows_too_long_for_registers(norm, columns, device):
+    """One length is odd, one allows wide accesses."""
     norm.against_oracle(*norm.drawn((3, columns), 1, torch.float32, device))
 
 
 @pytest.mark.parametrize("columns", [96, 129, 200, 384])
 @pytest.mark.parametrize("rows", [1, 2, 27])
-@pytest.mark.usefixtures("small_tiles")
-def test_pieces_and_many_programs(norm, rows, columns, device):
+def test_pieces_and_many_programs(norm, rows, columns, numbers, device):
+    """Tiles are as small, against these rows, as a GPU's are against real ones."""
+    numbers(interpreted_tile_elements=128, multiprocessors=3, whole_row_bytes=512)
     norm.against_oracle(*norm.drawn((rows, columns), 1, torch.float32, device))
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("with_weight", [False, True])
-def test_either_parameter_may_be_missing(norm, with_weight, with_bias, device):
-    x, weight, bias, dy = norm.drawn((6, 48), 1, torch.float32, device)
-    norm.against_oracle(x, weight if with_weight else None, bias if with_bias else None, dy)
-
-
-@pytest.mark.parametrize("parameters", DTYPES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_parameters_of_another_type(norm, dtype, parameters, device):
-    x, _, _, dy = norm.drawn((4, 40), 1, dtype, device)
-    _, weight, bias, _ = norm.drawn((4, 40), 1, parameters, device)
-    actual = norm.against_oracle(x, weight, bias, dy)
-    assert (actual.y.dtype, actual.dx.dtype) == (dtype, dtype)
-    assert actual.dweight.dtype == parameters
-    assert actual.dbias is None or actual.dbias.dtype == parameters
-
-
-@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 1), (1, 2)])
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("columns", [24, 300])
-def test_only_the_gradients_asked_for(asked, columns, device):
-    *inputs, dy = LAYER_NORM.drawn((9, columns), 1, torch.float32, device)
-    everything = run(LAYER_NORM.ours((columns,)), *inputs, dy)
-    leaves = [tensor.requires_grad_(i in asked) for i, tensor in enumerate(inputs)]
-    y = LAYER_NORM.ours((columns,))(*leaves)
-    found = torch.autograd.grad(y, [leaves[i] for i in asked], dy)
-    expected = (everything.dx, everything.dweight, everything.dbias)
-    for i, grad in zip(asked, found, strict=True):
-        assert_same_but_for_order(grad, expected[i])
 
 
 @pytest.mark.parametrize("reduce", [Tensor.sum, Tensor.mean, lambda y: y.mean(-1).square().sum()])
@@ -113,6 +74,7 @@ def test_strided_rows_are_not_copied(guard, device):
 
 HARD = {
     "mean is 1e4 times std": lambda n: 1e4 + torch.randn(6, n),
+    "mean is 1e6 times std": lambda n: 1e6 + torch.randn(6, n),
     "constant rows": lambda n: torch.tensor([0.1, 1e4 / 3, -7.7, 0.0, 1e-30, 1e30])[:, None].expand(6, n).contiguous(),
     "of both signs, squares near the largest": lambda n: torch.randn(6, n).sign() * 1e18,
     "large, of one sign": lambda n: 3e38 * (1 - 1e-3 * torch.rand(6, n)),
@@ -133,16 +95,9 @@ def test_no_less_exact_than_torch_on_hard_data(norm, data, columns, device):
     assert ours.isfinite().all()  # torch's on the CPU is NaN where the variance overflows
     rows = theirs.isfinite().all(1)
     their_error, our_error = ((y - exact)[rows].abs().amax() if rows.any() else 0.0 for y in (theirs, ours))
+    if data.startswith("mean"):
+        their_error = 0.0  # no error of the mean's own size is left
     assert our_error <= 2 * their_error + 4 * torch.finfo(torch.float32).eps * exact.abs().max().clamp_min(1)
-
-
-@pytest.mark.parametrize("columns", [64, 1000, 40001])
-@pytest.mark.parametrize("ratio", [1e4, 1e6])
-def test_a_large_mean_leaves_no_error_of_its_own_size(norm, ratio, columns, device):
-    x = (ratio + torch.randn(4, columns)).to(device)
-    exact = norm.theirs((columns,))(x.double())
-    error = (norm.ours((columns,))(x) - exact).abs().max()
-    assert error <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])

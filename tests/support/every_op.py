@@ -117,5 +117,6 @@ GROUPS = [
     )
 ]
 EVERY_OP = [*ROWS, *CHANNELS, *GROUPS]
+EACH_FUNCTION = list({(op.function, op.training): op for op in EVERY_OP if op.residual}.values())
 OPS = pytest.mark.parametrize("op", EVERY_OP, ids=str)
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triton_norm import reference
-from triton_norm.tuning.limits import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -79,10 +78,10 @@ def differentiated(
         needs_grad: The indices of the leaves that need a gradient.
     """
     own = [None if t is None else t.detach().requires_grad_(i in needs_grad) for i, t in enumerate(leaves)]
-    found = function(*own)
-    outputs = found if isinstance(found, tuple) else (found,)
-    wanted = [leaf for leaf in own if leaf is not None and leaf.requires_grad]
-    gradients = iter(torch.autograd.grad(outputs, wanted, grads[: len(outputs)]))
+    outputs = function(*own)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    requested = [leaf for leaf in own if leaf is not None and leaf.requires_grad]
+    gradients = iter(torch.autograd.grad(outputs, requested, grads[: len(outputs)]))
     total = outputs[1].detach() if len(outputs) > 1 else None
     of_leaves = (next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in own)
     return Results(outputs[0].detach(), total, *of_leaves)
@@ -130,9 +129,9 @@ class Formula:
         function: Returns y of (x, residual, weight, bias), where the residual is added to the affine x_hat.
         axes: The axes that are reduced.
         parameter_shape: The shape in which weight and bias are broadcast to x.
-        moments: Of x, or those given.
+        moments: The moments that x is normalized by.
         computed: The type that is computed in.
-        constant: The moments are given, so that x has no gradient through them.
+        constant: The moments are constants, so that x has no gradient through them.
         centred: A constant added to x changes nothing.
         x_hat_dtype: The type that x_hat is rounded to.
     """
@@ -246,16 +245,6 @@ class ErrorBound:
                 assert_within(actual, exact, error, name)
 
 
-def assert_same_but_for_order(actual: Tensor, expected: Tensor) -> None:
-    """Asserts the same bits where interpreted; a kernel compiled for other outputs may add a few terms in another
-    order."""
-    if INTERPRETED:
-        assert torch.equal(actual, expected)
-        return
-    slack = 8 * torch.finfo(compute_dtype(expected)).eps * expected.abs().max().item()
-    torch.testing.assert_close(actual, expected, rtol=torch.finfo(expected.dtype).eps, atol=slack)
-
-
 def widen(tensor: Tensor | None) -> Tensor | None:
     """Returns the tensor in fp64, on the CPU and contiguous."""
     return None if tensor is None else tensor.detach().double().cpu().contiguous()
@@ -275,5 +264,5 @@ def batch_norm_on_cpu(
     eps: float,
 ) -> Tensor:
     """Returns torch's result on the CPU: on CUDA it takes no more than five axes."""
-    given = (None if tensor is None else tensor.cpu() for tensor in (x, *running, weight, bias))
-    return F.batch_norm(*given, training, 0.0, eps)
+    tensors = (None if tensor is None else tensor.cpu() for tensor in (x, *running, weight, bias))
+    return F.batch_norm(*tensors, training, 0.0, eps)

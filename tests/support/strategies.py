@@ -87,9 +87,15 @@ def cut(name: str, numbers: dict[str, dict[str, int]]) -> Iterator[None]:
         yield
 
 
-class Lie(NamedTuple):
-    """`order`: axes from the outermost in memory to the innermost; `steps`: of an axis's places in memory one in so
-    many is an element; `offset`: elements before the first; `expanded`: axes of one element in memory."""
+class Layout(NamedTuple):
+    """Describes how a tensor is laid out in memory.
+
+    Args:
+        order: Axes, from the outermost in memory to the innermost.
+        steps: Places in memory from one element of an axis to the next, for each axis.
+        offset: Elements of memory before the first.
+        expanded: Axes that have one element in memory.
+    """
 
     order: Shape
     steps: Shape
@@ -97,7 +103,7 @@ class Lie(NamedTuple):
     expanded: tuple[int, ...] = ()
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The values of tensor, of an expanded axis the first; NaN is in the gaps."""
+        """Returns the values in this layout, of an expanded axis the first; NaN fills the gaps."""
         shape = tensor.shape
         for axis in self.expanded:
             tensor = tensor.narrow(axis, 0, min(1, shape[axis]))
@@ -107,15 +113,15 @@ class Lie(NamedTuple):
         return places[tuple(slice(None, None, step) for step in self.steps)].copy_(tensor).expand(shape)
 
 
-def lies(rank: int) -> st.SearchStrategy[Lie]:
+def layouts(rank: int) -> st.SearchStrategy[Layout]:
     axes = tuple(range(rank))
     plain = (1,) * rank
     orders = st.one_of(st.just(axes), st.just((0, *axes[2:], *axes[1:2])), st.permutations(axes).map(tuple))
     steps = st.one_of(st.just(plain), st.tuples(*[st.sampled_from((1, 1, 2, 3))] * rank))
     expanded = st.sets(st.sampled_from(axes)).map(lambda chosen: tuple(sorted(chosen)))
     offsets = st.sampled_from((0, 0, 1, 2, 3, 4, 8))
-    drawn = st.builds(Lie, orders, steps, offsets, st.one_of(st.just(()), expanded))
-    return st.one_of(st.just(Lie(axes, plain)), drawn)
+    drawn = st.builds(Layout, orders, steps, offsets, st.one_of(st.just(()), expanded))
+    return st.one_of(st.just(Layout(axes, plain)), drawn)
 
 
 def types(of: torch.dtype) -> st.SearchStrategy[Type]:
@@ -141,13 +147,13 @@ def values(hard: str, shape: Shape, axes: Sequence[int], generator: torch.Genera
 def moments_of(x: Tensor, axes: Shape) -> Moments:
     """Returns the moments of x. Kernels add the mean of what a first mean leaves, x − mean, and round the mean itself:
     the sizes of both are terms of its error."""
-    found = moments_about(x.mean(axes, keepdim=True), x, axes)
-    return found._replace(mean_terms=found.mean_terms + (x - found.mean).abs().mean(axes, keepdim=True))
+    moments = moments_about(x.mean(axes, keepdim=True), x, axes)
+    return moments._replace(mean_terms=moments.mean_terms + (x - moments.mean).abs().mean(axes, keepdim=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call: the types of its tensors, None for those that it is not given."""
+    """A call: the types of its tensors, None for those that are missing."""
 
     shape: Shape
     x: torch.dtype
@@ -157,10 +163,10 @@ class Case:
     hard: str
     seed: int
     cut: str
-    x_lie: Lie
-    dy_lie: Lie
+    x_layout: Layout
+    dy_layout: Layout
     residual: Type
-    residual_lie: Lie | None
+    residual_layout: Layout | None
     total: Type
     out: Type
 
@@ -189,16 +195,16 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         narrow = F16 in (self.x, self.weight, self.bias, self.residual, self.total, self.out)
 
-        def noise(shape: Shape, dtype: Type, lie: Lie | None = None) -> Tensor | None:
+        def noise(shape: Shape, dtype: Type, layout: Layout | None = None) -> Tensor | None:
             if dtype is None:
                 return None
-            found = torch.randn(shape, generator=generator, dtype=F64).to(device, dtype)
-            return found if lie is None else lie.of(found)
+            tensor = torch.randn(shape, generator=generator, dtype=F64).to(device, dtype)
+            return tensor if layout is None else layout.of(tensor)
 
-        x = self.x_lie.of(values(self.hard, self.shape, self.axes, generator, narrow).to(device, self.x))
+        x = self.x_layout.of(values(self.hard, self.shape, self.axes, generator, narrow).to(device, self.x))
         weight, bias = (noise(self.parameter_shape, dtype) for dtype in (self.weight, self.bias))
-        residual = noise(self.shape, self.residual, self.residual_lie)
-        dy, dtotal = (noise(self.shape, dtype, self.dy_lie) for dtype in (self.out or self.x, self.total))
+        residual = noise(self.shape, self.residual, self.residual_layout)
+        dy, dtotal = (noise(self.shape, dtype, self.dy_layout) for dtype in (self.out or self.x, self.total))
         return Inputs(x, residual, weight, bias, dy, dtotal)
 
 
@@ -220,11 +226,11 @@ class Rows(Case):
         return self.shape[len(self.shape) - self.n_axes :]
 
     def drawn(self, device: str) -> Inputs:
-        found = super().drawn(device)
-        if not self.offset or found.weight is None:
-            return found
+        inputs = super().drawn(device)
+        if not self.offset or inputs.weight is None:
+            return inputs
         # Of one sign: a sum that cancels is as inexact as fp64 is in fp32.
-        return found._replace(weight=found.weight.abs() * math.copysign(1.0, self.offset))
+        return inputs._replace(weight=inputs.weight.abs() * math.copysign(1.0, self.offset))
 
     def ours(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Any:
         options = {"weight_offset": self.offset, "x_hat_dtype": self.x_hat, "out_dtype": self.out}
@@ -322,8 +328,8 @@ def cases_of(
     draw: Any, shape: Shape, numbers: Any, fused: bool, strided: bool, dtypes: Any, hard: Any, own_total: bool
 ) -> dict[str, Any]:
     x, rank = draw(st.sampled_from(dtypes)), len(shape)
-    plain = st.just(Lie(tuple(range(rank)), (1,) * rank))
-    lie = lies(rank) if strided else plain
+    plain = st.just(Layout(tuple(range(rank)), (1,) * rank))
+    layout = layouts(rank) if strided else plain
     residual = draw(types(x)) if fused else None
     total = None if residual is None or not own_total else draw(types(x)) or residual
     out = draw(types(x)) if fused and own_total else None
@@ -336,10 +342,10 @@ def cases_of(
         "hard": draw(st.sampled_from(hard)),
         "seed": draw(st.integers(0, 99)),
         "cut": draw(st.sampled_from(tuple(numbers))),
-        "x_lie": draw(lie),
-        "dy_lie": draw(lie),
+        "x_layout": draw(layout),
+        "dy_layout": draw(layout),
         "residual": residual,
-        "residual_lie": None if residual is None else draw(lie),
+        "residual_layout": None if residual is None else draw(layout),
         "total": total,
         "out": out,
     }
@@ -356,11 +362,11 @@ def rows(
 ) -> Rows:
     leading = draw(st.lists(st.integers(1, 4), max_size=3).filter(lambda lengths: math.prod(lengths) <= 6))
     normalized = draw(st.one_of(st.tuples(st.integers(1, 70)), st.tuples(st.integers(1, 4), st.integers(1, 9))))
-    found = draw(cases_of((*leading, *normalized), ROWS, fused, strided, dtypes, hard, own_total=True))
-    norm, x_hat = draw(st.sampled_from(norms)), draw(types(found["x"])) if fused else None
-    offset = 0.0 if found["weight"] is None or not fused else draw(st.sampled_from((0.0, 1.0, -0.5)))
-    bias = found["bias"] if norm.has_bias else None
-    return Rows(**found | {"bias": bias}, norm=norm, n_axes=len(normalized), offset=offset, x_hat=x_hat)
+    fields = draw(cases_of((*leading, *normalized), ROWS, fused, strided, dtypes, hard, own_total=True))
+    norm, x_hat = draw(st.sampled_from(norms)), draw(types(fields["x"])) if fused else None
+    offset = 0.0 if fields["weight"] is None or not fused else draw(st.sampled_from((0.0, 1.0, -0.5)))
+    bias = fields["bias"] if norm.has_bias else None
+    return Rows(**fields | {"bias": bias}, norm=norm, n_axes=len(normalized), offset=offset, x_hat=x_hat)
 
 
 @st.composite
@@ -378,9 +384,9 @@ def channels(
     if training and n_samples * math.prod(positions) == 1:
         n_samples = 2
     shape = (n_samples, n_channels, *positions)
-    found = draw(cases_of(shape, CHANNELS, fused, strided, dtypes, hard, own_total=False))
+    fields = draw(cases_of(shape, CHANNELS, fused, strided, dtypes, hard, own_total=False))
     activation = draw(st.sampled_from(ACTIVATIONS)) if fused else None
     slope = draw(st.sampled_from((0.01, 0.3, 0.0, 2.0, -0.5))) if activation == "leaky_relu" else 0.01
     return Channels(
-        **found, training=training, running=draw(st.sampled_from(DTYPES)), activation=activation, slope=slope
+        **fields, training=training, running=draw(st.sampled_from(DTYPES)), activation=activation, slope=slope
     )
