@@ -142,6 +142,22 @@ def numbers() -> "Iterator[Callable[..., None]]":
 
 
 @pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lists the kernels that are launched, by name."""
+    from triton_norm import launch
+
+    names: list[str] = []
+    call = launch.Launch.__call__
+
+    def note(started: "launch.Launch", *arguments: Any) -> None:
+        names.append(started.launcher.space.kernel)
+        call(started, *arguments)
+
+    monkeypatch.setattr(launch.Launch, "__call__", note)
+    return names
+
+
+@pytest.fixture
 def few_programs(numbers: "Callable[..., None]") -> None:
     """Wide tiles of channels-last images: the interpreter's cost is by the program."""
     numbers(channels_last_lanes=8192)

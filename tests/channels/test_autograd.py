@@ -1,15 +1,14 @@
 """BatchNorm under autograd: tensors that are kept, gradients that are asked for, second derivatives, frozen tensors."""
 
 import contextlib
-import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import triton_norm
-from support.activations import SIDED
-from support.channel_norms import FUSED, KINDS, MODES, SHAPES, SPLIT, drawn
+from support.channel_norms import KINDS, MODES, SPLIT, bits_of, drawn
+from support.pairwise import pairwise
 from triton_norm.tuning.limits import INTERPRETED
 
 if INTERPRETED:
@@ -21,48 +20,10 @@ pytestmark = pytest.mark.usefixtures("through_the_kernels")
 HALF = torch.bfloat16
 
 
-def bits_of(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of one bit an element: each channel, position or sample begins with a byte."""
-    n, c, positions = shape[0], shape[1], math.prod(shape[2:])
-    rows, row = {"flat": (c, n * positions), "last": (n * positions, c), "folded": (n, c * positions)}[kind]
-    return rows * -(-row // 8)
+SOME_FUSED = [(None, torch.float32), ("relu", torch.float32), ("silu", None), ("silu", torch.float32)]
 
 
-@MODES
-@pytest.mark.parametrize(("kind", "shape"), SHAPES)
-@pytest.mark.parametrize(("activation", "residual"), FUSED)
-def test_what_is_kept_for_the_backward(activation, residual, kind, shape, training, device):
-    """x, statistics in fp32, and beside a residual the side of 0 that was taken, or the residual; no activated copy."""
-    call = drawn(shape, kind, device, HALF, training=training, residual=residual, activation=activation)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        call.ours(*call.inputs())
-        assert not kept
-        y = call.ours(*(None if t is None else t.requires_grad_() for t in call.inputs()))
-    given = {
-        t.data_ptr(): name
-        for name, t in zip(("x", "residual", "weight", "bias"), call.inputs(), strict=True)
-        if t is not None
-    }
-    if call.running is not None:
-        given |= {t.data_ptr(): "running" for t in call.running}
-    assert y.data_ptr() not in {t.data_ptr() for t in kept}
-    names = {given[t.data_ptr()] for t in kept if t.data_ptr() in given}
-    recomputes = residual and activation is not None and activation not in SIDED
-    assert names - {"weight", "bias", "running"} == ({"x", "residual"} if recomputes else {"x"})
-    own = sorted((str(t.dtype), t.numel()) for t in kept if t.data_ptr() not in given)
-    expected = [("torch.float32", 3 * shape[1])] if training else []
-    if residual and activation in SIDED:
-        expected.append(("torch.uint8", bits_of(kind, shape)))
-    assert own == expected
-
-
-@MODES
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("activation", "residual"),
-    [(None, torch.float32), ("relu", torch.float32), ("silu", None), ("silu", torch.float32)],
-)
+@pairwise({"activation, residual": SOME_FUSED, "kind": KINDS, "training": [True, False]})
 def test_nothing_is_moved_but_what_has_to_be(activation, residual, kind, training, guard, device):
     """2R1W forward and 2R2W backward, by programs that hold x and dy. Bits, or silu's residual, are read again where
     dx waits for the sums; without an activation dy itself is the residual's gradient."""
@@ -110,10 +71,19 @@ def test_what_is_not_kept_may_be_overwritten(device):
 
 
 @pytest.mark.unguarded  # fp64 through hundreds of launches; the kernels are guarded above
-@MODES
-@pytest.mark.parametrize(("activation", "residual"), [(None, None), *FUSED, ("gelu", HALF), ("gelu_tanh", None)])
+@pytest.mark.parametrize(
+    ("activation", "residual", "training"),
+    [
+        ("relu", torch.float64, True),
+        ("relu", None, False),
+        ("leaky_relu", torch.float64, False),
+        ("leaky_relu", None, True),
+        ("gelu", torch.float64, True),
+        ("gelu_tanh", None, False),
+    ],
+)
 def test_gradients_of_both_orders(activation, residual, training, device):
-    residual = None if residual is None else torch.float64
+    """Covers what no op of test_saved.py has: activations with a kink, and GELU."""
     kind, shape = ("last", (3, 2)) if residual else ("flat", (2, 2, 2))
     call = drawn(shape, kind, device, torch.float64, training=training, residual=residual, activation=activation)
     leaves = [tensor.requires_grad_() for tensor in call.inputs() if tensor is not None]

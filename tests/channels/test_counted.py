@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import triton_norm
 from support.every_op import PATHS
+from support.pairwise import pairwise
 
 COUNTERS = [
     torch.int64,
@@ -20,17 +21,20 @@ COUNTERS = [
     torch.float64,
     torch.bfloat16,
 ]
-CUMULATIVE = pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 
 
 def state(module):
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
-@PATHS
-@CUMULATIVE
-@pytest.mark.parametrize("norm_dtype", [torch.float32, torch.float64], ids=["one type", "two types"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pairwise(
+    {
+        "use_reentrant": [False, True],
+        "norm_dtype": [torch.float64, torch.float32],
+        "momentum": [0.1, None],
+        "path": ["triton", "torch"],
+    }
+)
 def test_checkpoints_move_both_as_often(use_reentrant, norm_dtype, momentum, path, device):
     """torch counts before it normalizes. A checkpoint that need not be whole ends its second forward as soon as what it
     needs has been saved, and must not have moved the statistics, and not yet counted, by then."""
@@ -49,9 +53,7 @@ def test_checkpoints_move_both_as_often(use_reentrant, norm_dtype, momentum, pat
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@CUMULATIVE
-@pytest.mark.parametrize("counter", COUNTERS, ids=str)
+@pairwise({"counter": COUNTERS, "momentum": [0.1, None], "backend": ["triton", "torch"]})
 def test_counters_of_every_type_count(counter, momentum, backend, device):
     """Averaged checkpoints have them, and soups of models."""
     theirs, ours = (library.BatchNorm1d(4, momentum=momentum, device=device) for library in (nn, triton_norm))
@@ -85,10 +87,14 @@ class Stopped(Exception):
     pass
 
 
-@PATHS
-@pytest.mark.parametrize("saved", [0, 1, 2])
-@pytest.mark.parametrize("counter", [torch.int64, torch.int16, torch.float32], ids=str)
-@pytest.mark.parametrize("types", [torch.float32, torch.float64], ids=["one type", "two types"])
+@pairwise(
+    {
+        "types": [torch.float32, torch.float64],
+        "counter": [torch.int64, torch.int16, torch.float32],
+        "saved": [0, 1, 2],
+        "path": ["triton", "torch"],
+    }
+)
 def test_a_hook_that_raises_leaves_all_moved_or_nothing(types, counter, saved, path, device):
     """Whichever tensor it raises at: torch saves some before it moves the statistics."""
     module = triton_norm.BatchNorm1d(4, device=device, dtype=types)
@@ -124,9 +130,13 @@ def test_what_torch_refuses_leaves_neither_moved(monkeypatch, device):
     torch.testing.assert_close(state(module), before, rtol=0, atol=0)
 
 
-@PATHS
-@pytest.mark.parametrize("statistics", ["tracked", "without a counter", "untracked"])
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pairwise(
+    {
+        "statistics": ["tracked", "without a counter", "untracked"],
+        "activation": [None, "relu"],
+        "path": ["triton", "torch"],
+    }
+)
 def test_mutation_of_saved_tensors(activation, statistics, path, device):
     """A mode of torch's that follows what is written, and keeps what was saved."""
     found = []

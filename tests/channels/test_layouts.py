@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import triton_norm
-from support.channel_norms import MODES, drawn, laid
+from support.channel_norms import drawn, laid
+from support.pairwise import pairwise
 from triton_norm import launch
 from triton_norm.tuning.limits import INTERPRETED
 
@@ -27,9 +28,7 @@ FORMATS = [
 ]
 
 
-@MODES
-@pytest.mark.parametrize(("shape", "memory_format"), FORMATS)
-@pytest.mark.parametrize("dy_format", ["as x", "the other"])
+@pairwise({"shape, memory_format": FORMATS, "dy_format": ["as x", "the other"], "training": [True, False]})
 def test_memory_formats_are_the_inputs(dy_format, shape, memory_format, training, device):
     x, residual = torch.randn(2, *shape, device=device)
     x = x.contiguous(memory_format=memory_format).requires_grad_()

@@ -3,6 +3,7 @@ as torch's own layers in eager mode."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from support.captured import (
     pair,
     trained,
 )
+from support.pairwise import pairwise
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -58,9 +60,7 @@ def selected(batch: Batch, n: int) -> Batch:
     return x, residual
 
 
-@pytest.mark.parametrize("empty", [False, True], ids=["", "empty"])
-@BACKENDS
-@EVERY_CASE
+@pairwise({"kind, training": CASES, "backend": ["auto", "triton", "torch"], "empty": [False, True]})
 def test_sizes_that_depend_on_data(kind, training, backend, empty):
     """An empty selection, of which torch's BatchNorm in training makes an empty batch, gives gradients of 0."""
     ours, theirs = pair(kind, training)
@@ -115,15 +115,17 @@ def twice(module: Run) -> Run:
 FLOWS = {"branch": (in_a_branch, if_positive), "loop": (in_a_loop, twice), "regions": (in_regions, twice)}
 
 
-@BACKENDS
-@EVERY_CASE
-@pytest.mark.parametrize("flow", FLOWS)
+@pairwise(
+    {
+        "flow": list(FLOWS),
+        "kind, training": [case for case in CASES if case != ("BatchNorm1d, cumulative", True)],
+        "backend": ["auto", "triton", "torch"],
+    }
+)
 def test_in_control_flow(flow, kind, training, backend):
-    """Running statistics stay: torch's operators of control flow take no writes."""
+    """Running statistics stay: torch's operators of control flow take no writes, and there is nothing to accumulate."""
     ours, theirs = pair(kind, training)
     if training and "Batch" in kind:
-        if kind.endswith("cumulative"):
-            pytest.skip("without statistics there is nothing to accumulate")
         ours, theirs = map(without_statistics, (ours, theirs))
     data = batches(6, 6)
     data[1] = tuple(-tensor for tensor in data[0])  # the other branch
@@ -149,24 +151,22 @@ def test_a_checkpoint_within(kind, training, backend):
 
 
 class Network(nn.Module):
-    """A convolution, a norm and ReLU, twice."""
+    """Convolutions, each with a norm and ReLU behind it: one of each kind."""
 
-    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, norms: Any) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv1d(WIDTH, WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 1)
-        self.norms = nn.ModuleList(norm(WIDTH) for _ in range(2))
+        self.convolutions = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(3))
+        self.norms = nn.ModuleList((norms.LayerNorm(WIDTH), norms.BatchNorm1d(WIDTH), norms.RMSNorm(WIDTH)))
         self.double()  # four features may be close together
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        y = self.norms[0](self.first(x.unsqueeze(-1)).squeeze(-1)).relu() * residual
-        return self.norms[1](self.second(y.unsqueeze(-1)).squeeze(-1)).relu()
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = norm(convolution(x.unsqueeze(-1)).squeeze(-1)).relu() * residual
+        return x
 
 
-NETWORKS = pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "BatchNorm1d"])
-
-
-def assert_trains(name: str, capture: Callable[[Network], Callable[..., Tensor]]) -> None:
-    ours, theirs = (Network(getattr(norms, name)) for norms in (triton_norm, nn))
+def assert_trains(capture: Callable[[Network], Callable[..., Tensor]]) -> None:
+    ours, theirs = (Network(norms) for norms in (triton_norm, nn))
     ours.load_state_dict(theirs.state_dict())
     data = [(x.double(), residual.double()) for x, residual in batches(6, 6)]
     expected = trained(theirs, theirs, data)
@@ -174,13 +174,12 @@ def assert_trains(name: str, capture: Callable[[Network], Callable[..., Tensor]]
 
 
 @RECORDING
-@NETWORKS
 @pytest.mark.parametrize("budget", [0.5, 0.0])
-def test_a_budget_of_what_is_saved(budget, name, backend):
+def test_a_budget_of_what_is_saved(budget, backend):
     """The partitioner computes norms again in the backward."""
     compiled = functools.partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True)
     with triton_norm.backend(backend), torch._functorch.config.patch(activation_memory_budget=budget):
-        assert_trains(name, compiled)
+        assert_trains(compiled)
 
 
 # torch's own, of gradients that it looks for where there are none.
@@ -193,8 +192,7 @@ def test_a_budget_of_what_is_saved(budget, name, backend):
         *(pytest.param(*case, marks=pytest.mark.thorough) for case in (("eager", "auto"), ("compiled", "triton"))),
     ],
 )
-@NETWORKS
-def test_compiled_autograd(forward, name, backend):
+def test_compiled_autograd(forward, backend):
     """`compiled_autograd` has the whole backward, also of an eager forward."""
     compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
 
@@ -203,7 +201,7 @@ def test_compiled_autograd(forward, name, backend):
 
     enabled = torch._dynamo.compiled_autograd._enable(compiled)
     with triton_norm.backend(backend), enabled:
-        assert_trains(name, capture)
+        assert_trains(capture)
 
 
 def saves_operators(ctx, operator, *arguments, **named):
@@ -219,13 +217,14 @@ def saves_what_is_moved(ctx, operator, *arguments, **named):
     return CheckpointPolicy.MUST_SAVE if moves else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-@RECORDING
-@NETWORKS
-@pytest.mark.parametrize(
-    "policy", [saves_operators, saves_what_is_moved, saves_all], ids=lambda policy: policy.__name__
+@pairwise(
+    {
+        "policy": [saves_operators, saves_what_is_moved, saves_all],
+        "compiles": [False, True],
+        "backend": ["auto", "triton"],
+    }
 )
-@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
-def test_a_policy_of_what_is_saved(compiles, policy, name, backend):
+def test_a_policy_of_what_is_saved(policy, compiles, backend):
     """Saved results are not computed again: running statistics and the counter move once."""
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
 
@@ -236,7 +235,7 @@ def test_a_policy_of_what_is_saved(compiles, policy, name, backend):
         return torch.compile(run, backend="aot_eager_decomp_partition", fullgraph=True) if compiles else run
 
     with triton_norm.backend(backend):
-        assert_trains(name, capture)
+        assert_trains(capture)
 
 
 @RECORDING

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import triton_norm
 from support.captured import (
     BACKENDS,
+    CASES,
     EVERY_CASE,
     TOLERANCE,
     WIDTH,
@@ -29,6 +30,7 @@ from support.captured import (
     pair,
     trained,
 )
+from support.pairwise import pairwise
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -64,9 +66,7 @@ def saved_and_loaded(module: nn.Module, example: Batch) -> nn.Module:
 EXPORTS = [exported_without_gradients, decomposed, decomposed_without_gradients, saved_and_loaded]
 
 
-@BACKENDS
-@EVERY_CASE
-@STRICT
+@pairwise({"strict": [False, True], "kind, training": CASES, "backend": ["auto", "triton", "torch"]})
 def test_exported(strict, kind, training, backend):
     """Programs take any number of samples, and call torch's own functions unless the kernels are asked for."""
     n = Dim("n", min=2)
@@ -83,14 +83,14 @@ def test_exported(strict, kind, training, backend):
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # as torch 2.11 loads it
-@RECORDING
-@EVERY_CASE
-@pytest.mark.parametrize("capture", EXPORTS, ids=lambda capture: capture.__name__)
+def can_be_trained(capture, case, backend):
+    """Returns False for torch's own BatchNorm if it is decomposed: it writes back statistics that were saved."""
+    by_torch = backend != "triton" and case in [("BatchNorm1d", True), ("BatchNorm1d, fused", True)]
+    return not by_torch or capture not in (decomposed, decomposed_without_gradients)
+
+
+@pairwise({"capture": EXPORTS, "kind, training": CASES, "backend": ["auto", "triton"]}, can_be_trained)
 def test_exported_otherwise(capture, kind, training, backend):
-    if capture in (decomposed, decomposed_without_gradients):
-        of_torch = backend != "triton" and kind in ("BatchNorm1d", "BatchNorm1d, fused")
-        if training and of_torch:
-            pytest.skip("torch's own BatchNorm can't be trained then: it writes back statistics that were saved")
     with triton_norm.backend(backend):
         assert_as_torchs(kind, training, capture)
 
@@ -116,10 +116,14 @@ def test_an_exported_gradient_by_hand(strict, backend):
     torch.testing.assert_close(leaf.grad, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("tool", ["move_exported_model_to_eval", "allow_exported_model_train_eval"])
-@STRICT
-@pytest.mark.parametrize("norms", [nn, triton_norm], ids=["torch", "ours"])
+@pairwise(
+    {
+        "norms": [nn, triton_norm],
+        "strict": [False, True],
+        "tool": ["move_exported_model_to_eval", "allow_exported_model_train_eval"],
+        "backend": ["auto", "torch"],
+    }
+)
 def test_exported_in_training_and_switched_to_evaluation(norms, strict, tool, backend):
     """The tools know aten's BatchNorm alone: of backend "triton", which asks for operators, they see none."""
     with warnings.catch_warnings():
@@ -180,25 +184,32 @@ def test_exported_with_its_backward(kind, training, backend):
         assert found.keys() >= {f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
 
 
-TRACES = [
-    pytest.param({"pre_dispatch": pre_dispatch, "tracing_mode": mode}, id=f"{'pre-dispatch ' * pre_dispatch}{mode}")
-    for pre_dispatch in (False, True)
-    for mode in ("real", "fake", "symbolic")
-]
+def can_be_traced(mode, case, backend, *others):
+    """Returns False for torch's own BatchNorm if it reads the counter."""
+    return backend != "torch" or case != ("BatchNorm1d, cumulative", True)
 
 
-@pytest.mark.parametrize(("backend", "gradients"), [("auto", True), ("auto", False), ("torch", True)])
-@EVERY_CASE
-@pytest.mark.parametrize("options", TRACES)
-def test_traced_by_make_fx(options, kind, training, backend, gradients):
-    if backend == "torch" and training and kind.endswith("cumulative"):
-        pytest.skip("torch's own reads the counter")
+MODES = ["real", "fake", "symbolic"]
 
+
+@pairwise(
+    {
+        "mode": MODES,
+        "kind, training": CASES,
+        "backend": ["auto", "torch"],
+        "gradients": [True, False],
+        "pre_dispatch": [False, True],
+    },
+    lambda mode, case, backend, gradients, pre_dispatch: (
+        can_be_traced(mode, case, backend) and (gradients or backend == "auto")
+    ),
+)
+def test_traced_by_make_fx(mode, kind, training, backend, gradients, pre_dispatch):
     def capture(module: nn.Module, example: Batch) -> nn.Module:
         with torch.set_grad_enabled(gradients):
-            return Traced(module, example, **options)
+            return Traced(module, example, tracing_mode=mode, pre_dispatch=pre_dispatch)
 
-    sizes = (5, 7) if options["tracing_mode"] == "symbolic" else (6, 6)
+    sizes = (5, 7) if mode == "symbolic" else (6, 6)
     with triton_norm.backend(backend):
         assert_as_torchs(kind, training, capture, sizes)
 
@@ -214,12 +225,8 @@ def gradients_of(module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
     return function
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@EVERY_CASE
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pairwise({"mode": MODES, "kind, training": CASES, "backend": ["auto", "torch"]}, can_be_traced)
 def test_a_backward_traced_by_make_fx(mode, kind, training, backend):
-    if backend == "torch" and training and kind.endswith("cumulative"):
-        pytest.skip("torch's own reads the counter")
     ours, theirs = pair(kind, training)
     example, *data = batches(6, *((5, 7) if mode == "symbolic" else (6, 6)))
     leaves = [[tensor.requires_grad_() for tensor in batch] for batch in (example, *data)]

@@ -39,22 +39,21 @@ def layer_norm_linear(norm, x, bias, weight, projection):
     return F.linear(norm.layer_norm(x.sin(), weight.shape, weight, bias), projection)
 
 
-def rms_norm_of_sum(norm, x, residual, weight, _):
+def norm_of_sum(norm, name, x, residual, weight, *bias):
     if norm is triton_norm:
-        y, total = norm.rms_norm(x, weight.shape, weight, residual=residual)
+        y, total = getattr(norm, name)(x, weight.shape, weight, *bias, residual=residual)
     else:
         total = x + residual
-        y = norm.rms_norm(total, weight.shape, weight)
+        y = getattr(norm, name)(total, weight.shape, weight, *bias)
     return y.sin(), total
+
+
+def rms_norm_of_sum(norm, x, residual, weight, _):
+    return norm_of_sum(norm, "rms_norm", x, residual, weight)
 
 
 def layer_norm_of_sum(norm, x, residual, weight, bias):
-    if norm is triton_norm:
-        y, total = norm.layer_norm(x, weight.shape, weight, bias, residual=residual)
-    else:
-        total = x + residual
-        y = norm.layer_norm(total, weight.shape, weight, bias)
-    return y.sin(), total
+    return norm_of_sum(norm, "layer_norm", x, residual, weight, bias)
 
 
 def layer_norm(norm, x, _, weight, bias):
@@ -121,9 +120,13 @@ def assert_fused(function, tensors, training, **options):
     return codes
 
 
-@pytest.mark.parametrize("training", [True, False])
+WITHOUT_GRADIENTS = ["add, LayerNorm, GELU", "RMSNorm of a sum"]
+
+
 @pytest.mark.parametrize("dtype", SOME_DTYPES)
-@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize(
+    ("case", "training"), [*((case, True) for case in ROWS), *((case, False) for case in WITHOUT_GRADIENTS)]
+)
 def test_norms_of_rows_are_fused_with_their_neighbours(case, dtype, training, device):
     """But for the backward, which is the library's own, and for which nothing is copied."""
     function, *shapes = ROWS[case]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_norm as tn
+from support.pairwise import pairwise
 from support.steps import state_of
 from triton_norm import calls, converting, functional, hugging_face
 
@@ -211,13 +212,10 @@ def by_another_after_accelerate(module: nn.Module) -> None:
     by_wraps(module)
 
 
-WRAPPERS = pytest.mark.parametrize(
-    "wrap",
-    [
-        *(by_wraps, by_a_bound_wrapper, by_a_partial, by_a_weak_method, by_an_object, by_compiling),
-        *(by_accelerate, by_accelerate_after_another, by_another_after_accelerate),
-    ],
-)
+WRAPPERS = [
+    *(by_wraps, by_a_bound_wrapper, by_a_partial, by_a_weak_method, by_an_object, by_compiling),
+    *(by_accelerate, by_accelerate_after_another, by_another_after_accelerate),
+]
 MODULES = pytest.mark.parametrize(
     "make",
     [
@@ -247,7 +245,7 @@ def ours(monkeypatch):
 
 
 @MODULES
-@WRAPPERS
+@pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.unguarded
 def test_what_wraps_a_forward_stays_and_calls_the_classes_own_after_revert(wrap, make, ours, device):
     module, x = make(4).to(device).eval(), torch.randn(2, 4, device=device)
@@ -264,9 +262,7 @@ def test_what_wraps_a_forward_stays_and_calls_the_classes_own_after_revert(wrap,
     assert len(ours) == 1
 
 
-@pytest.mark.parametrize("make", [nn.BatchNorm1d, tn.BatchNorm1d])
-@pytest.mark.parametrize("first", [False, True], ids=["at once", "after another conversion"])
-@WRAPPERS
+@pairwise({"wrap": WRAPPERS, "make": [nn.BatchNorm1d, tn.BatchNorm1d], "first": [False, True]})
 @pytest.mark.unguarded
 def test_what_wraps_the_forward_of_a_sync_batch_norm(wrap, first, make, ours, device):
     module, x = make(4).to(device), torch.randn(3, 4, device=device)

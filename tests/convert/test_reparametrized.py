@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import io
 import pickle
 from collections.abc import Callable
 
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, stateless
 
 import triton_norm as tn
+from support.pairwise import pairwise
+from support.steps import saved_and_loaded
 
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
@@ -181,30 +182,24 @@ def test_a_deep_copy(change, name, device):
     assert_alike(ours, theirs)
 
 
-def saved(module: nn.Module) -> bytes:
-    file = io.BytesIO()
-    torch.save(module, file)
-    return file.getvalue()
+def pickled(module: nn.Module, protocol: int) -> nn.Module:
+    return pickle.loads(pickle.dumps(module, protocol))
 
 
-def loaded(data: bytes) -> nn.Module:
-    return torch.load(io.BytesIO(data), weights_only=False)
-
-
-WAYS: dict[str, tuple[Callable[[nn.Module], bytes], Callable[[bytes], nn.Module]]] = {
-    **{f"pickle {i}": (functools.partial(pickle.dumps, protocol=i), pickle.loads) for i in (0, 2, 5)},
-    "torch.save": (saved, loaded),
-    "copy": (copy.copy, lambda module: module),
-}
+WAYS: list[Callable[[nn.Module], nn.Module]] = [
+    *(functools.partial(pickled, protocol=protocol) for protocol in (0, 2, 5)),
+    saved_and_loaded,
+    copy.copy,
+]
 
 
 @NAMED
 @pytest.mark.parametrize("change", PARAMETRIZED)
 def test_a_parametrized_module_refuses_to_be_pickled(change, name, device):
     for module in pair(name, device, change):
-        for dump, _ in WAYS.values():
+        for copied in WAYS:
             with pytest.raises(RuntimeError, match="Serialization of parametrized modules is only supported through"):
-                dump(module)
+                copied(module)
 
 
 @NAMED
@@ -213,8 +208,8 @@ def test_what_can_be_pickled(change, name, device):
     originals = pair(name, device, change)
     with torch.no_grad():
         expected = originals[1](torch.ones(6, SIZE).cumsum(1).to(next(originals[1].parameters())))
-    for dump, load in WAYS.values():
-        ours, theirs = (load(dump(module)) for module in originals)
+    for copied in WAYS:
+        ours, theirs = map(copied, originals)
         for module, backend in ((ours, "triton"), (theirs, "torch")):
             with torch.no_grad(), tn.backend(backend):
                 y = module(torch.ones(6, SIZE).cumsum(1).to(expected))
@@ -270,9 +265,7 @@ def of_none(module: nn.Module) -> None:
     module.weight = None
 
 
-@NAMED
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("take", [deleted, of_none])
+@pairwise({"take": [deleted, of_none], "backend": ["auto", "torch"], "name": list(CLASSES)})
 def test_a_weight_that_is_missing(take, backend, name, device):
     """The converted forward does without a weight if the class's own does; else both raise the same error."""
     found = []

@@ -60,21 +60,6 @@ HOOKING = pytest.mark.parametrize("hook", [follow, count, count_and_follow])
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """The names of the kernels launched since it was last cleared."""
-    from triton_norm import launch
-
-    names, call = [], launch.Launch.__call__
-
-    def note(started, *arguments):
-        names.append(started.launcher.space.kernel)
-        call(started, *arguments)
-
-    monkeypatch.setattr(launch.Launch, "__call__", note)
-    return names
-
-
-@pytest.fixture
 def computes(launched, device):
     """Checks that a model computes what it should, with so many launches."""
     x = torch.randn(6, 8, device=device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,21 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 import triton_norm as tn
 from support.models import FULL, TINY, assert_same_step, built, convert, expected, loss_of, norms_of, step
+from support.steps import saved_and_loaded
 
 pytestmark = pytest.mark.usefixtures("few_programs")
-
-
-def _saved_and_loaded(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": _saved_and_loaded,
+    "torch.save": saved_and_loaded,
 }
 
 

@@ -2,6 +2,7 @@
 are those of `triton_norm.reference`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -123,113 +124,100 @@ ACTIVATIONS = [
     ("gelu_tanh", False),
 ]
 ACTIVATED = pytest.mark.parametrize(("activation", "residual"), ACTIVATIONS)
-MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 RUNNING = torch.linspace(-0.5, 0.5, 4, dtype=torch.float64), torch.linspace(0.5, 2, 4, dtype=torch.float64)
 SLOPE = 0.2
+DOUBLE = torch.float64
 
 
-def channels(training: bool, activation: str | None) -> Callable[..., Tensor]:
-    def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+class BatchNorm:
+    """The operators of batch_norm in one mode, and the same by `reference`."""
+
+    def __init__(self, training: bool, activation: str | None, residual: bool) -> None:
+        self.training, self.activation, self.residual = training, activation, residual
+        self.kind = "flat" if residual and activation in SIDED else None  # of bits, which a call records
+        self.options = 1e-5, activation, SLOPE
+
+    def reference(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         tensors = BatchNormTensors(x, residual, weight, bias, *RUNNING)
-        return reference.batch_norm(tensors, BatchNormSpec(training, 0.0, 1e-5, activation, SLOPE))
+        return reference.batch_norm(tensors, BatchNormSpec(self.training, 0.0, 1e-5, self.activation, SLOPE))
 
-    return function
+    def forward(self, *tensors: Tensor | None, saves: bool) -> Sequence[Tensor]:
+        """Returns y, statistics and bits of x, residual, weight and bias."""
+        if self.training:
+            y, statistics, _, bits = DEFINED["batch_norm_forward"](*tensors, self.kind, saves, *self.options)
+            return y, statistics, bits
+        y, bits = DEFINED["batch_norm_inference"](*tensors, *RUNNING, self.kind, *self.options)
+        return y, None, bits
+
+    def backward(self, dy: Tensor, x: Tensor, again: list[Tensor | None], saved: Any, types: Any) -> Sequence[Tensor]:
+        residual, weight, bias = again
+        _, statistics, bits = saved
+        if self.kind is not None:
+            assert bits.shape == empty_bits(x, self.kind).shape
+            residual = bias = None
+        read = residual, None if self.kind is None else bits, weight, bias, statistics
+        running = (None, None) if self.training else RUNNING
+        return DEFINED["batch_norm_backward"](dy, x, *read, *running, *types, self.kind, *self.options)
 
 
-def bits_kind_of(activation: str | None, residual: bool) -> str | None:
-    """Returns the kind of bits that a call of this library records."""
-    return "flat" if residual and activation in SIDED else None
+class GroupNorm:
+    """The operators of group_norm, and the same by `reference`."""
+
+    def __init__(self, n_groups: int, activation: str | None, residual: bool) -> None:
+        self.activation, self.residual = activation, residual
+        self.options = n_groups, 1e-5, activation, SLOPE, None
+        self.spec = GroupNormSpec(n_groups, 1e-5, activation, SLOPE)
+
+    def reference(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return reference.group_norm(Inputs(x, residual, weight, bias), self.spec)
+
+    def forward(self, *tensors: Tensor | None, saves: bool) -> Sequence[Tensor]:
+        return DEFINED["group_norm_forward"](*tensors, False, *self.options)
+
+    def backward(self, dy: Tensor, x: Tensor, again: list[Tensor | None], saved: Any, types: Any) -> Sequence[Tensor]:
+        return DEFINED["group_norm_backward"](dy, x, *again, saved[1], *types, *self.options)
+
+
+MODES = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(partial(BatchNorm, True), id="BatchNorm, training"),
+        pytest.param(partial(BatchNorm, False), id="BatchNorm, evaluation"),
+        pytest.param(partial(GroupNorm, 2), id="GroupNorm"),
+        pytest.param(partial(GroupNorm, 4), id="InstanceNorm"),
+    ],
+)
 
 
 @MODES
 @ACTIVATED
-def test_batch_norm_forward(training, activation, residual):
+def test_channels_forward(make, activation, residual):
+    op = make(activation, residual)
     leaves = [rand(*SHAPE), rand(4), rand(4)] + ([rand(*SHAPE)] if residual else [])
-    kind, options = bits_kind_of(activation, residual), (1e-5, activation, SLOPE)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Sequence[Tensor]:
-        tensors = x, residual, weight, bias
-        if training:
-            return DEFINED["batch_norm_forward"](*tensors, kind, True, *options)[:1]
-        return DEFINED["batch_norm_inference"](*tensors, *RUNNING, kind, *options)[:1]
+        return op.forward(x, residual, weight, bias, saves=True)[:1]
 
-    function = channels(training, activation)
-    assert_same_derivatives(ours, lambda *tensors: [function(*tensors)], leaves)
+    assert_same_derivatives(ours, lambda *tensors: [op.reference(*tensors)], leaves)
 
 
 @MODES
 @ACTIVATED
-def test_batch_norm_backward(training, activation, residual):
-    leaves = [rand(*SHAPE), rand(4), rand(4), rand(*SHAPE)] + ([rand(*SHAPE)] if residual else [])
-    kind, options = bits_kind_of(activation, residual), (1e-5, activation, SLOPE)
-    x, weight, bias, _, *added = (leaf.detach() for leaf in leaves)
-    tensors = x, added[0] if residual else None, weight, bias
-    if training:
-        _, statistics, _, bits = DEFINED["batch_norm_forward"](*tensors, kind, False, *options)
-    else:
-        statistics, (_, bits) = None, DEFINED["batch_norm_inference"](*tensors, *RUNNING, kind, *options)
-    assert kind is None or bits.shape == empty_bits(x, kind).shape
-    through = residual and activation is not None
-    types = torch.float64, torch.float64 if through else None, torch.float64, torch.float64
-
-    def ours(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, *added: Tensor) -> Sequence[Tensor]:
-        taken = added[0] if added and activation is not None and kind is None else None
-        kept = None if kind is None else bits
-        running = (None, None) if training else RUNNING
-        shift = bias if activation is not None and kind is None else None
-        given = dy, x, taken, kept, weight, shift, statistics, *running
-        found = DEFINED["batch_norm_backward"](*given, *types, kind, *options)
-        return [gradient for gradient, dtype in zip(found, types, strict=True) if dtype is not None]
-
-    def theirs(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, *added: Tensor) -> Sequence[Tensor]:
-        y = channels(training, activation)(x, weight, bias, *added)
-        dx, dweight, dbias, *rest = torch.autograd.grad(y, [x, weight, bias, *added], dy, create_graph=True)
-        return [dx, *rest, dweight, dbias] if through else [dx, dweight, dbias]
-
-    assert_same_derivatives(ours, theirs, leaves)
-
-
-def grouped(n_groups: int, activation: str | None) -> Callable[..., Tensor]:
-    def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        spec = GroupNormSpec(n_groups, 1e-5, activation, SLOPE)
-        return reference.group_norm(Inputs(x, residual, weight, bias), spec)
-
-    return function
-
-
-GROUPS = pytest.mark.parametrize("n_groups", [2, 4], ids=["GroupNorm", "InstanceNorm"])
-
-
-@GROUPS
-@ACTIVATED
-def test_group_norm_forward(activation, residual, n_groups):
-    leaves = [rand(*SHAPE), rand(4), rand(4)] + ([rand(*SHAPE)] if residual else [])
-
-    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Sequence[Tensor]:
-        options = False, n_groups, 1e-5, activation, SLOPE, None
-        return DEFINED["group_norm_forward"](x, residual, weight, bias, *options)[:1]
-
-    function = grouped(n_groups, activation)
-    assert_same_derivatives(ours, lambda *tensors: [function(*tensors)], leaves)
-
-
-@GROUPS
-@ACTIVATED
-def test_group_norm_backward(activation, residual, n_groups):
+def test_channels_backward(make, activation, residual):
+    op = make(activation, residual)
     leaves = [rand(*SHAPE), rand(4), rand(4), rand(*SHAPE)] + ([rand(*SHAPE)] if residual else [])
     x, weight, bias, _, *added = (leaf.detach() for leaf in leaves)
-    options = n_groups, 1e-5, activation, SLOPE, None
-    _, statistics, _ = DEFINED["group_norm_forward"](x, added[0] if added else None, weight, bias, False, *options)
+    saved = op.forward(x, added[0] if added else None, weight, bias, saves=False)
     through = residual and activation is not None
-    types = torch.float64, torch.float64 if through else None, torch.float64, torch.float64
+    types = DOUBLE, DOUBLE if through else None, DOUBLE, DOUBLE
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, *added: Tensor) -> Sequence[Tensor]:
-        again = (added[0] if added else None, weight, bias) if activation is not None else (None, weight, None)
-        found = DEFINED["group_norm_backward"](dy, x, *again, statistics, *types, *options)
-        return [gradient for gradient, dtype in zip(found, types, strict=True) if dtype is not None]
+        again = [added[0] if added else None, weight, bias] if activation is not None else [None, weight, None]
+        gradients = op.backward(dy, x, again, saved, types)
+        return [gradient for gradient, dtype in zip(gradients, types, strict=True) if dtype is not None]
 
     def theirs(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, *added: Tensor) -> Sequence[Tensor]:
-        y = grouped(n_groups, activation)(x, weight, bias, *added)
+        y = op.reference(x, weight, bias, *added)
         dx, dweight, dbias, *rest = torch.autograd.grad(y, [x, weight, bias, *added], dy, create_graph=True)
         return [dx, *rest, dweight, dbias] if through else [dx, dweight, dbias]
 

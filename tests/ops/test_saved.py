@@ -10,7 +10,8 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import triton_norm
 from support.activations import SIDED
-from support.every_op import OPS, PATHS, Op
+from support.every_op import EACH_FUNCTION, EVERY_OP, OPS, PATHS, Op
+from support.pairwise import pairwise
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -61,12 +62,13 @@ def drawn(op, device, dtype=torch.float32):
     return tensors, [torch.randn_like(y) for y in op.theirs(*tensors)]
 
 
-@PATHS
-@pytest.mark.parametrize("unpack", UNPACKED, ids=lambda function: function.__name__)
-@OPS
+def is_read_right(op, unpack, path):
+    """Returns False where torch's own backward reads strided tensors as contiguous, on the CPU."""
+    return path == "triton" or (op.name, unpack) not in READ_AS_CONTIGUOUS
+
+
+@pairwise({"op": EVERY_OP, "unpack": UNPACKED, "path": ["triton", "torch"]}, is_read_right)
 def test_saved_tensors_come_back_with_other_strides(op, unpack, path, device):
-    if path == "torch" and (op.name, unpack) in READ_AS_CONTIGUOUS:
-        pytest.skip("torch's own backward reads strided tensors as contiguous on the CPU")
     tensors, dys = drawn(op, device)
     with triton_norm.backend(path):
         expected = gradients(op, tensors, dys)
@@ -75,7 +77,7 @@ def test_saved_tensors_come_back_with_other_strides(op, unpack, path, device):
 
 
 @pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.gpu)])
-@OPS
+@pytest.mark.parametrize("op", EACH_FUNCTION, ids=str)
 def test_saved_on_the_cpu(op, pin_memory, device):
     tensors, dys = drawn(op, device)
     expected = gradients(op, tensors, dys)
@@ -134,7 +136,7 @@ def test_second_derivatives_of_what_came_back_with_other_strides(op, unpack, dev
     ],
     ids=["type", "shape", "device"],
 )
-@OPS
+@pytest.mark.parametrize("op", EACH_FUNCTION, ids=str)
 def test_saved_tensors_that_come_back_as_others_are_an_error(op, change, message, device):
     """The kernels would read past their end."""
     tensors, dys = drawn(op, device)
@@ -168,12 +170,13 @@ def test_forward_mode_over_the_backward(op, path, device):
         torch.testing.assert_close(*found, **EXACT)
 
 
-@PATHS
-@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
-@OPS
+def has_batches(op, how, path):
+    """Returns False where torch's own backward has no batches: in channels last."""
+    return path == "triton" or (op.name, op.kind) != ("group_norm", "last")
+
+
+@pairwise({"op": EVERY_OP, "how": ["is_grads_batched", "vmap"], "path": ["triton", "torch"]}, has_batches)
 def test_batches_of_gradients(op, how, path, device):
-    if path == "torch" and (op.name, op.kind) == ("group_norm", "last"):
-        pytest.skip("torch's own backward has no batches where channels lie last")
     tensors, dys = drawn(op, device, torch.float64)
     leaves = [tensor for tensor in tensors if tensor is not None]
     batches = [torch.randn(3, *dy.shape, dtype=dy.dtype, device=device) for dy in dys]
@@ -192,14 +195,13 @@ def test_batches_of_gradients(op, how, path, device):
 
 
 @PATHS
-@OPS
+@pytest.mark.parametrize("op", [op for op in EVERY_OP if op.activation not in SIDED], ids=str)
 def test_gradcheck_of_batches_and_of_second_derivatives(op, path, device):
+    """Activations with a kink have no second derivative to compare with there."""
     positions = [1 for _ in op.shape[2:]]
     if op.name == "instance_norm":
         positions[0] = 3
     small = Op(op.name, (2, *op.shape[1:2], *positions), *list(vars(op).values())[2:])
-    if op.activation == "relu" or op.activation == "leaky_relu":
-        pytest.skip("has no second derivative to compare with where it has a kink")
     tensors = [tensor for tensor in small.drawn(device, torch.float64)]
     given = [tensor for tensor in tensors if tensor is not None]
 
@@ -212,9 +214,13 @@ def test_gradcheck_of_batches_and_of_second_derivatives(op, path, device):
         torch.autograd.gradgradcheck(function, given, fast_mode=True)
 
 
-@PATHS
-@pytest.mark.parametrize("function", ["jacobian", "hessian"])
-@pytest.mark.parametrize("module", ["LayerNorm", "RMSNorm", "BatchNorm1d"])
+@pairwise(
+    {
+        "module": ["LayerNorm", "RMSNorm", "BatchNorm1d"],
+        "function": ["jacobian", "hessian"],
+        "path": ["triton", "torch"],
+    }
+)
 def test_vectorized_derivatives(module, function, path, device):
     x = torch.randn(3, 4, dtype=torch.float64, device=device)
     found = []
@@ -266,16 +272,18 @@ def test_a_tensor_that_was_kept_from_a_finished_transform(transform, path, devic
             triton_norm.rms_norm(kept, (2,))
 
 
-@PATHS
-@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained", "weight frozen"])
-@OPS
+@pairwise(
+    {
+        "op": [op for op in EVERY_OP if op.function != "rms_norm"],
+        "frozen": [(), ("weight",)],
+        "path": ["triton", "torch"],
+    }
+)
 def test_a_bias_that_is_changed_in_between(op, frozen, path, device):
     """torch's BatchNorm does not mind, as no gradient depends on the bias; an activation that is computed again does,
     and it is an error."""
     tensors, dys = drawn(op, device)
     _, residual, weight, bias = tensors
-    if bias is None:
-        pytest.skip("has no bias")
     weight.requires_grad_("weight" not in frozen)
     leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
     with triton_norm.backend(path):

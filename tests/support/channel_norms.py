@@ -5,6 +5,7 @@ residual to move it by, and no dy there otherwise.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +84,13 @@ def laid(x: Tensor, kind: str) -> Tensor:
     if kind != "last":
         return x.contiguous()
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def bits_of(kind: str, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of one bit an element: each channel, position or sample begins with a byte."""
+    n, c, positions = shape[0], shape[1], math.prod(shape[2:])
+    rows, row = {"flat": (c, n * positions), "last": (n * positions, c), "folded": (n, c * positions)}[kind]
+    return rows * -(-row // 8)
 
 
 def running_statistics(n_channels: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Models of torch's norms, and what a few steps make of them, for tests of tools that rewrite models."""
 
 import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -64,6 +65,14 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(
             found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    """Returns a copy by way of torch.save."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def state_of(model: nn.Module) -> list[tuple[object, ...]]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import triton_norm
 from support import operator_calls, sync_between, sync_captured, sync_scenarios, worlds
+from support.pairwise import pairwise
 from triton_norm.channels.running import move_op
 from triton_norm.sync import operator as synchronized
 
@@ -48,18 +49,10 @@ def test_equals_batch_norm_over_the_joined_batch(size, kernels, processes):
     processes(size, kernels, SCENARIOS)
 
 
-@pytest.mark.parametrize(
-    ("kernels", "scenario"),
-    [(True, sync_scenarios.compiled_by_aot_eager), (False, sync_scenarios.compiled_by_inductor)],
-    ids=["kernels", "torch"],
-)
-def test_compiles_without_a_graph_break(scenario, kernels, processes):
-    processes(2, kernels, [scenario])
-
-
 @PATHS
-def test_what_is_recorded_trains(kernels, processes):
-    processes(2, kernels, RECORDED)
+def test_what_is_compiled_or_recorded_trains(kernels, processes):
+    compiled = sync_scenarios.compiled_by_aot_eager if kernels else sync_scenarios.compiled_by_inductor
+    processes(2, kernels, [compiled, *RECORDED])
 
 
 @pytest.mark.gpu
@@ -82,13 +75,17 @@ def packed(x: Tensor) -> Tensor:
     return torch.cat((mean, torch.zeros_like(mean), (x - mean).square().sum(0), x.new_full((1,), len(x))))
 
 
-@pytest.mark.parametrize("n_channels", [5, 1100], ids=["one program", "two programs"])
-@pytest.mark.parametrize("empty", [(), (0, 4, 18), range(19)], ids=["all have a share", "some", "none"])
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float64])
-@PATHS
-def test_merges_the_shares_of_many(kernels, kept, momentum, empty, n_channels, device):
-    """More than are read at a time; what an empty share holds is not looked at."""
+@pairwise(
+    {
+        "empty": [(), (0, 4, 18), range(19)],
+        "kept": [torch.float32, torch.bfloat16, torch.float64],
+        "momentum": [0.1, None],
+        "n_channels": [5, 1100],
+        "kernels": [True, False],
+    }
+)
+def test_merges_the_shares_of_many(empty, kept, momentum, n_channels, kernels, device):
+    """Shares are more than are read at a time, and channels those of one program or two. An empty share is not read."""
     lengths = [0 if rank in empty else 1 + rank % 4 for rank in range(19)]
     parts = [100 + torch.randn(length, n_channels, dtype=torch.float64) for length in lengths]
     gathered = torch.stack([packed(part) for part in parts]).float().to(device)

@@ -1,7 +1,6 @@
 """SyncBatchNorm is one of torch's: to what looks for those by isinstance, in copies of it, and as what it converts."""
 
 import copy
-import io
 import pickle
 import warnings
 
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 import triton_norm as tn
 from support import worlds
+from support.steps import saved_and_loaded
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -121,13 +121,6 @@ def test_its_modules_are_named_as_torchs():
     assert str(ours) == str(theirs)
     ours.append(ours[0])
     assert len(list(ours.modules())) == 4
-
-
-def saved_and_loaded(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def test_copies_and_pickles():

@@ -164,14 +164,6 @@ def test_contexts_nest():
         assert rounds()
 
 
-@pytest.mark.parametrize("context", [testing.correct_rounding, testing.guarded])
-def test_an_exception_ends_the_context(context):
-    with pytest.raises(KeyError), context(), context():
-        raise KeyError
-    with pytest.raises((AssertionError, stock.InterpreterError), match="fails"), context():
-        rounds(fails=True)
-
-
 def test_a_context_that_does_not_begin_leaves_nothing():
     with pytest.raises(ValueError, match="resident"), testing.correct_rounding(), testing.interleaved(resident=0):
         pass
@@ -205,6 +197,15 @@ CONTEXTS = {
     "observe": observed,
     "int32_overflow": interpreter.int32_overflow_is_an_error,
 }
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_an_exception_ends_the_context(name):
+    context = CONTEXTS[name]
+    with pytest.raises(KeyError), context(), context():
+        raise KeyError
+    with pytest.raises((AssertionError, stock.InterpreterError), match="fails"), context():
+        rounds(fails=True)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)

@@ -1,6 +1,5 @@
 """Programs that wait for each other end and are right; those that can't all be resident at once are found to hang."""
 
-import random
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from support.turns import backwards, one_of_each, shuffled
 from triton_norm.testing import interpreter
 from triton_norm.testing.guards import RaceError
 from triton_norm.testing.interleave import PATIENCE, DeadlockError, interleaved
@@ -18,18 +18,6 @@ from triton_norm.testing.interleave import PATIENCE, DeadlockError, interleaved
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="the kernels run on a GPU")
 
 RESERVED = 1  # the ticket counter, before the teams' counters
-
-
-def reverse(n: int) -> list[int]:
-    return list(reversed(range(n)))
-
-
-def shuffled(n: int) -> list[int]:
-    return random.Random(n).sample(range(n), n)
-
-
-def one_of_each_team(n: int, n_members: int = 4) -> list[int]:
-    return [member for first in range(n_members) for member in range(first, n, n_members)]
 
 
 @triton.jit
@@ -95,7 +83,7 @@ def test_barrier_of_the_whole_grid(tickets):
         assert team_sums(1, 32, tickets) == list(range(32))
 
 
-@pytest.mark.parametrize("order", [None, reverse, shuffled, one_of_each_team])
+@pytest.mark.parametrize("order", [None, backwards, shuffled, one_of_each])
 @pytest.mark.parametrize("resident", [None, 12, 5, 4])
 def test_tickets_need_no_more_programs_than_a_team_has_members(order, resident):
     with interleaved(resident, order):
@@ -107,20 +95,20 @@ def test_tickets_need_no_more_programs_than_a_team_has_members(order, resident):
 @pytest.mark.parametrize("resident", [4, 8, 9])
 def test_places_by_program_id_deadlock_if_programs_start_in_an_adverse_order(resident):
     n_threads = threading.active_count()
-    with interleaved(resident, one_of_each_team), pytest.raises(DeadlockError) as error:
+    with interleaved(resident, one_of_each), pytest.raises(DeadlockError) as error:
         team_sums(3, 4, tickets=False)
     assert threading.active_count() == n_threads
     assert str(error.value) == (
         f"team_sum_kernel: deadlock: {resident} of 12 programs have started, 0 have ended, and {resident} wait"
     )
-    with interleaved(resident, one_of_each_team):
+    with interleaved(resident, one_of_each):
         team_sums(3, 4)
 
 
 def test_places_by_program_id_pass_in_order_or_all_at_once():
     with interleaved(4):
         team_sums(3, 4, tickets=False)
-    with interleaved(order=one_of_each_team):
+    with interleaved(order=one_of_each):
         team_sums(3, 4, tickets=False)
 
 
@@ -184,7 +172,7 @@ def take_tickets(n_programs: int, n_each: int) -> list[list[int]]:
         (1, None, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]),
         (2, None, [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]),
         (None, None, [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]),
-        (None, reverse, [[3, 7, 11], [2, 6, 10], [1, 5, 9], [0, 4, 8]]),
+        (None, backwards, [[3, 7, 11], [2, 6, 10], [1, 5, 9], [0, 4, 8]]),
     ],
 )
 def test_programs_take_turns_atomic_by_atomic(resident, order, expected):
@@ -303,19 +291,19 @@ def test_composes_in_any_order(position):
         interpreter.int32_overflow_is_an_error(),
         interpreter.observe(programs, poison_masked_loads=True),
     ]
-    contexts.insert(position, interleaved(order=reverse))
+    contexts.insert(position, interleaved(order=backwards))
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
         team_sums(2, 4)
-        to_the_second_atomic = [(kind, number) for number in reverse(8) for kind in ("store", "store", "atomic")]
-        assert programs.seen[:32] == [("atomic", number) for number in reverse(8)] + to_the_second_atomic
+        to_the_second_atomic = [(kind, number) for number in backwards(8) for kind in ("store", "store", "atomic")]
+        assert programs.seen[:32] == [("atomic", number) for number in backwards(8)] + to_the_second_atomic
         with pytest.raises(AssertionError, match="int32 overflow detected for operation mul"):
             overflow_kernel[(2,)](torch.empty(1, dtype=torch.int32), 1 << 20)
 
 
 def test_innermost_of_nested_contexts_holds():
-    with interleaved(resident=1), interleaved(order=reverse, delayed=7):
+    with interleaved(resident=1), interleaved(order=backwards, delayed=7):
         assert team_sums(1, 8) == [6, 5, 4, 3, 2, 1, 0, 7]
 
 
@@ -328,12 +316,3 @@ def test_order_that_is_none(order):
 def test_no_room_for_a_program():
     with pytest.raises(ValueError, match="resident must be at least 1"), interleaved(0):
         pass
-
-
-def test_settings_are_restored():
-    before = [interpreter.BUILDER.create_atomic_rmw, interpreter.BUILDER.create_atomic_cas]
-    executor = interpreter.interpreter.GridExecutor.__call__
-    with pytest.raises(KeyError), interleaved():
-        raise KeyError
-    assert [interpreter.BUILDER.create_atomic_rmw, interpreter.BUILDER.create_atomic_cas] == before
-    assert interpreter.interpreter.GridExecutor.__call__ == executor

@@ -5,7 +5,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter as stock
 
 from triton_norm.testing import interpreter
 
@@ -204,20 +203,3 @@ def test_device_assert_is_checked_and_a_failed_launch_does_not_end():
     with interpreter.observe(diary), pytest.raises(AssertionError, match="x is positive"):
         failing_kernel[(1,)](torch.zeros(1))
     assert diary.lines[-1] == ("load", 1, 4, (0, 0, 0))
-
-
-@pytest.mark.unguarded
-def test_everything_is_restored():
-    builder = stock.interpreter_builder
-    owners = (stock, stock.InterpreterBuilder, stock.GridExecutor, stock.ReduceOps, builder, tl, tl.core)
-    builder.set_grid_dim(1, 1, 1)
-    builder.set_grid_idx(0, 0, 0)
-    before = [dict(vars(owner)) for owner in owners]
-    with (
-        interpreter.fast_launches(),
-        interpreter.correct_rounding(),
-        interpreter.int32_overflow_is_an_error(),
-        interpreter.observe(Diary(), poison_masked_loads=True),
-    ):
-        sum_kernel[(1,)](torch.ones(4), torch.empty(1), 4, BLOCK=4)
-    assert [dict(vars(owner)) for owner in owners] == before
