@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from perf.findings import layout_text
+from perf.findings import layout_text, uncached
 from support.bars import moved, records, wanting
 
 pytest.importorskip("triton")
@@ -18,7 +18,16 @@ target, dtypes, quick = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "qu
 chosen = [each for each in workloads.SAMPLE_BARS if each.quick or not quick]
 found = resources.records(workloads.layer_bars(chosen, dtypes=dtypes), [target])
 """
-KERNELS = {"channels_forward_kernel", "channels_backward_kernel"}
+TRAFFIC = """
+from perf import traffic
+from perf.points import Point, Workload
+from triton_norm.testing.stub_driver import H100
+
+chosen = [Workload("groups", "bars", tuple(shape), "", layout) for shape, layout in json.loads(sys.argv[1])]
+found = [traffic.count(Point("group_norm_silu", "forward", "bf16", workload), H100) for workload in chosen]
+"""
+BAR = 1.02
+KERNELS = {"groups_forward_kernel", "channels_forward_kernel", "channels_backward_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -49,3 +58,27 @@ def test_machine_code(target, dtypes, which):
         assert len(made) <= most, op
         if made[0]["floor_bytes"] > 1 << 26:  # a large input is worked on by two programs a multiprocessor or more
             assert all(r["programs"] >= 2 * 132 for r in made if r["kernel"] in KERNELS)
+
+
+ONE_LAUNCH = [  # shape, layout, programs of an H100
+    ((32, 512, 7, 7), "contiguous", 32 * 32 // 4),  # four groups a program
+    ((1, 320, 64, 64), "contiguous", 3 * 32),
+    ((1, 320, 64, 64), "channels_last", 3 * 32),  # three blocks of twelve groups at most
+    ((1, 2048, 35, 35), "contiguous", 10 * 32),  # 64 channels of an odd number of positions
+]
+
+
+def test_bytes_of_one_launch():
+    """x is read once and y written once, by programs that share a group and wait for each other."""
+    counted = records(TRAFFIC, json.dumps([case[:2] for case in ONE_LAUNCH]), TRITON_INTERPRET="1")
+    for record, (shape, _, n_programs) in zip(counted, ONE_LAUNCH, strict=True):
+        assert record["status"] == "ok", record["message"]
+        (launch,) = record["launches"]
+        assert launch["programs"] == n_programs, shape
+        exchanged = sum(
+            record["bytes"][group][way] for group in ("partials", "statistics") for way in ("loaded", "stored")
+        )
+        floor = record["floor_bytes"]
+        assert 1 <= uncached(record) <= BAR + exchanged / floor, shape
+        assert exchanged <= (BAR - 1) * floor, shape
+        assert not record["again_bytes"], shape

@@ -1,75 +1,14 @@
 """GroupNorm through the kernels, against torch in fp64: layouts, sizes, hard data, and a sample's independence."""
 
-import math
-
 import pytest
 import torch
-from torch.nn import functional as F
 
 import triton_norm
 from support.activations import SIDED
-from support.oracle import DTYPES, ErrorBound, Formula, Inputs, compute_dtype, differentiated, moments_about
-from triton_norm import reference
+from support.group_calls import CHANNELS_LAST, away_from_the_kink, checked, drawn, laid
+from support.oracle import DTYPES, differentiated
 
 pytestmark = pytest.mark.usefixtures("through_the_kernels")
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def laid(x, layout):
-    """Returns x in a layout: "first", "last", of "samples" with gaps between them, or "strided" in no dense order."""
-    if layout == "last":
-        return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
-    if layout == "samples":
-        return torch.cat((x, x), 1)[:, : x.shape[1]]
-    if layout == "strided":
-        return x.mT.contiguous().mT
-    return x.contiguous()
-
-
-def checked(inputs, n_groups, activation=None, eps=1e-5):
-    """Returns the results of a call, which it compares with fp64's."""
-    x, residual, weight, bias, dy, _ = inputs
-    options = {"activation": activation, "eps": eps}
-    found = differentiated(
-        lambda x, r, w, b: triton_norm.group_norm(x, n_groups, w, b, residual=r, **options), inputs.leaves(), (dy,)
-    )
-    n_samples, n_channels = x.shape[:2]
-    shape = n_samples, n_groups, n_channels // n_groups, math.prod(x.shape[2:])
-
-    def apart(tensor):
-        return None if tensor is None else tensor.double().reshape(shape)
-
-    def exact(x, r, w, b):
-        centred = x - x.mean((2, 3), keepdim=True)
-        z = centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + eps)
-        z = z if w is None else z * w.reshape(1, *shape[1:3], 1)
-        z = z if b is None else z + b.reshape(1, *shape[1:3], 1)
-        return reference.activate(z if r is None else z + r, activation, 0.01)
-
-    wide = apart(x.cpu())
-    rounded = wide.mean((2, 3), keepdim=True)
-    moments = moments_about(rounded.to(compute_dtype(x)).double(), wide, (2, 3))._replace(mean=rounded)
-    fused = {"activation": activation, "slope": 0.01}
-    formula = Formula(exact, (2, 3), (1, *shape[1:3], 1), moments, eps, compute_dtype(x), **fused)
-    bound = ErrorBound(formula, Inputs(wide, apart(residual), weight, bias, apart(dy)))
-    if x.dtype == torch.float64:
-        bound.growth *= 2  # the exact results are as inexact
-    bound.check(
-        found._replace(
-            y=found.y.reshape(shape),
-            dx=found.dx.reshape(shape),
-            dresidual=None if residual is None else found.dresidual.reshape(shape),
-        )
-    )
-    return found
-
-
-def drawn(shape, device, dtype=torch.float32, layout="first", residual=False, affine=True, spread=3.0):
-    x, added, dy = (laid(torch.randn(shape, device=device).to(dtype), layout) for _ in range(3))
-    weight, bias = torch.randn(2, shape[1], device=device).to(dtype) if affine else (None, None)
-    return Inputs(x * spread + 1, added if residual else None, weight, bias, dy)
-
 
 SIZES = [
     ((2, 6, 4, 5), 3),
@@ -115,14 +54,6 @@ def test_activations_residuals_and_strides(n_groups, activation, residual, layou
 def test_gelu(activation, layout, device):
     """It takes the path of silu: only the function is another one."""
     checked(drawn((2, 8, 6, 5), device, layout=layout, residual=True), 2, activation)
-
-
-def away_from_the_kink(inputs, n_groups):
-    """Returns the inputs with a zero gradient of y where the argument of the activation is near 0."""
-    x, residual, weight, bias, dy, _ = inputs
-    z = F.group_norm(x, n_groups, weight, bias)
-    z = z if residual is None else z + residual
-    return inputs._replace(dy=torch.where(z.abs() < 1e-3, 0.0, dy))
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])

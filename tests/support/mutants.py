@@ -238,9 +238,27 @@ channels_backward.channels_backward_kernel
     groups, last | race | offsets += instance_offset( -> offsets += 0 * instance_offset(
 tiles.instance_offset
     groups | race | instance.to(tl.int64) * instance_vecs -> 0 * instance_vecs
+tiles.parameters_of
+    shared groups | different | run // parameter_runs -> 0 * run
+    shared groups | different | index = group * -> index = 0 * group *
+    shared groups | bounds | [:, None] < end -> [:, None] <= end + 100
+    shared groups, last | bounds | within % layout.groups_per_sample -> within
 tiles.of_instance
     groups | bounds | index // PER_STATISTIC -> index
     instances | race | channels.index + instance * channels.n_channels -> channels.index
+groups.elements_of
+    groups | bounds | (group < n_groups) & -> (group < n_groups + 1) &
+    groups | bounds | (vec < n_rows * row_vecs) -> (vec <= n_rows * row_vecs)
+    groups of rows | different | vec // row_vecs, vec -> 0 * vec, vec
+groups.pointers_to
+    groups | different | elements.sample.to(tl.int64) * sample_vecs -> elements.sample.to(tl.int64) * 0
+    groups of rows | different | elements.row.to(tl.int64) * position_vecs -> elements.row.to(tl.int64) * 0
+groups.channels_in
+    groups | different | index = elements.within * -> index = 0 * elements.within *
+    groups | different | run // parameter_runs -> 0 * run
+groups.groups_forward_kernel
+    groups | different | to_float(total, COMPUTE) -> to_float(total + 1, COMPUTE)
+    groups of rows | different | y_row_vecs * n_rows -> y_row_vecs
 groups.sum_group
     groups | different | value *= tl.load(weight_ptr -> value += 0 * tl.load(weight_ptr
 groups.add_samples

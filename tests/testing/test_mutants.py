@@ -110,12 +110,24 @@ def far_rows(numbers, monkeypatch) -> None:
     LAYER_NORM.against_oracle(far((2, 64), 2**31 + 64, 1), None, None, far((2, 64), 2**31 + 64, 1))
 
 
-def groups(numbers, monkeypatch, n_groups: int = 2, last: bool = False) -> None:
-    """More samples than the backward adds at a time, with statistics that differ from sample to sample."""
-    x, dy = torch.randn(2, 9, 4, 3, 5) * torch.linspace(1, 3, 9).view(-1, 1, 1, 1)
+def groups(
+    numbers,
+    monkeypatch,
+    n_groups: int = 2,
+    last: bool = False,
+    shape: tuple[int, ...] = (9, 4, 3, 5),
+    tile: int | None = None,
+) -> None:
+    """More samples than the backward adds at a time, with statistics that differ from sample to sample.
+
+    With a `tile`, programs share a group.
+    """
+    if tile is not None:
+        share(numbers, tile, multiprocessors=12)
+    x, dy = torch.randn(2, *shape) * torch.linspace(1, 3, shape[0]).view(-1, 1, 1, 1)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
-    leaves = [tensor.requires_grad_() for tensor in (x, *torch.randn(2, 4))]
+    leaves = [tensor.requires_grad_() for tensor in (x, *torch.randn(2, shape[1]))]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     y, exact = triton_norm.group_norm(leaves[0], n_groups, *leaves[1:]), F.group_norm(wide[0], n_groups, *wide[1:])
     found, expected = (
@@ -333,6 +345,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "groups": groups,
     "groups, last": _of(groups, last=True),
     "instances": _of(groups, n_groups=4),
+    "groups of rows": _of(groups, last=True, shape=(9, 4, 2, 3)),
+    "shared groups": _of(groups, shape=(3, 16, 7, 7), tile=128),
+    "shared groups, last": _of(groups, last=True, shape=(3, 6, 2, 3), tile=8),
 }
 """The checks of real tests, of few elements; right kernels pass each."""
 

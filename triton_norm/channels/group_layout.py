@@ -102,18 +102,26 @@ class Groups(NamedTuple):
             return self._read(shape, "last", per_group, lambda slices: (0, 1, slices.position_stride))
         return self._read(shape, "flat", per_group, lambda _: (0, n_positions, 1))
 
-    def by_group(self) -> Read:
-        """Returns the launch's view of each sample as groups."""
+    def by_group(self, applies: bool = False) -> Read:
+        """Returns the launch's view of each sample as groups; if it applies too, with their channels' parameters."""
         _, n_groups, per_group, n_positions = self.shape
         if self.kind == "flat":
-            size = per_group * n_positions
-            return self._read((1, n_groups, size), "flat", 1, lambda _: (0, size, 1))
+            size, per_parameter = per_group * n_positions, n_positions if applies else None
+            return self._read((1, n_groups, size), "flat", 1, lambda _: (0, size, 1), per_parameter)
         folds = channel_spaces.folds(n_positions, per_group, self.itemsize, limits_in_force())
         kind = "folded" if folds and n_groups * per_group < MOST_COLUMNS else "flat"
         shape = n_positions, n_groups, per_group
-        return self._read(shape, kind, 1, lambda slices: (slices.position_stride, per_group, 1))
+        per_parameter = 1 if applies else None
+        return self._read(shape, kind, 1, lambda slices: (slices.position_stride, per_group, 1), per_parameter)
 
-    def _read(self, shape: tuple[int, int, int], kind: str, per_statistic: int, strides: Any) -> Read:
+    def _read(
+        self,
+        shape: tuple[int, int, int],
+        kind: str,
+        per_statistic: int,
+        strides: Any,
+        elements_per_parameter: int | None = None,
+    ) -> Read:
         placements = tuple(
             None if slices is None else Placement._make((*strides(slices), slices.itemsize, slices.misaligned))
             for slices in self.slices
@@ -122,7 +130,7 @@ class Groups(NamedTuple):
         n_samples, *_ = self.shape
         (x_type, *_) = self.types
         assert x_type is not None
-        instances = Instances(n_samples, apart, per_statistic)
+        instances = Instances(n_samples, apart, per_statistic, elements_per_parameter)
         return Read(shape, kind, placements, x_type, self.types, self.others, self.device, instances)
 
 

@@ -1,8 +1,10 @@
 """Plans and launches GroupNorm. A group is a channel of one sample whose weight changes along it.
 
-Statistics are reduced by group, as a BatchNorm's by channel, sample by sample. Results that depend on the weight are
-computed by channel, with the statistics of its group. InstanceNorm, with one channel a group, does both in one launch
-if it fits. A sample's bits don't depend on the other samples.
+The forward of small groups is one launch whose programs have several of them (whole_groups.py). That of groups that fit
+into the registers of several programs is one launch that reads them as a BatchNorm's channels, sample by sample, and
+each element's weight and bias from its channel. Otherwise statistics are reduced by group, and results that depend
+on the weight are computed by channel, with the statistics of its group. A sample's bits don't depend on the other
+samples.
 """
 
 import functools
@@ -16,11 +18,12 @@ from triton_norm import activations, plans
 from triton_norm.channels.group_layout import Groups, as_readable, copies, dtypes_of, groups_of, kind_of, shape_of
 from triton_norm.channels.launches import Launches, Read, Step, Types
 from triton_norm.channels.layout import dense_like, is_dense
+from triton_norm.channels.whole_groups import forward_launch
 from triton_norm.launch import Launch, Launcher, zeros
 from triton_norm.library import contiguous
 from triton_norm.reference import compute_dtype
 from triton_norm.specs import GroupNormSpec, Inputs, Phase, Wanted
-from triton_norm.tuning import channel_spaces
+from triton_norm.tuning import group_spaces
 from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
 from triton_norm.tuning.memory import remembered
 
@@ -55,21 +58,25 @@ def _forward_launches(read: Read, waits: bool) -> Launches:
 def _forward_steps(groups: Groups, spec: GroupNormSpec) -> list[Step]:
     activations.check(spec.activation)
     _, _, per_group, _ = groups.shape
-    by_channel = _forward_launches(groups.by_channel(), waits=per_group == 1)
-    if per_group == 1:
-        launches = [(by_channel, phase) for phase in by_channel.phases(Phase.FUSED)]
-    else:
-        launches = [(_forward_launches(groups.by_group(), waits=False), Phase.REDUCE), (by_channel, Phase.APPLY)]
+    by_channel = groups.by_channel()
+    fused = _forward_launches(by_channel if per_group == 1 else groups.by_group(applies=True), waits=True)
+    launches = [(fused, phase) for phase in fused.phases(Phase.FUSED)]
+    if len(launches) > 1:
+        launches = [
+            (_forward_launches(by_channel if per_group == 1 else groups.by_group(), waits=False), Phase.REDUCE),
+            (_forward_launches(by_channel, waits=False), Phase.APPLY),
+        ]
     x_type, residual_type = groups.types
     return [
         made.step(
             phase,
             (x_type, residual_type) if phase.applies else (x_type,),
-            (0.0, 0.0, *made.scalars()),
+            (0.0, 0.0, *made.scalars(), made.parameter_runs),
             EPS=spec.eps,
             CUMULATIVE=False,
             LOCAL=False,
             STATISTICS=phase.reduces,
+            RUN=made.run,
             ACTIVATION=spec.activation,
             SLOPE=spec.slope,
         )
@@ -91,7 +98,7 @@ class GroupForwardPlan:
         swept = [tensor for tensor in (x, residual) if tensor is not None]
         are_contiguous = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
         self._copies = not are_contiguous or any(copies(tensor, self._kind) for tensor in swept)
-        self._steps: dict[Any, list[Step]] = {}
+        self._launches: dict[Any, Launch | list[Step]] = {}
 
     def __call__(self, tensors: Sequence[Any], moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns y and the statistics [3 · n_samples · n_groups] of the groups.
@@ -106,13 +113,18 @@ class GroupForwardPlan:
             x, weight, bias = as_readable(x, self._kind), contiguous(weight), contiguous(bias)
             residual = None if residual is None else as_readable(residual, self._kind)
         statistics = self._like.new_empty(3 * self._n_groups)
-        misaligned = x.data_ptr() % VECTOR_BYTES, 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
-        steps = self._steps.get((misaligned, moments is None))
-        if steps is None:
+        added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
+        key = x.data_ptr() % VECTOR_BYTES, added, moments is None
+        launches = self._launches.get(key)
+        if launches is None:
             others = y, weight, bias, statistics, moments
             groups = groups_of(self._kind, self._spec.n_groups, (x, residual), others)
-            steps = self._steps[misaligned, moments is None] = _forward_steps(groups, self._spec)
-        for step in steps:
+            launches = forward_launch(groups, self._spec) or _forward_steps(groups, self._spec)
+            self._launches[key] = launches
+        if isinstance(launches, Launch):
+            launches(x, residual, y, weight, bias, statistics, moments)
+            return y, statistics
+        for step in launches:
             partials = sync = None
             if step.partials:
                 partials = self._like.new_empty(3 * step.partials * self._n_groups)
@@ -167,7 +179,7 @@ def _combining_launcher(types: Types, n_channels: int, per_group: int, device: t
     def n_programs(config: Any, total: int, n_samples: int, n_means: int) -> int:
         return n_means + (-(-n_channels // config["BLOCK_C"]) if has_parameters else 0)
 
-    space = channel_spaces.groups_backward(gpu_of(device))
+    space = group_spaces.groups_backward(gpu_of(device))
     return Launcher(_combining_kernel(), space, device, n_programs, (n_channels,), PER_GROUP=per_group)
 
 

@@ -26,11 +26,14 @@ class Instances(NamedTuple):
         n_instances: number of slices: a GroupNorm's samples.
         strides: elements between slices, of each tensor in Read.placements, None for a tensor that is None.
         channels_per_statistic: adjacent channels with common statistics.
+        elements_per_parameter: adjacent elements of a group with a common weight and bias, if groups are read as
+            channels; None if each channel has a weight and bias of its own.
     """
 
     n_instances: int
     strides: tuple[int | None, ...]
     channels_per_statistic: int
+    elements_per_parameter: int | None = None
 
 
 class Read(NamedTuple):
@@ -95,9 +98,14 @@ class Launches:
     ) -> None:
         self._kernel, self._read, self._resident_bytes, self._adds = kernel, read, resident_bytes, adds
         gpu = gpu_of(read.device)
+        self._n_instances, per_parameter = 1, None
+        if read.instances is not None:
+            self._n_instances, per_parameter = read.instances.n_instances, read.instances.elements_per_parameter
         apart = () if read.instances is None else [stride for stride in read.instances.strides if stride is not None]
-        self.layout: Layout = layout_of(read.shape, read.kind, *filter(None, read.placements), apart=apart)
-        self._n_instances = 1 if read.instances is None else read.instances.n_instances
+        self.layout: Layout = layout_of(
+            read.shape, read.kind, *filter(None, read.placements), apart=apart, narrow=per_parameter is not None
+        )
+        self.run, self.parameter_runs = self.layout.runs(per_parameter)
         self._shared = SharedChannels(
             read.kind,
             self.layout.lanes,
@@ -108,9 +116,20 @@ class Launches:
             resident_bytes=resident_bytes,
             streamed_bytes=streamed_bytes,
             adds=adds,
+            run=self._lanes_run(),
         )
-        plan = channel_spaces.plan_channels(self._shared, gpu) if resident_bytes else None
+        plan_fused = channel_spaces.plan_channels if read.instances is None else channel_spaces.plan_groups
+        plan = plan_fused(self._shared, gpu) if resident_bytes else None
         self._plan: Plan = plan or channel_spaces.plan_channels_apart(self._shared, gpu)
+
+    def _lanes_run(self) -> int | None:
+        """Returns the elements of a flat group's access with a common weight and bias, or None if a channel has them.
+
+        Where each element has an access of its own, its weight is one more in registers that are scarce.
+        """
+        if self._read.instances is None or self.layout.axis is not None:
+            return None
+        return 1 if self.layout.vector == 1 else self.run
 
     def phases(self, asked: Phase, constant: bool = False) -> list[Phase]:
         """Returns the phases to launch: two if both halves are needed and can't be fused."""
@@ -152,6 +171,7 @@ class Launches:
             resident=plan.tile,
             resident_bytes=self._resident_bytes,
             adds=self._adds and phase.applies,
+            run=self._shared.run,
             curved=_is_curved(constants["ACTIVATION"]) and (phase.applies or self._kernel == channel_spaces.BACKWARD),
         )
         launcher = Launcher(

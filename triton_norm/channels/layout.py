@@ -62,6 +62,13 @@ class Layout(NamedTuple):
         unit = 1 if self.axis is None else self.vector
         return self.n_columns // unit, self.block_columns // unit, self.columns_per_channel, self.groups_per_sample
 
+    def runs(self, elements_per_parameter: int | None) -> tuple[int | None, int | None]:
+        """Returns RUN and parameter_runs of kernels/channels.py, for groups that are read as channels."""
+        if elements_per_parameter is None:
+            return None, None
+        run = 1 if elements_per_parameter % self.vector else self.vector
+        return run, elements_per_parameter // run
+
     def spread(self, placement: Placement) -> bool:
         """Returns True if a channel's lanes are adjacent, False if they are one element, expanded."""
         if self.axis is None:
@@ -180,7 +187,7 @@ def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> Readable:
     return Readable(x, Placement(*strides, x.itemsize, x.data_ptr() % VECTOR_BYTES))
 
 
-def _vector(placements: Sequence[Placement], *extents: int) -> int:
+def vector_of(placements: Sequence[Placement], *extents: int) -> int:
     """Returns the widest access in elements: 16 bytes of the narrowest type, or less by addresses and extents."""
     vector = vector_width(min(placement.itemsize for placement in placements), *extents)
     for placement in placements:
@@ -189,11 +196,14 @@ def _vector(placements: Sequence[Placement], *extents: int) -> int:
     return vector
 
 
-def layout_of(shape: Sequence[int], kind: str, *placements: Placement, apart: Sequence[int] = ()) -> Layout:
+def layout_of(
+    shape: Sequence[int], kind: str, *placements: Placement, apart: Sequence[int] = (), narrow: bool = False
+) -> Layout:
     """Returns the layout in which tensors with these strides are read together, with the widest common access.
 
     Args:
         apart: strides between slices of which each has this shape.
+        narrow: a folded block is narrow, so that its rows can stay in registers.
     """
     n_channels, n_positions = shape[1], math.prod(shape[2:])
     if kind == "last":
@@ -203,18 +213,18 @@ def layout_of(shape: Sequence[int], kind: str, *placements: Placement, apart: Se
             *(stride for placement in spread for stride in (placement.sample_stride, placement.position_stride)),
         ]
         lanes = channel_spaces.channel_lanes(n_channels, limits_in_force())
-        vector = _vector(spread or placements, n_channels, *strides)
+        vector = vector_of(spread or placements, n_channels, *strides)
         return Layout(0, vector, lanes, 0, 1, n_channels, n_channels, lanes, 1, n_positions)
     spread = [placement for placement in placements if placement.position_stride]
     strides = [*apart, *(placement.sample_stride for placement in spread)]
     if kind == "folded":
         n_columns = n_channels * n_positions
-        lanes, channels = channel_spaces.fold(n_channels, n_positions, limits_in_force())
-        vector = _vector(spread or placements, n_columns, channels * n_positions, *strides)
+        lanes, channels = channel_spaces.fold(n_channels, n_positions, limits_in_force(), narrow)
+        vector = vector_of(spread or placements, n_columns, channels * n_positions, *strides)
         fold, width = next_power_of_2(channels), next_power_of_2(n_positions)
         return Layout(0, vector, lanes, fold, width, n_channels, n_columns, channels * n_positions, n_positions, 1)
     strides += [placement.channel_stride for placement in spread]
-    vector = _vector(spread or placements, n_positions, *strides)
+    vector = vector_of(spread or placements, n_positions, *strides)
     return Layout(None, vector, vector, 0, 1, n_channels, n_channels, 1, 1, n_positions // vector)
 
 

@@ -72,7 +72,7 @@ def _forward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
     launches = Launches(
         "channels_forward_kernel", read, x.itemsize if part.phase is Phase.FUSED else 0, adds=residual is not None
     )
-    scalars = *in_two_floats(spec.momentum or 0.0), *launches.scalars()
+    scalars = *in_two_floats(spec.momentum or 0.0), *launches.scalars(), launches.parameter_runs
     return [
         launches.step(
             phase,
@@ -82,6 +82,7 @@ def _forward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
             CUMULATIVE=spec.momentum is None,
             LOCAL=part.local,
             STATISTICS=phase.reduces,
+            RUN=launches.run,
             ACTIVATION=spec.activation,
             SLOPE=spec.slope,
         )

@@ -32,6 +32,7 @@ from triton_norm.kernels.tiles import (
     load_parameter,
     load_statistics,
     of_instance,
+    parameters_of,
     span,
     tile_at,
     view_of,
@@ -129,11 +130,13 @@ def channels_forward_kernel(
     instance_blocks,
     x_instance_vecs,
     residual_instance_vecs,
+    parameter_runs,
     EPS: tl.constexpr,
     PER_STATISTIC: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     LOCAL: tl.constexpr,
     STATISTICS: tl.constexpr,
+    RUN: tl.constexpr,
     APPLY: tl.constexpr,
     SHARED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -174,6 +177,9 @@ def channels_forward_kernel(
         sync_ptr: 2 + n_blocks zeros.
         momentum, momentum_rest: two fp32 scalars whose sum keeps the precision of an fp64 momentum.
         LOCAL: the batch is one process's part of a larger one.
+        RUN: elements of an access with a common weight and bias, V or 1, in a launch whose channels are the groups of a
+            GroupNorm; None if each channel has one of its own.
+        parameter_runs: adjacent elements of a group with a common weight and bias, divided by RUN; None if RUN is.
         SHARED: n_splits > 1.
         INDEX: integer type of group indices.
         T: groups in a tile.
@@ -273,8 +279,9 @@ def channels_forward_kernel(
             mean, mean_lo, rstd = load_statistics(
                 statistics_ptr, running_mean_ptr, running_var_ptr, normalized, EPS, COMPUTE
             )
-        scale = rstd * load_parameter(weight_ptr, lanes, 1.0, COMPUTE)
-        bias = load_parameter(bias_ptr, lanes, 0.0, COMPUTE)
+        if RUN is None:
+            scale = rstd * load_parameter(weight_ptr, lanes, 1.0, COMPUTE)
+            bias = load_parameter(bias_ptr, lanes, 0.0, COMPUTE)
         y_strides = dense_strides(layout, TILE)
         if instance_blocks is not None:
             y_ptr += instance_offset(instance, y_strides.sample * (n_groups // groups_per_sample), V)
@@ -284,6 +291,10 @@ def channels_forward_kernel(
             mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
             if not TOGETHER or swept > 0:
                 raw = tl.load(tile_at(x, start, layout, TILE), mask=mask, other=0.0)
+            if RUN is not None:
+                own = parameters_of(start, end, inside, columns, lanes, parameter_runs, layout, TILE, RUN)
+                scale = rstd * load_parameter(weight_ptr, own, 1.0, COMPUTE)
+                bias = load_parameter(bias_ptr, own, 0.0, COMPUTE)
             z = ((raw.to(COMPUTE) - mean) - mean_lo) * scale + bias
             if residual_ptr is not None:
                 residual_strides = Strides(residual_sample_vecs, residual_group_vecs, residual_channel_vecs)

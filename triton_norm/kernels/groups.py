@@ -1,9 +1,123 @@
-"""Combines the channel sums of a GroupNorm, sample by sample, to the means for dx, and to dweight and dbias."""
+"""Computes GroupNorm of groups of which a program has several, and combines a backward's sums over channels.
+
+A group that a program has whole in registers is rows of adjacent elements: one row of channels and positions, or, if
+channels are adjacent, a row for each position. Larger groups are read by channels.py.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.moments import tile_sum, to_float
+from triton_norm.kernels.activations import activate
+from triton_norm.kernels.channels import finalise_statistics
+from triton_norm.kernels.moments import moments_of, tile_sum, to_float
+from triton_norm.kernels.tiles import Channels, aligned, load_parameter
+
+
+class Elements(NamedTuple):
+    """Bundles where the elements of a program's groups are, as indices that broadcast to [M, T, V].
+
+    Args:
+        group, sample, within: [M, 1, 1]: a group's index, its sample, and its index in the sample.
+        row, column: [1, T, 1]: the row of a group, and the place in it, divided by V.
+        in_range: [M, T, 1], mask of the elements that exist.
+    """
+
+    group: tl.tensor
+    sample: tl.tensor
+    within: tl.tensor
+    row: tl.tensor
+    column: tl.tensor
+    in_range: tl.tensor
+
+
+@triton.jit
+def elements_of(block, n_groups, groups_per_sample, n_rows, row_vecs, M: tl.constexpr, T: tl.constexpr):
+    """Returns the elements of the M groups of a block, of n_rows · row_vecs · V elements each."""
+    group = block * M + tl.arange(0, M)[:, None, None]
+    vec = tl.arange(0, T)[None, :, None]
+    in_range = (group < n_groups) & (vec < n_rows * row_vecs)
+    sample = group // groups_per_sample
+    return Elements(group, sample, group - sample * groups_per_sample, vec // row_vecs, vec % row_vecs, in_range)
+
+
+@triton.jit
+def pointers_to(ptr, elements, sample_vecs, position_vecs, row_vecs, V: tl.constexpr):
+    """Returns the pointers [M, T, V] to elements of a tensor whose samples and rows have these strides, times V."""
+    group = elements.sample.to(tl.int64) * sample_vecs + elements.within.to(tl.int64) * row_vecs
+    element = elements.row.to(tl.int64) * position_vecs + elements.column
+    return aligned(ptr + (group + element) * V + tl.arange(0, V)[None, None, :], V)
+
+
+@triton.jit
+def channels_in(elements, row_vecs, parameter_runs, n_channels, V: tl.constexpr, RUN: tl.constexpr):
+    """Returns the channels of elements, [M, T, 1] if RUN = V, or [M, T, V] if RUN = 1; see `parameters_of`."""
+    RUNS: tl.constexpr = V // RUN
+    run = elements.column * RUNS + tl.arange(0, RUNS)[None, None, :]
+    index = elements.within * (row_vecs * RUNS // parameter_runs) + run // parameter_runs
+    return Channels(index, elements.in_range, n_channels)
+
+
+@triton.jit(do_not_specialize=["n_groups"])
+def groups_forward_kernel(
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    statistics_ptr,
+    moments_ptr,
+    n_groups,
+    groups_per_sample,
+    n_rows,
+    row_vecs,
+    parameter_runs,
+    n_channels,
+    x_sample_vecs,
+    x_row_vecs,
+    residual_sample_vecs,
+    residual_row_vecs,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    V: tl.constexpr,
+    RUN: tl.constexpr,
+    T: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Computes y = f((x − mean) · rstd · weight + bias + residual), and the statistics of the groups.
+
+    Grid: cdiv(n_groups, M). A program has M groups.
+    Bytes: reads x and residual once, and writes y once.
+
+    Args:
+        x_ptr, residual_ptr: n_groups / groups_per_sample samples, whose strides are *_sample_vecs · V; residual may be
+            None. A group is n_rows rows of row_vecs · V elements, with strides *_row_vecs · V.
+        y_ptr: dense, in x's layout.
+        weight_ptr, bias_ptr: [n_channels], or None.
+        statistics_ptr: [3, n_groups]: mean, mean_lo and rstd.
+        moments_ptr: [3, n_groups]: mean, mean_lo and M2; or None.
+        parameter_runs, RUN: as in channels_forward_kernel.
+        T: accesses of V elements that hold a group.
+    """
+    elements = elements_of(tl.program_id(0), n_groups, groups_per_sample, n_rows, row_vecs, M, T)
+    mask = elements.in_range
+    x = tl.load(pointers_to(x_ptr, elements, x_sample_vecs, x_row_vecs, row_vecs, V), mask=mask, other=0.0)
+    total = n_rows * row_vecs * V
+    centred, moments = moments_of(x.to(COMPUTE), mask, to_float(total, COMPUTE), None, CENTRED=True)
+    groups = Channels(elements.group, elements.group < n_groups, n_groups)
+    rstd = finalise_statistics(moments, statistics_ptr, moments_ptr, groups, total, EPS, LOCAL=False)
+    channels = channels_in(elements, row_vecs, parameter_runs, n_channels, V, RUN)
+    scale = rstd * load_parameter(weight_ptr, channels, 1.0, COMPUTE)
+    z = centred * scale + load_parameter(bias_ptr, channels, 0.0, COMPUTE)
+    if residual_ptr is not None:
+        residual = pointers_to(residual_ptr, elements, residual_sample_vecs, residual_row_vecs, row_vecs, V)
+        z += tl.load(residual, mask=mask, other=0.0).to(COMPUTE)
+    y_row_vecs = tl.full([], row_vecs, tl.int64) * groups_per_sample
+    y = pointers_to(y_ptr, elements, y_row_vecs * n_rows, y_row_vecs, row_vecs, V)
+    tl.store(y, activate(z, ACTIVATION, SLOPE).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Computes sums, means and moments of 2-D tiles, for the row kernels and the channel kernels.
 
 A reduction keeps the tile's rank, so that its result broadcasts against the tile. AXIS is 1 to reduce each row, 0 to
-reduce each column, and None if the whole tile belongs to one channel.
+reduce each column, and None if the whole tile belongs to one channel. A 3-D tile is a stack of 2-D tiles, each of a
+channel of its own, with AXIS None.
 """
 
 from typing import NamedTuple
@@ -31,9 +32,10 @@ def to_float(count, COMPUTE: tl.constexpr):
 
 @triton.jit
 def tile_sum(tile, AXIS: tl.constexpr):
-    """Returns the sum over AXIS, or over the whole tile if AXIS is None. Reduced axes keep length 1."""
+    """Returns the sum over AXIS, or over the last two axes if AXIS is None. Reduced axes keep length 1."""
     if AXIS is None:
-        total = tl.sum(tl.sum(tile, 1, keep_dims=True), 0, keep_dims=True)
+        LAST: tl.constexpr = len(tile.shape) - 1
+        total = tl.sum(tl.sum(tile, LAST, keep_dims=True), LAST - 1, keep_dims=True)
     else:
         total = tl.sum(tile, AXIS, keep_dims=True)
     return total
@@ -54,10 +56,11 @@ def centre(x, mask, count, AXIS: tl.constexpr):
     mean adds no rounding error of its own magnitude. Terms are scaled by a power of two, so that no sum overflows.
 
     Args:
-        x: [M, N], 0 outside the mask; so is the result.
+        x: [M, N], or [K, M, N] if AXIS is None, 0 outside the mask; so is the result.
         count: number of elements reduced.
     """
-    SIZE: tl.constexpr = x.shape[0] * x.shape[1] if AXIS is None else x.shape[AXIS]
+    LAST: tl.constexpr = len(x.shape) - 1
+    SIZE: tl.constexpr = x.shape[LAST - 1] * x.shape[LAST] if AXIS is None else x.shape[AXIS]
     SCALE: tl.constexpr = 1.0 / SIZE
     share = count * SCALE
     inverse = 1.0 / share

@@ -134,6 +134,29 @@ def of_instance(channels, instance, n_instances, PER_STATISTIC: tl.constexpr):
 
 
 @triton.jit
+def parameters_of(start, end, group, columns, lanes, parameter_runs, layout, TILE: tl.constexpr, RUN: tl.constexpr):
+    """Returns the channels from which the elements of a tile take weight and bias, if each block has whole groups.
+
+    Their index is [1, LANES] if folded, where columns are channels, [T, 1] if RUN = V, and [T, V] if RUN = 1.
+
+    Args:
+        group: the tile's group in its sample.
+        parameter_runs: adjacent elements of a channel, divided by RUN.
+    """
+    if TILE.FOLD:
+        index = columns
+        in_range = lanes.in_range
+    else:
+        RUNS: tl.constexpr = TILE.V // RUN
+        first_sample = start // layout.groups_per_sample
+        within = (start - first_sample * layout.groups_per_sample).to(tl.int32) + tl.arange(0, TILE.T)[:, None]
+        run = within % layout.groups_per_sample * RUNS + tl.arange(0, RUNS)[None, :]
+        index = group * (layout.groups_per_sample * RUNS // parameter_runs) + run // parameter_runs
+        in_range = (start + tl.arange(0, TILE.T))[:, None] < end
+    return Channels(index, in_range, lanes.n_channels)
+
+
+@triton.jit
 def span(split, groups_per_split, n_groups, INDEX: tl.constexpr):
     """Returns the first group of a split, and the end of its range. INDEX is wide enough for n_groups + T."""
     first = split.to(INDEX) * groups_per_split
@@ -165,10 +188,10 @@ def group_offsets(start, layout, strides, TILE: tl.constexpr, SPREAD: tl.constex
 
 @triton.jit
 def aligned(pointers, V: tl.constexpr):
-    """Returns pointers [T, LANES], marked as aligned in runs of V for the compiler."""
+    """Returns pointers [T, LANES] or [M, T, LANES], marked as aligned in runs of V for the compiler."""
     ITEMSIZE: tl.constexpr = pointers.dtype.scalar.element_ty.primitive_bitwidth // 8
     ALIGNMENT: tl.constexpr = V * ITEMSIZE if V * ITEMSIZE < 16 else 16
-    return tl.multiple_of(pointers, [1, ALIGNMENT])
+    return tl.multiple_of(pointers, [1, ALIGNMENT] if len(pointers.shape) == 2 else [1, 1, ALIGNMENT])
 
 
 @triton.jit

@@ -34,9 +34,15 @@ def _fold_unit(n_positions: int) -> int:
     return 8 // math.gcd(n_positions, 8)
 
 
-def fold(n_channels: int, n_positions: int, limits: Limits) -> tuple[int, int]:
-    """Returns (lanes, channels) of a folded block, with the fewest idle lanes."""
+def fold(n_channels: int, n_positions: int, limits: Limits, narrow: bool = False) -> tuple[int, int]:
+    """Returns (lanes, channels) of a folded block, with the fewest idle lanes.
+
+    Args:
+        narrow: the channels are whole groups of a GroupNorm, and all of their rows should stay in registers.
+    """
     unit, widest = _fold_unit(n_positions), limits.most_folded_columns
+    if narrow:
+        widest = min(widest, max(limits.most_folded_group_columns, next_power_of_2(unit * n_positions)))
     most = -(-n_channels // unit) * unit
     lanes, channels = 0, 1
     for candidate in (widest, widest // 2, widest // 4):
@@ -71,6 +77,7 @@ class SharedChannels(NamedTuple):
         resident_bytes: bytes an element of the tensors that stay resident in registers; 0 for unfused launches.
         streamed_bytes: bytes an element of the tensors that are streamed twice.
         adds: the forward adds a residual.
+        run: elements of an access with a common weight and bias, where they change along a flat group; else None.
     """
 
     kind: str
@@ -82,6 +89,7 @@ class SharedChannels(NamedTuple):
     resident_bytes: int = 0
     streamed_bytes: float = 0
     adds: bool = False
+    run: int | None = None
 
 
 def plan_channels_apart(work: SharedChannels, gpu: Gpu) -> Plan:
@@ -100,8 +108,24 @@ def plan_channels_apart(work: SharedChannels, gpu: Gpu) -> Plan:
 
 def _crowds(work: "SharedChannels | ChannelWork") -> bool:
     """Decides whether a tile has to be half as large, for lack of registers: in the flat layout if a residual is added,
-    in the others if each element needs an address of its own."""
-    return work.adds if work.kind == "flat" else work.vector == 1
+    or each element of a group has a weight of its own; in the others if each element needs an address of its own."""
+    return work.adds or work.run == 1 if work.kind == "flat" else work.vector == 1
+
+
+def _largest_tile(work: SharedChannels, gpu: Gpu) -> int:
+    """Returns the most elements that a program of a fused launch has in registers."""
+    if gpu.interpreted:
+        return gpu.limits.interpreted_tile_elements
+    resident = gpu.limits.resident_bytes.of(work.kind) // work.resident_bytes
+    return max(work.lanes, resident // (2 if _crowds(work) else 1))
+
+
+def _tile_for(per_split: int, tile: int, work: SharedChannels, gpu: Gpu) -> int:
+    """Returns the smallest of a few tile sizes that has room for the groups of a split, or else `tile`."""
+    limits, step = gpu.limits, gpu.limits.resident_step_factor
+    while not gpu.interpreted and tile // step >= max(per_split * work.lanes, limits.min_resident_elements, work.lanes):
+        tile //= step
+    return tile
 
 
 def plan_channels(work: SharedChannels, gpu: Gpu) -> Plan | None:
@@ -111,17 +135,12 @@ def plan_channels(work: SharedChannels, gpu: Gpu) -> Plan | None:
     resident will still be in L2 when they are read again.
     """
     limits, lanes, resident = gpu.limits, work.lanes, work.resident_bytes
-    elements = work.n_groups * lanes
-    tile = limits.interpreted_tile_elements
-    if not gpu.interpreted:
-        tile = max(lanes, limits.resident_bytes.of(work.kind) // resident // (2 if _crowds(work) else 1))
+    elements, tile = work.n_groups * lanes, _largest_tile(work, gpu)
     at_once = limits.holding_programs_per_sm * gpu.multiprocessors
     enough = max(-(-at_once // work.n_blocks), -(-elements // tile))
     peers = max(1, min(gpu.most_peers, enough, elements // limits.min_resident_elements))
     per_split = -(-work.n_groups // peers)
-    step = limits.resident_step_factor
-    while not gpu.interpreted and tile // step >= max(per_split * lanes, limits.min_resident_elements, lanes):
-        tile //= step
+    tile = _tile_for(per_split, tile, work, gpu)
     whole = max(8, tile // lanes) if per_split * lanes > tile else 8
     per_split = -(-per_split // whole) * whole
     n_programs = work.n_blocks * -(-work.n_groups // per_split)
@@ -132,13 +151,28 @@ def plan_channels(work: SharedChannels, gpu: Gpu) -> Plan | None:
     return Plan(tile, per_split) if total <= limits.one_launch_bytes and fits and fills else None
 
 
+def plan_groups(work: SharedChannels, gpu: Gpu) -> Plan | None:
+    """Returns the plan of a fused launch on a GroupNorm's groups, or None if they don't fit into registers.
+
+    The programs that share a block are as many as can keep it in registers. Their number depends on the block's size
+    and on the GPU, and not on the number of samples. Tensors that are streamed twice have to be in L2 the second time.
+    """
+    tile, at_once = _largest_tile(work, gpu), gpu.limits.holding_programs_per_sm * gpu.multiprocessors
+    peers = -(-work.n_groups * work.lanes // tile)
+    again = tile * work.streamed_bytes * at_once * gpu.limits.cache_bytes_per_reread_byte
+    if peers > gpu.most_peers or again > gpu.l2_bytes:
+        return None
+    per_split = -(-work.n_groups // peers)
+    return Plan(_tile_for(per_split, tile, work, gpu), per_split)
+
+
 class ChannelWork(NamedTuple):
     """Describes one launch on blocks of channels.
 
     Args:
         kernel: name of the kernel.
         role: "waits" (fused), "reduces" or "applies".
-        kind, lanes, vector, adds: as in SharedChannels.
+        kind, lanes, vector, adds, run: as in SharedChannels.
         width: channels of a block.
         types: names of the dtypes of the inputs of x's shape.
         resident: elements of the resident tile, or 0.
@@ -157,6 +191,7 @@ class ChannelWork(NamedTuple):
     resident_bytes: int = 0
     adds: bool = False
     curved: bool = False
+    run: int | None = None
 
     def merged(self, limits: Limits) -> int:
         return max(16, min(128, limits.merged_elements // self.width))
@@ -167,6 +202,8 @@ class ChannelWork(NamedTuple):
             named += f", {self.resident} held"
         if self.curved:
             named += ", curved"
+        if self.run is not None:
+            named += f", weights by {self.run}"
         return f"{named}, {self.merged(limits)} merged" if self.kind == "folded" else named  # lanes decide otherwise
 
 
@@ -201,7 +238,7 @@ def _waiting_config(work: ChannelWork, gpu: Gpu) -> Config:
             in_thread_bytes //= 2
         if _crowds(work):
             in_thread_bytes //= 2
-        if work.curved:
+        if work.curved or (work.run is not None and work.vector > 1):
             in_thread_bytes //= 2
     per_thread = max(1, min(most_elements, in_thread_bytes // work.resident_bytes))
     return _config_of(warps_for(work.resident, per_thread, gpu), work.resident, work, gpu)
@@ -240,11 +277,6 @@ def channels(work: ChannelWork, gpu: Gpu) -> Space:
     else:
         configs = _sweeping_configs(work, gpu)
     return space_of(work.kernel, work.key(gpu.limits), configs)
-
-
-@remembered
-def groups_backward(gpu: Gpu) -> Space:
-    return space_of("groups_backward_kernel", "", [config(4, BLOCK_K=8, BLOCK_C=1024 if gpu.interpreted else 128)])
 
 
 @remembered

@@ -66,6 +66,10 @@ class Limits:
     channels_last_lanes: int = 32
     # A folded block has at most this many columns.
     most_folded_columns: int = 2048
+    # A folded block of whole groups is narrower, so that all of its rows can stay in registers.
+    most_folded_group_columns: int = 128
+    # A program of a GroupNorm has whole groups of up to this many elements, padded to a power of two. A judgement.
+    whole_group_elements: int = 8 * 1024
     # Fewer samples are not folded: most rows of a tile would be empty.
     least_folded_samples: int = 8
     # Samples are folded if an access along a channel's positions would move fewer bytes than this...

@@ -1,0 +1,79 @@
+"""Lists the configs of GroupNorm's own kernels."""
+
+from typing import NamedTuple
+
+from triton_norm.tuning.configs import Config, Space, config, space_of, warps_for
+from triton_norm.tuning.limits import MOST_REGISTERS_PER_THREAD, MOST_THREADS, REGISTERS_PER_SM, Gpu
+from triton_norm.tuning.memory import remembered
+
+# A program's elements and a thread's, in the order in which a search tries them. None of them has been measured.
+_TILES = 4096, 8192, 2048
+_PER_THREAD = 16, 32
+
+
+class WholeWork(NamedTuple):
+    """Describes groups of which a program has several, whole in registers.
+
+    Args:
+        accesses: accesses that read a group, a power of two.
+        vector: elements of an access.
+        run: elements of an access with a common weight and bias.
+        types: names of the dtypes of the inputs of x's shape.
+        curved: an activation is computed, which takes registers.
+    """
+
+    accesses: int
+    vector: int
+    run: int
+    types: tuple[str, ...]
+    curved: bool
+
+    @property
+    def elements(self) -> int:
+        return self.accesses * self.vector
+
+    @property
+    def key(self) -> str:
+        named = f"{self.elements} elements by {self.vector}, weights by {self.run}, {', '.join(self.types)}"
+        return f"{named}, curved" if self.curved else named
+
+
+def fits(work: WholeWork, gpu: Gpu) -> bool:
+    """Decides whether a program has whole groups. This depends on a group's size, and not on the number of samples."""
+    if gpu.interpreted:
+        return work.elements <= gpu.limits.interpreted_tile_elements
+    return work.elements <= gpu.limits.whole_group_elements // (2 if work.vector == 1 else 1)
+
+
+def _config_of(tile: int, per_thread: int, work: WholeWork, gpu: Gpu) -> Config:
+    """Returns a config that limits registers. Without a limit, NVIDIA's assembler spills a few to fit more warps."""
+    n_warps = warps_for(max(tile, work.elements), per_thread, gpu)
+    threads = max(gpu.limits.channel_warps_per_sm, n_warps) * gpu.warp
+    limit = min(MOST_REGISTERS_PER_THREAD, REGISTERS_PER_SM // threads) if gpu.limits_registers else None
+    return config(n_warps, maxnreg=limit, M=max(1, tile // work.elements))
+
+
+@remembered
+def whole(work: WholeWork, gpu: Gpu) -> Space:
+    """Returns the configs of a launch. M is the groups of a program."""
+    if gpu.interpreted:
+        groups = max(1, gpu.limits.interpreted_tile_elements // work.elements)
+        return space_of("groups_forward_kernel", work.key, [config(4, M=groups)])
+    per_threads: tuple[int, ...] = _PER_THREAD
+    if work.curved or len(work.types) > 1 or work.run < work.vector:
+        per_threads = per_threads[:1]
+    if work.vector == 1:  # each element needs an address: with 16 a thread a few registers were spilled
+        per_threads = (per_threads[0] // 2,)
+    configs = [
+        _config_of(tile, per_thread, work, gpu)
+        for per_thread in per_threads
+        for tile in _TILES
+        if tile <= MOST_THREADS // 2 * per_thread
+    ]
+    return space_of("groups_forward_kernel", work.key, configs)
+
+
+@remembered
+def groups_backward(gpu: Gpu) -> Space:
+    """Returns the configs of the launch that combines sums over channels."""
+    return space_of("groups_backward_kernel", "", [config(4, BLOCK_K=8, BLOCK_C=1024 if gpu.interpreted else 128)])
