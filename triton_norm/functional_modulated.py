@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 from triton_norm import plans, reference, resolve
 from triton_norm.dispatch import goes_to_triton, is_fusible, override
 from triton_norm.rows import modulated
 from triton_norm.rows.modulation import spread
-from triton_norm.specs import ModulatedOptions, ModulatedSpec, ModulatedTensors, RowOptions
+from triton_norm.specs import ModulatedOptions, ModulatedSpec, ModulatedTensors, RowOptions, RowSpec
 
 NO_GATE = "silu", False, None
 """These are gate_activation, gate_first and product_dtype in a call without a gate."""
@@ -59,7 +61,7 @@ def normalize_modulated(
 
     Args:
         tensors, options: fields of ModulatedTensors and ModulatedOptions, which a warm call does not name to save time.
-        instead: computes y if the kernels can't serve the call; None: reference.py.
+        instead: computes y if the kernels can't serve the call; None: torch's functions.
     """
     if is_compiling():
         call = resolve.check_modulated(function, *_named(tensors, options))
@@ -83,14 +85,26 @@ def normalize_modulated(
 
 
 def _torch_modulated(tensors: ModulatedTensors, normalized_shape: tuple[int, ...], spec: ModulatedSpec) -> Any:
-    """Computes the call by reference.py: torch has no function of this kind."""
+    """Computes the call by torch's norm and plain torch around it: torch has no function of this kind."""
     x, residual, residual_gate = tensors.x, tensors.residual, tensors.residual_gate
     if residual is None:
-        return reference.modulate(x, normalized_shape, tensors, spec)
+        return reference.modulate(x, normalized_shape, tensors, spec, _torch_norm)
     dtype = spec.rows.total_dtype or residual.dtype
     if residual_gate is None:
         total = reference.add(x, residual, dtype)
     else:
         total = reference.add_gated(x, residual, residual_gate, x.dim() - len(normalized_shape), dtype)
     spec = spec._replace(rows=spec.rows._replace(out_dtype=spec.rows.out_dtype or x.dtype))
-    return reference.modulate(total, normalized_shape, tensors, spec), total
+    return reference.modulate(total, normalized_shape, tensors, spec, _torch_norm), total
+
+
+def _torch_norm(
+    x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, spec: RowSpec
+) -> Tensor:
+    """Normalizes by torch's own function, in x's type, or by reference.py if that has no such form."""
+    if spec.weight_offset != 0.0 or spec.x_hat_dtype is not None:
+        return reference.normalize(x, normalized_shape, weight, bias, spec)
+    weight, bias = (None if parameter is None else parameter.to(x.dtype) for parameter in (weight, bias))
+    if spec.centred:
+        return F.layer_norm(x, normalized_shape, weight, bias, spec.eps)
+    return F.rms_norm(x, normalized_shape, weight, spec.eps)

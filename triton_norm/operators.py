@@ -2,7 +2,7 @@
 
 from triton_norm.channels import function, groups  # noqa: F401  these define them
 from triton_norm.library import DEFINED
-from triton_norm.rows import fusible, operator  # noqa: F401
+from triton_norm.rows import fusible, modulated, operator  # noqa: F401
 from triton_norm.sync import operator as sync_operator  # noqa: F401
 
 OPERATORS = tuple(
@@ -10,6 +10,8 @@ OPERATORS = tuple(
     for name in (
         "rows_forward",
         fusible.NAME,
+        "modulated_rows_forward",
+        fusible.MODULATED,
         "batch_norm_forward",
         "batch_norm_inference",
         "move_running_statistics",

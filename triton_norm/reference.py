@@ -87,13 +87,20 @@ def add_gated(x: Tensor, residual: Tensor, residual_gate: Tensor, n_outer: int, 
     return (residual.to(compute) + gate * x.to(compute)).to(dtype)
 
 
-def modulate(total: Tensor, normalized_shape: Sequence[int], tensors: ModulatedTensors, spec: ModulatedSpec) -> Tensor:
+def modulate(
+    total: Tensor,
+    normalized_shape: Sequence[int],
+    tensors: ModulatedTensors,
+    spec: ModulatedSpec,
+    norm: Callable[..., Tensor] | None = None,
+) -> Tensor:
     """Returns y = (norm(v) · weight + bias) · (scale + scale_offset) + shift, times f(gate).
 
     The gate multiplies total instead, v = total · f(gate), if the spec says so; otherwise v = total.
 
     Args:
         total: x, or the sum of x and residual; fields x, residual and residual_gate of `tensors` are not read.
+        norm: has the arguments of `normalize`, which is used if it is None.
     """
     compute, n_outer = compute_dtype(total), total.dim() - len(normalized_shape)
     x, gate = total.to(compute), None
@@ -101,7 +108,8 @@ def modulate(total: Tensor, normalized_shape: Sequence[int], tensors: ModulatedT
         gate = apply_gate(tensors.gate.to(compute), spec.gate_activation)
         if spec.gate_first:
             x, gate = x * gate, None
-    y = normalize(x, normalized_shape, tensors.weight, tensors.bias, spec.rows._replace(out_dtype=compute))
+    as_x = spec.rows._replace(out_dtype=compute)
+    y = (norm or normalize)(x, normalized_shape, tensors.weight, tensors.bias, as_x)
     if tensors.scale is not None:
         y = y * (_modulation(tensors.scale, total, n_outer, spec.per_head, compute) + spec.scale_offset)
     if tensors.shift is not None:
