@@ -25,7 +25,7 @@ from triton_norm.launch import COMPILE_OPTIONS
 from triton_norm.testing.stub_driver import as_on_gpu
 from triton_norm.tuning import choices
 from triton_norm.tuning.configs import Config, Space
-from triton_norm.tuning.limits import Gpu
+from triton_norm.tuning.limits import Gpu, most_blocks_of
 
 OPS = triton_norm_functions()
 
@@ -49,6 +49,11 @@ class Target:
     shared_reserved: int
     blocks: int
     threads_per_block: int = 1024
+
+    @property
+    def most_blocks(self) -> int:
+        """Returns the most blocks of a cluster with this version of Triton."""
+        return most_blocks_of(divmod(self.gpu.arch, 10) if self.gpu.backend == "cuda" else None)
 
 
 TARGETS = {
@@ -163,7 +168,7 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
     before = driver._active
     driver.set_active(CompileOnlyDriver(target))
     try:
-        gpu = Gpu(None, target.multiprocessors, target.cache, target.gpu.warp_size)
+        gpu = Gpu(None, target.multiprocessors, target.cache, target.gpu.warp_size, most_blocks=target.most_blocks)
         with as_on_gpu(gpu, start=list_only), mock.patch.object(choices, "chosen", choose_first):
             yield launches
     finally:

@@ -126,7 +126,7 @@ class Launcher:
     def candidates(self) -> Sequence[Config]:
         return self.space.configs if self._config is None else [self._config]
 
-    @functools.cached_property
+    @property
     def span(self) -> int:
         """Returns the fewest columns of a row that a program may own."""
         return min(config.span for config in self.candidates)
@@ -278,6 +278,27 @@ def _hooks() -> tuple[Sequence[Any], Sequence[Any]]:
     return knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
 
 
+@functools.cache
+def _tell_of_cluster(kernel: str, reason: str) -> None:
+    """Warns once for each kernel."""
+    warnings.warn(f"triton_norm: {kernel} could not be launched as a cluster of blocks: {reason}", stacklevel=2)
+
+
+def _without_failed_clusters(bench: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a search's measurement in which a cluster that can't be compiled or launched takes forever."""
+
+    def measure(*arguments: Any, config: Any, **meta: Any) -> Any:
+        try:
+            return bench(*arguments, config=config, **meta)
+        except Exception as error:
+            if config.num_ctas == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            _tell_of_cluster(f"a config of {config.num_ctas} blocks", f"{type(error).__name__}: {error}")
+            return [float("inf")] * 3
+
+    return measure
+
+
 def search(
     kernel: Any, space: Space, n_programs: Callable[[Any], int], arguments: Sequence[Any], constants: Mapping[str, Any]
 ) -> Config:
@@ -292,7 +313,11 @@ def search(
     timed = functools.partial(do_bench, warmup=SEARCH_WARMUP_MS, rep=SEARCH_MS)
     candidates = [
         triton.Config(
-            dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg
+            dict(config.blocks),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            num_ctas=config.num_ctas,
+            maxnreg=config.maxnreg,
         )
         for config in space.configs
     ]
@@ -303,7 +328,8 @@ def search(
     zeros = [name for name in ("sync_ptr",) if given.get(name) is not None]
 
     def known(chosen: Any) -> Config:
-        keywords = configs.config(chosen.num_warps, chosen.num_stages, chosen.maxnreg, **chosen.kwargs).keywords
+        own = chosen.num_warps, chosen.num_stages, chosen.maxnreg, chosen.num_ctas
+        keywords = configs.config(*own, **chosen.kwargs).keywords
         found = space.find(keywords)
         if found is None:
             raise ValueError(f"{keywords} is none of the configs of {space.kernel}")
@@ -321,6 +347,7 @@ def search(
             return found
 
         tuner.check_disk_cache = check_disk_cache
+        tuner._bench = _without_failed_clusters(tuner._bench)
         tuner[lambda meta: (n_programs(meta),)](*given.values(), **constants, **COMPILE_OPTIONS)
         return known(tuner.best_config)
 

@@ -224,7 +224,7 @@ def test_outputs_of_other_types_have_choices_of_their_own(unknown_gpu, timings, 
 
 def test_a_cuda_devices_gpu_is_asked_for_once(monkeypatch):
     asked = []
-    properties = SimpleNamespace(multi_processor_count=114, L2_cache_size=2**20)
+    properties = SimpleNamespace(multi_processor_count=114, L2_cache_size=2**20, major=8, minor=6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     device = torch.device("cuda", 3)

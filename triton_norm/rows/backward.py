@@ -236,7 +236,9 @@ class RowBackwardPlan:
         device, spec = x.device, self._spec
         types = _Types._make(types_of(tensors))
         launcher = _backward_launcher(spec, self._gradients.wanted, types, self._layout, misaligned, device)
-        made = self._made[misaligned] = _Backward(launcher, self._n_rows, spec.n_cols, device)
+        made = _Backward(launcher, self._n_rows, spec.n_cols, device)
+        if launcher.config is not None:  # a search may choose a config that needs less workspace
+            self._made[misaligned] = made
         return made
 
     def _finalise(self, made: _Backward, statistics: Tensor) -> Launch:

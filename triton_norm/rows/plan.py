@@ -156,11 +156,14 @@ class RowPlan:
         return readable(x, x_copied), readable(residual, residual_copied), contiguous(weight), contiguous(bias)
 
     def _prepare(self, key: tuple[bool, int], arguments: Sequence[Any]) -> tuple[Launch, int]:
-        """Returns the launch and the most programs that may share a row."""
+        """Returns the launch and the most programs that may share a row. Before a search these are those of any config,
+        and nothing is kept."""
         (_, misaligned), (x, *_) = key, arguments
         types = _ForwardTypes._make(types_of(arguments))
         launcher = _forward_launcher(self.spec, types, self._layout, misaligned, x.device)
-        found = self._launches[key] = Launch(launcher, self._n_rows), -(-self.spec.n_cols // launcher.span)
+        found = Launch(launcher, self._n_rows), -(-self.spec.n_cols // launcher.span)
+        if launcher.config is not None:
+            self._launches[key] = found
         return found
 
 

@@ -6,11 +6,18 @@ enum { MAX_SHARED_BYTES = 227 * 1024, MAX_THREADS = 1024 };
 
 static char something; // what every handle points to
 static unsigned long long launches;
+static unsigned long long cluster_launches;
 
 unsigned long long launch_count(void) { return launches; }
+unsigned long long cluster_launch_count(void) { return cluster_launches; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
   launches++;
+  for (unsigned int place = 0; place < config->numAttrs; place++) {
+    const CUlaunchAttribute *attribute = &config->attrs[place];
+    if (attribute->id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION && attribute->value.clusterDim.x > 1)
+      cluster_launches++;
+  }
   return CUDA_SUCCESS;
 }
 

@@ -9,12 +9,18 @@ from triton_norm.tuning.limits import MOST_THREADS, VECTOR_BYTES, Gpu
 
 @dataclass(frozen=True)
 class Config:
-    """Holds a kernel's block sizes, its numbers of warps and stages, and its limit on registers a thread, if any."""
+    """Holds a kernel's block sizes, its numbers of warps and stages, and its limit on registers a thread, if any.
+
+    Args:
+        num_warps: warps of a block.
+        num_ctas: blocks of a program. Several form a cluster, and reduce through each other's shared memory.
+    """
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int = 1
     maxnreg: int | None = None
+    num_ctas: int = 1
 
     def __getitem__(self, block: str) -> int:
         return self.keywords[block]
@@ -27,11 +33,12 @@ class Config:
     @functools.cached_property
     def keywords(self) -> dict[str, int]:
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+        cluster = {} if self.num_ctas == 1 else {"num_ctas": self.num_ctas}
+        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages, **limit, **cluster}
 
 
-def config(num_warps: int, num_stages: int = 1, maxnreg: int | None = None, **blocks: int) -> Config:
-    return Config(tuple(blocks.items()), num_warps, num_stages, maxnreg)
+def config(num_warps: int, num_stages: int = 1, maxnreg: int | None = None, num_ctas: int = 1, **blocks: int) -> Config:
+    return Config(tuple(blocks.items()), num_warps, num_stages, maxnreg, num_ctas)
 
 
 @dataclass(frozen=True)

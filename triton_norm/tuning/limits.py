@@ -5,7 +5,9 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,6 +55,15 @@ class Limits:
     # A backward program owns a span of at most this size, counted in the compute type. It is half of a forward's piece,
     # since x, dy and the sums of dweight and dbias are all in registers.
     backward_span_bytes: int = 32 * 1024
+    # A cluster's block has at least this part of a forward's row, and two at least half as much, counted in the widest
+    # stored type.
+    cluster_block_bytes: int = 32 * 1024
+    # A thread of such a block has this part of the row.
+    cluster_thread_bytes: int = 64
+    # A cluster's block has at least this many elements of a backward's row.
+    cluster_backward_elements: int = 8 * 1024
+    # Rows from this size on may have clusters beside programs of one block, counted in the widest stored type.
+    cluster_least_bytes: int = 16 * 1024
     # A multiprocessor has this many row elements in registers in the backward, each with x, dy and two sums.
     rows_backward_elements_per_sm: int = 8 * 1024
     # A program that sums over the rows of one modulation has at least this many rows: two sums in float32, written and
@@ -122,6 +133,7 @@ class Gpu:
         warp: threads of a warp.
         interpreted: kernels run in Triton's interpreter.
         limits: thresholds that decide between launches.
+        most_blocks: most blocks of a cluster, a program whose blocks share memory; 1: there are no clusters.
     """
 
     name: str | None
@@ -130,6 +142,7 @@ class Gpu:
     warp: int = 32
     interpreted: bool = False
     limits: Limits = Limits()
+    most_blocks: int = 1
 
     @property
     def most_peers(self) -> int:
@@ -153,6 +166,24 @@ _assumed: dict[object, Gpu] = {}
 _in_force: Gpu | None = None
 
 
+PORTABLE_BLOCKS = 8
+"""Clusters of at most this many blocks run on every GPU with clusters. Larger ones leave parts of a GPU idle."""
+CLUSTERS_SINCE = (3, 9)
+"""Triton reduces over the blocks of a cluster from this version on; 3.8 does so for tensors of one axis only."""
+CLUSTER_GENERATIONS = (9, 10)
+"""Major numbers of NVIDIA's compute capabilities for which the kernels have been compiled as clusters."""
+
+
+@functools.cache
+def most_blocks_of(capability: tuple[int, int] | None) -> int:
+    """Returns the most blocks of a cluster on NVIDIA's GPUs of a compute capability, None for another GPU."""
+    if capability is None or capability[0] not in CLUSTER_GENERATIONS or INTERPRETED:
+        return 1
+    version = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("triton"))
+    assert version is not None
+    return PORTABLE_BLOCKS if tuple(map(int, version.groups())) >= CLUSTERS_SINCE else 1
+
+
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
     """Returns the `assumed` GPU, or else the device's own, or `STAND_IN` for a device that is no GPU."""
@@ -167,6 +198,7 @@ def gpu_of(device: torch.device) -> Gpu:
         int(properties.L2_cache_size),
         WARP_THREADS,
         INTERPRETED,
+        most_blocks=most_blocks_of(None if torch.version.hip else (properties.major, properties.minor)),
     )
 
 

@@ -1,6 +1,6 @@
 """Lists the configs of the LayerNorm and RMSNorm kernels, and plans how programs share rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from triton_norm.tuning.configs import Config, Space, config, next_power_of_2, space_of, warps_for
@@ -42,6 +42,31 @@ def _shared(width: int, block: int, peers: int) -> dict[str, int]:
     return {"PIECES": width // block // members, "PEERS": members}
 
 
+def _cluster_forward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config]:
+    """Returns the config of a program that has a whole row in the registers of a cluster's blocks, if one fits.
+
+    Compiled by Triton 3.9 for sm_90 and sm_100, these take at most 64 registers; no GPU has run them yet.
+    """
+    limits, row_bytes = gpu.limits, work.width * work.stored_bytes
+    blocks = min(most_blocks, max(2, row_bytes // limits.cluster_block_bytes))
+    n_warps = row_bytes // limits.cluster_thread_bytes // gpu.warp // blocks
+    if row_bytes < limits.cluster_least_bytes or n_warps * gpu.warp > MOST_THREADS:
+        return []
+    return [config(n_warps, num_ctas=blocks, BLOCK_M=1, BLOCK_N=work.width, **_shared(work.width, work.width, 1))]
+
+
+def _with_clusters(
+    cluster: Callable[[RowWork, Gpu, int], list[Config]], work: RowWork, gpu: Gpu, others: list[Config]
+) -> list[Config]:
+    """Returns the configs of rows that one block can't hold: clusters first, those of more blocks than are portable
+    last, and the others between."""
+    if gpu.most_blocks == 1:
+        return others
+    portable = cluster(work, gpu, gpu.most_blocks)
+    larger = [] if portable else cluster(work, gpu, 2 * gpu.most_blocks)
+    return portable + others + larger
+
+
 @remembered
 def rows_forward(work: RowWork, gpu: Gpu) -> Space:
     """Returns the configs of a forward: several short rows a program, one row in registers, or a long row in spans,
@@ -60,12 +85,15 @@ def rows_forward(work: RowWork, gpu: Gpu) -> Space:
             for tile in tiles
             if tile <= MOST_THREADS * per_thread
         ]
+        if gpu.most_blocks > 1:
+            configs += _cluster_forward(work, gpu, gpu.most_blocks)
     else:
         piece = limits.forward_piece_bytes // work.compute_bytes
         configs = [
             config(warps_for(block, per_thread, gpu), BLOCK_M=1, BLOCK_N=block, **_shared(width, block, gpu.most_peers))
             for block, per_thread in ((piece // 2, 32), (piece // 4, 32), (piece, 32), (piece // 2, 16))
         ]
+        configs = _with_clusters(_cluster_forward, work, gpu, configs)
     return space_of("rows_forward_kernel", work.key, configs)
 
 
@@ -124,6 +152,31 @@ def _shared_rows_backward(work: RowWork, span: int, gpu: Gpu) -> list[Config]:
     return configs
 
 
+def _clusters_backward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config]:
+    """Returns configs of programs that have whole rows in the registers of a cluster's blocks.
+
+    Threads have 16 elements, or 8: 16 in each of 1024 threads would spill 12 to 30 registers.
+    """
+    blocks = min(most_blocks, max(2, work.width // gpu.limits.cluster_backward_elements))
+    elements = work.width // blocks
+    if work.width * work.stored_bytes < gpu.limits.cluster_least_bytes:
+        return []
+    return [
+        config(
+            elements // per_thread // gpu.warp,
+            maxnreg=min(REGISTERS_PER_SM * per_thread // elements, MOST_REGISTERS_PER_THREAD),
+            num_ctas=blocks,
+            BLOCK_M=1,
+            BLOCK_N=work.width,
+            PEERS=1,
+            STAGES=1,
+            HOLD_WEIGHT=True,
+        )
+        for per_thread, most_threads in ((16, MOST_THREADS // 2), (8, MOST_THREADS))
+        if elements <= most_threads * per_thread
+    ]
+
+
 @remembered
 def rows_backward(work: RowWork, gpu: Gpu) -> Space:
     width, span = work.width, gpu.limits.backward_span_bytes // work.compute_bytes
@@ -132,18 +185,21 @@ def rows_backward(work: RowWork, gpu: Gpu) -> Space:
         configs = [config(4, BLOCK_M=n_rows, BLOCK_N=width, PEERS=1, STAGES=1, HOLD_WEIGHT=True)]
     elif width <= span:
         configs = _whole_rows_backward(width, span, gpu)
+        if gpu.most_blocks > 1:
+            configs += _clusters_backward(work, gpu, gpu.most_blocks)
     else:
-        configs = _shared_rows_backward(work, span, gpu)
+        configs = _with_clusters(_clusters_backward, work, gpu, _shared_rows_backward(work, span, gpu))
     return space_of("rows_backward_kernel", work.key, configs)
 
 
 def rows_backward_teams(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu: Gpu) -> int:
     """Returns the number of teams that share the rows, as many as run at once. Each leaves a row of partial sums."""
-    elements = config["BLOCK_M"] * config["BLOCK_N"]
+    n_blocks: int = config.get("num_ctas", 1)
+    elements = config["BLOCK_M"] * config["BLOCK_N"] // n_blocks
     per_sm: int = max(1, gpu.limits.rows_backward_elements_per_sm // elements)
     n_peers: int = -(-n_cols // config["BLOCK_N"])
     n_groups: int = -(-n_rows // config["BLOCK_M"])
-    return max(1, min(n_groups, gpu.multiprocessors * per_sm // n_peers))
+    return max(1, min(n_groups, gpu.multiprocessors * per_sm // (n_peers * n_blocks)))
 
 
 def rows_backward_programs(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu: Gpu) -> int:
