@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from perf.ops import BULK, TITLE
-from perf.points import ITEMSIZE, PASSES, STRIDED
+from perf.points import ITEMSIZE, MODE_TITLE, PASSES, STRIDED
 from perf.records import Numerics, PointFields, Resources, Results, Run, Step, Timing, Traffic, Ulps, ok
 
 OURS = "triton_norm"
@@ -111,6 +111,12 @@ def layout_text(record: PointFields) -> str:
     if len(record["shape"]) == 2:
         return shape_text(record)
     return f"{shape_text(record)} {LAYOUT_TEXT[record['layout']]}"
+
+
+def columns_of(record: PointFields) -> dict[str, Any]:
+    """Returns the columns that identify a point in tables."""
+    about = {"op": TITLE[record["op"]], "pass": MODE_TITLE[record["mode"]]}
+    return about | {"dtype": record["dtype"], "shape": layout_text(record)}
 
 
 def streamed(record: Traffic) -> float:

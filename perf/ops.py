@@ -165,8 +165,8 @@ def _residual_second(function: Function, **options: Any) -> Function:
 
 _AFFINE = moves("x weight bias -> y")
 _AFFINE_BACKWARD = moves("x dy weight mean rstd -> dx dweight dbias")
-_REDUCED = moves("x weight bias -> y", "x")
-_REDUCED_BACKWARD = moves("x dy weight mean rstd -> dx dweight dbias", "x dy")
+_REDUCED = moves("x weight bias -> y", reduced="x")
+_REDUCED_BACKWARD = moves("x dy weight mean rstd -> dx dweight dbias", reduced="x dy")
 
 OPS = {
     "layer_norm": Op(
@@ -193,7 +193,7 @@ OPS = {
     ),
     "batch_norm": Op(
         "BatchNorm, training", "channels",
-        moves("x weight bias running_mean running_var -> y running_mean running_var", "x"), _REDUCED_BACKWARD,
+        moves("x weight bias running_mean running_var -> y running_mean running_var", reduced="x"), _REDUCED_BACKWARD,
         lambda F: F.batch_norm, lambda tn: tn.batch_norm,
         compiled=lambda workload, dtype: True,
     ),
@@ -207,9 +207,10 @@ OPS = {
     "batch_norm_add_relu": Op(
         "BatchNorm + add + ReLU", "channels",
         moves(
-            "x residual weight bias running_mean running_var -> y bits mean rstd running_mean running_var", "x"
+            "x residual weight bias running_mean running_var -> y bits mean rstd running_mean running_var",
+            reduced="x",
         ),
-        moves("x dy bits weight mean rstd -> dx dresidual dweight dbias", "x dy bits"),
+        moves("x dy bits weight mean rstd -> dx dresidual dweight dbias", reduced="x dy bits"),
         _add_relu, lambda tn: _residual_second(tn.batch_norm, activation="relu"),
         quick=_quick_add_relu,
         compiled=lambda workload, dtype: workload.layout == "channels_last" and dtype == "bf16",
@@ -218,7 +219,7 @@ OPS = {
         "GroupNorm", "groups", _REDUCED, _REDUCED_BACKWARD, lambda F: F.group_norm, lambda tn: tn.group_norm
     ),
     "group_norm_silu": Op(
-        "GroupNorm + SiLU", "groups", _REDUCED, moves("x dy weight bias mean rstd -> dx dweight dbias", "x dy"),
+        "GroupNorm + SiLU", "groups", _REDUCED, moves("x dy weight bias mean rstd -> dx dweight dbias", reduced="x dy"),
         lambda F: lambda *arguments: F.silu(F.group_norm(*arguments)),
         lambda tn: lambda *arguments: tn.group_norm(*arguments, activation="silu"),
     ),

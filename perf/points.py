@@ -18,10 +18,6 @@ PASSES = (*MODES, BOTH)
 MODE_TITLE = {"forward": "forward", "backward": "backward", BOTH: "forward and backward"}
 
 
-def passes(mode: str) -> tuple[str, ...]:
-    return MODES if mode == BOTH else (mode,)
-
-
 def floor_of(op: str, mode: str) -> Floor:
     """Returns the floor of a pass, or of both together: their reads and writes, and the statistics between them."""
     forward, backward = OPS[op].forward, OPS[op].backward

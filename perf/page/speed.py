@@ -14,6 +14,7 @@ from perf.findings import (
     OURS,
     STATUS_TEXT,
     Findings,
+    columns_of,
     counted,
     device_of,
     layout_text,
@@ -104,10 +105,7 @@ def _timed_table(run: Run) -> Table:
         ratio = over_torch.get(id(r))
         slow = ratio is not None and ratio < 1 and r["contender"] == OURS
         return {
-            "op": TITLE[r["op"]],
-            "pass": MODE_TITLE[r["mode"]],
-            "dtype": r["dtype"],
-            "shape": layout_text(r),
+            **columns_of(r),
             "source": r["source"],
             "contender": r["contender"],
             "status": _status(r),

@@ -13,6 +13,7 @@ from perf.findings import (
     OUTPUTS,
     Findings,
     access_bits,
+    columns_of,
     counted,
     is_worse,
     layout_text,
@@ -23,7 +24,7 @@ from perf.findings import (
 from perf.ops import FAMILY, TITLE
 from perf.page.blocks import Bar, Bars, Block, Bullets, Cell, Fold, Paragraph, Table, picture, table_of
 from perf.points import MODE_TITLE, MODES
-from perf.records import Numerics, Outcome, PointFields, Resources, Traffic, ok
+from perf.records import Numerics, Outcome, Resources, Traffic, ok
 from perf.shortfalls import FEW_WARPS, MOST_BYTES_OVER_FLOOR, NARROW_BITS
 
 EXACTNESS_NOTE = (
@@ -59,10 +60,6 @@ def _failures(records: Sequence[Any], name: Callable[[Any], str]) -> list[Block]
     failed: list[Outcome] = [r for r in records if r["status"] != "ok"]
     lines = [(f"{name(r)}: {r['status']}, {r['message']}", ()) for r in failed]
     return [Fold(f"{counted(len(lines), 'record')} without a result", [Bullets(lines)])] if lines else []
-
-
-def _about(r: PointFields) -> dict[str, Any]:
-    return {"op": TITLE[r["op"]], "pass": MODE_TITLE[r["mode"]], "dtype": r["dtype"], "shape": layout_text(r)}
 
 
 def exactness(findings: Findings) -> list[Block]:
@@ -131,7 +128,7 @@ def traffic(findings: Findings) -> list[Block]:
         parts = {part: mebi(part_bytes(r, part)) for part in PARTS}
         floor = r["floor_bytes"]
         return {
-            **_about(r),
+            **columns_of(r),
             "SMs": r.get("multiprocessors"),
             "launches": len(r["launches"]),
             "floor": mebi(floor),
@@ -172,7 +169,7 @@ def machine_code(findings: Findings) -> list[Block]:
         return {
             "GPU": r["target"],
             "kernel": r["kernel"].removesuffix("_kernel"),
-            **_about(r),
+            **columns_of(r),
             "loads": Cell(widths(r["loads"]), access_bits(r) < NARROW_BITS),
             "stores": widths(r["stores"]),
             "warps": r["warps"],
