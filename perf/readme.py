@@ -167,10 +167,10 @@ def errors(counted: Results | None) -> str:
     lengths = ", ".join(str(n) for n in dict.fromkeys(r["columns"] for r in compared))
     data = ", ".join(dict.fromkeys(r["data"] for r in compared))
     return (
-        "The largest error of each result against fp64, in ulp of the largest result of its row, channel or group, over "
-        f"rows, channels and groups of {lengths} elements. The data are hard for norms: {data}. torch ran on the same device; the "
-        "last column counts the results on which it is closer, which `python -m perf report perf/results/*.jsonl` "
-        "lists.\n\n"
+        "The largest error of each result against fp64, in ulp of the largest result of its row, channel or group, "
+        f"over rows, channels and groups of {lengths} elements. The data are hard for norms: {data}. torch ran on the "
+        "same device; the last column counts the results on which it is closer, which "
+        "`python -m perf report perf/results/*.jsonl` lists.\n\n"
         + _table(["op", "type", *map(", ".join, columns), "torch is closer on"], rows)
         + f"\n*{machine(counted.run['environment'])}*\n"
     )
