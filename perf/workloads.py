@@ -245,10 +245,11 @@ CHANNEL_SLICES = (
     _part("channels", (32, 64, 14, 14), "32×1024×14×14", 8, "channels_last"),
     _part("channels", (256, 32, 7, 7), "256×2048×7×7", 2, "channels_last"),
 )
+# The programs that share a group are as many on all of a GPU, however few groups there are: those are counted on all.
 SAMPLE_SLICES = (
-    _part("groups", (2, 20, 64, 64), "8×320×64×64", 2, num_groups=2),
-    _part("groups", (1, 80, 64, 64), "8×320×64×64", 4, "channels_last", num_groups=8),
-    _part("groups", (1, 16, 128, 128), "1×512×128×128", 4),
+    _part("groups", (2, 20, 64, 64), "8×320×64×64", 132, num_groups=2),
+    _part("groups", (1, 80, 64, 64), "8×320×64×64", 132, "channels_last", num_groups=8),
+    _part("groups", (1, 16, 128, 128), "1×512×128×128", 132),
     _part("instances", (1, 8, 64, 64), "4×128×64×64", 2),
     _part("instances", (1, 2, 64, 64, 64), "2×64×64×64×64", 2),
 )
