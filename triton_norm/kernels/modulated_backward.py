@@ -79,7 +79,7 @@ def modulated_backward_kernel(
 
     Args:
         dy_ptr, dtotal_ptr, total_ptr, gate_ptr: [n_rows, n_cols], row strides *_vecs · V; dtotal and gate may be None.
-        x_ptr: [n_rows, n_cols]; None unless residual_gate's gradient is computed.
+        x_ptr: [n_rows, n_cols], read for residual_gate's gradient alone; None without a residual_gate.
         weight_ptr, bias_ptr: [n_cols], or None.
         scale_ptr, shift_ptr, residual_gate_ptr: [n_modulations, n_cols], row strides *_vecs · V; or None.
         statistics_ptr: [2, n_rows], mean and rstd; [1, n_rows], rstd, unless CENTRED.
@@ -178,7 +178,7 @@ def modulated_backward_kernel(
             dtotal += load_rows(dtotal_ptr, row_offsets(rows, dtotal_strides, axes, V), cols, mask, V, COMPUTE)
         if dresidual_ptr is not None:
             tl.store(at(dresidual_ptr + out, cols, V), dtotal.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if x_ptr is not None:
+        if dresidual_gate_ptr is not None or residual_gate_sums_ptr is not None:
             x_rows = row_offsets(rows, RowStrides(x_row_vecs, x_middle_vecs, x_outer_vecs), axes, V)
             dresidual_gate = dtotal * load_rows(x_ptr, x_rows, cols, mask, V, COMPUTE)
             if SUMMED:
