@@ -13,7 +13,7 @@ from triton_norm.channels.function import BatchNormPlan
 from triton_norm.channels.groups import GroupNormPlan
 from triton_norm.plain import HALVES
 from triton_norm.rows import modulation
-from triton_norm.rows.modulated_plan import modulated_plan_of
+from triton_norm.rows.modulated_plan import Expanding, modulated_plan_of
 from triton_norm.rows.plan import plan_of
 from triton_norm.specs import (
     BatchNormOptions,
@@ -74,7 +74,9 @@ def check_modulated(function: str, tensors: ModulatedTensors, options: Modulated
     scale_offset = float(offset) if per_head else 1.0
     spec = ModulatedSpec._make((call.spec, gate_activation, gate_first, product_dtype, scale_offset, per_head))
     reason = call.reason or dispatch.unserved(tensors, columns=call.spec.n_cols)
-    return call._replace(spec=spec, reason=reason or modulation.beyond(call.spec.n_cols, reference.compute_dtype(x)))
+    dtypes = x.dtype, plain.residual_dtype or (None if residual is None else residual.dtype)
+    compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    return call._replace(spec=spec, reason=reason or modulation.beyond(call.spec.n_cols, compute))
 
 
 def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> BatchNormSpec:
@@ -130,11 +132,10 @@ def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> C
 
 
 def modulated(key: Any, function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Call:
-    """Resolves a call with a gate or a modulation and caches it, as `rows`. It has no plan if its modulations need to
-    be expanded first."""
+    """Resolves a call with a gate or a modulation and caches it, as `rows`."""
 
     def plan_of(spec: Any, tensors: ModulatedTensors) -> Any:
-        return modulated_plan_of(spec, tensors) if modulation.spread(tensors, spec) is tensors else None
+        return modulated_plan_of(spec, tensors) if modulation.spread(tensors, spec) is tensors else Expanding(spec)
 
     return _kept(key, tensors, options.rows, lambda: check_modulated(function, tensors, options), plan_of)
 

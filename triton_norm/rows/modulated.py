@@ -19,8 +19,8 @@ from triton_norm.rows.modulated_backward import (
     modulated_backward_plan_of,
 )
 from triton_norm.rows.modulated_composed import composed, through_total
-from triton_norm.rows.modulated_plan import ModulatedPlan, modulated_plan_of
-from triton_norm.rows.modulation import Modulation, modulation_of
+from triton_norm.rows.modulated_plan import Expanding, ModulatedPlan, modulated_plan_of
+from triton_norm.rows.modulation import Modulation, modulation_of, spread
 from triton_norm.rows.plan import Outputs, RowOutputs
 from triton_norm.saved import Form, check_restored, form_of, is_unsavable, needs_gradient, needs_torch
 from triton_norm.specs import ModulatedSpec, ModulatedTensors, ModulatedWanted, RowTensors
@@ -305,12 +305,15 @@ def record(tensors: ModulatedTensors, spec: ModulatedSpec, is_fusible: bool) -> 
     return y if total is None else (y, total)
 
 
-def launch(tensors: Sequence[Any], plan: ModulatedPlan) -> Any:
+def launch(tensors: Sequence[Any], plan: ModulatedPlan | Expanding) -> Any:
     """Returns y, or (y, total) with a residual, by the kernels. Stores no statistics without gradients.
 
     Args:
         tensors: fields of ModulatedTensors.
     """
+    if isinstance(plan, Expanding):
+        tensors = spread(ModulatedTensors._make(tensors), plan.spec)
+        plan = modulated_plan_of(plan.spec, tensors)
     if plan.requires_grad and torch.is_grad_enabled():
         if plan.saves_copies:
             tensors = _savable(ModulatedTensors._make(tensors))

@@ -66,10 +66,12 @@ def through_total(
     if dtotal is not None and residual_gate is not None:
         n_outer = first_column_axis(total.shape, spec.rows.n_cols)
         outer = reference.outer_shape(residual_gate.shape, total.shape, n_outer, False)
-        by_row = residual_gate.reshape(*outer, *total.shape[n_outer:])
-        dx = dtotal * by_row
+        compute = reference.compute_dtype(x, total)
+        by_row = residual_gate.reshape(*outer, *total.shape[n_outer:]).to(compute)
+        wide = dtotal.to(compute)
+        dx = wide * by_row
         if wanted.dresidual_gate_dtype is not None:
-            dresidual_gate = (dtotal * x).sum_to_size(by_row.shape).reshape(residual_gate.shape)
+            dresidual_gate = (wide * x.to(compute)).sum_to_size(by_row.shape).reshape(residual_gate.shape)
     return tuple(
         None if dtype is None or gradient is None else gradient.to(dtype)
         for gradient, dtype in zip((dx, dtotal, *of_inner, dresidual_gate), wanted, strict=True)

@@ -232,6 +232,13 @@ class ModulatedPlan:
         return launch
 
 
+class Expanding(NamedTuple):
+    """Stands in for the plan of calls whose modulations have to be expanded first: the expanded tensors' plan serves
+    them."""
+
+    spec: ModulatedSpec
+
+
 def modulated_plan_of(spec: ModulatedSpec, tensors: ModulatedTensors) -> ModulatedPlan:
     """Returns the plan of calls of this signature, creating it if necessary."""
     key = spec, *(tensor is None for tensor in tensors)

@@ -39,9 +39,11 @@ def _named(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[str, tuple[Te
 
 
 def spread(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
-    """Returns the tensors with all modulations along the same axes of x, which follow each other.
+    """Returns the tensors with all modulations along the same axes of x, which follow each other; `tensors` itself if
+    they already are.
 
-    A modulation of fewer axes is expanded to those of the others. autograd sums its gradient.
+    A modulation of fewer axes is expanded to those of the others. autograd sums its gradient, in float32 or float64: in
+    a 16-bit type the gradient of each row would be rounded first.
     """
     shape = tensors.x.shape
     n_outer = first_column_axis(shape, spec.rows.n_cols)
@@ -57,7 +59,8 @@ def spread(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
         if any(lengths[axis] == 1 for axis in run):
             own, _ = named[name]
             target = [shape[axis] if axis in run else lengths[axis] for axis in range(n_outer)]
-            expanded[name] = own.reshape(*lengths, *shape[n_outer:]).expand(*target, *shape[n_outer:])
+            wide = own.to(torch.promote_types(own.dtype, torch.float32))
+            expanded[name] = wide.reshape(*lengths, *shape[n_outer:]).expand(*target, *shape[n_outer:])
     return tensors._replace(**expanded) if expanded else tensors
 
 
