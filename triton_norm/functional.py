@@ -14,7 +14,7 @@ from triton_norm import plans, reference, resolve
 from triton_norm.activations import activate
 from triton_norm.channels import function as channels
 from triton_norm.dispatch import autocasts, goes_to_triton, instead_of, is_fusible, override
-from triton_norm.functional_modulated import NO_GATE, bundled, is_plain, normalize_modulated
+from triton_norm.functional_modulated import SILU, bundled, is_plain, normalize_modulated
 from triton_norm.plain import HALVES, has_known_sizes, holds
 from triton_norm.rows import operator as rows
 from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors, RowOptions, RowSpec, RowTensors
@@ -72,7 +72,7 @@ def _torch_normalize(function: str, tensors: RowTensors, options: RowOptions, sp
         if spec.centred:
             return F.layer_norm(x, shape, weight, bias, spec.eps)
         return F.rms_norm(x, shape, weight, options.eps)
-    return reference.normalize(x, shape, weight, bias, spec)
+    return reference.normalize(x, shape, weight, bias, spec).contiguous()
 
 
 def layer_norm(
@@ -129,10 +129,10 @@ def layer_norm(
     """
     tensors = input, residual, weight, bias
     options = normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    modulation = gate, scale, shift, residual_gate, head_weight
-    of_gate = gate_activation, gate_first, product_dtype
-    is_plain = gate is scale is shift is residual_gate is head_weight is None and of_gate == NO_GATE
-    if not is_plain or has_torch_function_variadic(*tensors):
+    plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
+    if not plain or gate_first is not False or gate_activation is not SILU or has_torch_function_variadic(*tensors):
+        modulation = gate, scale, shift, residual_gate, head_weight
+        of_gate = gate_activation, gate_first, product_dtype
         return _normalize_rows(layer_norm, tensors, options, modulation, of_gate)
     return normalize_rows("layer_norm", tensors, options)
 
@@ -184,10 +184,10 @@ def rms_norm(
     """
     tensors = input, residual, weight, None
     options = normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    modulation = gate, scale, shift, residual_gate, head_weight
-    of_gate = gate_activation, gate_first, product_dtype
-    is_plain = gate is scale is shift is residual_gate is head_weight is None and of_gate == NO_GATE
-    if not is_plain or has_torch_function_variadic(*tensors):
+    plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
+    if not plain or gate_first is not False or gate_activation is not SILU or has_torch_function_variadic(*tensors):
+        modulation = gate, scale, shift, residual_gate, head_weight
+        of_gate = gate_activation, gate_first, product_dtype
         return _normalize_rows(rms_norm, tensors, options, modulation, of_gate)
     return normalize_rows("rms_norm", tensors, options)
 

@@ -13,8 +13,8 @@ from triton_norm.rows import modulated
 from triton_norm.rows.modulation import spread
 from triton_norm.specs import ModulatedOptions, ModulatedSpec, ModulatedTensors, RowOptions, RowSpec
 
-NO_GATE = "silu", False, None
-"""These are gate_activation, gate_first and product_dtype in a call without a gate."""
+SILU = "silu"
+"""This is the default of gate_activation. Values are compared by identity: `==` of an array is an array."""
 
 _INT = {int}
 
@@ -26,7 +26,9 @@ def is_plain(modulation: tuple[Any, ...], of_gate: tuple[Any, ...]) -> bool:
         modulation: gate, scale, shift, residual_gate and head_weight.
         of_gate: gate_activation, gate_first and product_dtype.
     """
-    return all(tensor is None for tensor in modulation) and of_gate == NO_GATE
+    gate_activation, gate_first, product_dtype = of_gate
+    of_no_gate = gate_activation is SILU and gate_first is False and product_dtype is None
+    return of_no_gate and all(tensor is None for tensor in modulation)
 
 
 def bundled(
@@ -88,14 +90,14 @@ def _torch_modulated(tensors: ModulatedTensors, normalized_shape: tuple[int, ...
     """Computes the call by torch's norm and plain torch around it: torch has no function of this kind."""
     x, residual, residual_gate = tensors.x, tensors.residual, tensors.residual_gate
     if residual is None:
-        return reference.modulate(x, normalized_shape, tensors, spec, _torch_norm)
+        return reference.modulate(x, normalized_shape, tensors, spec, _torch_norm).contiguous()
     dtype = spec.rows.total_dtype or residual.dtype
     if residual_gate is None:
         total = reference.add(x, residual, dtype)
     else:
         total = reference.add_gated(x, residual, residual_gate, x.dim() - len(normalized_shape), dtype)
     spec = spec._replace(rows=spec.rows._replace(out_dtype=spec.rows.out_dtype or x.dtype))
-    return reference.modulate(total, normalized_shape, tensors, spec, _torch_norm), total
+    return reference.modulate(total, normalized_shape, tensors, spec, _torch_norm).contiguous(), total
 
 
 def _torch_norm(
