@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import itertools
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
 import triton_norm as tn
-from support.every_op import EVERY_OP, PATHS
+from support.every_op import EVERY_OP, MODULATIONS, PATHS
 from support.steps import BATCH_NORMS, NORMS, TRAINING, Model, assert_same, drawn, ours_of, trained
 
 # By torch 2.14 in another category than before.
@@ -111,15 +112,17 @@ def test_a_graph_of_calls_with_our_arguments(name, training, path, device):
 @PATHS
 @pytest.mark.parametrize("op", [op for op in EVERY_OP if op.training], ids=str)
 def test_a_graph_of_functions(op, path, device):
-    tensors = dict(zip(("x", "residual", "weight", "bias"), op.drawn(device), strict=True))
+    given = op.drawn(device)
+    names = ("x", "residual", "weight", "bias", *MODULATIONS)
+    tensors = dict(itertools.zip_longest(names, given))
     absent = {name: None for name, tensor in tensors.items() if tensor is None}
 
-    def function(x, residual, weight, bias):
-        return op.ours(x, residual, weight, bias)
+    def function(x, residual, weight, bias, gate, scale, shift, residual_gate):
+        return op.ours(*(x, residual, weight, bias, gate, scale, shift, residual_gate)[: len(given)])
 
     graph = fx.symbolic_trace(function, concrete_args=absent)
     with tn.backend(path):
-        found, expected = graph(*tensors.values()), op.ours(*tensors.values())
+        found, expected = graph(*tensors.values()), op.ours(*given)
     (found,) = found if isinstance(found[0], tuple) else (found,)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

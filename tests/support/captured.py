@@ -21,6 +21,8 @@ KINDS = (
     "BatchNorm1d, cumulative",
     "LayerNorm, fused",
     "RMSNorm, fused",
+    "LayerNorm, modulated",
+    "RMSNorm, gated",
     "BatchNorm1d, fused",
 )
 CASES = [(kind, training) for kind in KINDS for training in ((True, False) if "Batch" in kind else (True,))]
@@ -42,6 +44,12 @@ def _norm(norms: Any, kind: str) -> nn.Module:
     return norm
 
 
+def modulations(x: Tensor, residual: Tensor) -> dict[str, Tensor]:
+    """Returns a modulation that all rows share, whose gradients are sums over them."""
+    scale, shift = (0.5 * torch.cat((x, residual), 1).mean(0).sin()).chunk(2)
+    return {"scale": scale, "shift": shift, "residual_gate": 1 + scale}
+
+
 class Ours(nn.Module):
     """(x, residual) → a tensor that depends on all that the norm gives."""
 
@@ -50,6 +58,11 @@ class Ours(nn.Module):
         self.kind, self.norm = kind, _norm(triton_norm, kind)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self.kind.endswith("gated"):
+            return self.norm(x, gate=residual)
+        if self.kind.endswith("modulated"):
+            y, total = self.norm(x, residual=residual, **modulations(x, residual))
+            return y * total.cos()
         if not self.kind.endswith("fused"):
             return self.norm(x) * residual
         if "Batch" in self.kind:
@@ -66,6 +79,12 @@ class Theirs(nn.Module):
         self.kind, self.norm = kind, _norm(nn, kind)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self.kind.endswith("gated"):
+            return self.norm(x) * F.silu(residual)
+        if self.kind.endswith("modulated"):
+            scale, shift, gate = modulations(x, residual).values()
+            total = residual + gate * x
+            return (self.norm(total) * (1 + scale) + shift) * total.cos()
         if not self.kind.endswith("fused"):
             return self.norm(x) * residual
         if "Batch" in self.kind:

@@ -46,6 +46,10 @@ class Op:
     def is_rows(self) -> bool:
         return self.function in ("layer_norm", "rms_norm")
 
+    @property
+    def has_silu(self) -> bool:
+        return self.activation == "silu"
+
     def __str__(self) -> str:
         mode = "" if self.function != "batch_norm" else " training" if self.training else " evaluation"
         parts = (self.name + mode, self.kind, "residual" if self.residual else "", self.activation or "")
@@ -86,10 +90,68 @@ class Op:
         return (activated(z if residual is None else z + residual, self.activation),)
 
 
+@dataclass(frozen=True)
+class ModulatedOp(Op):
+    """A call with a gate or a modulation: `drawn` returns gate, scale, shift and residual_gate too, and `ours` and
+    `theirs` take them.
+
+    Args:
+        modulations: those of gate, scale, shift and residual_gate that there are.
+        lengths: of the modulations' axes before the last.
+    """
+
+    modulations: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    gate_first: bool = False
+
+    @property
+    def has_silu(self) -> bool:
+        return "gate" in self.modulations
+
+    def __str__(self) -> str:
+        order = "gate first" if self.gate_first else ""
+        return "-".join(part for part in (super().__str__(), *self.modulations, order) if part)
+
+    def drawn(self, device: str, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+        found = super().drawn(device, dtype)
+        for name in MODULATIONS:
+            shape = self.shape if name == "gate" else (*self.lengths, self.shape[-1])
+            own = torch.randn(shape, dtype=dtype, device=device).requires_grad_()
+            found.append(own if name in self.modulations else None)
+        return found
+
+    def ours(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *own: Any) -> Any:
+        named = dict(zip(MODULATIONS, own, strict=True)) | {"gate_first": self.gate_first}
+        found = _rows(getattr(triton_norm, self.function), x, weight, bias, residual=residual, **named)
+        return found if isinstance(found, tuple) else (found,)
+
+    def theirs(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *own: Any) -> Any:
+        gate, *others = own
+        missing = (1,) * (x.dim() - len(self.lengths) - 1)
+        scale, shift, residual_gate = (
+            None if tensor is None else tensor.view(*self.lengths, *missing, -1) for tensor in others
+        )
+        total = x if residual_gate is None else residual_gate * x
+        total = total if residual is None else residual + total
+        y = _rows(getattr(F, self.function), total * F.silu(gate) if self.gate_first else total, weight, bias)
+        y = y if scale is None else y * (1 + scale)
+        y = y if shift is None else y + shift
+        y = y if gate is None or self.gate_first else y * F.silu(gate)
+        return (y,) if residual is None else (y, total)
+
+
+MODULATIONS = ("gate", "scale", "shift", "residual_gate")
 ROWS = [
     Op(name, (6, 8), "flat", name, residual=residual)
     for name in ("layer_norm", "rms_norm")
     for residual in (False, True)
+]
+MODULATED = [
+    ModulatedOp("gated", (6, 8), "flat", "rms_norm", modulations=("gate",)),
+    ModulatedOp("gated", (2, 3, 8), "flat", "rms_norm", modulations=("gate",), gate_first=True),
+    ModulatedOp("modulated", (2, 3, 8), "flat", "layer_norm", modulations=("scale", "shift"), lengths=(2,)),
+    ModulatedOp("modulated", (2, 3, 8), "flat", "layer_norm", residual=True, modulations=MODULATIONS, lengths=(2, 1)),
+    ModulatedOp("expanded", (2, 2, 3, 8), "flat", "layer_norm", modulations=("scale", "shift"), lengths=(2, 1, 3)),
 ]
 CHANNELS = [
     Op("batch_norm", shape, kind, "batch_norm", training, residual, activation)
@@ -116,7 +178,7 @@ GROUPS = [
         ("flat", (2, 6, 6, 4), True, None),
     )
 ]
-EVERY_OP = [*ROWS, *CHANNELS, *GROUPS]
-EACH_FUNCTION = list({(op.function, op.training): op for op in EVERY_OP if op.residual}.values())
+EVERY_OP = [*ROWS, *MODULATED, *CHANNELS, *GROUPS]
+EACH_FUNCTION = list({(op.function, op.training): op for op in (*ROWS, *CHANNELS, *GROUPS) if op.residual}.values())
 OPS = pytest.mark.parametrize("op", EVERY_OP, ids=str)
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])

@@ -318,4 +318,62 @@ ranks.merge_ranks_kernel
     shares of a batch | barrier | tl.debug_barrier() -> pass
 """)
 
-MUTANTS = [*ROWS, *BOTH, *CHANNELS]
+MODULATED = _read(r"""
+modulated.sigmoid_of
+    gated rows | value | exp(-z) -> exp(z)
+modulated.gate_of
+    gated rows | value | gate = z * sigmoid -> gate = sigmoid
+modulated.gate_backward
+    gated rows | value | 1.0 + z * (1.0 - sigmoid) -> 1.0 + z * sigmoid
+    gated rows, sigmoid | value | dgate *= sigmoid * (1.0 - sigmoid) -> dgate *= sigmoid
+modulated.load_modulation
+    modulated rows | value | numbers * vecs * V -> numbers * 0
+modulated.modulated_forward_kernel
+    gated rows | bounds | row_mask = rows < n_rows -> row_mask = rows <= n_rows
+    gated rows, gate first | value | and not GATE_FIRST ->
+    gated rows, gate first | value | v *= gate_of -> v += gate_of
+    modulated rows | unwritten | tl.store(statistics_ptr + rows, moments.mean, mask=row_mask) -> pass
+    modulated rows | value | rows // n_tokens % n_modulations -> rows % n_modulations
+    weights of heads | bounds | rows // n_tokens % n_modulations -> rows // n_tokens
+    modulated rows | value | wide *= load_modulation( -> wide += load_modulation(
+    modulated rows | value | COMPUTE) + SCALE_OFFSET -> COMPUTE)
+    modulated rows | value | y += load_modulation( -> y *= load_modulation(
+    modulated rows, rounded total | value | total = wide.to(total_ptr.dtype.element_ty) -> total = wide
+    rounded product | different | rounded(y, PRODUCT) -> y
+modulated_backward.modulated_backward_kernel
+    modulated rows | value | numbers = modulation\n -> numbers = 0 * modulation\n
+    modulated rows | race | split = split % n_splits -> split = split * 0
+    modulated rows | unwritten | n_splits.to(tl.int64) * BLOCK_M): -> (n_splits + 1).to(tl.int64) * BLOCK_M):
+    modulated rows | race | (rows // n_tokens * n_modulations + modulation) -> (rows // n_tokens * n_modulations)
+    weights of heads | race | rows // n_tokens * n_modulations -> rows // n_tokens
+    modulated rows | value | modulated += load_columns( -> modulated *= load_columns(
+    modulated rows | value | ungated *= scale -> ungated += scale
+    modulated rows | value | ungated += load_modulation( -> ungated -= load_modulation(
+    modulated rows | value | summed = dy if SUMMED else wdy -> summed = wdy
+    modulated rows, one by one | value | summed = dy if SUMMED else wdy -> summed = dy
+    modulated rows, one by one | value | (dy * modulated).to -> (dy * scaled).to
+    modulated rows | value | wdy *= scale -> pass
+    modulated rows | value | x_hat_sums += -> x_hat_sums =
+    modulated rows | value | residual_gate_sums += -> residual_gate_sums =
+    modulated rows | value | dtotal -= sums.wdy * inverse_total -> pass
+    modulated rows | value | dtotal *= load_modulation( -> dtotal += load_modulation(
+    modulated rows, gate first | value | gate_backward(dtotal * total, -> gate_backward(dtotal * v,
+    modulated rows, gate first | value | dtotal *= gate_of(z, sigmoid, GATE) -> pass
+    modulated rows | race | residual_gate_sums_ptr + sums_row + cols -> residual_gate_sums_ptr + cols
+    rounded product | different | rounded(ungated, PRODUCT) -> ungated
+modulated_backward.add_sums
+    modulated rows | value | (rows < n_sums) -> (rows < n_sums - 1)
+    modulated rows | value | (first + rows) * n_cols -> rows * n_cols
+modulated_backward.add_modulated_sums
+    modulated rows | value | scale.to(COMPUTE) + OFFSET -> scale.to(COMPUTE)
+    modulated rows | bounds | rows // n_splits * scale_vecs -> rows * scale_vecs
+    modulated rows | value | (rows < n_sums) -> (rows < n_sums - 1)
+modulated_backward.modulated_backward_finalise_kernel
+    modulated rows | value | dscale += dy * load_columns( -> dscale += 0 * load_columns(
+    modulated rows | value | dscale *= load_columns( -> dscale += 0 * load_columns(
+    modulated rows, weight offset | value | WEIGHT_OFFSET, dscale.dtype -> 0.0, dscale.dtype
+    modulated rows | bounds | modulation < n_summed -> modulation <= n_summed
+    modulated rows | value | dshift = add_sums(dy_sums_ptr, first -> dshift = add_sums(dy_sums_ptr, first * 0
+""")
+
+MUTANTS = [*ROWS, *BOTH, *CHANNELS, *MODULATED]

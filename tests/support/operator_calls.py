@@ -2,7 +2,48 @@
 
 import torch
 
+from triton_norm.rows.fusible import MODULATED
 from triton_norm.rows.fusible import NAME as FUSIBLE
+
+
+def of_modulated_rows(device: str) -> dict[str, tuple]:
+    """Calls of the operators of rows with a gate or a modulation, by name."""
+    x, weight = torch.randn(3, 4, 6, device=device), torch.randn(6, device=device)
+    scale, shift = torch.randn(2, 3, 6, device=device).unbind()
+    heads, statistics = torch.randn(4, 6, device=device), torch.rand(24, device=device)
+    layer_norm = 6, 1e-5, 0.0, True, None, None, None, "silu", False, torch.bfloat16, 1.0, False
+    rms_norm = 6, 1e-5, 1.0, False, torch.half, torch.float64, None, "sigmoid", True, None, 1.0, False
+    per_head = 6, 1e-5, 0.0, False, None, None, torch.half, None, False, None, 0.5, True
+    every, f64 = (x.dtype,) * 8, torch.float64
+    of_heads = x.dtype, None, None, None, None, x.dtype, None, None
+    gated = x, None, weight, None, x + 1, None, None, None
+    modulated = x, x.half(), weight, weight, x + 1, scale, shift, scale + 1
+    backward = x, x, x, x + 1, weight, weight, x + 1, scale, shift, scale + 1
+    ops = torch.ops.triton_norm
+    fusible = getattr(ops, MODULATED)
+    return {
+        "modulated_rows_forward, inference": (ops.modulated_rows_forward, (*gated, False, *layer_norm)),
+        "modulated_rows_forward, training": (ops.modulated_rows_forward, (*modulated, True, *layer_norm)),
+        "modulated_rows_forward, gate first": (ops.modulated_rows_forward, (*modulated, True, *rms_norm)),
+        "modulated_rows_forward, heads": (
+            ops.modulated_rows_forward,
+            (x, None, None, None, None, heads, None, None, True, *per_head),
+        ),
+        "modulated_rows_forward, fusible": (fusible, (*modulated, True, *layer_norm)),
+        "modulated_rows_forward, fusible, gate first": (fusible, (*modulated, True, *rms_norm)),
+        "modulated_rows_backward": (
+            ops.modulated_rows_backward,
+            (*backward, statistics, *every, 4, 3, *layer_norm),
+        ),
+        "modulated_rows_backward, gate first": (
+            ops.modulated_rows_backward,
+            (*backward[:2], x.double(), *backward[3:], statistics[:12].double(), *every[1:], f64, 4, 3, *rms_norm),
+        ),
+        "modulated_rows_backward, heads": (
+            ops.modulated_rows_backward,
+            (x, None, x, *[None] * 4, heads, None, None, statistics[:12], *of_heads, 1, 4, *per_head),
+        ),
+    }
 
 
 def of_rows_and_channels(device: str) -> dict[str, tuple]:
@@ -22,7 +63,7 @@ def of_rows_and_channels(device: str) -> dict[str, tuple]:
     ops = torch.ops.triton_norm
     fusible = getattr(ops, FUSIBLE)
     last = x.mT.contiguous().mT
-    return {
+    return of_modulated_rows(device) | {
         "rows_forward, inference": (
             ops.rows_forward,
             (x, None, weight, None, False, 6, 1e-5, 0.0, True, torch.bfloat16, None, None),

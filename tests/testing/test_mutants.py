@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import triton_norm
 from support import spaces
 from support.channel_norms import SPLIT, drawn, running_statistics, share
+from support.modulated_checks import MODULATED_CHECKS
 from support.oracle import run, ulp
 from support.row_norms import LAYER_NORM, RMS_NORM, Norm
 from triton_norm.channels import layout, plan, running
@@ -348,6 +349,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "groups of rows": _of(groups, last=True, shape=(9, 4, 2, 3)),
     "shared groups": _of(groups, shape=(3, 16, 7, 7), tile=128),
     "shared groups, last": _of(groups, last=True, shape=(3, 6, 2, 3), tile=8),
+    **MODULATED_CHECKS,
 }
 """The checks of real tests, of few elements; right kernels pass each."""
 

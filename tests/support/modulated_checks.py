@@ -1,0 +1,68 @@
+"""Checks of few elements that right kernels of gated and modulated rows pass, for the mutants of these kernels."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import triton_norm
+from support.modulated import NAMES, Bound, Modulated
+from support.strategies import BF16, F32
+
+
+def call(names: str, shape: tuple[int, ...], modulation: tuple[int, ...] = (), **others: Any) -> Modulated:
+    """Returns a call with these tensors beside x; scale, shift and residual_gate have one shape.
+
+    Launches are cut up so that two programs share the six rows of a modulation, each of which takes two at a time.
+    """
+    there = {"x", *names.split()}
+    dtypes = {name: F32 if name in there else None for name in NAMES}
+    shapes = dict.fromkeys(("scale", "shift", "residual_gate"), modulation)
+    needs = frozenset(there)
+    function = "layer_norm" if "bias" in there else "rms_norm"
+    return Modulated(function, shape, 1, dtypes, shapes, cut="splits", needs=needs, **others)
+
+
+EVERY = "residual weight bias gate scale shift residual_gate"
+CALLS = {
+    "gated rows": call("weight gate", (7, 33)),
+    "gated rows, sigmoid": call("weight gate", (7, 33), gate_activation="sigmoid"),
+    "gated rows, gate first": call("weight gate", (7, 33), gate_first=True),
+    "modulated rows": call(EVERY, (3, 6, 33), (3, 33)),
+    "modulated rows, gate first": call(EVERY, (3, 6, 33), (3, 33), gate_first=True),
+    "modulated rows, one by one": call(EVERY, (2, 3, 33), (2, 3, 33)),
+    "modulated rows, weight offset": call("weight scale shift", (3, 6, 33), (3, 33), offset=1.0),
+    "modulated rows, rounded total": dataclasses.replace(
+        call("residual residual_gate gate", (3, 6, 33), (3, 33)), total=BF16, out=F32
+    ),
+    "weights of heads": call("scale", (2, 3, 4, 33), (4, 33), per_head=True, offset=0.5),
+}
+
+
+def check_call(name: str, numbers: Any, monkeypatch: Any) -> None:
+    case = CALLS[name]
+    tensors = case.drawn("cpu")
+    found = case.run(tensors)
+    if found["total"] is not None:
+        Bound(case, tensors, None).check_total(found["total"])
+    case.check(tensors, found)
+
+
+def check_product(numbers: Any, monkeypatch: Any) -> None:
+    """y and the gate's gradient are those of a product that is rounded before it is gated."""
+    x, gate, dy = torch.randn(3, 9, 40)
+    leaf = gate.clone().requires_grad_()
+    y = triton_norm.layer_norm(x, (40,), gate=leaf, gate_activation=None, product_dtype=BF16)
+    rounded = F.layer_norm(x, (40,)).bfloat16().float()
+    (dgate,) = torch.autograd.grad(y, leaf, dy)
+    for found, exact in ((y, rounded * gate), (dgate, rounded * dy)):
+        assert (~torch.isclose(found, exact, rtol=1e-6, atol=1e-6)).double().mean() < 0.01, "not close"
+
+
+MODULATED_CHECKS: dict[str, Callable[..., None]] = {
+    **{name: functools.partial(check_call, name) for name in CALLS},
+    "rounded product": check_product,
+}
