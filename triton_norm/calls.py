@@ -1,7 +1,8 @@
-"""Finds the norms of torch that the code of a class calls as functions, from its bytecode, without running it."""
+"""Finds norms that the code of a class calls as functions, and modulations, from its bytecode, without running it."""
 
 import dis
 import inspect
+import itertools
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -47,6 +48,29 @@ def norms_called_by(cls: type[Any]) -> tuple[str, ...]:
         if isinstance(value, (FunctionType, type(torch.layer_norm))) and value in _NAMES
     }
     return (*found, _FUSED_NAME) if fused else tuple(found)
+
+
+def modulations_by(cls: type[Any]) -> tuple[str, ...]:
+    """Returns the names of local variables that the class's methods add to 1, if "scale" is a part of the name."""
+    return tuple(dict.fromkeys(name for function in _methods(cls) for name in _scales(function.__code__)))
+
+
+def _scales(code: CodeType) -> Iterator[str]:
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "EXTENDED_ARG")]
+    for place, (one, scale) in enumerate(itertools.pairwise(instructions)):
+        is_one = one.opname in ("LOAD_CONST", "LOAD_SMALL_INT") and type(one.argval) in (int, float) and one.argval == 1
+        if is_one and scale.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and "scale" in str(scale.argval):
+            operators = (each for each in instructions[place + 2 :] if each.opname.startswith("BINARY_"))
+            operator = next((each for each in operators if not _is_subscript(each)), None)
+            if operator is not None and (operator.opname == "BINARY_ADD" or operator.argrepr == "+"):
+                yield str(scale.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _scales(constant)
+
+
+def _is_subscript(instruction: dis.Instruction) -> bool:
+    return instruction.opname in ("BINARY_SUBSCR", "BINARY_SLICE") or instruction.argrepr == "[]"
 
 
 def _methods(cls: type[Any]) -> list[FunctionType]:

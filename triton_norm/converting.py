@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from triton_norm import checks, hugging_face, modules, modules_groups
-from triton_norm.calls import norms_called_by
+from triton_norm.calls import modulations_by, norms_called_by
 from triton_norm.symbolic import REVERTED, WAS
 
 Selection = str | type[nn.Module]
@@ -31,6 +31,10 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.InstanceNorm3d: modules_groups.InstanceNorm3d,
 }
 _NORMS = (*_OURS, nn.modules.batchnorm._NormBase)
+_UNMODULATED = ("layer_norm", "layer_norm_i2vgen", "ada_norm", "ada_norm_continuous")
+"""With these values of norm_type diffusers' BasicTransformerBlock leaves modulations to its norms."""
+
+_OF_CHANNELS = {cls.__name__.lower() for cls in _OURS} - {"layernorm", "rmsnorm"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Report:
 
     Args:
         converted: class of each module before and after.
-        skipped: reason for each other norm, and for modules that call a norm as a function, which can't be converted.
+        skipped: reason for each other norm, and for modules that call a norm as a function, or modulate one, which
+            can't be converted.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
@@ -66,8 +71,9 @@ def convert(
     Parameters, buffers, state_dict, hooks, device, mode and shared modules are unchanged. Converted are modules of
     exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d, SyncBatchNorm, GroupNorm and InstanceNorm1d to
     3d, and of the classes of Hugging Face's transformers in `triton_norm.hugging_face`, whose arithmetic is reproduced,
-    rounding included. Other norms are skipped: subclasses, whose forward may differ, parametrized and unknown modules.
-    Converting again is harmless.
+    rounding included. Adaptive norms of diffusers, in `triton_norm.hugging_face_adaptive`, normalize, multiply and add
+    in one launch, and round once. Other norms are skipped: subclasses, whose forward may differ, parametrized and
+    unknown modules. Converting again is harmless.
 
     A converted module is an instance of its former class, by isinstance. With `sync_batch_norm` it is one of
     torch.nn.SyncBatchNorm, but no more of BatchNorm1d to 3d, as after torch's own conversion.
@@ -119,15 +125,20 @@ def _planned(
     """Returns the report, and the new class of each module to convert."""
     report = Report()
     becomes: dict[nn.Module, type[nn.Module]] = {}
-    norms_called = functools.cache(norms_called_by)  # models have many modules of few classes
+    # Models have many modules of few classes.
+    norms_called, modulations = functools.cache(norms_called_by), functools.cache(modulations_by)
     for name, module in named:
         target = _target(type(module), sync_batch_norm)
         reason = _obstacle(module, target, norms_called)
+        if target is None and reason is None:
+            reason = _modulates(module, modulations)
         if target is not None and reason is None:
             if module in excluded:
                 reason = "excluded"
             elif included is not None and module not in included:
                 reason = "not included"
+            elif any(norm in excluded for norm in hugging_face.joined(module)):
+                reason = "its norm is excluded"
         if reason is not None:
             report.skipped[name] = reason
         elif target is not None:
@@ -256,6 +267,15 @@ def _obstacle(
     if foreign and "norm" in named.lower() and not module._modules:
         return f"{named} is not among the classes that are known"
     return None
+
+
+def _modulates(module: nn.Module, modulations: Callable[[Any], tuple[str, ...]]) -> str | None:
+    """Returns the reason to report a module that modulates the results of LayerNorms or RMSNorms among its parts."""
+    parts = {type(part).__name__.lower() for part in module.children()}
+    if module.__dict__.get("norm_type") in _UNMODULATED or not any("norm" in name for name in parts - _OF_CHANNELS):
+        return None
+    scales = modulations(type(module))
+    return f"{type(module).__name__} multiplies by 1 + {', 1 + '.join(scales)} outside of its norms" if scales else None
 
 
 def _is_ours(cls: type[nn.Module]) -> bool:

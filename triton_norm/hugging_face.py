@@ -1,4 +1,4 @@
-"""Reproduces norms of Hugging Face's transformers with the kernels. transformers itself is not imported."""
+"""Reproduces norms of Hugging Face's transformers and diffusers with the kernels. Neither is imported."""
 
 import functools
 import inspect
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from triton_norm import explaining, functional, reference
 from triton_norm.dispatch import Explanation, goes_to_triton
+from triton_norm.hugging_face_adaptive import ADAPTIVE, AdaptiveNorm, path_of, unknown_norm
+from triton_norm.hugging_face_adaptive_trial import agrees
 from triton_norm.hugging_face_gated import (
     COMPUTES_ELSE,
     GATED,
@@ -137,10 +139,12 @@ _LAYER_NORMS = """
 
 
 def _path(cls: type) -> str:
-    """Returns model.Class for a class of transformers, "" for others."""
+    """Returns model.Class for a class of transformers, file.Class for one of diffusers, "" for others."""
     package, _, rest = cls.__module__.partition(".models.")
     model, _, file = rest.partition(".")
-    return f"{model}.{cls.__qualname__}" if package == "transformers" and file == f"modeling_{model}" else ""
+    if package == "transformers" and file == f"modeling_{model}":
+        return f"{model}.{cls.__qualname__}"
+    return path_of(cls)
 
 
 ARITHMETIC = {path: arithmetic for arithmetic, paths in _RMS_NORMS.items() for path in paths.split()}
@@ -223,7 +227,11 @@ class _LayerNorm(_Made):
 def counterpart(cls: Any) -> type[nn.Module] | None:
     """Returns the class that modules of exactly this class are converted to, its subclass of the same name, or None."""
     path = _path(cls)
-    return _counterpart(cls, path) if path in ARITHMETIC or path in GATED or path in LAYER_NORMS else None
+    return (
+        _counterpart(cls, path)
+        if any(path in listed for listed in (ARITHMETIC, GATED, ADAPTIVE, LAYER_NORMS))
+        else None
+    )
 
 
 @functools.cache
@@ -238,6 +246,14 @@ def _counterpart(cls: Any, path: str) -> type[nn.Module]:
         return type(cls.__name__, (_RMSNorm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
     if path in GATED:
         return type(cls.__name__, (GatedRMSNorm, _Made, cls), of_class | {"gating": GATED[path]})
+    if path in ADAPTIVE:
+        _, *parameters = inspect.signature(cls.forward).parameters.values()
+        own = {
+            "adaptive": ADAPTIVE[path],
+            "names": tuple(parameter.name for parameter in parameters),
+            "defaults": {each.name: each.default for each in parameters if each.default is not each.empty},
+        }
+        return type(cls.__name__, (AdaptiveNorm, _Made, cls), of_class | own)
     # super() in the class's own forward is then this library's LayerNorm.
     return type(cls.__name__, (_LayerNorm, cls, LayerNorm), of_class)
 
@@ -251,6 +267,12 @@ def _argument(cls: Any) -> str:
     return first.name if first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else ""
 
 
+def joined(module: nn.Module) -> list[nn.Module]:
+    """Returns the norms inside an adaptive norm: its counterpart does their work."""
+    path = _path(type(module))
+    return [getattr(module, part.norm) for part in ADAPTIVE[path].modulated] if path in ADAPTIVE else []
+
+
 def is_counterpart(cls: Any) -> bool:
     return issubclass(cls, _Made) and counterpart(cls.original) is cls
 
@@ -262,39 +284,58 @@ def _make(original: type[nn.Module]) -> nn.Module:
 
 
 def mismatch(module: nn.Module) -> str | None:
-    """Returns why a module of a listed class, of the installed version of transformers, can't be converted, or None.
+    """Returns why a module of a listed class, of the installed version of its package, can't be converted, or None.
 
     Compares the module to its listed arithmetic on a few numbers, x and weight each in half precision and in float32.
-    Values must agree, and all but a few in every bit.
+    Values must agree, and all but a few in every bit; those of adaptive norms within the rounding of their parts.
     """
     name, path = type(module).__name__, _path(type(module))
-    if path not in ARITHMETIC and path not in GATED:
+    if path in ADAPTIVE:
+        reason = unknown_norm(module, ADAPTIVE[path])
+        if reason is not None:
+            return reason
+    elif path not in ARITHMETIC and path not in GATED:
         return None
-    agrees = _gated_agrees if path in GATED else _agrees
-    width, halves, single = width_of(module, GATED.get(path)), torch.bfloat16, torch.float32
+    agree = _adaptive_agrees if path in ADAPTIVE else _gated_agrees if path in GATED else _agrees
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        drawn = torch.sin(torch.arange(6.0 * width, device="cpu").square()).view(6, width)
-        weight, x = 0.5 + drawn[0], drawn[1:] * torch.tensor([1e-3, 1e-2, 1.0, 10.0, 1e4], device="cpu")[:, None]
-        types = itertools.product((halves, single), repeat=2)
+        types = itertools.product((torch.bfloat16, torch.float32), repeat=2)
         try:
-            alike = all(agrees(module, x.to(x_dtype), weight.to(dtype)) for x_dtype, dtype in types)
+            alike = all(agree(module, x_dtype, dtype) for x_dtype, dtype in types)
         except Exception as error:  # a patched forward may raise anything on a CPU
             said = f"{type(error).__name__}: {error}".partition("\n")[0]
             return f"its version of {name} could not be tried on a few numbers, and raised {said}"
     return None if alike else f"its version of {name} computes something else than the one that is known"
 
 
-def _probe(module: nn.Module, weight: Tensor) -> Any:
-    """Returns a copy of the module, of its counterpart's class, with another weight."""
+def _numbers(module: nn.Module, x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns x and a weight of as many columns as the module takes."""
+    width = width_of(module, GATED.get(_path(type(module))))
+    drawn = torch.sin(torch.arange(6.0 * width, device="cpu").square()).view(6, width)
+    x = drawn[1:] * torch.tensor([1e-3, 1e-2, 1.0, 10.0, 1e4], device="cpu")[:, None]
+    return x.to(x_dtype), (0.5 + drawn[0]).to(dtype)
+
+
+def _probe(module: nn.Module) -> Any:
+    """Returns a copy of the module, of its counterpart's class."""
     probe: Any = _make(type(module))
     probe.__dict__.update(module.__dict__)
+    return probe
+
+
+def _weighted(module: nn.Module, weight: Tensor) -> Any:
+    probe = _probe(module)
     probe.__dict__.pop("weight", None)
     probe.__dict__["_parameters"] = {"weight": weight} if hasattr(module, "weight") else {}
     return probe
 
 
-def _agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
-    probe = _probe(module, weight)
+def _adaptive_agrees(module: nn.Module, x_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    return agrees(_probe(module), x_dtype, dtype)
+
+
+def _agrees(module: nn.Module, x_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    x, weight = _numbers(module, x_dtype, dtype)
+    probe = _weighted(module, weight)
     arguments = probe._arguments(x)
     if arguments is None:
         return False
@@ -304,8 +345,9 @@ def _agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
     return _alike(type(module).forward(probe, x), expected)
 
 
-def _gated_agrees(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
-    probe = _probe(module, weight)
+def _gated_agrees(module: nn.Module, x_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    x, weight = _numbers(module, x_dtype, dtype)
+    probe = _weighted(module, weight)
     gate = x.flip(-1) / x.abs().amax(-1, keepdim=True) * 4.0
     expected = probe.expected(x, gate)
     return expected is not None and _alike(type(module).forward(probe, x, gate), expected)
