@@ -28,13 +28,15 @@ from triton_norm.symbolic import Scriptable
 
 
 class Arithmetic(NamedTuple):
-    """Describes an RMSNorm over the last axis.
+    """Describes an RMSNorm over the last axis, or a LayerNorm.
 
     Args:
         eps: name of the attribute that holds eps.
         weighted: it has a weight.
         weight_offset: added to the weight in float32.
         x_hat, y: dtype that each is rounded to: the input's, the weight's, or that of their product; None: no rounding.
+        optional: the weight may be None, and y is then of the input's dtype. There may be a bias.
+        centred: LayerNorm.
     """
 
     eps: str = "eps"
@@ -42,6 +44,8 @@ class Arithmetic(NamedTuple):
     weight_offset: float = 0.0
     x_hat: Type | None = None
     y: Type = "input"
+    optional: bool = False
+    centred: bool = False
 
 
 LLAMA = Arithmetic("variance_epsilon", x_hat="input", y="promoted")
@@ -147,7 +151,14 @@ def _path(cls: type) -> str:
     return path_of(cls)
 
 
-ARITHMETIC = {path: arithmetic for arithmetic, paths in _RMS_NORMS.items() for path in paths.split()}
+_DIFFUSERS = {
+    "normalization.FP32LayerNorm": MOSHI._replace(optional=True, centred=True),
+    "normalization.MochiRMSNorm": MOSHI._replace(optional=True),
+    "normalization.RMSNorm": T5._replace(eps="eps", optional=True),
+}
+"""Each key is file.Class, of diffusers.models.file."""
+
+ARITHMETIC = {path: arithmetic for arithmetic, paths in _RMS_NORMS.items() for path in paths.split()} | _DIFFUSERS
 LAYER_NORMS = frozenset(_LAYER_NORMS.split())
 
 
@@ -173,33 +184,44 @@ class _Made(Scriptable):
         return inputs[0] if len(inputs) == 1 else None
 
 
-class _RMSNorm(_Made):
-    """Precedes a listed RMSNorm in the order of inheritance. Calls that the kernels can't serve go to that class."""
+class _Norm(_Made):
+    """Precedes a listed norm in the order of inheritance. Calls that the kernels can't serve go to that class."""
 
     arithmetic: Arithmetic
 
+    @property
+    def _function(self) -> str:
+        return "layer_norm" if self.arithmetic.centred else "rms_norm"
+
     def _arguments(self: Any, x: Tensor) -> tuple[RowTensors, RowOptions] | None:
-        """Returns the arguments of rms_norm, or None if the class computes something else, or raises."""
-        eps, weighted, weight_offset, x_hat, y = self.arithmetic
+        """Returns the arguments of the function, or None if the class computes something else, or raises."""
+        eps, weighted, weight_offset, x_hat, y, optional, centred = self.arithmetic
         if x.dtype not in SERVED or x.dim() == 0:
             return None
-        if not (weighted and self.__dict__.get("with_scale", True)):  # False in a Gemma3nRMSNorm without weight
-            plain = RowOptions._make((x.shape[-1:], getattr(self, eps), None, 0.0, None, x.dtype))
-            return RowTensors._make((x, None, None, None)), plain
-        weight = self.weight
-        if weight is None or weight.dtype not in SERVED or weight.dim() != 1:
+        weighted = weighted and self.__dict__.get("with_scale", True)  # False in a Gemma3nRMSNorm without weight
+        weight = self.weight if weighted else None
+        bias = getattr(self, "bias", None) if optional else None
+        if bias is not None and (not centred or bias.dtype not in SERVED):
+            return None
+        if weight is None:
+            if weighted and not optional:
+                return None
+            shape = self.normalized_shape if centred else x.shape[-1:]
+            plain = RowOptions._make((shape, getattr(self, eps), None, 0.0, None, x.dtype))
+            return RowTensors._make((x, None, None, bias)), plain
+        if weight.dtype not in SERVED or weight.dim() != 1:
             return None
         dtypes = dtype_of(x_hat, x, weight), dtype_of(y, x, weight)
         options = RowOptions._make((weight.shape, getattr(self, eps), None, weight_offset, *dtypes))
-        return RowTensors._make((x, None, weight, None)), options
+        return RowTensors._make((x, None, weight, bias)), options
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if not isinstance(self, _RMSNorm):  # a wrapper calls it after the module was reverted
+        if not isinstance(self, _Norm):  # a wrapper calls it after the module was reverted
             return type(self).forward(self, *inputs, **named)
         own, x = super().forward, self._input(inputs, named)  # type: ignore[misc]
         arguments = None if x is None else self._arguments(x)
         if arguments is not None:
-            return functional.normalize_rows("rms_norm", *arguments, own)
+            return functional.normalize_rows(self._function, *arguments, own)
         if x is not None or takes(own, inputs, named):
             goes_to_triton(COMPUTES_ELSE)
         return own(*inputs, **named)
@@ -210,9 +232,11 @@ class _RMSNorm(_Made):
             inspect.signature(self.original.forward).bind(self, *inputs, **named)
         arguments = None if x is None else self._arguments(x)
         if arguments is None:
-            return Explanation("rms_norm", "torch", COMPUTES_ELSE)
+            return Explanation(self._function, "torch", COMPUTES_ELSE)
         tensors, options = arguments
-        return explaining.explain(functional.rms_norm, x, weight=tensors.weight, **options._asdict())
+        bias = {"bias": tensors.bias} if self.arithmetic.centred else {}
+        function = getattr(functional, self._function)
+        return explaining.explain(function, x, weight=tensors.weight, **bias, **options._asdict())
 
 
 class _LayerNorm(_Made):
@@ -243,7 +267,7 @@ def _counterpart(cls: Any, path: str) -> type[nn.Module]:
         "argument": _argument(cls),
     }
     if path in ARITHMETIC:
-        return type(cls.__name__, (_RMSNorm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
+        return type(cls.__name__, (_Norm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
     if path in GATED:
         return type(cls.__name__, (GatedRMSNorm, _Made, cls), of_class | {"gating": GATED[path]})
     if path in ADAPTIVE:
@@ -323,9 +347,13 @@ def _probe(module: nn.Module) -> Any:
 
 
 def _weighted(module: nn.Module, weight: Tensor) -> Any:
+    """Returns a copy of the module with another weight, of another length, and without a bias."""
     probe = _probe(module)
     probe.__dict__.pop("weight", None)
-    probe.__dict__["_parameters"] = {"weight": weight} if hasattr(module, "weight") else {}
+    others = dict.fromkeys(name for name in module._parameters if name != "weight")
+    probe.__dict__["_parameters"] = {"weight": weight, **others} if hasattr(module, "weight") else {}
+    if "normalized_shape" in vars(module):
+        probe.normalized_shape = tuple(weight.shape)
     return probe
 
 
@@ -340,7 +368,8 @@ def _agrees(module: nn.Module, x_dtype: torch.dtype, dtype: torch.dtype) -> bool
     if arguments is None:
         return False
     tensors, options = arguments
-    spec = RowSpec(x.shape[-1], options.eps, options.weight_offset, False, options.out_dtype, None, options.x_hat_dtype)
+    types, centred = (options.out_dtype, None, options.x_hat_dtype), probe.arithmetic.centred
+    spec = RowSpec(x.shape[-1], options.eps, options.weight_offset, centred, *types)
     expected = reference.normalize(x, options.normalized_shape, tensors.weight, None, spec)
     return _alike(type(module).forward(probe, x), expected)
 

@@ -128,7 +128,7 @@ def kind_of(norm: Any) -> str | None:
     cls = type(norm)
     if cls is nn.LayerNorm or cls is LayerNorm:
         return "LayerNorm"
-    path = path_of(cls)
+    path = path_of(cls.__dict__.get("original", cls))
     return path if path in (FP32_LAYER_NORM, RMS_NORM) else None
 
 

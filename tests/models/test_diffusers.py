@@ -132,3 +132,40 @@ def test_other_shapes_are_torchs(device):
         with pytest.raises(TypeError) as found:
             ours(*wrong, **named)
         assert str(found.value) == str(expected.value)
+
+
+NORMS = [
+    Form("normalization.RMSNorm", (COLUMNS, 1e-5)),
+    Form("normalization.RMSNorm", (COLUMNS, 1e-5), {"elementwise_affine": False}),
+    Form("normalization.MochiRMSNorm", (COLUMNS, 1e-5)),
+    Form("normalization.MochiRMSNorm", (COLUMNS, 1e-5), {"elementwise_affine": False}),
+    Form("normalization.FP32LayerNorm", (COLUMNS, 1e-5)),
+    Form("normalization.FP32LayerNorm", (COLUMNS, 1e-5), {"elementwise_affine": False}),
+]
+TYPES = [(HALF, HALF), (HALF, SINGLE), (SINGLE, HALF), (SINGLE, SINGLE)]
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), TYPES)
+@pytest.mark.parametrize("form", NORMS, ids=str)
+def test_norms_without_a_modulation(form, x_dtype, dtype, device):
+    theirs = made(form, dtype, device)
+    ours = converted(theirs)
+    arguments = {"hidden_states": (3 * torch.randn(2, 7, COLUMNS, device=device)).to(x_dtype)}
+    if "LayerNorm" in form.path:
+        arguments["inputs"] = arguments.pop("hidden_states")
+    assert tn.explain(ours, **arguments).backend == "triton"
+    with tn.backend("triton"):
+        _, (y,), grads = results(ours, arguments)
+    _, (expected,), expected_grads = results(theirs, arguments)
+    assert (y == expected).double().mean() > 0.98 or y.dtype == SINGLE
+    coarse = HALF if HALF in (x_dtype, dtype) else SINGLE
+    agree([y, *grads], [expected, *expected_grads], coarse)
+
+
+def test_a_bias_of_an_rms_norm_is_added_by_its_own_forward(device):
+    theirs = made(Form("normalization.RMSNorm", (COLUMNS, 1e-5), {"bias": True}), device=device)
+    ours = converted(theirs)
+    x = torch.randn(2, COLUMNS, device=device)
+    assert torch.equal(ours(x), theirs(x))
+    with tn.backend("triton"), pytest.raises(RuntimeError, match="own forward computes something else"):
+        ours(x)

@@ -88,9 +88,10 @@ def test_copies_pickles_and_reverts(form):
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-def test_it_compiles_without_a_break(device):
-    theirs = made(FORMS[10], device=device)
-    ours, arguments = converted(theirs), drawn(theirs, FORMS[10], SINGLE, device)
+@pytest.mark.parametrize("form", [FORMS[5], FORMS[9], FORMS[10]], ids=str)
+def test_it_compiles_without_a_break(form, device):
+    theirs = made(form, device=device)
+    ours, arguments = converted(theirs), drawn(theirs, form, SINGLE, device)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for one, other in zip(compiled(**arguments), ours(**arguments), strict=True):
         torch.testing.assert_close(one, other)
