@@ -32,7 +32,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _NORMS = (*_OURS, nn.modules.batchnorm._NormBase)
 _UNMODULATED = ("layer_norm", "layer_norm_i2vgen", "ada_norm", "ada_norm_continuous")
-"""With these values of norm_type diffusers' BasicTransformerBlock leaves modulations to its norms."""
+"""Values of norm_type with which diffusers' BasicTransformerBlock leaves modulations to its norms."""
 
 _OF_CHANNELS = {cls.__name__.lower() for cls in _OURS} - {"layernorm", "rmsnorm"}
 

@@ -74,7 +74,7 @@ def test_the_kernels_compute_the_same(form, dtype, device, guard):
 
 
 def test_types_are_promoted_as_in_torch(device):
-    """In float32 the projection makes the result float32; an inner RMSNorm rounds to its weight's type."""
+    """A projection in float32 makes the result float32; an inner RMSNorm rounds to its weight's type."""
     x = torch.randn(2, 7, COLUMNS, device=device).to(HALF)
     rms = Form("normalization.AdaLayerNormContinuous", (COLUMNS, WIDTH), {"norm_type": "rms_norm"})
     for form, width, of_norm in ((ZERO, COLUMNS, SINGLE), (FORMS[5], COLUMNS, SINGLE), (rms, WIDTH, HALF)):
