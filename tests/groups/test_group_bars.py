@@ -23,11 +23,20 @@ from perf import traffic
 from perf.points import Point, Workload
 from triton_norm.testing.stub_driver import H100
 
-chosen = [Workload("groups", "bars", tuple(shape), "", layout) for shape, layout in json.loads(sys.argv[1])]
-found = [traffic.count(Point("group_norm_silu", "forward", "bf16", workload), H100) for workload in chosen]
+found = []
+for shape, layout, mode in json.loads(sys.argv[1]):
+    workload = Workload("groups", "bars", tuple(shape), "", layout)
+    found.append(traffic.count(Point("group_norm_silu", mode, "bf16", workload), H100))
 """
 BAR = 1.02
-KERNELS = {"groups_forward_kernel", "channels_forward_kernel", "channels_backward_kernel"}
+# Sums that programs leave for each other, and for the launch that adds them up, are at most this part of the floor.
+EXCHANGED = 0.06
+KERNELS = {
+    "groups_forward_kernel",
+    "groups_fused_backward_kernel",
+    "channels_forward_kernel",
+    "channels_backward_kernel",
+}
 
 
 @pytest.mark.parametrize(
@@ -60,25 +69,28 @@ def test_machine_code(target, dtypes, which):
             assert all(r["programs"] >= 2 * 132 for r in made if r["kernel"] in KERNELS)
 
 
-ONE_LAUNCH = [  # shape, layout, programs of an H100
-    ((32, 512, 7, 7), "contiguous", 32 * 32 // 4),  # four groups a program
-    ((1, 320, 64, 64), "contiguous", 3 * 32),
-    ((1, 320, 64, 64), "channels_last", 3 * 32),  # three blocks of twelve groups at most
-    ((1, 2048, 35, 35), "contiguous", 10 * 32),  # 64 channels of an odd number of positions
+READ_ONCE = [  # shape, layout, mode, programs of an H100
+    ((32, 512, 7, 7), "contiguous", "forward", 32 * 32 // 4),  # four groups a program
+    ((1, 320, 64, 64), "contiguous", "forward", 3 * 32),
+    ((1, 320, 64, 64), "channels_last", "forward", 3 * 32),  # three blocks of twelve groups at most
+    ((1, 2048, 35, 35), "contiguous", "forward", 10 * 32),  # 64 channels of an odd number of positions
+    ((8, 512, 8, 8), "contiguous", "backward", 8 * 32 // 4),
+    ((1, 320, 64, 64), "contiguous", "backward", 5 * 32),
 ]
 
 
-def test_bytes_of_one_launch():
-    """x is read once and y written once, by programs that share a group and wait for each other."""
-    counted = records(TRAFFIC, json.dumps([case[:2] for case in ONE_LAUNCH]), TRITON_INTERPRET="1")
-    for record, (shape, _, n_programs) in zip(counted, ONE_LAUNCH, strict=True):
+def test_bytes_of_tensors_that_are_read_once():
+    """Counts those of programs that have several groups, and of programs that share one and wait for each other."""
+    counted = records(TRAFFIC, json.dumps([case[:3] for case in READ_ONCE]), TRITON_INTERPRET="1")
+    for record, (shape, _, mode, n_programs) in zip(counted, READ_ONCE, strict=True):
         assert record["status"] == "ok", record["message"]
-        (launch,) = record["launches"]
+        launch, *combining = record["launches"]
         assert launch["programs"] == n_programs, shape
+        assert len(combining) == (mode == "backward")
         exchanged = sum(
             record["bytes"][group][way] for group in ("partials", "statistics") for way in ("loaded", "stored")
         )
         floor = record["floor_bytes"]
         assert 1 <= uncached(record) <= BAR + exchanged / floor, shape
-        assert exchanged <= (BAR - 1) * floor, shape
+        assert exchanged <= EXCHANGED * floor, shape
         assert not record["again_bytes"], shape

@@ -101,7 +101,7 @@ def test_far_samples(device):
 
 @pytest.mark.parametrize("elements", [1, 8, 512, 4096, 8192])
 def test_programs_have_thousands_of_elements(elements):
-    """Tries each config of a search, but for larger groups; no config depends on the number of samples."""
+    """Asserts it for each config that a search tries. None depends on the number of samples."""
     with with_numbers(multiprocessors=132):
         vector = min(8, elements)
         work = WholeWork(elements // vector, vector, 1, ("bf16",), curved=True)

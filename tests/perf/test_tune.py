@@ -71,6 +71,7 @@ def test_the_best_geometric_mean_over_the_workloads_is_chosen(unknown_gpu, tmp_p
 
 OF_ROWS = {FORWARD, BACKWARD, "rows_backward_finalise_kernel"}
 OF_CHANNELS = {"channels_forward_kernel", "channels_backward_kernel"}
+OF_GROUPS = {"groups_forward_kernel", "groups_fused_backward_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ OF_CHANNELS = {"channels_forward_kernel", "channels_backward_kernel"}
         ("batch_norm", IMAGES, False, OF_CHANNELS),
         ("batch_norm_eval", IMAGES, True, OF_CHANNELS),
         ("batch_norm_add_relu", IMAGES, False, OF_CHANNELS),
-        ("group_norm_silu", Workload("groups", "", (1, 32, 4, 4), ""), False, OF_CHANNELS),
-        ("instance_norm", Workload("instances", "", (2, 8, 8, 8), ""), False, OF_CHANNELS),
+        ("group_norm_silu", Workload("groups", "", (2, 64, 4, 5), ""), False, OF_GROUPS),
+        ("instance_norm", Workload("instances", "", (2, 8, 8, 8), ""), False, OF_GROUPS),
     ],
 )
 def test_both_directions_are_tuned_once_for_each_workload(

@@ -233,19 +233,18 @@ channels_backward.channels_backward_kernel
     flat, relu of a sum | value | dresidual = dz.to -> dresidual = raw_dy.to
     off-centre flat | off-centre | (raw_x.to(COMPUTE) - mean) - mean_lo -> raw_x.to(COMPUTE) - mean
     whole tiles | unwritten | (end - 1 - first) // T * T -> (end - first) // T * T
-    groups | different | (dz * weight - mean_dz -> (dz - mean_dz
-    groups | different | centred * slope) * rstd -> centred * slope)
-    groups, last | race | offsets += instance_offset( -> offsets += 0 * instance_offset(
+    groups apart | different | (dz * weight - mean_dz -> (dz - mean_dz
+    groups apart | different | centred * slope) * rstd -> centred * slope)
+    groups apart, last | race | offsets += instance_offset( -> offsets += 0 * instance_offset(
 tiles.instance_offset
-    groups | race | instance.to(tl.int64) * instance_vecs -> 0 * instance_vecs
+    groups apart | race | instance.to(tl.int64) * instance_vecs -> 0 * instance_vecs
 tiles.parameters_of
     shared groups | different | run // parameter_runs -> 0 * run
     shared groups | different | index = group * -> index = 0 * group *
-    shared groups | bounds | [:, None] < end -> [:, None] <= end + 100
     shared groups, last | bounds | within % layout.groups_per_sample -> within
 tiles.of_instance
-    groups | bounds | index // PER_STATISTIC -> index
-    instances | race | channels.index + instance * channels.n_channels -> channels.index
+    groups apart | bounds | index // PER_STATISTIC -> index
+    instances apart | race | channels.index + instance * channels.n_channels -> channels.index
 groups.elements_of
     groups | bounds | (group < n_groups) & -> (group < n_groups + 1) &
     groups | bounds | (vec < n_rows * row_vecs) -> (vec <= n_rows * row_vecs)
@@ -259,13 +258,29 @@ groups.channels_in
 groups.groups_forward_kernel
     groups | different | to_float(total, COMPUTE) -> to_float(total + 1, COMPUTE)
     groups of rows | different | y_row_vecs * n_rows -> y_row_vecs
-groups.sum_group
-    groups | different | value *= tl.load(weight_ptr -> value += 0 * tl.load(weight_ptr
-groups.add_samples
+groups_backward.rows_of
+    groups | bounds | (group < n_groups) & -> (group < n_groups + 1) &
+    shared groups | race | channel = member * R + row % R -> channel = row % R
+    groups | different | exists & (vec < channel_vecs) -> exists & (vec < channel_vecs - 1)
+groups_backward.pointers_to
+    groups | different | rows.sample.to(tl.int64) * sample_vecs -> rows.sample.to(tl.int64) * 0
+groups_backward.sum_members
+    shared groups | different | mask=member < n_members -> mask=member < n_members - 1
+groups_backward.groups_fused_backward_kernel
+    groups | different | slots = rows.sample.to(tl.int64) * n_channels + -> slots = 0 * rows.sample.to(tl.int64) +
+    groups | different | sum_dz_centred * rstd, -> sum_dz_centred,
+    groups | different | by_group(sum_dz * weight, M, R) -> by_group(sum_dz, M, R)
+    groups | different | by_group(sum_dz_centred * weight, M, R) -> by_group(sum_dz_centred, M, R)
+    groups | different | rstd * rstd -> rstd
+    shared groups | race | wait(sync_ptr, block, n_members) -> wait(sync_ptr, block, n_members - 1)
+    shared groups | race | own = team + member.to(tl.int64) * n_groups -> own = team
+groups_backward.sum_group
+    groups apart | different | value *= tl.load(weight_ptr -> value += 0 * tl.load(weight_ptr
+groups_backward.add_samples
     groups | different | found += tl.load( -> found = tl.load(
-groups.groups_backward_kernel
-    groups | different | slope * tl.load( -> slope + 0 * tl.load(
-    groups | different | program % (n_channels // PER_GROUP) * PER_GROUP -> 0
+groups_backward.groups_backward_kernel
+    groups apart | different | slope * tl.load( -> slope + 0 * tl.load(
+    groups apart | different | program % (n_channels // PER_GROUP) * PER_GROUP -> 0
 channels_backward.merge_sums
     flat | value | (splits < n_splits) & -> (splits < n_splits - 1) &
 channels_backward.finalise_sums

@@ -4,7 +4,7 @@ The forward of small groups is one launch whose programs have several of them (w
 into the registers of several programs is one launch that reads them as a BatchNorm's channels, sample by sample, and
 each element's weight and bias from its channel. Otherwise statistics are reduced by group, and results that depend
 on the weight are computed by channel, with the statistics of its group. A sample's bits don't depend on the other
-samples.
+samples. The backward is divided in the same manner: by groups in registers, or by channels.
 """
 
 import functools
@@ -18,7 +18,7 @@ from triton_norm import activations, plans
 from triton_norm.channels.group_layout import Groups, as_readable, copies, dtypes_of, groups_of, kind_of, shape_of
 from triton_norm.channels.launches import Launches, Read, Step, Types
 from triton_norm.channels.layout import dense_like, is_dense
-from triton_norm.channels.whole_groups import forward_launch
+from triton_norm.channels.whole_groups import Gradient, forward_launch, gradient_launch
 from triton_norm.launch import Launch, Launcher, zeros
 from triton_norm.library import contiguous
 from triton_norm.reference import compute_dtype
@@ -166,9 +166,9 @@ def _backward_steps(groups: Groups, spec: GroupNormSpec, phase: Phase, constant:
 
 @functools.cache
 def _combining_kernel() -> Any:
-    from triton_norm.kernels import groups
+    from triton_norm.kernels import groups_backward
 
-    return groups.groups_backward_kernel
+    return groups_backward.groups_backward_kernel
 
 
 @remembered
@@ -197,7 +197,7 @@ class GroupBackwardPlan:
         swept = [tensor for tensor in (dy, x, residual) if tensor is not None]
         are_contiguous = all(tensor is None or tensor.is_contiguous() for tensor in others)
         self._copies = not are_contiguous or any(copies(tensor, self._kind) for tensor in swept)
-        self._steps: dict[Any, tuple[list[Step], Launch | None]] = {}
+        self._launches: dict[Any, tuple[Gradient | list[Step], Launch | None]] = {}
 
     def __call__(self, tensors: Sequence[Any]) -> Gradients:
         """Returns the gradients that are wanted.
@@ -206,25 +206,57 @@ class GroupBackwardPlan:
             tensors: fields of GroupBackwardTensors.
         """
         dy, x, residual, weight, bias, statistics = tensors
-        found = dx, dresidual, dweight, dbias = gradients(x, self._wanted, self._kind)
+        found = gradients(x, self._wanted, self._kind)
         if self._copies:
             dy, x, weight = as_readable(dy, self._kind), as_readable(x, self._kind), contiguous(weight)
             residual = None if residual is None else as_readable(residual, self._kind)
             bias, statistics = contiguous(bias), statistics.contiguous()
+        added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
+        key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added
+        launches, combine = self._launches.get(key) or self._prepare(
+            key, (x, dy, residual), (weight, bias, statistics), found
+        )
+        tensors = GroupBackwardTensors(dy, x, residual, weight, bias, statistics)
+        if isinstance(launches, Gradient):
+            self._in_registers(launches, combine, tensors, found)
+        else:
+            self._by_channel(launches, combine, tensors, found)
+        return found
+
+    def _sums(self, *needed: bool) -> list[Tensor | None]:
+        """Allocates sums of dweight and dbias over the channels of each sample, where needed."""
+        n_samples, n_groups, per_group, _ = self._shape
+        n_channels = n_samples * n_groups * per_group
+        return [self._like.new_empty(n_channels) if one else None for one in needed]
+
+    def _in_registers(
+        self, gradient: Gradient, combine: Launch | None, tensors: GroupBackwardTensors, found: Gradients
+    ) -> None:
+        """Fills the gradients by one launch, which reads x and dy once, and one for dweight and dbias."""
+        dx, dresidual, dweight, dbias = found
+        n_samples, n_groups, _, _ = self._shape
+        sums = self._sums(dweight is not None, dbias is not None)
+        partials = sync = None
+        if gradient.n_members > 1:
+            partials = self._like.new_empty(2 * gradient.n_members * n_samples * n_groups)
+            sync = zeros(2 + n_samples * n_groups, tensors.x.device)
+        dy, x, residual, *parameters = tensors
+        gradient.launch(dy, x, residual, dx, dresidual, *parameters, *sums, partials, sync)
+        if combine is not None:
+            combine(*sums, None, tensors.statistics, None, dweight, dbias)
+
+    def _by_channel(
+        self, steps: list[Step], combine: Launch | None, tensors: GroupBackwardTensors, found: Gradients
+    ) -> None:
+        """Fills the gradients by launches whose programs have a part of a channel."""
+        dy, x, residual, weight, bias, statistics = tensors
+        dx, dresidual, dweight, dbias = found
         n_samples, n_groups, per_group, _ = self._shape
         n_channels = n_samples * n_groups * per_group
         by_group = per_group > 1 and dx is not None
         means = None if dx is None else self._like.new_empty(2 * n_samples * n_groups)
-        sums: list[Tensor | None] = [
-            self._like.new_empty(n_channels) if asked else None
-            for asked in (dweight is not None or by_group, dbias is not None or by_group)
-        ]
-        added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
-        key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added
+        sums = self._sums(dweight is not None or by_group, dbias is not None or by_group)
         combined = *sums, weight if by_group else None, statistics, means if by_group else None, dweight, dbias
-        steps, combine = self._steps.get(key) or self._prepare(
-            key, (x, dy, residual), (weight, bias, statistics, means, *sums, dx, dresidual), combined
-        )
         for step in steps:
             if step.applies and not step.reduces and combine is not None and by_group:
                 combine(*combined)
@@ -241,22 +273,34 @@ class GroupBackwardPlan:
             )
         if combine is not None and not by_group:
             combine(*combined)
-        return found
 
     def _prepare(
-        self, key: Any, swept: Sequence[Tensor | None], others: Sequence[Tensor | None], combined: Sequence[Any]
-    ) -> tuple[list[Step], Launch | None]:
-        groups = groups_of(self._kind, self._spec.n_groups, swept, others)
-        steps = _backward_steps(groups, self._spec, self._phase, self._constant)
+        self, key: Any, swept: Sequence[Tensor | None], others: Sequence[Tensor | None], found: Gradients
+    ) -> tuple[Gradient | list[Step], Launch | None]:
+        """Returns the launches, and the one that combines the sums over channels, if any.
+
+        Args:
+            others: weight, bias and statistics.
+        """
+        dx, _, dweight, dbias = found
+        groups = groups_of(self._kind, self._spec.n_groups, swept, (*others, *found))
+        launches: Gradient | list[Step] | None = None if dx is None else gradient_launch(groups, self._spec)
         n_samples, n_groups, per_group, n_positions = self._shape
+        n_means = 0 if dx is None or launches is not None or per_group == 1 else n_samples * n_groups
+        if launches is None:
+            launches = _backward_steps(groups, self._spec, self._phase, self._constant)
         combine = None
-        *_, means, dweight, dbias = combined
-        if means is not None or dweight is not None or dbias is not None:
-            launcher = _combining_launcher(dtypes_of(combined), n_groups * per_group, per_group, groups.device)
-            n_means = 0 if means is None else n_samples * n_groups
+        if n_means or dweight is not None or dbias is not None:
+            weight, _, _ = others
+            compute = self._like.dtype
+            needs = (dweight is not None or n_means > 0, dbias is not None or n_means > 0)
+            sums = [compute if one else None for one in needs]
+            read = (None if weight is None else weight.dtype, compute) if n_means else (None, compute)
+            types = *sums, *read, compute if n_means else None, *dtypes_of((dweight, dbias))
+            launcher = _combining_launcher(types, n_groups * per_group, per_group, groups.device)
             combine = Launch(launcher, per_group * n_positions, n_samples, n_means)
-        self._steps[key] = steps, combine
-        return steps, combine
+        self._launches[key] = launches, combine
+        return launches, combine
 
 
 def gradients(x: Tensor, wanted: Wanted, kind: str) -> Gradients:

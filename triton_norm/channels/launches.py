@@ -123,13 +123,12 @@ class Launches:
         self._plan: Plan = plan or channel_spaces.plan_channels_apart(self._shared, gpu)
 
     def _lanes_run(self) -> int | None:
-        """Returns the elements of a flat group's access with a common weight and bias, or None if a channel has them.
+        """Returns the elements of an access with a common weight and bias, or None if each channel has its own.
 
         Where each element has an access of its own, its weight is one more in registers that are scarce.
         """
-        if self._read.instances is None or self.layout.axis is not None:
-            return None
-        return 1 if self.layout.vector == 1 else self.run
+        alone = self._read.instances is not None and self.layout.axis is None and self.layout.vector == 1
+        return 1 if alone else self.run
 
     def phases(self, asked: Phase, constant: bool = False) -> list[Phase]:
         """Returns the phases to launch: two if both halves are needed and can't be fused."""

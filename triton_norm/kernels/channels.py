@@ -292,7 +292,7 @@ def channels_forward_kernel(
             if not TOGETHER or swept > 0:
                 raw = tl.load(tile_at(x, start, layout, TILE), mask=mask, other=0.0)
             if RUN is not None:
-                own = parameters_of(start, end, inside, columns, lanes, parameter_runs, layout, TILE, RUN)
+                own = parameters_of(start, inside, columns, lanes, parameter_runs, layout, TILE, RUN)
                 scale = rstd * load_parameter(weight_ptr, own, 1.0, COMPUTE)
                 bias = load_parameter(bias_ptr, own, 0.0, COMPUTE)
             z = ((raw.to(COMPUTE) - mean) - mean_lo) * scale + bias

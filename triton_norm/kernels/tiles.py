@@ -134,7 +134,7 @@ def of_instance(channels, instance, n_instances, PER_STATISTIC: tl.constexpr):
 
 
 @triton.jit
-def parameters_of(start, end, group, columns, lanes, parameter_runs, layout, TILE: tl.constexpr, RUN: tl.constexpr):
+def parameters_of(start, group, columns, lanes, parameter_runs, layout, TILE: tl.constexpr, RUN: tl.constexpr):
     """Returns the channels from which the elements of a tile take weight and bias, if each block has whole groups.
 
     Their index is [1, LANES] if folded, where columns are channels, [T, 1] if RUN = V, and [T, V] if RUN = 1.
@@ -145,15 +145,13 @@ def parameters_of(start, end, group, columns, lanes, parameter_runs, layout, TIL
     """
     if TILE.FOLD:
         index = columns
-        in_range = lanes.in_range
     else:
         RUNS: tl.constexpr = TILE.V // RUN
         first_sample = start // layout.groups_per_sample
         within = (start - first_sample * layout.groups_per_sample).to(tl.int32) + tl.arange(0, TILE.T)[:, None]
         run = within % layout.groups_per_sample * RUNS + tl.arange(0, RUNS)[None, :]
         index = group * (layout.groups_per_sample * RUNS // parameter_runs) + run // parameter_runs
-        in_range = (start + tl.arange(0, TILE.T))[:, None] < end
-    return Channels(index, in_range, lanes.n_channels)
+    return Channels(index, lanes.in_range, lanes.n_channels)
 
 
 @triton.jit

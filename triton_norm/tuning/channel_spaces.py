@@ -77,7 +77,7 @@ class SharedChannels(NamedTuple):
         resident_bytes: bytes an element of the tensors that stay resident in registers; 0 for unfused launches.
         streamed_bytes: bytes an element of the tensors that are streamed twice.
         adds: the forward adds a residual.
-        run: elements of an access with a common weight and bias, where they change along a flat group; else None.
+        run: elements of an access with a common weight and bias, if blocks have whole groups of a GroupNorm; else None.
     """
 
     kind: str
@@ -108,8 +108,11 @@ def plan_channels_apart(work: SharedChannels, gpu: Gpu) -> Plan:
 
 def _crowds(work: "SharedChannels | ChannelWork") -> bool:
     """Decides whether a tile has to be half as large, for lack of registers: in the flat layout if a residual is added,
-    or each element of a group has a weight of its own; in the others if each element needs an address of its own."""
-    return work.adds or work.run == 1 if work.kind == "flat" else work.vector == 1
+    or each element of a group has a weight of its own; in the others if each element needs an address of its own, or a
+    residual is added to groups."""
+    if work.kind == "flat":
+        return work.adds or work.run == 1
+    return work.vector == 1 or (work.adds and work.run is not None)
 
 
 def _largest_tile(work: SharedChannels, gpu: Gpu) -> int:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from triton_norm.tuning.configs import Config, Space, config, space_of, warps_for
+from triton_norm.tuning.configs import Config, Space, config, next_power_of_2, space_of, warps_for
 from triton_norm.tuning.limits import MOST_REGISTERS_PER_THREAD, MOST_THREADS, REGISTERS_PER_SM, Gpu
 from triton_norm.tuning.memory import remembered
 
@@ -45,7 +45,7 @@ def fits(work: WholeWork, gpu: Gpu) -> bool:
     return work.elements <= gpu.limits.whole_group_elements // (2 if work.vector == 1 else 1)
 
 
-def _config_of(tile: int, per_thread: int, work: WholeWork, gpu: Gpu) -> Config:
+def _config_of(tile: int, per_thread: int, work: "WholeWork | GradientWork", gpu: Gpu) -> Config:
     """Returns a config that limits registers. Without a limit, NVIDIA's assembler spills a few to fit more warps."""
     n_warps = warps_for(max(tile, work.elements), per_thread, gpu)
     threads = max(gpu.limits.channel_warps_per_sm, n_warps) * gpu.warp
@@ -71,6 +71,80 @@ def whole(work: WholeWork, gpu: Gpu) -> Space:
         if tile <= MOST_THREADS // 2 * per_thread
     ]
     return space_of("groups_forward_kernel", work.key, configs)
+
+
+class GradientWork(NamedTuple):
+    """Describes groups whose gradient is computed in registers, by one program or by members of a team.
+
+    Args:
+        members: programs that share a group.
+        channels: channels of a group, or of a member's part of it, padded to a power of two.
+        accesses: accesses that read a channel, a power of two.
+        vector: elements of an access.
+        types: names of the dtypes of the inputs of x's shape.
+        curved: an activation is computed, which takes registers.
+    """
+
+    members: int
+    channels: int
+    accesses: int
+    vector: int
+    types: tuple[str, ...]
+    curved: bool
+
+    @property
+    def elements(self) -> int:
+        return self.channels * self.accesses * self.vector
+
+    @property
+    def key(self) -> str:
+        role = "waits" if self.members > 1 else "alone"
+        named = f"{role}, {self.channels} channels of {self.accesses} by {self.vector}, {', '.join(self.types)}"
+        return f"{named}, curved" if self.curved else named
+
+
+def gradient_work(
+    shape: tuple[int, int], vector: int, types: tuple[str, ...], itemsize: int, curved: bool, gpu: Gpu
+) -> GradientWork | None:
+    """Returns the work of a program, or None if a group does not fit into the registers of a team.
+
+    It depends on the group's size and on the GPU, and not on the number of samples.
+
+    Args:
+        shape: channels of a group, and their positions.
+        itemsize: bytes of an element of x and one of dy together.
+    """
+    per_group, n_positions = shape
+    most = gpu.limits.interpreted_tile_elements
+    if not gpu.interpreted:
+        most = min(gpu.limits.whole_group_elements, gpu.limits.resident_bytes.flat // itemsize)
+        most //= 2 if vector == 1 else 1
+    accesses = next_power_of_2(-(-n_positions // vector))
+    fitting = most // (accesses * vector)
+    if fitting == 0:
+        return None
+    channels = min(next_power_of_2(per_group), 1 << fitting.bit_length() - 1)
+    members = -(-per_group // channels)
+    if members > gpu.most_peers:
+        return None
+    return GradientWork(members, channels, accesses, vector, types, curved)
+
+
+@remembered
+def gradient(work: GradientWork, gpu: Gpu) -> Space:
+    """Returns the configs of a launch. M is the groups of a program."""
+    tiles: tuple[int, ...] = (work.elements,) if work.members > 1 else _TILES
+    if gpu.interpreted:
+        tiles = (gpu.limits.interpreted_tile_elements,) if work.members == 1 else tiles
+        configs = [config(4, M=max(1, tile // work.elements)) for tile in tiles]
+        return space_of("groups_fused_backward_kernel", work.key, configs)
+    per_thread = 8 if work.vector == 1 else 16
+    configs = [
+        _config_of(tile, per_thread, work, gpu)
+        for tile in tiles
+        if tile <= max(MOST_THREADS // 2 * per_thread, work.elements)
+    ]
+    return space_of("groups_fused_backward_kernel", work.key, configs)
 
 
 @remembered

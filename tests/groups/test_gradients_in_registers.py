@@ -1,0 +1,230 @@
+"""The backward that reads x and dy once: programs that have several groups, and programs that share one and wait."""
+
+import functools
+
+import pytest
+import torch
+
+import triton_norm
+from support.activations import SIDED
+from support.channel_norms import share
+from support.group_calls import away_from_the_kink, checked, drawn, laid
+from support.oracle import differentiated
+from support.turns import backwards, one_of_each, shuffled
+from triton_norm.channels import group_plan
+from triton_norm.tuning import group_spaces
+from triton_norm.tuning.limits import INTERPRETED
+
+triton = pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.usefixtures("through_the_kernels"),
+    pytest.mark.skipif(not INTERPRETED, reason="a GPU has its own tiles, and starts its programs in its own order"),
+]
+
+if INTERPRETED:
+    from support.turns import place_by_program_id
+    from triton_norm.kernels import groups_backward
+    from triton_norm.testing.interleave import DeadlockError, interleaved
+
+GRADIENT, COMBINE = "groups_fused_backward_kernel", "groups_backward_kernel"
+MOST = 4  # programs that share a group
+
+CASES = {  # name: shape, groups, tile, programs that share a group
+    "whole channels": ((3, 12, 4, 8), 2, 128, 2),  # four channels a program, the last has two
+    "a channel a program": ((2, 8, 6, 10), 2, 64, 4),  # 60 of 64 positions
+    "odd positions": ((2, 12, 7, 7), 2, 128, 3),
+    "sequences": ((2, 40, 3), 2, 32, 3),
+    "several groups": ((5, 12, 4, 4), 4, 256, 1),  # three of four channels; four groups a program
+    "several groups, odd": ((5, 12, 5, 5), 4, 1024, 1),
+    "features": ((50, 24), 8, 128, 1),
+    "channels": ((5, 7, 4, 4), 7, 64, 1),  # InstanceNorm's
+    "one group": ((3, 4, 8, 8), 1, 256, 1),
+}
+SHARED = [name for name, (*_, members) in CASES.items() if members > 1]
+
+
+@pytest.fixture
+def use(numbers):
+    """Sets the tile of programs, of which at most four share a group."""
+    return functools.partial(share, numbers, multiprocessors=3 * MOST)
+
+
+def gradient_of(guard):
+    """Returns the one launch that reads x and dy; there is but one more, which adds up the samples."""
+    (launched,) = (one for one in guard.launches if "dy_ptr" in one.arguments)
+    assert launched.kernel == GRADIENT
+    return launched
+
+
+def norm(n_groups, activation=None):
+    return lambda x, r, w, b: triton_norm.group_norm(x, n_groups, w, b, residual=r, activation=activation)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_fp64(case, use, guard, device):
+    shape, n_groups, tile, members = CASES[case]
+    use(tile)
+    with interleaved():
+        checked(drawn(shape, device), n_groups)
+    launched = gradient_of(guard)
+    assert guard.kernels[-1] == COMBINE
+    if members > 1:
+        assert launched.bytes("store", "partials_ptr") == 2 * 4 * shape[0] * n_groups * members
+    else:
+        assert "partials_ptr" not in launched.arguments
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("case", ["odd positions", "several groups"])
+def test_activations_and_residuals(case, activation, residual, use, device):
+    shape, n_groups, tile, _ = CASES[case]
+    use(tile)
+    inputs = drawn(shape, device, residual=residual)
+    with interleaved():
+        checked(away_from_the_kink(inputs, n_groups) if activation in SIDED else inputs, n_groups, activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["samples", "strided"])
+def test_strides_and_types(layout, dtype, use, device):
+    use(128)
+    with interleaved():
+        checked(drawn((3, 12, 6, 6), device, dtype, layout, residual=True), 2)
+
+
+@pytest.mark.parametrize("needs", [(0,), (0, 1), (0, 2), (0, 3), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("case", ["odd positions", "several groups"])
+def test_some_gradients(case, needs, use, guard, device):
+    shape, n_groups, tile, _ = CASES[case]
+    use(tile)
+    inputs = drawn(shape, device, residual=True)
+    with interleaved():
+        whole = differentiated(norm(n_groups, "silu"), inputs.leaves(), (inputs.dy,))
+        launches = len(guard.launches)
+        some = differentiated(norm(n_groups, "silu"), inputs.leaves(), (inputs.dy,), needs)
+    for place, (one, other) in enumerate(zip(some.gradients, whole.gradients, strict=True)):
+        assert (one is not None) == (place in needs)
+        assert one is None or torch.equal(one, other)
+    assert len(guard.launches) - launches == (3 if {2, 3} & {*needs} else 2)
+
+
+@pytest.mark.parametrize("parameters", ["weight", "bias", "neither"])
+@pytest.mark.parametrize("case", ["odd positions", "several groups"])
+def test_without_weight_or_bias(case, parameters, use, device):
+    shape, n_groups, tile, _ = CASES[case]
+    use(tile)
+    absent = {name: None for name in ("weight", "bias") if name != parameters}
+    with interleaved():
+        checked(drawn(shape, device)._replace(**absent), n_groups)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_x_and_dy_are_read_once(case, use, guard, device):
+    shape, n_groups, tile, _ = CASES[case]
+    use(tile)
+    inputs = drawn(shape, device, torch.bfloat16)
+    with interleaved():
+        differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
+    launched, size = gradient_of(guard), inputs.x.numel() * inputs.x.itemsize
+    assert launched.bytes("load", "x_ptr") == launched.bytes("load", "dy_ptr") == size
+    assert launched.bytes("store", "dx_ptr") == size
+
+
+def test_groups_that_do_not_fit_take_two_launches_and_one_that_combines(use, guard, device):
+    use(16)
+    with interleaved():
+        checked(drawn((2, 12, 8, 8), device), 3)
+    assert [name for name in guard.kernels if name == GRADIENT] == []
+
+
+ADVERSE = [
+    {"delayed": 0},
+    {"order": backwards, "resident": MOST},
+    {"order": shuffled, "resident": MOST + 1, "delayed": 0},
+    {"order": one_of_each, "resident": MOST, "delayed": 3},
+]
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_the_bits_do_not_depend_on_the_programs_order(case, use, device):
+    shape, n_groups, tile, _ = CASES[case]
+    use(tile)
+    inputs = drawn(shape, device)
+    with interleaved():
+        expected = differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,)).tensors()
+    for how in ADVERSE:
+        with interleaved(**how):
+            found = differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,)).tensors()
+        assert all(map(torch.equal, found, expected)), how
+
+
+def test_places_by_program_id_hang_where_tickets_do_not(use, monkeypatch, device):
+    shape, n_groups, tile, _ = CASES["a channel a program"]
+    use(tile)
+    inputs = drawn((3, *shape[1:]), device)
+    adverse = functools.partial(interleaved, resident=MOST, order=one_of_each)
+    with adverse():
+        differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
+    monkeypatch.setattr(groups_backward, "take_place", place_by_program_id)
+    with adverse(), pytest.raises(DeadlockError, match=GRADIENT):
+        differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
+
+
+@pytest.mark.parametrize("case", ["odd positions", "several groups", "one group"])
+def test_a_sample_does_not_depend_on_the_others(case, use, device):
+    shape, n_groups, tile, _ = CASES[case]
+    use(tile)
+    inputs = drawn((9, *shape[1:]), device)
+
+    def dx(samples):
+        leaves = laid(inputs.x[samples], "first"), None, inputs.weight, inputs.bias
+        with interleaved():
+            return differentiated(norm(n_groups), leaves, (laid(inputs.dy[samples], "first"),)).dx
+
+    whole = dx(slice(None))
+    for samples in (slice(3, 4), slice(2, 9)):
+        assert torch.equal(whole[samples], dx(samples))
+
+
+def test_zeros_are_left_as_they_were(use, monkeypatch, device):
+    use(64)
+    kept = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(group_plan, "zeros", lambda n, device: kept[:n])
+    for shape, n_groups in (((2, 8, 6, 10), 2), ((1, 12, 4, 8), 4), ((3, 6, 8, 8), 2)):
+        inputs = drawn(shape, device)
+        with interleaved(order=shuffled):
+            differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
+        assert not kept.any()
+
+
+def test_far_samples(use, device):
+    """Strides between samples are of 64 bits."""
+    use(64)
+
+    def far():
+        x = torch.empty(0, dtype=torch.float16, device=device)
+        x = x.set_(torch.UntypedStorage(2 * (2**31 + 128), device=device), 0, (2, 8, 4), (2**31 + 64, 4, 1))
+        return x.copy_(torch.randn(2, 8, 4))
+
+    x, dy = far(), far()
+    found, expected = (
+        differentiated(norm(2), (one, None, None, None), (other,)).dx
+        for one, other in ((x, dy), (x.contiguous(), dy.contiguous()))
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("members", [1, 4])
+@pytest.mark.parametrize("vector", [1, 8])
+def test_programs_have_thousands_of_elements(vector, members):
+    from support.gpus import H100
+
+    tile = 8192 if vector > 1 else 4096
+    shape = (members, tile) if members > 1 else (16, 49)
+    work = group_spaces.gradient_work(shape, vector, ("bf16", "bf16"), 4, False, H100)
+    assert (work.members, work.elements) == ((members, tile) if members > 1 else (1, 1024))
+    for config in group_spaces.gradient(work, H100).configs:
+        assert 2048 <= config["M"] * work.elements <= 8192
+    assert group_spaces.gradient_work((64, tile), vector, ("bf16", "bf16"), 4, False, H100) is None
+    assert group_spaces.gradient_work((1, 2 * tile), vector, ("bf16", "bf16"), 4, False, H100) is None

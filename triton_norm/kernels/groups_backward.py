@@ -1,0 +1,271 @@
+"""Computes the gradients of GroupNorm of groups in registers, and combines the sums over the channels of samples."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from triton_norm.kernels.activations import activate_backward
+from triton_norm.kernels.exchange import arrive, close, take_place, wait
+from triton_norm.kernels.moments import tile_sum, to_float
+from triton_norm.kernels.tiles import Channels, aligned, load_parameter, load_statistics
+
+
+class Rows(NamedTuple):
+    """Bundles where a program's channels are. All but `vec` are [n, 1, 1].
+
+    Args:
+        group, sample: the channel's group among those of all samples, and its sample.
+        index: the channel among those of its sample.
+        exists: mask of the channels that exist.
+        vec: [1, W, 1], positions divided by V.
+        in_range: [n, W, 1], mask of the elements that exist.
+    """
+
+    group: tl.tensor
+    sample: tl.tensor
+    index: tl.tensor
+    exists: tl.tensor
+    vec: tl.tensor
+    in_range: tl.tensor
+
+
+@triton.jit
+def rows_of(
+    block,
+    member,
+    n_groups,
+    groups_per_sample,
+    per_group,
+    channel_vecs,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Returns the channels of the M groups of a block, R of each, which are those of a member of the group's team."""
+    row = tl.arange(0, M * R)[:, None, None]
+    group = block * M + row // R
+    channel = member * R + row % R
+    vec = tl.arange(0, W)[None, :, None]
+    exists = (group < n_groups) & (channel < per_group)
+    sample = group // groups_per_sample
+    index = (group - sample * groups_per_sample) * per_group + channel
+    return Rows(group, sample, index, exists, vec, exists & (vec < channel_vecs))
+
+
+@triton.jit
+def pointers_to(ptr, rows, sample_vecs, channel_vecs, V: tl.constexpr):
+    """Returns the pointers [n, W, V] to the elements of a tensor whose samples have this stride, times V."""
+    channel = rows.sample.to(tl.int64) * sample_vecs + rows.index.to(tl.int64) * channel_vecs
+    return aligned(ptr + (channel + rows.vec) * V + tl.arange(0, V)[None, None, :], V)
+
+
+@triton.jit
+def by_group(values, M: tl.constexpr, R: tl.constexpr):
+    """Returns the sums [M, 1] over the R channels of each group, of values [M · R, 1, 1]."""
+    return tl.sum(tl.reshape(values, [M, R]), 1, keep_dims=True)
+
+
+@triton.jit
+def to_channels(values, M: tl.constexpr, R: tl.constexpr):
+    """Returns the values [M, 1] of groups for each of their channels, [M · R, 1, 1]."""
+    return tl.reshape(tl.broadcast_to(values, [M, R]), [M * R, 1, 1])
+
+
+@triton.jit
+def sum_members(slots, n_members, n_groups, PEERS: tl.constexpr):
+    """Returns the sum [1, 1] of what the members of a team have left in slots, n_groups apart, in fixed order."""
+    member = tl.arange(0, PEERS)[None, :]
+    left = tl.load(slots + member.to(tl.int64) * n_groups, mask=member < n_members, other=0.0, cache_modifier=".cg")
+    return tile_sum(left, 1)
+
+
+@triton.jit(do_not_specialize=["n_groups"])
+def groups_fused_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    residual_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    weight_ptr,
+    bias_ptr,
+    statistics_ptr,
+    dweight_sums_ptr,
+    dbias_sums_ptr,
+    partials_ptr,
+    sync_ptr,
+    n_groups,
+    groups_per_sample,
+    per_group,
+    n_members,
+    channel_vecs,
+    x_sample_vecs,
+    dy_sample_vecs,
+    residual_sample_vecs,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    PEERS: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Computes dx = (dz · weight − mean(dz · weight) − (x − mean) · mean(dz · weight · x_hat) · rstd) · rstd,
+    dresidual = dz, and each sample's sums for dweight and dbias, from dz = dy · f'(z), as channels_backward_kernel.
+
+    A program has M groups. If PEERS > 1, n_members programs share a group, each with R of its channels. They leave each
+    other their sums, and wait.
+
+    Grid: cdiv(n_groups, M), or n_groups · n_members.
+    Bytes: reads x, dy and residual once, and writes dx and dresidual once.
+
+    Args:
+        dy_ptr, x_ptr, residual_ptr: samples of dense channels, with strides *_sample_vecs · V; residual may be None.
+        dx_ptr, dresidual_ptr: dense; dresidual may be None.
+        weight_ptr, bias_ptr: [groups_per_sample · per_group], or None.
+        statistics_ptr: [3, n_groups]: mean, mean_lo and rstd.
+        dweight_sums_ptr, dbias_sums_ptr: [samples, channels], Σ dz · x_hat and Σ dz over positions; or None.
+        partials_ptr: workspace [2, n_members, n_groups], used if PEERS > 1.
+        sync_ptr: 2 + n_groups zeros, used if PEERS > 1.
+        per_group: channels of a group.
+        channel_vecs: positions of a channel, divided by V.
+        PEERS: the least power of two that is not less than n_members.
+        R: channels of a group, or of a member's part of it, padded to a power of two.
+        W: accesses that read a channel, padded to a power of two.
+    """
+    if PEERS > 1:
+        block, member = take_place(sync_ptr, n_members)
+    else:
+        block = tl.program_id(0)
+        member = block * 0
+    rows = rows_of(block, member, n_groups, groups_per_sample, per_group, channel_vecs, M, R, W)
+    mask = rows.in_range
+    dz = tl.load(pointers_to(dy_ptr, rows, dy_sample_vecs, channel_vecs, V), mask=mask, other=0.0).to(COMPUTE)
+    x = tl.load(pointers_to(x_ptr, rows, x_sample_vecs, channel_vecs, V), mask=mask, other=0.0).to(COMPUTE)
+    groups = Channels(rows.group, rows.exists, n_groups)
+    mean, mean_lo, rstd = load_statistics(statistics_ptr, None, None, groups, 0.0, COMPUTE)
+    n_channels = groups_per_sample * per_group
+    channels = Channels(rows.index, rows.exists, n_channels)
+    weight = load_parameter(weight_ptr, channels, 1.0, COMPUTE)
+    centred = tl.where(mask, (x - mean) - mean_lo, 0.0)
+    if ACTIVATION is not None:
+        z = centred * (rstd * weight) + load_parameter(bias_ptr, channels, 0.0, COMPUTE)
+        if residual_ptr is not None:
+            residual = pointers_to(residual_ptr, rows, residual_sample_vecs, channel_vecs, V)
+            z += tl.load(residual, mask=mask, other=0.0).to(COMPUTE)
+        dz = activate_backward(dz, z, ACTIVATION, SLOPE)
+    sum_dz = tile_sum(dz, None)
+    sum_dz_centred = tile_sum(dz * centred, None)
+    slots = rows.sample.to(tl.int64) * n_channels + rows.index
+    if dweight_sums_ptr is not None:
+        tl.store(dweight_sums_ptr + slots, sum_dz_centred * rstd, mask=rows.exists)
+    if dbias_sums_ptr is not None:
+        tl.store(dbias_sums_ptr + slots, sum_dz, mask=rows.exists)
+    of_dz = by_group(sum_dz * weight, M, R)
+    of_dz_centred = by_group(sum_dz_centred * weight, M, R)
+    if PEERS > 1:
+        team = partials_ptr + block + tl.zeros([1, 1], tl.int64)
+        kind = n_members.to(tl.int64) * n_groups
+        own = team + member.to(tl.int64) * n_groups
+        tl.store(own, of_dz)
+        tl.store(own + kind, of_dz_centred)
+        arrive(sync_ptr, block)
+        wait(sync_ptr, block, n_members)
+        of_dz = sum_members(team, n_members, n_groups, PEERS)
+        of_dz_centred = sum_members(team + kind, n_members, n_groups, PEERS)
+        if arrive(sync_ptr, block) == 2 * n_members - 1:
+            close(sync_ptr, block, n_groups, None)
+    share = 1.0 / to_float(per_group * channel_vecs * V, COMPUTE)
+    mean_dz = to_channels(of_dz * share, M, R)
+    slope = to_channels(of_dz_centred * share, M, R) * rstd * rstd
+    dx = (dz * weight - mean_dz - centred * slope) * rstd
+    sample_vecs = tl.full([], n_channels, tl.int64) * channel_vecs
+    tl.store(pointers_to(dx_ptr, rows, sample_vecs, channel_vecs, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if dresidual_ptr is not None:
+        dresidual = pointers_to(dresidual_ptr, rows, sample_vecs, channel_vecs, V)
+        tl.store(dresidual, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_group(ptr, weight_ptr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Returns Σ weight · value [1, 1] over the PER_GROUP channels of a group.
+
+    Args:
+        ptr, weight_ptr: the group's first value and weight; weight_ptr may be None.
+    """
+    COMPUTE: tl.constexpr = ptr.dtype.element_ty
+    found = tl.zeros([1, BLOCK_C], COMPUTE)
+    for start in range(0, PER_GROUP, BLOCK_C):
+        channels = start + tl.arange(0, BLOCK_C)[None, :]
+        there = channels < PER_GROUP
+        value = tl.load(ptr + channels, mask=there, other=0.0)
+        if weight_ptr is not None:
+            value *= tl.load(weight_ptr + channels, mask=there, other=0.0).to(COMPUTE)
+        found += value
+    return tile_sum(found, 1)
+
+
+@triton.jit
+def add_samples(ptr, sums_ptr, columns, n_samples, n_channels, BLOCK_K: tl.constexpr):
+    """Stores the sums over samples of sums [n_samples, n_channels], for some columns [1, n], in fixed order."""
+    COMPUTE: tl.constexpr = sums_ptr.dtype.element_ty
+    there = columns < n_channels
+    found = tl.zeros([BLOCK_K, columns.shape[1]], COMPUTE)
+    for start in range(0, n_samples, BLOCK_K):
+        samples = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
+        found += tl.load(sums_ptr + samples * n_channels + columns, mask=(samples < n_samples) & there, other=0.0)
+    tl.store(ptr + columns, tile_sum(found, 0).to(ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["total", "n_samples", "n_means"])
+def groups_backward_kernel(
+    dweight_sums_ptr,
+    dbias_sums_ptr,
+    weight_ptr,
+    statistics_ptr,
+    means_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    total,
+    n_samples,
+    n_means,
+    n_channels,
+    PER_GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Computes the group means that dx depends on, and dweight and dbias, from sums over each sample's channels.
+
+    Grid: n_means + cdiv(n_channels, BLOCK_C). The first n_means programs have a group each, the rest BLOCK_C channels.
+
+    Args:
+        dweight_sums_ptr, dbias_sums_ptr: [n_samples, n_channels], Σ dz · x_hat and Σ dz; or None.
+        weight_ptr: [n_channels], or None.
+        statistics_ptr: [3, n_means]: mean, mean_lo and rstd.
+        means_ptr: [2, n_means], mean(weight · dz) and mean(weight · dz · x_hat) · rstd, of n_means = n_samples ·
+            n_channels / PER_GROUP groups; None, and n_means 0, without dx.
+        dweight_ptr, dbias_ptr: [n_channels], or None.
+        total: elements of a group.
+        PER_GROUP: channels of a group.
+        BLOCK_K: samples added at a time.
+    """
+    program = tl.program_id(0)
+    if program < n_means:
+        if means_ptr is not None:
+            first = program.to(tl.int64) * PER_GROUP
+            weights_ptr = weight_ptr
+            if weight_ptr is not None:
+                weights_ptr = weight_ptr + program % (n_channels // PER_GROUP) * PER_GROUP
+            share = 1.0 / to_float(total, means_ptr.dtype.element_ty)
+            mean = sum_group(dbias_sums_ptr + first, weights_ptr, PER_GROUP, BLOCK_C) * share
+            slope = sum_group(dweight_sums_ptr + first, weights_ptr, PER_GROUP, BLOCK_C) * share
+            slots = means_ptr + program + tl.zeros([1, 1], tl.int32)
+            tl.store(slots, mean)
+            tl.store(slots + n_means, slope * tl.load(statistics_ptr + 2 * n_means + program))
+    else:
+        columns = (program - n_means) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        if dweight_ptr is not None:
+            add_samples(dweight_ptr, dweight_sums_ptr, columns, n_samples, n_channels, BLOCK_K)
+        if dbias_ptr is not None:
+            add_samples(dbias_ptr, dbias_sums_ptr, columns, n_samples, n_channels, BLOCK_K)
