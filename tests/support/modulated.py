@@ -13,7 +13,7 @@ from torch import Tensor
 import triton_norm
 from support.gpus import with_numbers
 from support.oracle import DTYPES, FACTOR, assert_within, ulp
-from support.strategies import EPSILONS, F16, F32, F64, HARD, Lie, Shape, Type, lies, types, values
+from support.strategies import EPSILONS, F16, F32, F64, HARD, Layout, Shape, Type, layouts, types, values
 from triton_norm.specs import ModulatedTensors
 from triton_norm.tuning.limits import INTERPRETED
 
@@ -78,7 +78,7 @@ class Modulated:
     n_axes: int
     dtypes: dict[str, Type]
     shapes: dict[str, Shape]
-    placements: dict[str, Lie] = dataclasses.field(default_factory=dict)
+    placements: dict[str, Layout] = dataclasses.field(default_factory=dict)
     chunks: frozenset[str] = frozenset()
     eps: float = 1e-5
     hard: str = "normal"
@@ -375,11 +375,11 @@ def modulated(
     placements, chunks = {}, set()
     if strided:
         for name in ("x", "dy", *LIKE_X):
-            placements[name] = draw(lies(len(shape)))
+            placements[name] = draw(layouts(len(shape)))
         for name in OUTER:
             kind = draw(st.sampled_from(("plain", "chunk", "drawn")))
             if kind == "drawn":
-                placements[name] = draw(lies(len(shapes[name])))
+                placements[name] = draw(layouts(len(shapes[name])))
             elif kind == "chunk":
                 chunks.add(name)
     gate, residual = dtypes["gate"], dtypes["residual"]
