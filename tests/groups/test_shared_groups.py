@@ -33,7 +33,7 @@ CASES = {  # name: shape, groups, layout, tile, programs that share a group
     "elements one by one": ((2, 6, 5, 7), 2, "first", 32, 4),
     "channels shorter than an access": ((2, 160, 3), 4, "first", 64, 2),
     "rows of a few groups": ((2, 12, 9, 7), 4, "last", 512, 4),  # 12 of 32 columns
-    "rows of several blocks": ((2, 150, 4, 3), 30, "last", 512, 3),  # 8 · 5 of 64 columns, the last block less
+    "rows of several blocks": ((2, 150, 4, 3), 30, "last", 256, 3),  # 8 · 5 of 64 columns, the last block less
     "rows of one group": ((2, 64, 5, 5), 2, "last", 256, 4),
     "a channel each": ((2, 3, 16, 20), 3, "first", 128, 3),
     "a channel each, last": ((2, 24, 9, 7), 24, "last", 512, 2),

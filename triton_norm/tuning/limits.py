@@ -78,7 +78,7 @@ class Limits:
     # A folded block has at most this many columns.
     most_folded_columns: int = 2048
     # A folded block of whole groups is narrower, so that all of its rows can stay in registers.
-    most_folded_group_columns: int = 128
+    most_folded_group_columns: int = 64
     # A program of a GroupNorm has whole groups of up to this many elements, padded to a power of two. A judgement.
     whole_group_elements: int = 8 * 1024
     # Fewer samples are not folded: most rows of a tile would be empty.
