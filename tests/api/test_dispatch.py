@@ -220,7 +220,7 @@ def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch, device):
             triton_norm.layer_norm(*wrong)
 
 
-def test_no_counter_is_asked_for_where_none_moves(device):
+def test_no_counter_is_needed_where_none_moves(device):
     """An old pickle has none."""
     module, x = triton_norm.BatchNorm1d(4).to(device).eval(), torch.randn(3, 4, device=device)
     expected = module(x)

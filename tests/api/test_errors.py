@@ -309,11 +309,11 @@ def test_what_torch_takes_is_taken(changes, training):
     expected = {k: v.clone() if k.startswith("running") else v for k, v in expected.items()}
     y = F.batch_norm(**expected)
     for backend in ("auto", "torch"):
-        found = of_batch_norm(training, changes)
-        found = {k: v.clone() if k.startswith("running") else v for k, v in found.items()}
+        arguments = of_batch_norm(training, changes)
+        arguments = {k: v.clone() if k.startswith("running") else v for k, v in arguments.items()}
         with triton_norm.backend(backend):
-            torch.testing.assert_close(triton_norm.batch_norm(**found), y, equal_nan=True)
-        torch.testing.assert_close(found, expected, equal_nan=True)
+            torch.testing.assert_close(triton_norm.batch_norm(**arguments), y, equal_nan=True)
+        torch.testing.assert_close(arguments, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])

@@ -282,8 +282,8 @@ def test_what_torch_takes_is_taken(name, changes):
     expected = getattr(F, name)(**arguments)
     for backend in ("auto", "torch"):
         with triton_norm.backend(backend):
-            found = getattr(triton_norm, name)(**arguments)
-        torch.testing.assert_close(found, expected, equal_nan=True)
+            actual = getattr(triton_norm, name)(**arguments)
+        torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 def test_complex_and_nested_input_as_torch():
@@ -291,8 +291,8 @@ def test_complex_and_nested_input_as_torch():
     for parameter in (weight, weight.to(x.dtype)):
         torch.testing.assert_close(triton_norm.rms_norm(x, (4,), parameter), F.rms_norm(x, (4,), parameter))
     for ragged in (NESTED, JAGGED):
-        found, expected = (f.layer_norm(ragged, (4,), weight, ONES).unbind() for f in (triton_norm, F))
-        torch.testing.assert_close(found, expected)
+        actual, expected = (f.layer_norm(ragged, (4,), weight, ONES).unbind() for f in (triton_norm, F))
+        torch.testing.assert_close(actual, expected)
 
 
 def test_a_number_in_a_tensor_is_read_each_time():

@@ -25,8 +25,8 @@ def test_each_entry_is_torchs(name):
         (exact,) = torch.autograd.grad(y, z, dy)
         known = z.isfinite() if name not in SIDED else torch.ones_like(z, dtype=torch.bool)  # ∞ · 0 by any formula
         torch.testing.assert_close(activations.activate(z, name, 0.2), y, equal_nan=True)
-        found = activations.gradient(dy, z, name, 0.2)
-        torch.testing.assert_close(found[known], exact[known], equal_nan=True)
+        actual = activations.gradient(dy, z, name, 0.2)
+        torch.testing.assert_close(actual[known], exact[known], equal_nan=True)
 
 
 @NAMES
@@ -62,7 +62,7 @@ def test_an_unknown_one_is_an_error_wherever_it_arrives(device):
     statistics = merged[:-1].view(3, -1)
     spec, tensors = BatchNormSpec(True, 0.1, 1e-5, "tanhh", 0.0), BatchNormTensors(x)
     nothing = (None,) * 2
-    wanted, read = Wanted(x.dtype, None, None, None), BackwardTensors(x, x, *nothing, *nothing, statistics, *nothing)
+    requested, read = Wanted(x.dtype, None, None, None), BackwardTensors(x, x, *nothing, *nothing, statistics, *nothing)
     forward_op, backward_op = torch.ops.triton_norm.batch_norm_forward, torch.ops.triton_norm.batch_norm_backward
     apply_op, sums_op = torch.ops.triton_norm.sync_batch_norm_apply, torch.ops.triton_norm.sync_batch_norm_sums
     calls = [
@@ -73,10 +73,10 @@ def test_an_unknown_one_is_an_error_wherever_it_arrives(device):
         lambda: activations.gradient(x, x, "tanhh", 0.0),
         lambda: activations.has_side("tanhh"),
         lambda: plan.forward(spec, tensors, None),
-        lambda: plan.backward_plan_of(spec, wanted, Part(Phase.FUSED), read)(read),
+        lambda: plan.backward_plan_of(spec, requested, Part(Phase.FUSED), read)(read),
         lambda: forward_op(x, None, None, None, None, False, 1e-5, "tanhh", 0.0),
         lambda: backward_op(
-            *(x, x, *nothing, *nothing, statistics, *nothing, *wanted),
+            *(x, x, *nothing, *nothing, statistics, *nothing, *requested),
             *(None, 1e-5, "tanhh", 0.0),
         ),
         *(

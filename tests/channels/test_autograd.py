@@ -24,7 +24,7 @@ SOME_FUSED = [(None, torch.float32), ("relu", torch.float32), ("silu", None), ("
 
 
 @pairwise({"activation, residual": SOME_FUSED, "kind": KINDS, "training": [True, False]})
-def test_nothing_is_moved_but_what_has_to_be(activation, residual, kind, training, guard, device):
+def test_no_more_bytes_are_moved_than_necessary(activation, residual, kind, training, guard, device):
     """2R1W forward and 2R2W backward, by programs that hold x and dy. Bits, or silu's residual, are read again where
     dx waits for the sums; without an activation dy itself is the residual's gradient."""
     if guard is None:
@@ -49,11 +49,11 @@ def test_nothing_is_moved_but_what_has_to_be(activation, residual, kind, trainin
         (backward, "store", {"dx_ptr": size, "dresidual_ptr": added if activation else 0}),
     ):
         for name, n_bytes in expected.items():
-            found = launched[name].bytes[kind_of_access] if name in launched else 0
-            assert found == n_bytes, (name, kind_of_access)
+            actual = launched[name].bytes[kind_of_access] if name in launched else 0
+            assert actual == n_bytes, (name, kind_of_access)
 
 
-def test_what_is_not_kept_may_be_overwritten(device):
+def test_tensors_that_are_not_saved_may_be_overwritten(device):
     """y, and a residual beside which bits are kept; but not the one that silu's gradient is computed from."""
     for activation in ("relu", "silu"):
         call = drawn((3, 4, 5, 3), "flat", device, residual=torch.float32, activation=activation)
@@ -103,10 +103,10 @@ def test_differentiated_twice_a_gradient_goes_by_the_same_bits(activation, kind,
     shape, _ = SPLIT[kind]
     call = drawn(shape, kind, device, residual=torch.float32, activation=activation)
     leaves = [tensor.detach().requires_grad_() for tensor in call.inputs()]
-    found = torch.autograd.grad(call.ours(*leaves), leaves, call.dy, create_graph=True)
+    actual = torch.autograd.grad(call.ours(*leaves), leaves, call.dy, create_graph=True)
     expected = call.run()
-    assert torch.equal(found[1], expected.dresidual)
-    for ours, kernels in zip(found, expected.gradients, strict=True):
+    assert torch.equal(actual[1], expected.dresidual)
+    for ours, kernels in zip(actual, expected.gradients, strict=True):
         torch.testing.assert_close(ours, kernels, rtol=1e-4, atol=1e-5 * kernels.abs().max().item())
 
 
@@ -122,10 +122,10 @@ def test_frozen(frozen, training, guard, device):
             tensor.requires_grad_(name not in frozen.split())
         module(tensors["input"]).pow(3).sum().backward()
         grads.append([tensor.grad for tensor in tensors.values()])
-    for expected, found in zip(*grads, strict=True):
-        assert (expected is None) == (found is None)
-        if found is not None:
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for expected, actual in zip(*grads, strict=True):
+        assert (expected is None) == (actual is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert guard is None or len(guard.launches) == 2
 
 
@@ -157,7 +157,7 @@ def test_autograd_notices_what_is_overwritten(device):
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_a_graph_that_is_kept_gives_the_same_bits_again(activation, device):
+def test_a_retained_graph_gives_the_same_bits_again(activation, device):
     call = drawn((3, 4, 5, 6), "flat", device, residual=torch.float32, activation=activation)
     leaves = [tensor.requires_grad_() for tensor in call.inputs()]
     y = call.ours(*leaves)
@@ -171,11 +171,11 @@ def test_a_penalty_on_the_gradient(kind, training, device):
     """Second order, against torch in fp64."""
     shape, _ = SPLIT[kind]
     call = drawn(shape, kind, device, torch.float64, training=training)
-    found = []
+    results = []
     for function in (call.ours, call.composed):
         leaves = [tensor.detach().contiguous().requires_grad_() for tensor in (call.x, call.weight, call.bias)]
         y = function(leaves[0], None, *leaves[1:])
         (dx,) = torch.autograd.grad(y, leaves[0], call.dy, create_graph=True)
-        found.append(torch.autograd.grad(y.pow(2).sum() + dx.pow(2).sum(), leaves))
-    for ours, theirs in zip(*found, strict=True):
+        results.append(torch.autograd.grad(y.pow(2).sum() + dx.pow(2).sum(), leaves))
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

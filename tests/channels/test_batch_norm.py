@@ -94,7 +94,7 @@ def test_parameters_and_running_statistics_of_any_stride(training, device):
     call = drawn((4, 6, 9), "flat", device)
     weight, bias, mean, var = (torch.rand(6, 4, device=device) + 0.5).T
     exact_mean, exact_var = mean.double(), var.double()
-    found, exact = (
+    results, exact = (
         differentiated(
             lambda x, _, w, b, f=function, r=running: f(x, *r, w, b, training),
             (call.x.to(dtype), None, weight.to(dtype), bias.to(dtype)),
@@ -105,7 +105,7 @@ def test_parameters_and_running_statistics_of_any_stride(training, device):
             (F.batch_norm, (exact_mean, exact_var), torch.float64),
         )
     )
-    for a, b in zip([*found.tensors(), mean, var], [*exact.tensors(), exact_mean, exact_var], strict=True):
+    for a, b in zip([*results.tensors(), mean, var], [*exact.tensors(), exact_mean, exact_var], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 

@@ -21,8 +21,8 @@ def stepped(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     """y, dx and the parameters' gradients of one step, and the buffers after it."""
     leaf = x.detach().requires_grad_()
     y = module(leaf)
-    wanted = [leaf, *(p for p in module.parameters() if p.requires_grad)]
-    return [y.detach(), *torch.autograd.grad(y, wanted, dy), *(buffer.clone() for buffer in module.buffers())]
+    expected = [leaf, *(p for p in module.parameters() if p.requires_grad)]
+    return [y.detach(), *torch.autograd.grad(y, expected, dy), *(buffer.clone() for buffer in module.buffers())]
 
 
 @MODES
@@ -33,8 +33,8 @@ def test_steps_agree_with_torchs(affine, track, training, guard, device):
     options = {"affine": affine, "track_running_stats": track, "device": device}
     theirs, ours = (norms.BatchNorm2d(5, **options).train(training) for norms in (nn, triton_norm))
     x, dy = torch.randn(2, 4, 5, 6, 6, device=device) + 1
-    for found, expected in zip(stepped(ours, x, dy), stepped(theirs, x, dy), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(stepped(ours, x, dy), stepped(theirs, x, dy), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert guard is None or len(guard.launches) == 2
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert str(ours) == str(theirs)
@@ -99,12 +99,12 @@ def test_autocast_on_the_cpu(dtype, training):
     theirs, ours = (norms.BatchNorm1d(6).train(training) for norms in (nn, triton_norm))
     x = torch.randn(8, 6, 4).to(dtype)
     with torch.autocast("cpu", HALF):
-        found, expected = (stepped(module, x, torch.ones_like(x)) for module in (ours, theirs))
-    for a, b in zip(found, expected, strict=True):
+        actual, expected = (stepped(module, x, torch.ones_like(x)) for module in (ours, theirs))
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
 
 
-def test_calls_alike_but_for_what_is_asked(device):
+def test_calls_that_differ_in_options_alone(device):
     """Calls on the same tensors differ in their gradients, activation, slope, eps, mode and backend."""
     call = drawn((4, 8, 6, 6), "flat", device, residual=torch.float32, activation="leaky_relu")
     running = running_statistics(8, device)

@@ -73,14 +73,14 @@ def test_a_soup_of_models_counts_what_is_between_integers(path, device):
     theirs, ours = (library.BatchNorm1d(4, momentum=None, device=device) for library in (nn, triton_norm))
     soup = {"running_mean": torch.zeros(4), "running_var": torch.ones(4), "num_batches_tracked": torch.tensor(2.5)}
     x = torch.randn(5, 4, device=device)
-    found = []
+    results = []
     for module in (theirs, ours):
         buffers = {name: buffer.to(device, copy=True) for name, buffer in soup.items()}
         with triton_norm.backend(path):
             torch.func.functional_call(module, buffers, x)
-        found.append(buffers)
-    torch.testing.assert_close(*found)
-    assert found[1]["num_batches_tracked"] == 3.5
+        results.append(buffers)
+    torch.testing.assert_close(*results)
+    assert results[1]["num_batches_tracked"] == 3.5
 
 
 class Stopped(Exception):

@@ -110,6 +110,6 @@ CONV, NORM = nn.Conv2d(3, 6, 1).eval(), triton_norm.BatchNorm2d(6).eval()
         (CONV, nn.BatchNorm2d(5).eval(), RuntimeError, r"6 output channels \(weight of shape \[6, 3, 1, 1\]\).*5 fea"),
     ],
 )
-def test_what_can_not_be_folded(layer, batch_norm, error, words):
+def test_layers_that_can_not_be_folded(layer, batch_norm, error, words):
     with pytest.raises(error, match=words):
         fold_batch_norm(layer, batch_norm)

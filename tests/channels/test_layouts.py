@@ -52,7 +52,7 @@ def test_channels_last_sequences_stay_so(device):
     assert y.stride() == dx.stride() == x.stride()
 
 
-LYING = {
+STRIDED = {
     "without gaps": lambda x: x.contiguous(),
     "channels last": lambda x: laid(x, "last"),
     "every second sample": lambda x: torch.stack((x, x), 1)[:, 0],
@@ -62,24 +62,27 @@ LYING = {
 
 
 @pytest.mark.parametrize("of", ["x", "residual", "dy"])
-def test_calls_alike_but_for_how_a_tensor_lies(of, device):
+def test_calls_that_differ_in_strides_alone(of, device):
     """One after the other, and once more: what is remembered of one is not taken for another's."""
     call = drawn((4, 8, 6, 6), "flat", device, residual=torch.float32, activation="silu")
-    for lie in (*LYING.values(), *LYING.values()):
+    for lie in (*STRIDED.values(), *STRIDED.values()):
         call.of(**{of: lie(getattr(call, of))}).against_oracle()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU not every launch goes that way")
 @pytest.mark.parametrize(("of", "widths"), [("x", [1, 1]), ("residual", [1, 1]), ("dy", [4, 1])])
-def test_what_lies_unaligned_is_not_taken_for_aligned(of, widths, monkeypatch, device):
+def test_unaligned_tensors_have_narrow_accesses(of, widths, monkeypatch, device):
     """Elements an access, forward and backward: the interpreter would forgive wide accesses anywhere, a GPU not."""
-    found, start = [], launch.start
-    monkeypatch.setattr(launch, "start", lambda *what: found.append(what[3]["V"]) or start(*what))
+    results, start = [], launch.start
+    monkeypatch.setattr(launch, "start", lambda *what: results.append(what[3]["V"]) or start(*what))
     call = drawn((4, 8, 6, 6), "flat", device, residual=torch.float32, activation="silu")
-    for tensor, expected in ((getattr(call, of), [4, 4]), (LYING["offset by one element"](getattr(call, of)), widths)):
-        found.clear()
+    for tensor, expected in (
+        (getattr(call, of), [4, 4]),
+        (STRIDED["offset by one element"](getattr(call, of)), widths),
+    ):
+        results.clear()
         call.of(**{of: tensor}).run()
-        assert found == expected
+        assert results == expected
 
 
 EXPANDED = {"one element": (1, 1, 1, 1), "one an image": (4, 1, 1, 1), "one a map": (4, 8, 1, 1)}
@@ -104,7 +107,7 @@ def _must_not_copy(self, *args, **kwargs):
     raise AssertionError("copied")
 
 
-def test_what_has_to_be_copied_is_said(device):
+def test_explain_tells_of_copies(device):
     x = torch.randn(3, 4, 6, 6, device=device)
     other = laid(x, "last")
     explain = triton_norm.explain

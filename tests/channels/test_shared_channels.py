@@ -164,7 +164,7 @@ WHOLE = {  # every program's elements are 1024, or 4096
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_held_is_read_once_and_the_rest_twice(kind, pieces, use, guard, device):
+def test_resident_elements_are_read_once_and_others_twice(kind, pieces, use, guard, device):
     shape, tile = WHOLE[kind]
     use(tile // pieces)
     call = drawn(shape, kind, device, HALF)

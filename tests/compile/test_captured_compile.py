@@ -67,11 +67,11 @@ def test_sizes_that_depend_on_data(kind, training, backend, empty):
     data = [selected(batch, n) for batch, n in zip(batches(6, 6, 6), (4, 0 if empty else 3, 5), strict=True)]
     with triton_norm.backend(backend):
         compiled = Compiled(Selected(ours))
-        found = trained(compiled, compiled, data)
-    torch.testing.assert_close(found, trained(Selected(theirs), theirs, data), **TOLERANCE)
+        actual = trained(compiled, compiled, data)
+    torch.testing.assert_close(actual, trained(Selected(theirs), theirs, data), **TOLERANCE)
     if empty:
-        assert found["y 1"].shape == (0, WIDTH)
-        assert not found["gradient of norm.weight 1"].any()
+        assert actual["y 1"].shape == (0, WIDTH)
+        assert not actual["gradient of norm.weight 1"].any()
 
 
 def without_statistics(module: nn.Module) -> nn.Module:

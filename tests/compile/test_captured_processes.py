@@ -49,10 +49,10 @@ def test_exported_programs_train_where_this_library_is_not(tmp_path):
         assert "triton_norm" not in program.graph_module.code
         torch.export.save(program, tmp_path / f"{number}.pt2")
         torch.save(data, tmp_path / f"{number}.batches")
-        found = trained(theirs, theirs, data)
+        actual = trained(theirs, theirs, data)
         steps = [
-            [found[f"y {step}"], found[f"gradient of x {step}"], found[f"gradient of residual {step}"]]
-            + [found[f"gradient of {name} {step}"] for name, _ in sorted(theirs.named_parameters())]
+            [actual[f"y {step}"], actual[f"gradient of x {step}"], actual[f"gradient of residual {step}"]]
+            + [actual[f"gradient of {name} {step}"] for name, _ in sorted(theirs.named_parameters())]
             for step in range(2)
         ]
         expected[number] = [*steps[0], *steps[1], *(buffer for _, buffer in sorted(theirs.named_buffers()))]

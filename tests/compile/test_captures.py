@@ -176,12 +176,12 @@ def test_exported_with_its_backward(kind, training, backend):
     example, batch = batches(6, 6)
     with triton_norm.backend(backend):
         program = export(Loss(ours), tuple(tensor.requires_grad_() for tensor in example))
-        found = run_joint(experimental._export_forward_backward(program), batch)
+        actual = run_joint(experimental._export_forward_backward(program), batch)
     expected = trained(theirs, theirs, [batch])
-    assert found.keys() >= {name for name in expected if "gradient" in name}
-    torch.testing.assert_close(found, {name: expected[name] for name in found}, **TOLERANCE)
+    assert actual.keys() >= {name for name in expected if "gradient" in name}
+    torch.testing.assert_close(actual, {name: expected[name] for name in actual}, **TOLERANCE)
     if training and "Batch" in kind:
-        assert found.keys() >= {f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+        assert actual.keys() >= {f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
 
 
 def can_be_traced(mode, case, backend, *others):
@@ -236,8 +236,8 @@ def test_a_backward_traced_by_make_fx(mode, kind, training, backend):
         given = dict(recorded.named_parameters()) | dict(recorded.named_buffers())
         run = make_fx(gradients_of(recorded), tracing_mode=mode)(given, *leaves[0])
         for inputs in leaves[1:]:
-            found, expected = run(states[0], *inputs), gradients_of(theirs)(states[1], *inputs)
-            torch.testing.assert_close(found, expected, **TOLERANCE)
+            actual, expected = run(states[0], *inputs), gradients_of(theirs)(states[1], *inputs)
+            torch.testing.assert_close(actual, expected, **TOLERANCE)
     torch.testing.assert_close(states[0], states[1], **TOLERANCE)
 
 
@@ -256,9 +256,9 @@ def test_exported_to_onnx(kind, training):
         program = torch.onnx.export(ours, batch, dynamo=True, verbose=False)
         model = ReferenceEvaluator(program.model_proto)
     names: list[Any] = model.input_names
-    (found,) = model.run(None, dict(zip(names, (tensor.numpy() for tensor in batch), strict=True)))
-    torch.testing.assert_close(torch.from_numpy(found), theirs(*batch), **TOLERANCE)
-    assert found.shape == (6, WIDTH)
+    (actual,) = model.run(None, dict(zip(names, (tensor.numpy() for tensor in batch), strict=True)))
+    torch.testing.assert_close(torch.from_numpy(actual), theirs(*batch), **TOLERANCE)
+    assert actual.shape == (6, WIDTH)
 
 
 class Stages(nn.Module):
@@ -285,11 +285,11 @@ def test_stages_of_a_pipeline(backend):
         pipe = pipelining.pipeline(ours, mb_args=tuple(example), split_spec=split)
         first, second = map(pipe.get_stage_module, range(pipe.num_stages))
         stages = nn.ModuleList((first, second))
-        found = trained(lambda x, residual: second(first(x), residual), stages, data)
+        actual = trained(lambda x, residual: second(first(x), residual), stages, data)
     graphs = [str(module.graph) for module in stages.modules() if hasattr(module, "graph")]
     assert any("triton_norm" in graph for graph in graphs) == (backend == "triton")
-    found = {re.sub(r"\b[01]\.(?=first|second|norms)", "", name): tensor for name, tensor in found.items()}
-    torch.testing.assert_close(found, trained(theirs, theirs, data), **TOLERANCE)
+    actual = {re.sub(r"\b[01]\.(?=first|second|norms)", "", name): tensor for name, tensor in actual.items()}
+    torch.testing.assert_close(actual, trained(theirs, theirs, data), **TOLERANCE)
 
 
 @RECORDING
@@ -305,5 +305,5 @@ def test_an_exported_llama(backend):
         run = export(ours, (), inputs).module()
         models.loss_of(run(**inputs).logits).backward()
     assert ("triton_norm" in run.code) == (backend == "triton")
-    found, expected = ({name: p.grad for name, p in model.named_parameters()} for model in (run, theirs))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    actual, expected = ({name: p.grad for name, p in model.named_parameters()} for model in (run, theirs))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

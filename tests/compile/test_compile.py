@@ -54,8 +54,8 @@ def test_training_agrees_with_eager(training, momentum, backend, device):
     batches = [torch.randn(n, 4, 3, 6, device=device) for n in (2, 3, 5, 4)]
     run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     with triton_norm.backend(backend):
-        found, expected = trained(compiled, run, batches), trained(eager, eager, batches)
-    for a, b in zip(found, expected, strict=True):
+        actual, expected = trained(compiled, run, batches), trained(eager, eager, batches)
+    for a, b in zip(actual, expected, strict=True):
         if backend == "triton":
             assert torch.equal(a, b)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

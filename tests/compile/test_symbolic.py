@@ -69,8 +69,8 @@ def test_a_graph_of_a_layer_itself(name, path, device):
     graph, residual = fx.symbolic_trace(ours), torch.randn_like(x)
     with tn.backend(path):
         assert_same(trained(graph, graph, x), trained(norm, norm, x))
-        for found, expected in zip(graph(x, residual), ours(x, residual=residual), strict=True):
-            assert torch.equal(found, expected)
+        for actual, expected in zip(graph(x, residual), ours(x, residual=residual), strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", [*BATCH_NORMS, "SyncBatchNorm"])
@@ -122,9 +122,9 @@ def test_a_graph_of_functions(op, path, device):
 
     graph = fx.symbolic_trace(function, concrete_args=absent)
     with tn.backend(path):
-        found, expected = graph(*tensors.values()), op.ours(*given)
-    (found,) = found if isinstance(found[0], tuple) else (found,)
-    for one, other in zip(found, expected, strict=True):
+        results, expected = graph(*tensors.values()), op.ours(*given)
+    (results,) = results if isinstance(results[0], tuple) else (results,)
+    for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -216,8 +216,8 @@ def test_script(name, training, converted, device):
     ours = ours_of(theirs)
     tensors = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
     scripted = torch.jit.script(ours)
-    found = {**dict(scripted.named_parameters()), **dict(scripted.named_buffers())}
-    assert {name: tensor.data_ptr() for name, tensor in found.items()} == {
+    actual = {**dict(scripted.named_parameters()), **dict(scripted.named_buffers())}
+    assert {name: tensor.data_ptr() for name, tensor in actual.items()} == {
         name: tensor.data_ptr() for name, tensor in tensors.items()
     }
     assert [module.training for module in scripted.modules()] == [training] * (1 + converted)

@@ -54,8 +54,8 @@ def test_trace_of_functions(op, device):
         return ours(*(None if tensor is None else next(left) for tensor in tensors))
 
     traced = torch.jit.trace(function, tuple(given))
-    for found, expected in zip(traced(*given), function(*given), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(traced(*given), function(*given), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 class Explaining(Model):

@@ -74,19 +74,19 @@ def test_a_reverted_model_is_fused_as_one_that_never_was_converted(name, model, 
     other = copy.deepcopy(model)
     tn.convert(other)
     tn.revert(other)
-    expected, found = fuse(model), fuse(other)
-    assert classes(found) == classes(expected)
-    assert not any(cls.__module__.startswith("triton_norm") for cls in classes(found).values())
+    expected, actual = fuse(model), fuse(other)
+    assert classes(actual) == classes(expected)
+    assert not any(cls.__module__.startswith("triton_norm") for cls in classes(actual).values())
     x = torch.randn(3, 2, 6, 6, device=device)
-    assert torch.equal(found(x), expected(x))
-    states = found.state_dict(), expected.state_dict()
+    assert torch.equal(actual(x), expected(x))
+    states = actual.state_dict(), expected.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(map(torch.equal, states[0].values(), states[1].values()))
-    before = classes(found)
-    report = tn.convert(found)  # leaves what is torch.ao's
-    changed = {name for name, cls in classes(found).items() if cls is not before[name]}
+    before = classes(actual)
+    report = tn.convert(actual)  # leaves what is torch.ao's
+    changed = {name for name, cls in classes(actual).items() if cls is not before[name]}
     assert changed == set(report.converted) == {name for name, cls in before.items() if cls is nn.BatchNorm2d}
-    torch.testing.assert_close(found(x), expected(x))
+    torch.testing.assert_close(actual(x), expected(x))
 
 
 @pytest.mark.parametrize("name", ["fuse_modules", "fuse_modules_qat"])
@@ -171,9 +171,9 @@ def test_a_norm_that_is_converted_inside_a_fused_layer(converted, model):
     """It is torch's layer around it that torch.ao looks for."""
     model, x = model.cpu().train(), torch.randn(3, 2, 6, 6)
     expected = fused_prepared_quantized(copy.deepcopy(model), x, "never")
-    found = fused_prepared_quantized(model, x, converted)
+    actual = fused_prepared_quantized(model, x, converted)
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @QUANTIZED

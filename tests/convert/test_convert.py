@@ -145,7 +145,7 @@ def test_the_kernels_compute(guard, device):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_what_is_skipped_and_why():
+def test_modules_that_are_skipped_and_why():
     model = nn.ModuleDict(
         {
             "own": Own(4),

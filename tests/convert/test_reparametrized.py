@@ -237,12 +237,12 @@ def test_called_with_other_parameters(call, name, device, guard):
     ours, theirs = pair(name, device, lambda module: None)
     x = torch.randn(6, SIZE, device=device)
     weight = torch.linspace(1, 2, SIZE, device=device).requires_grad_()
-    found = []
+    results = []
     for module, backend in ((ours, "triton"), (theirs, "torch")):
         with tn.backend(backend):
             y = call(module, {"weight": weight}, (x,))
-        found.append((y, *torch.autograd.grad(y.square().sum(), weight)))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+        results.append((y, *torch.autograd.grad(y.square().sum(), weight)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert guard is None or len(guard.launches) >= 2
 
 
@@ -268,15 +268,15 @@ def of_none(module: nn.Module) -> None:
 @pairwise({"take": [deleted, of_none], "backend": ["auto", "torch"], "name": list(CLASSES)})
 def test_a_weight_that_is_missing(take, backend, name, device):
     """The converted forward does without a weight if the class's own does; else both raise the same error."""
-    found = []
+    results = []
     for module in pair(name, device, take):
         torch.manual_seed(0)
         try:
             with tn.backend(backend):
-                found.append(module(torch.randn(6, SIZE, device=device)))
+                results.append(module(torch.randn(6, SIZE, device=device)))
         except (AttributeError, TypeError) as error:
-            found.append((type(error), str(error)))
-    ours, theirs = found
+            results.append((type(error), str(error)))
+    ours, theirs = results
     if isinstance(theirs, tuple):
         assert ours == theirs
     else:

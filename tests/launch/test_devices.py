@@ -271,9 +271,9 @@ def test_a_model_with_a_half_on_each_gpu():
     ours, theirs = Halves(triton_norm), Halves(nn)
     for step in range(3):
         x = torch.randn(256, 96) + step
-        found, expected = ours(x), theirs(x)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        for model, y in ((ours, found), (theirs, expected)):
+        actual, expected = ours(x), theirs(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        for model, y in ((ours, actual), (theirs, expected)):
             model.zero_grad()
             y.cos().sum().backward()
         for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):

@@ -110,8 +110,8 @@ def step(model: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in (y, *gradients)]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor], name: str) -> None:
-    torch.testing.assert_close(found, expected, **{"rtol": 0, "atol": 0} if name == "norms" else ROUGHLY)
+def assert_same(actual: list[Tensor], expected: list[Tensor], name: str) -> None:
+    torch.testing.assert_close(actual, expected, **{"rtol": 0, "atol": 0} if name == "norms" else ROUGHLY)
 
 
 def counts(model: nn.Module) -> list[int]:
@@ -146,8 +146,8 @@ def test_the_models_here_can_be_captured(name, device):
     dy = torch.randn_like(copy.deepcopy(plain)(x))
     expected = step(plain, x, dy)
     with NoWaiting():
-        found = step(model, x, dy)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        actual = step(model, x, dy)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
     assert all(count == 1 for count in counts(model))
 
@@ -262,13 +262,13 @@ def test_three_streams_at_once():
     expected = [trained(copy.deepcopy(module), x, times) for module, x in zip(modules, inputs, strict=True)]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
-    found = [[] for _ in inputs]
+    actual = [[] for _ in inputs]
     for _ in range(times):
         for place, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                found[place] = trained(modules[place], inputs[place], 1)
+                actual[place] = trained(modules[place], inputs[place], 1)
     torch.cuda.synchronize()
-    for of_stream, exact in zip(found, expected, strict=True):
+    for of_stream, exact in zip(actual, expected, strict=True):
         torch.testing.assert_close(of_stream, exact, rtol=0, atol=0)
     assert not any(kept.any() for kept in launch._zeros.values())
 
@@ -315,9 +315,9 @@ def test_kernels_run_in_the_current_stream(name, first):
     with torch.cuda.stream(side):
         torch.cuda._sleep(A_WHILE)
         x.copy_(source)
-        found = trained(module, x, 1)
+        actual = trained(module, x, 1)
     torch.cuda.current_stream().wait_stream(side)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.gpu
@@ -350,5 +350,5 @@ def test_an_input_from_another_stream():
         x = source.clone()
     torch.cuda.current_stream().wait_stream(side)
     x.record_stream(torch.cuda.current_stream())
-    found = trained(module, x, 1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    actual = trained(module, x, 1)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -41,7 +41,7 @@ def kept(monkeypatch):
 
 
 @pytest.mark.parametrize("forms", FORMS)
-def test_equal_forms_are_found(forms):
+def test_equal_forms_match(forms):
     check = forms(X, WEIGHT).check
     assert check(X, WEIGHT)
     assert check(torch.randn(4, 6), nn.Parameter(torch.zeros(6)))
@@ -52,7 +52,7 @@ def test_equal_forms_are_found(forms):
 @pytest.mark.parametrize("forms", FORMS)
 @pytest.mark.parametrize("difference", OTHERS)
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_other_forms_are_not(forms, difference):
+def test_other_forms_do_not_match(forms, difference):
     if difference == "sparse" and forms is plans.FormsInPython:
         pytest.skip("has no strides, and is not kept")
     assert not forms(X, WEIGHT).check(OTHERS[difference](), WEIGHT)
@@ -93,7 +93,7 @@ def test_one_tensor_twice_and_one_alone(kept):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_no_plan_of_tensors_without_plain_memory_is_kept(kept):
+def test_tensors_without_plain_memory_have_no_plan(kept):
     nested = torch.nested.nested_tensor([X])
     for tensor in (nested, X.to_sparse(), X.as_subclass(type("Own", (torch.Tensor,), {}))):
         plans.keep("key", (tensor,), "found")
@@ -102,7 +102,7 @@ def test_no_plan_of_tensors_without_plain_memory_is_kept(kept):
     assert plans.find("key", (nested,)) is None
 
 
-def test_nothing_is_found_while_a_mode_takes_calls(kept):
+def test_no_plan_serves_while_a_mode_takes_calls(kept):
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), named=None):
             return function(*arguments, **named or {})
@@ -116,7 +116,7 @@ def test_nothing_is_found_while_a_mode_takes_calls(kept):
     assert plans.find("key", (X,)) == "found"
 
 
-def test_what_is_kept_is_bounded(kept, monkeypatch):
+def test_the_cache_is_bounded(kept, monkeypatch):
     monkeypatch.setattr(plans, "MOST_KEYS", 3)
     monkeypatch.setattr(plans, "MOST_FORMS", 2)
     for n in range(1, 9):
@@ -134,9 +134,9 @@ def row_operators(x, weight, bias):
     call = operator.ForwardCall(RowTensors(x, None, weight, bias), True, spec)
     with torch.no_grad():
         y, _, statistics = operator.forward_op(call)
-        wanted = Wanted(x.dtype, None, weight.dtype, bias.dtype)
+        requested = Wanted(x.dtype, None, weight.dtype, bias.dtype)
         read = RowBackwardTensors(y, None, x, weight, statistics)
-        operator.backward_op(operator.BackwardCall(read, wanted, spec))
+        operator.backward_op(operator.BackwardCall(read, requested, spec))
 
 
 def test_an_operator_makes_no_launcher_again(monkeypatch, device):

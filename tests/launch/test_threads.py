@@ -65,9 +65,9 @@ def results(module: nn.Module, x: Tensor, backend: str = "auto") -> list[Tensor]
         return [y.detach(), *torch.autograd.grad(y, leaves, y.detach().cos())]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor], bits: bool = True) -> None:
+def assert_same(actual: list[Tensor], expected: list[Tensor], bits: bool = True) -> None:
     tolerance = {"rtol": 0, "atol": 0} if bits else {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(actual, expected, **tolerance)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -82,9 +82,9 @@ def test_each_thread_gets_its_own_results(name, backend, guard, device):
     def again(x: Tensor) -> list[list[Tensor]]:
         return [results(module, x, backend) for _ in range(TIMES)]
 
-    found = at_once([functools.partial(again, x) for x in inputs])
+    actual = at_once([functools.partial(again, x) for x in inputs])
     bits = device == "cpu" or name != "Llama"  # each thread has a cuBLAS of its own
-    for of_thread, exact in zip(found, expected, strict=True):
+    for of_thread, exact in zip(actual, expected, strict=True):
         for once in of_thread:
             assert_same(once, exact, bits)
     if guard is not None:
@@ -128,8 +128,8 @@ def test_a_call_that_raises_leaves_the_others_their_turn(monkeypatch):
             module(inputs[0])
 
     monkeypatch.setattr(launch, "start", sometimes)
-    found = at_once([fails, *[functools.partial(results, module, inputs[0])] * 3])
-    for once in found[1:]:
+    actual = at_once([fails, *[functools.partial(results, module, inputs[0])] * 3])
+    for once in actual[1:]:
         assert_same(once, expected)
 
 
@@ -143,7 +143,7 @@ class Forgetful(dict):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_what_is_forgotten_amid_a_call_is_not_missed(name, monkeypatch, device):
+def test_plans_forgotten_amid_a_call_are_made_again(name, monkeypatch, device):
     module, (x, *_) = module_and_inputs(name, device)
     expected = results(module, x)
     monkeypatch.setattr(plans, "_plans", Forgetful())
@@ -165,12 +165,12 @@ def test_a_stream_for_each_thread(name, backend):
     def again(x: Tensor) -> list[list[Tensor]]:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            found = [results(module, x, backend) for _ in range(50)]
+            actual = [results(module, x, backend) for _ in range(50)]
         stream.synchronize()
-        return found
+        return actual
 
-    found = at_once([functools.partial(again, x) for x in inputs])
-    for of_thread, exact in zip(found, expected, strict=True):
+    actual = at_once([functools.partial(again, x) for x in inputs])
+    for of_thread, exact in zip(actual, expected, strict=True):
         for once in of_thread:
             assert_same(once, exact)
 

@@ -169,13 +169,13 @@ def test_a_search_leaves_peers_their_zeros(unknown_gpu, timings, numbers, device
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU its own file is used")
 def test_a_shipped_choice_is_used_and_nothing_searched(unknown_gpu, timings, tmp_path, device):
     space = rows_forward(of_rows(40), H100)
-    wanted = space.configs[1]
-    content = {"choices": {space.kernel: {space.key: wanted.keywords}}}
+    expected = space.configs[1]
+    content = {"choices": {space.kernel: {space.key: expected.keywords}}}
     (tmp_path / choices.file_name(GPU)).write_text(json.dumps(content))
     triton_norm.layer_norm(torch.randn(3, 40, device=device), (40,))
     assert not timings
-    assert choices.chosen(space, GPU) == wanted
-    assert choices.chosen_so_far(GPU) == {space.kernel: {space.key: wanted.keywords}}
+    assert choices.chosen(space, GPU) == expected
+    assert choices.chosen_so_far(GPU) == {space.kernel: {space.key: expected.keywords}}
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_outputs_of_other_types_have_choices_of_their_own(unknown_gpu, timings, 
     assert tuple(choices.chosen_so_far(GPU)["rows_forward_kernel"]) == keys
 
 
-def test_a_cuda_devices_gpu_is_asked_for_once(monkeypatch):
+def test_a_cuda_devices_gpu_is_queried_once(monkeypatch):
     asked = []
     properties = SimpleNamespace(multi_processor_count=114, L2_cache_size=2**20, major=8, minor=6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)

@@ -55,8 +55,8 @@ def in_a_child(method: str) -> list[np.ndarray]:
         return receiver.recv()
 
 
-def assert_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -135,7 +135,7 @@ def test_a_dataset_that_normalizes_in_workers(held):
     with processes.ending_children(), meanwhile(hold_the_lock) if held else contextlib.nullcontext():
         batches = iter(loader)
         try:
-            found = torch.cat(list(batches))
+            actual = torch.cat(list(batches))
         finally:
             batches._shutdown_workers()  # or torch raises, in whatever runs, when they are ended
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)

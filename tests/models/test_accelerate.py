@@ -191,9 +191,9 @@ def test_llama(offloaded, launched, device):
         else:
             follow(model, device)
         assert len(triton_norm.convert(model).converted) == 5
-        found = model(ids).last_hidden_state
+        actual = model(ids).last_hidden_state
         assert launched == ["rows_forward_kernel"] * 5
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         triton_norm.revert(model)
         assert torch.equal(model(ids).last_hidden_state, expected)
     assert len(launched) == 5

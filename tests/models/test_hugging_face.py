@@ -187,11 +187,11 @@ def test_wrong_arguments_are_the_classes_own_error(path, backend, device):
         with pytest.raises(TypeError) as expected:
             theirs(*inputs, **named)
         with tn.backend(backend):
-            with pytest.raises(TypeError) as found:
+            with pytest.raises(TypeError) as actual:
                 ours(*inputs, **named)
             with pytest.raises(TypeError):
                 tn.explain(ours, *inputs, **named)
-        assert str(found.value) == str(expected.value)
+        assert str(actual.value) == str(expected.value)
 
 
 def test_a_weight_of_another_length_is_an_error(device):
@@ -236,9 +236,9 @@ def test_a_missing_weight_is_the_classes_own_error(path, device):
         module.weight = None
     with pytest.raises((AttributeError, TypeError)) as expected:
         theirs(x)
-    with pytest.raises(expected.type) as found:
+    with pytest.raises(expected.type) as actual:
         ours(x)
-    assert str(found.value) == str(expected.value)
+    assert str(actual.value) == str(expected.value)
     for backend in ("auto", "triton", "torch"):
         del ours.weight
         with tn.backend(backend), pytest.raises(AttributeError, match="has no attribute 'weight'"):

@@ -48,8 +48,8 @@ def test_a_compiled_model_that_is_converted_and_reverted(name: str, device: str)
     def steps(n: int) -> list[bool]:
         for _ in range(n):
             with tn.backend("triton"):
-                found, wanted = (step(model, inputs, of, hidden_states=False) for model, of in pairs)
-            assert_same_step(found, wanted)
+                actual, expected = (step(model, inputs, of, hidden_states=False) for model, of in pairs)
+            assert_same_step(actual, expected)
         return recorder.taken()
 
     pairs = (compiled, run), (eager, None)
@@ -73,8 +73,8 @@ def test_inductor_agrees_with_eager(name: str, device: str) -> None:
     pairs = (compiled, torch.compile(compiled, fullgraph=True)), (eager, None)
     with tn.backend("triton"):
         for _ in range(2):
-            found, wanted = (step(model, inputs, run, hidden_states=False) for model, run in pairs)
-            assert_same_step(found, wanted)
+            actual, expected = (step(model, inputs, run, hidden_states=False) for model, run in pairs)
+            assert_same_step(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # as torch 2.11 loads it

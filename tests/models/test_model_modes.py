@@ -41,18 +41,18 @@ def test_copies_of_a_converted_model(name: str, device: str) -> None:
     converted = classes(model)
     others = {way: copied(model) for way, copied in COPIES.items()}
     with tn.backend("triton"):
-        wanted = step(model, inputs)
+        expected = step(model, inputs)
     for other in others.values():
         assert classes(other) == converted
         with tn.backend("triton"):
-            assert_same_step(step(other, inputs), wanted)
+            assert_same_step(step(other, inputs), expected)
         assert tn.revert(other) == tuple(before)
         assert classes(other) == before
     assert classes(model) == converted
     tn.revert(model)
-    wanted = step(model, inputs)
+    expected = step(model, inputs)
     for other in others.values():
-        assert_same_step(step(other, inputs), wanted)
+        assert_same_step(step(other, inputs), expected)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "resnet", "convnext"])
@@ -109,9 +109,9 @@ def test_batch_norms_that_are_computed_again(use_reentrant: bool, device: str) -
     wanted = expected(model, inputs, take, take)
     convert(model)
     with tn.backend("triton"):
-        found = take(model, inputs)
-    wanted.check(found)
-    assert {int(count) for key, count in found.items() if key.endswith("num_batches_tracked")} == {1, 2}
+        actual = take(model, inputs)
+    wanted.check(actual)
+    assert {int(count) for key, count in actual.items() if key.endswith("num_batches_tracked")} == {1, 2}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -156,10 +156,10 @@ def test_autocast_on_a_cpu(name: str) -> None:
     wanted = expected(model, inputs, autocast_step)
     theirs, _ = types_of(copy.deepcopy(model), lambda model: autocast_step(model, inputs))
     convert(model)
-    ours, found = types_of(model, lambda model: autocast_step(model, inputs))
+    ours, actual = types_of(model, lambda model: autocast_step(model, inputs))
     assert ours == theirs
     assert any(torch.bfloat16 in types for types in theirs.values()) == (name in ("resnet", "convnext"))
-    wanted.check(found, torch.bfloat16)
+    wanted.check(actual, torch.bfloat16)
 
 
 def scaled_step(model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:

@@ -150,8 +150,8 @@ def test_rows(what, norm, numbers, run_only):
     exact_y = norm.theirs((n_cols,))(*exact)
     exact_dx, exact_dweight = torch.autograd.grad(exact_y, exact, drawn[2].double())
     assert torch.equal(total[rows], drawn[0] + drawn[1])
-    for found, wanted in ((y[rows], exact_y), (dx[rows], exact_dx + drawn[3]), (dweight, exact_dweight)):
-        torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=2e-3)
+    for actual, expected in ((y[rows], exact_y), (dx[rows], exact_dx + drawn[3]), (dweight, exact_dweight)):
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-3, atol=2e-3)
 
 
 CHANNELS = {
@@ -259,10 +259,10 @@ def test_channels(what, numbers, run_only):
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-3, atol=blur)
     torch.testing.assert_close(var.double(), m2 / (count - 1), rtol=1e-3, atol=0)
     torch.testing.assert_close(filled(y).double(), z.clamp_min(0).detach(), rtol=2e-3, atol=5e-2)
-    for found, wanted in ((filled(dx), exact_dx), (filled(dresidual), dz)):
-        torch.testing.assert_close(found.double()[clear], wanted[clear], rtol=4e-3, atol=1e-2)
-    for found, wanted in ((dweight, exact_dweight), (dbias, exact_dbias)):
-        torch.testing.assert_close(found.double(), wanted, rtol=4e-3, atol=1)
+    for actual, expected in ((filled(dx), exact_dx), (filled(dresidual), dz)):
+        torch.testing.assert_close(actual.double()[clear], expected[clear], rtol=4e-3, atol=1e-2)
+    for actual, expected in ((dweight, exact_dweight), (dbias, exact_dbias)):
+        torch.testing.assert_close(actual.double(), expected, rtol=4e-3, atol=1)
 
 
 LISTED = [
@@ -303,7 +303,7 @@ def test_no_grid_is_larger_than_cuda_takes(shape, strides, least, monkeypatch):
         ((2, 2**29 + 1), f"more than {layout.MOST_CHANNELS} channels"),
     ],
 )
-def test_what_the_kernels_cant_number_goes_to_torch(shape, why):
+def test_counts_too_large_for_the_kernels_go_to_torch(shape, why):
     x = reserved(shape)
     with pytest.raises(RuntimeError, match=why):
         triton_norm.batch_norm(x, None, None, training=True)

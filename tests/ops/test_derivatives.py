@@ -28,13 +28,13 @@ def rand(*shape: int) -> Tensor:
 
 def assert_same_derivatives(ours: Function, theirs: Function, leaves: list[Tensor]) -> None:
     """Compares derivatives of the first order without more to come, as in training, and of both orders."""
-    found, expected = ours(*leaves), theirs(*leaves)
-    torch.testing.assert_close(found, expected, **EXACT)
+    actual, expected = ours(*leaves), theirs(*leaves)
+    torch.testing.assert_close(actual, expected, **EXACT)
     dys = [torch.randn_like(y).requires_grad_() for y in expected]
     unused = {"allow_unused": True, "materialize_grads": True}
-    first = [torch.autograd.grad(y, leaves, dys, retain_graph=True, **unused) for y in (found, expected)]
+    first = [torch.autograd.grad(y, leaves, dys, retain_graph=True, **unused) for y in (actual, expected)]
     torch.testing.assert_close(*first, **EXACT)
-    again = [torch.autograd.grad(y, leaves, dys, create_graph=True, **unused) for y in (found, expected)]
+    again = [torch.autograd.grad(y, leaves, dys, create_graph=True, **unused) for y in (actual, expected)]
     torch.testing.assert_close(*again, **EXACT)
     along = [torch.randn_like(gradient) for gradient in again[0]]
     second = [
@@ -99,8 +99,8 @@ def test_rows_backward(centred, with_total):
     types = torch.float64, None, torch.float64, torch.float64 if centred else None
 
     def ours(x: Tensor, weight: Tensor, dy: Tensor, *others: Tensor) -> Sequence[Tensor]:
-        found = DEFINED["rows_backward"](dy, others[0] if others else None, x, weight, kept, None, *types, *options)
-        return [gradient for gradient, dtype in zip(found, types, strict=True) if dtype is not None]
+        actual = DEFINED["rows_backward"](dy, others[0] if others else None, x, weight, kept, None, *types, *options)
+        return [gradient for gradient, dtype in zip(actual, types, strict=True) if dtype is not None]
 
     def theirs(x: Tensor, weight: Tensor, dy: Tensor, *others: Tensor) -> Sequence[Tensor]:
         parameters = [weight] if bias is None else [weight, bias]

@@ -108,8 +108,8 @@ def taking_turns(seed: int | None = None) -> contextlib.AbstractContextManager[N
     return interleaved(order=None if seed is None else lambda n: random.Random(seed).sample(range(n), n))
 
 
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+def same(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(actual) == len(expected) and all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize(

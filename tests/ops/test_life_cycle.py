@@ -156,8 +156,8 @@ def assert_unlocked() -> None:
     assert at_once([take]) == [True]
 
 
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+def same(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(actual) == len(expected) and all(map(torch.equal, actual, expected))
 
 
 def fail_everywhere(step: Step, zeros: Zeros, failing: Callable[[int], Any], error: type[Exception]) -> int:
@@ -172,15 +172,15 @@ def fail_everywhere(step: Step, zeros: Zeros, failing: Callable[[int], Any], err
         step.set(before)
         with failing(place):
             try:
-                found = step()
+                actual = step()
             except error:
-                found = None
+                actual = None
         moved = step.moved()
         assert same(moved, before) or same(moved, after), place
         assert not zeros.kept.any(), place
         assert_unlocked()
-        if found is not None:
-            assert same(found, expected)
+        if actual is not None:
+            assert same(actual, expected)
             assert same(moved, after)
             return place
     raise AssertionError

@@ -28,55 +28,55 @@ from triton_norm.testing.stub_driver import H100, as_on_gpu
 
 pytestmark = [pytest.mark.unguarded, pytest.mark.usefixtures("through_the_kernels")]
 
-Kept = list[Tensor]
+Saved = list[Tensor]
 
 
 def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def kept_by(call: Callable[[], Any]) -> tuple[Any, Kept]:
-    """The call's result, and what it keeps for a backward."""
-    kept: Kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        return call(), kept
+def saved_by(call: Callable[[], Any]) -> tuple[Any, Saved]:
+    """Returns the call's result, and the tensors that it saves for a backward."""
+    saved: Saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        return call(), saved
 
 
-def check(kept: Kept, referred: list[Tensor | None], own: list[tuple[torch.dtype, int]]) -> None:
-    """Kept is nothing but the memory of what is referred to, and tensors of these types and bytes."""
+def check(saved: Saved, referred: list[Tensor | None], own: list[tuple[torch.dtype, int]]) -> None:
+    """Asserts that nothing is saved but the memory of `referred`, and tensors of these types and bytes."""
     known = {storage(tensor) for tensor in referred if tensor is not None}
-    assert {storage(tensor) for tensor in kept} >= known
-    others = [tensor for tensor in kept if storage(tensor) not in known]
+    assert {storage(tensor) for tensor in saved} >= known
+    others = [tensor for tensor in saved if storage(tensor) not in known]
     sizes = [(tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in others]
     assert sorted(sizes, key=str) == sorted(own, key=str)
 
 
-def ask_for(wanted: str, **tensors: Tensor | None) -> None:
-    """Only the named ones, all where that is "all", need a gradient."""
+def request_gradients(requested: str, **tensors: Tensor | None) -> None:
+    """Has the named tensor need a gradient, or all where the name is "all"."""
     for name, tensor in tensors.items():
         if tensor is not None:
-            tensor.requires_grad_(wanted in (name, "all"))
+            tensor.requires_grad_(requested in (name, "all"))
 
 
-@pytest.mark.parametrize("wanted", ["all", "x", "weight"])
+@pytest.mark.parametrize("requested", ["all", "x", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_rows_keep_x_and_statistics(norm, dtype, wanted, device):
+def test_rows_save_x_and_statistics(norm, dtype, requested, device):
     x, weight, bias, _ = norm.drawn((6, 16), 1, dtype, device)
-    ask_for(wanted, x=x, weight=weight, bias=bias)
-    y, kept = kept_by(lambda: norm.ours((16,))(x, weight, bias))
+    request_gradients(requested, x=x, weight=weight, bias=bias)
+    y, saved = saved_by(lambda: norm.ours((16,))(x, weight, bias))
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    check(kept, [x, weight], [(statistics, 6 * (1 + norm.has_bias) * statistics.itemsize)])
+    check(saved, [x, weight], [(statistics, 6 * (1 + norm.has_bias) * statistics.itemsize)])
     assert y.requires_grad
 
 
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
-def test_rows_keep_the_total_once_and_neither_of_its_parts(norm, residual_dtype, device):
+def test_rows_save_the_total_once_and_neither_of_its_parts(norm, residual_dtype, device):
     x, weight, bias, _ = norm.drawn((6, 16), 1, torch.bfloat16, device)
     residual = torch.randn(6, 16, device=device).to(residual_dtype)
-    ask_for("all", x=x, weight=weight, bias=bias, residual=residual)
-    (_, total), kept = kept_by(lambda: norm.ours((16,), residual=residual)(x, weight, bias))
+    request_gradients("all", x=x, weight=weight, bias=bias, residual=residual)
+    (_, total), saved = saved_by(lambda: norm.ours((16,), residual=residual)(x, weight, bias))
     assert total.dtype == residual_dtype
-    check(kept, [total, weight], [(torch.float32, 6 * (1 + norm.has_bias) * 4)])
+    check(saved, [total, weight], [(torch.float32, 6 * (1 + norm.has_bias) * 4)])
 
 
 @pairwise(
@@ -85,50 +85,50 @@ def test_rows_keep_the_total_once_and_neither_of_its_parts(norm, residual_dtype,
         "training": [True, False],
         "activation": ACTIVATIONS,
         "added": [False, True],
-        "wanted": ["all", "x", "weight", "bias", "residual"],
+        "requested": ["all", "x", "weight", "bias", "residual"],
     },
-    lambda layout, training, activation, added, wanted: added or wanted != "residual",
+    lambda layout, training, activation, added, requested: added or requested != "residual",
 )
-def test_channels_save_x_statistics_and_a_bit_an_element(kind, shape, training, activation, added, wanted, device):
+def test_channels_save_x_statistics_and_a_bit_an_element(kind, shape, training, activation, added, requested, device):
     """There is no activated copy."""
     x, residual = (laid(torch.randn(shape, device=device).bfloat16(), kind) for _ in range(2))
     weight, bias = (torch.randn(shape[1], device=device) for _ in range(2))
     mean, var = running_statistics(shape[1], device)
     residual = residual if added else None
-    ask_for(wanted, x=x, weight=weight, bias=bias, residual=residual)
+    request_gradients(requested, x=x, weight=weight, bias=bias, residual=residual)
     fused = {"residual": residual, "activation": activation}
-    _, kept = kept_by(lambda: triton_norm.batch_norm(x, mean, var, weight, bias, training, **fused))
+    _, saved = saved_by(lambda: triton_norm.batch_norm(x, mean, var, weight, bias, training, **fused))
     by_bits = added and activation in SIDED
     recomputes = activation is not None and not by_bits
     referred = [x, weight, *((bias, residual) if recomputes else ()), *(() if training else (mean, var))]
     bits = [(torch.uint8, bits_of(kind, shape))] if by_bits else []
-    check(kept, referred, bits + ([(torch.float32, 3 * shape[1] * 4)] if training else []))
+    check(saved, referred, bits + ([(torch.float32, 3 * shape[1] * 4)] if training else []))
 
 
 @pytest.mark.parametrize("n_groups", [2, 4])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_groups_keep_x_and_statistics(activation, n_groups, device):
+def test_groups_save_x_and_statistics(activation, n_groups, device):
     x, residual = torch.randn(2, 3, 4, 2, 4, device=device).unbind()
     x, residual = x.clone(), residual.clone()
     weight, bias = torch.ones(4, device=device), torch.zeros(4, device=device)
-    ask_for("all", x=x, weight=weight, bias=bias, residual=residual)
+    request_gradients("all", x=x, weight=weight, bias=bias, residual=residual)
     fused = {"residual": residual, "activation": activation}
-    _, kept = kept_by(lambda: triton_norm.group_norm(x, n_groups, weight, bias, **fused))
+    _, saved = saved_by(lambda: triton_norm.group_norm(x, n_groups, weight, bias, **fused))
     referred = [x, weight, *(() if activation is None else (bias, residual))]
-    check(kept, referred, [(torch.float32, 12 * 3 * n_groups)])
+    check(saved, referred, [(torch.float32, 12 * 3 * n_groups)])
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_synchronized_statistics_are_kept_as_a_batchs_own(activation, monkeypatch, device):
+def test_synchronized_statistics_are_saved_as_a_batchs_own(activation, monkeypatch, device):
     monkeypatch.setattr(distributed, "gather", lambda packed, group: packed[None])
     x, residual = torch.randn(2, 4, 8, 2, 4, device=device).unbind()
     x, residual = x.clone().requires_grad_(), residual.clone()
     weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
     tensors, options = BatchNormTensors(x, residual, weight, bias), BatchNormOptions(True, 0.1, 1e-5, activation)
-    _, kept = kept_by(lambda: distributed.sync_batch_norm(tensors, options, distributed.Group("", 1)))
+    _, saved = saved_by(lambda: distributed.sync_batch_norm(tensors, options, distributed.Group("", 1)))
     bits = [(torch.uint8, x.numel() // 8)] if activation == "relu" else []
     referred = [x, weight, *((bias, residual) if activation == "silu" else ())]
-    check(kept, referred, [*bits, (torch.float32, (3 * 8 + 1) * 4)])
+    check(saved, referred, [*bits, (torch.float32, (3 * 8 + 1) * 4)])
 
 
 def calls(device: str) -> dict[str, Callable[..., Any]]:
@@ -148,18 +148,18 @@ def calls(device: str) -> dict[str, Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("name", calls("cpu"))
-def test_without_gradients_nothing_is_kept(name, device):
+def test_without_gradients_nothing_is_saved(name, device):
     x, residual = torch.randn(2, 4, 8, device=device).unbind()
     call = calls(device)[name]
-    assert kept_by(lambda: call(x, residual))[1] == []
+    assert saved_by(lambda: call(x, residual))[1] == []
     x.requires_grad_()
     for without in (torch.no_grad, torch.inference_mode):
         with without():
-            assert kept_by(lambda: call(x, residual))[1] == []
+            assert saved_by(lambda: call(x, residual))[1] == []
 
 
 @pytest.mark.parametrize("name", calls("cpu"))
-def test_only_what_is_kept_outlives_the_call(name, device):
+def test_only_saved_tensors_outlive_the_call(name, device):
     leaf = torch.randn(4, 8, device=device, requires_grad=True)
     x, residual = leaf.clone(), torch.randn(4, 8, device=device)
     found = calls(device)[name](x, residual)
@@ -174,7 +174,7 @@ def test_only_what_is_kept_outlives_the_call(name, device):
     assert alive == {"total": {"total"}, "silu": {"x", "residual"}}.get(name, {"x"})
 
 
-# What a call takes beside its results and what is kept, on a GPU of 132 multiprocessors.
+# What a call takes beside its results and what is saved, on a GPU of 132 multiprocessors.
 
 SMS = H100.multiprocessors
 ROW_SHAPES = [  # rows, columns, type; bytes forward and backward
@@ -214,8 +214,8 @@ def workspace() -> Iterator[Callable[[Sequence[Tensor]], int]]:
 def test_rows_take_what_the_docstring_says(rows, columns, dtype, forward, backward):
     leaves = [torch.empty(shape, dtype=dtype).requires_grad_() for shape in ((rows, columns), columns, columns)]
     with workspace() as bytes_beside:
-        y, kept = kept_by(lambda: triton_norm.layer_norm(leaves[0], (columns,), *leaves[1:]))
-        taken = bytes_beside([y, *kept])
+        y, saved = saved_by(lambda: triton_norm.layer_norm(leaves[0], (columns,), *leaves[1:]))
+        taken = bytes_beside([y, *saved])
         grads = torch.autograd.grad(y, leaves, torch.empty_like(y))
         assert (taken, bytes_beside(grads)) == (forward, backward)
 
@@ -230,8 +230,8 @@ def test_channels_take_what_the_docstring_says(shape, last, forward, backward, b
     with workspace() as bytes_beside:
         triton_norm.batch_norm(x, None, None, *leaves[1:], training=True)  # the first asks torch how y is to lie
         bytes_beside([])
-        y, kept = kept_by(lambda: triton_norm.batch_norm(x, None, None, *leaves[1:], training=True))
-        taken = bytes_beside([y, *kept])
+        y, saved = saved_by(lambda: triton_norm.batch_norm(x, None, None, *leaves[1:], training=True))
+        taken = bytes_beside([y, *saved])
         grads = torch.autograd.grad(y, leaves, torch.empty_like(y))
         assert taken == 12 * shape[1] * forward + zeros
         assert bytes_beside(grads) == 8 * shape[1] * (backward + 1) + zeros

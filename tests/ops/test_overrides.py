@@ -55,11 +55,11 @@ def test_a_mode_is_handed_torchs_function_for_torchs_arguments(name, path, devic
     with triton_norm.backend("auto" if path == "triton" else path):
         expected = ours(*arguments)
         with Negated() as mode:
-            found = ours(*arguments)
+            actual = ours(*arguments)
         with Negated() as torchs:
             exact = theirs(*arguments)
-    torch.testing.assert_close(found, -expected)
-    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(actual, -expected)
+    torch.testing.assert_close(actual, exact)
     assert [function for function, _, _ in mode.calls] == [theirs]
     assert str(mode.calls) == str(torchs.calls)
 
@@ -133,10 +133,10 @@ def test_arguments_take_calls(name, position, kind, device):
         x = kind(x)
     else:
         options[position] = kind(options[position])
-    taken, function, found = ours(x, *rest, **options)
+    taken, function, actual = ours(x, *rest, **options)
     assert taken == "taken"
     assert function is (ours if position == "residual" else theirs)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @EVERY_FUNCTION

@@ -73,8 +73,8 @@ def test_saved_tensors_come_back_with_other_strides(op, unpack, path, device):
     tensors, dys = drawn(op, device)
     with triton_norm.backend(path):
         expected = gradients(op, tensors, dys)
-        found = gradients(op, tensors, dys, lambda: saved_tensors_hooks(lambda tensor: tensor, unpack))
-    torch.testing.assert_close(found, expected, **TOLERANCE)
+        actual = gradients(op, tensors, dys, lambda: saved_tensors_hooks(lambda tensor: tensor, unpack))
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.gpu)])
@@ -82,8 +82,8 @@ def test_saved_tensors_come_back_with_other_strides(op, unpack, path, device):
 def test_saved_on_the_cpu(op, pin_memory, device):
     tensors, dys = drawn(op, device)
     expected = gradients(op, tensors, dys)
-    found = gradients(op, tensors, dys, lambda: save_on_cpu(pin_memory=pin_memory))
-    torch.testing.assert_close(found, expected, **TOLERANCE)
+    actual = gradients(op, tensors, dys, lambda: save_on_cpu(pin_memory=pin_memory))
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
 
 
 def test_the_largest_error_that_was_seen(device):
@@ -234,7 +234,7 @@ def test_vectorized_derivatives(module, function, path, device):
     torch.testing.assert_close(*found, **EXACT)
 
 
-def kept_from(transform, x):
+def tensor_of(transform, x):
     """A tensor of x's values that outlives the transform that made it."""
     kept = []
 
@@ -253,16 +253,16 @@ def kept_from(transform, x):
 
 @PATHS
 @pytest.mark.parametrize("transform", ["grad", "vjp", "jvp"])
-def test_a_tensor_that_was_kept_from_a_finished_transform(transform, path, device):
+def test_a_tensor_of_a_finished_transform(transform, path, device):
     """Results are torch's for such an input, gradient and weight. The call before it, on
     tensors of the same kind, is remembered."""
     x = torch.tensor([[1.0, 2.0], [3.0, 5.0]], device=device)
-    kept = kept_from(transform, x)
+    kept = tensor_of(transform, x)
     expected = torch.tensor([[0.6325, 1.2649], [0.7276, 1.2127]], device=device)
     with triton_norm.backend("auto" if path == "triton" else path):
         triton_norm.rms_norm(x, (2,))
         torch.testing.assert_close(triton_norm.rms_norm(kept, (2,)), expected, rtol=0, atol=1e-4)
-        weighted = triton_norm.layer_norm(x, (2,), kept_from(transform, x[0]))
+        weighted = triton_norm.layer_norm(x, (2,), tensor_of(transform, x[0]))
         torch.testing.assert_close(weighted, nn.functional.layer_norm(x, (2,), x[0]))
         leaf = x.clone().requires_grad_()
         (dx,) = torch.autograd.grad(triton_norm.rms_norm(leaf, (2,)), leaf, kept)
@@ -313,10 +313,10 @@ def test_inputs_that_were_made_under_inference_mode(op, device):
     with torch.inference_mode():
         frozen = [None if tensor is None else tensor.detach().clone() for tensor in tensors[:2]]
     with triton_norm.backend("triton"):
-        found = torch.autograd.grad(op.ours(*frozen, *tensors[2:])[0], wanted, dys[0])
+        actual = torch.autograd.grad(op.ours(*frozen, *tensors[2:])[0], wanted, dys[0])
         plain = [None if tensor is None else tensor.detach() for tensor in tensors[:2]]
         expected = torch.autograd.grad(op.ours(*plain, *tensors[2:])[0], wanted, dys[0])
-        assert all(map(torch.equal, found, expected))
+        assert all(map(torch.equal, actual, expected))
         with torch.inference_mode():
             assert op.ours(*frozen, *tensors[2:])[0].is_inference()
 

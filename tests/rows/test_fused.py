@@ -52,8 +52,8 @@ def test_gives_the_bits_of_the_two_steps(norm, device):
     z = norm.ours((40,))(summed, weight, bias)
     assert torch.equal(total, summed)
     assert torch.equal(y, z)
-    for found, expected in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(z, leaves, dy), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(z, leaves, dy), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_only_the_total_is_used(norm, guard, device):
@@ -128,7 +128,7 @@ def test_x_hat_is_not_rounded_to_more_than_it_has(norm, x_hat_dtype, device):
 @pytest.mark.parametrize(("dtype", "residual_dtype", "total_dtype"), TYPES)
 def test_torchs_path_computes_the_same(norm, dtype, residual_dtype, total_dtype, device):
     x, residual, weight, bias, dy, dtotal = parts(norm, dtype, residual_dtype, device)
-    found = {}
+    results = {}
     for backend in ("triton", "torch"):
         leaves = [tensor.detach().requires_grad_() for tensor in (x, residual, weight)]
         with triton_norm.backend(backend):
@@ -136,8 +136,8 @@ def test_torchs_path_computes_the_same(norm, dtype, residual_dtype, total_dtype,
             function = norm.ours((40,), residual=leaves[1], residual_dtype=total_dtype, **options)
             y, total = function(leaves[0], leaves[2], bias)
         grads = torch.autograd.grad((y, total), leaves, (dy, dtotal.to(total.dtype)))
-        found[backend] = (y, total, *grads)
-    for ours, theirs in zip(found["triton"], found["torch"], strict=True):
+        results[backend] = (y, total, *grads)
+    for ours, theirs in zip(results["triton"], results["torch"], strict=True):
         eps = 4 * max(torch.finfo(t).eps for t in (ours.dtype, dtype, residual_dtype))
         torch.testing.assert_close(ours, theirs, rtol=eps, atol=eps * theirs.abs().max().item())
 

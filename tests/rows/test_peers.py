@@ -74,8 +74,8 @@ def test_the_bits_do_not_depend_on_the_programs_order(share, device):
         expected = run(LAYER_NORM.ours((128,)), *inputs)
     for order, resident, delayed in ADVERSE:
         with interleaved(resident=resident, order=ORDERS[order], delayed=delayed):
-            found = run(LAYER_NORM.ours((128,)), *inputs)
-        assert all(map(torch.equal, found.tensors(), expected.tensors())), (order, resident, delayed)
+            actual = run(LAYER_NORM.ours((128,)), *inputs)
+        assert all(map(torch.equal, actual.tensors(), expected.tensors())), (order, resident, delayed)
 
 
 def test_places_by_program_id_hang_where_tickets_do_not(share, monkeypatch, device):

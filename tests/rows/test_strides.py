@@ -32,7 +32,7 @@ COPIED = {
 
 @pytest.mark.parametrize("order", ["as x", "dense", "expanded"])
 @pytest.mark.parametrize("place", [*WITHOUT_A_COPY, *COPIED])
-def test_rows_are_read_where_they_lie(place, order, norm, device):
+def test_rows_of_any_strides(place, order, norm, device):
     drawn = (WITHOUT_A_COPY | COPIED)[place]
     x = drawn().to(device)
     if order == "dense":
@@ -53,7 +53,7 @@ def test_explain_tells_of_copies(place, device):
 
 
 @pytest.mark.parametrize("place", ["heads first", "three axes in reverse", "all but the first token"])
-def test_a_residual_lies_in_another_order(place, norm, device):
+def test_a_residual_with_another_order_of_axes(place, norm, device):
     """The sum, the gradients of both and of the sum are as those of contiguous tensors."""
     x = WITHOUT_A_COPY[place]().to(device)
     residual = torch.randn(x.shape[::-1], device=device).permute(*reversed(range(x.dim())))
@@ -64,9 +64,9 @@ def test_a_residual_lies_in_another_order(place, norm, device):
     def call(x, r, w, b):
         return norm.ours(x.shape[-1:], residual=r)(x, w, b)
 
-    found, expected = (
+    actual, expected = (
         differentiated(call, (*tensors, weight, None), (dy, dtotal))
         for tensors in ((x, residual), (x.contiguous(), residual.contiguous()))
     )
-    for one, other in zip(found.tensors(), expected.tensors(), strict=True):
+    for one, other in zip(actual.tensors(), expected.tensors(), strict=True):
         assert torch.equal(one, other)

@@ -14,14 +14,14 @@ SWITCH = 1e-5  # seconds that a thread keeps the interpreter, of Python's 5e-3: 
 def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     """Returns the result of each call in a thread of its own; raises the first error among them, and
     AssertionError where one does not end."""
-    begin, found = threading.Barrier(len(calls)), dict[int, Any]()
+    begin, actual = threading.Barrier(len(calls)), dict[int, Any]()
 
     def run(place: int, call: Callable[[], Any]) -> None:
         try:
             begin.wait(LIMIT_S)
-            found[place] = call()
+            actual[place] = call()
         except BaseException as error:
-            found[place] = error
+            actual[place] = error
 
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(calls)]
     before, deadline = sys.getswitchinterval(), time.monotonic() + LIMIT_S
@@ -35,7 +35,7 @@ def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
         sys.setswitchinterval(before)
     stuck = sum(thread.is_alive() for thread in threads)
     assert not stuck, f"{stuck} of {len(threads)} threads still run after {LIMIT_S:.0f} seconds"
-    for outcome in found.values():
+    for outcome in actual.values():
         if isinstance(outcome, BaseException):
             raise outcome
-    return [found[place] for place in range(len(calls))]
+    return [actual[place] for place in range(len(calls))]

@@ -131,11 +131,11 @@ def assert_as_torchs(
     ours, theirs = pair(kind, training)
     example, *data = batches(6, *sizes)
     run = capture(ours, example)
-    found, expected = trained(run, run, data), trained(theirs, theirs, data)
+    actual, expected = trained(run, run, data), trained(theirs, theirs, data)
     counter = "norm.num_batches_tracked"
-    if not training and counter not in found:
+    if not training and counter not in actual:
         expected.pop(counter, None)
-    torch.testing.assert_close(found, expected, **TOLERANCE)
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
 
 
 class Compiled(nn.Module):

@@ -333,14 +333,14 @@ class Expected:
     plain: dict[str, Tensor]
     strays: dict[str, float]
 
-    def check(self, found: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    def check(self, actual: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         """Asserts that `found` strays no farther, and most of it not even as far."""
-        assert found.keys() == self.exact.keys() == self.plain.keys()
+        assert actual.keys() == self.exact.keys() == self.plain.keys()
         ratios = []
         for key, exact in self.exact.items():
-            assert (found[key].dtype, found[key].shape) == (self.plain[key].dtype, exact.shape), key
+            assert (actual[key].dtype, actual[key].shape) == (self.plain[key].dtype, exact.shape), key
             bound = self.strays[key] + ULPS / WORSE * torch.finfo(dtype).eps * exact.double().abs().max().item()
-            error = _error(found[key], exact)
+            error = _error(actual[key], exact)
             assert error <= WORSE * bound, f"{key}: {error:.2e} from exact, where torch is {self.strays[key]:.2e}"
             ratios.append(error / bound if bound else 0.0)
         assert statistics.median(ratios) <= 1.0
@@ -351,8 +351,8 @@ Step = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 def expected(model: nn.Module, inputs: dict[str, Tensor], take: Step = step, take_exact: Step = step) -> Expected:
     exact = take_exact(widened(model), _wide(inputs))
-    found = [take(_moved_by_an_ulp(model) if run else copy.deepcopy(model), inputs) for run in range(RUNS)]
-    return Expected(exact, found[0], {key: max(_error(run[key], exact[key]) for run in found) for key in exact})
+    results = [take(_moved_by_an_ulp(model) if run else copy.deepcopy(model), inputs) for run in range(RUNS)]
+    return Expected(exact, results[0], {key: max(_error(run[key], exact[key]) for run in results) for key in exact})
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -57,7 +57,7 @@ def of_rows_and_channels(device: str) -> dict[str, tuple]:
     channel_weight = torch.randn(4, device=device)
     moved = [statistics[0].clone(), statistics[1].clone(), torch.tensor(0, device=device)]
     moments = torch.cat((torch.rand(12), torch.tensor([18.0]))).to(device)[None]
-    wanted = (x.dtype, None, x.dtype, None)
+    requested = (x.dtype, None, x.dtype, None)
     of_residual = (x.dtype, torch.half, x.dtype, None)
     bits = torch.randint(256, (18,), dtype=torch.uint8, device=device)
     ops = torch.ops.triton_norm
@@ -126,7 +126,7 @@ def of_rows_and_channels(device: str) -> dict[str, tuple]:
         ),
         "batch_norm_backward": (
             ops.batch_norm_backward,
-            (x, last, None, None, channel_weight, None, statistics, None, None, *wanted, None, 1e-5, None, 0.0),
+            (x, last, None, None, channel_weight, None, statistics, None, None, *requested, None, 1e-5, None, 0.0),
         ),
         "batch_norm_backward, residual": (
             ops.batch_norm_backward,
@@ -146,7 +146,7 @@ def of_rows_and_channels(device: str) -> dict[str, tuple]:
         ),
         "group_norm_backward": (
             ops.group_norm_backward,
-            (x, last, None, channel_weight, None, torch.rand(18, device=device), *wanted, 2, 1e-5, None, 0.0, None),
+            (x, last, None, channel_weight, None, torch.rand(18, device=device), *requested, 2, 1e-5, None, 0.0, None),
         ),
         "group_norm_backward, residual": (
             ops.group_norm_backward,

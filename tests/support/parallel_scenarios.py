@@ -80,9 +80,9 @@ def step(model: nn.Module, batch: Named, world: World | None = None) -> Step:
     named = model.module if isinstance(model, DistributedDataParallel) else model
     if world is not None:
         batch = {name: world.share(tensor, HALVES) for name, tensor in batch.items()}
-    found = model(**batch)
-    found.loss.backward()
-    outputs = {"loss": whole(found.loss)[None], "logits": whole(found.logits)}
+    actual = model(**batch)
+    actual.loss.backward()
+    outputs = {"loss": whole(actual.loss)[None], "logits": whole(actual.logits)}
     if world is not None:
         outputs = {name: torch.cat(world.everyones(output)) for name, output in outputs.items()}
     outputs["loss"] = outputs["loss"].mean()
@@ -91,17 +91,17 @@ def step(model: nn.Module, batch: Named, world: World | None = None) -> Step:
     return Step(outputs, gradients, {name: whole(tensor) for name, tensor in named.state_dict().items()})
 
 
-def errors(found: Named, exact: Named) -> Named:
+def errors(actual: Named, exact: Named) -> Named:
     """The largest in each tensor, per its largest value; of what cancels but for rounding, as the gradient of a key's
     bias in attention does, per a tenth of the largest value of all."""
-    assert found.keys() == exact.keys()
+    assert actual.keys() == exact.keys()
     largest = {name: tensor.abs().max() for name, tensor in exact.items()}
     least = max(largest.values()) / 10
-    return {name: (found[name] - exact[name]).abs().max() / max(largest[name], least) for name in exact}
+    return {name: (actual[name] - exact[name]).abs().max() / max(largest[name], least) for name in exact}
 
 
-def check(found: Step, exact: Step, theirs: Step, few_ulp: float = FEW_ULP) -> None:
-    for ours, others, truth in zip(found, theirs, exact, strict=True):
+def check(actual: Step, exact: Step, theirs: Step, few_ulp: float = FEW_ULP) -> None:
+    for ours, others, truth in zip(actual, theirs, exact, strict=True):
         bound = 2 * max(errors(others, truth).values()) + few_ulp
         for name, error in errors(ours, truth).items():
             assert error <= bound, f"{name}: {error:.2e}, where {bound:.2e} is allowed"
@@ -179,8 +179,8 @@ def in_mixed_precision(world: World) -> None:
         case = case_of(name, world.device)
         wrap = functools.partial(fully_sharded, policy=HALF)
         theirs = step(wrap(world, copy.deepcopy(case.model)), case.batch, world)
-        found = step(wrapped(world, case, wrap), case.batch, world)
-        check(found, case.exact, theirs, few_ulp=4 * torch.finfo(torch.bfloat16).eps)
+        actual = step(wrapped(world, case, wrap), case.batch, world)
+        check(actual, case.exact, theirs, few_ulp=4 * torch.finfo(torch.bfloat16).eps)
 
 
 def norms_sharded_before_the_conversion(world: World) -> None:
@@ -244,10 +244,10 @@ def check_apart(world: World, case: Case, **options: Any) -> None:
     """BatchNorm is each process's own, as it is under DistributedDataParallel without this library."""
     exact = step(data_parallel(world, models.widened(case.model)), widened(case.batch), world)
     theirs = step(data_parallel(world, copy.deepcopy(case.model)), case.batch, world)
-    found = step(wrapped(world, case, data_parallel, **options), case.batch, world)
-    check(found, exact, theirs)
+    actual = step(wrapped(world, case, data_parallel, **options), case.batch, world)
+    check(actual, exact, theirs)
     name = f"{case.norms[0]}.running_mean"
-    mine, other = world.everyones(found.state[name])
+    mine, other = world.everyones(actual.state[name])
     assert not torch.equal(mine, other)
 
 
@@ -268,6 +268,6 @@ def check_loads(model: nn.Module, other: nn.Module) -> None:
         for tensor in model.state_dict().values():
             tensor.fill_(7)
     model.load_state_dict(expected)
-    for found, tensor in zip(model.state_dict().values(), expected.values(), strict=True):
-        assert type(found) is type(tensor)
-        assert torch.equal(whole(found), whole(tensor))
+    for actual, tensor in zip(model.state_dict().values(), expected.values(), strict=True):
+        assert type(actual) is type(tensor)
+        assert torch.equal(whole(actual), whole(tensor))

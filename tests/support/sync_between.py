@@ -43,8 +43,8 @@ def between_forward_and_backward(world: World) -> None:
                 torch.autograd.forward_ad.unpack_dual(gradient)
                 for gradient in torch.autograd.grad(y, leaves, dual, retain_graph=True)
             ]
-            found = [(gradient.primal, gradient.tangent) for gradient in unpacked]
-        torch.testing.assert_close(tuple(zip(*found, strict=True)), (expected, of_tangent), **close)
+            results = [(gradient.primal, gradient.tangent) for gradient in unpacked]
+        torch.testing.assert_close(tuple(zip(*results, strict=True)), (expected, of_tangent), **close)
         both = torch.stack((share.dy, tangent))
         batches = torch.autograd.grad(y, leaves, both, is_grads_batched=True)
         torch.testing.assert_close(batches, tuple(map(torch.stack, zip(expected, of_tangent, strict=True))), **close)

@@ -115,7 +115,7 @@ def compiled_pipeline(world: World) -> None:
         schedule.step(target=target)
     loss_of(exact(x), target).backward()
     expected = {name: parameter.grad for name, parameter in exact.named_parameters()}
-    found = {name: parameter.grad for name, parameter in pipe.get_stage_module(world.rank).named_parameters()}
-    assert len(found) == 6
-    for name, gradient in found.items():
+    actual = {name: parameter.grad for name, parameter in pipe.get_stage_module(world.rank).named_parameters()}
+    assert len(actual) == 6
+    for name, gradient in actual.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)

@@ -167,7 +167,7 @@ def few_values(world: World) -> None:
         assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
-def only_the_gradients_asked_for(world: World) -> None:
+def only_the_requested_gradients(world: World) -> None:
     for activation in (None, "relu"):
         call = drawn(
             shape_of(ONE_EMPTY, world, 5, 4), "flat", world.device, residual=torch.float32, activation=activation

@@ -19,7 +19,7 @@ SCENARIOS = [
     sync_scenarios.every_type_and_what_is_fused,
     sync_scenarios.a_large_mean_leaves_no_error_of_its_own_size,
     sync_scenarios.few_values,
-    sync_scenarios.only_the_gradients_asked_for,
+    sync_scenarios.only_the_requested_gradients,
     sync_scenarios.one_exchange_forward_and_one_backward,
     sync_scenarios.second_derivatives,
     sync_between.between_forward_and_backward,
@@ -104,10 +104,10 @@ def test_merges_the_shares_of_many(empty, kept, momentum, n_channels, kernels, d
     exact(batch)
     rstd = torch.rsqrt(batch.var(0, correction=0) + 1e-5)
     roundoff = torch.finfo(torch.float32).eps
-    found = merged[:-1].double().view(3, -1)
+    results = merged[:-1].double().view(3, -1)
     # Each share's mean, of about 100, was rounded once.
-    torch.testing.assert_close(found[0] + found[1], batch.mean(0), rtol=2 * roundoff, atol=0)
-    torch.testing.assert_close(found[2], rstd, rtol=1e-3, atol=0)
+    torch.testing.assert_close(results[0] + results[1], batch.mean(0), rtol=2 * roundoff, atol=0)
+    torch.testing.assert_close(results[2], rstd, rtol=1e-3, atol=0)
     tolerance = torch.finfo(kept).eps if kept == torch.bfloat16 else 16 * roundoff
     torch.testing.assert_close(moved[0].cpu().double(), exact.running_mean, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(moved[1].cpu().double(), exact.running_var, rtol=max(tolerance, 1e-3), atol=tolerance)

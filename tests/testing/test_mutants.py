@@ -131,10 +131,10 @@ def groups(
     leaves = [tensor.requires_grad_() for tensor in (x, *torch.randn(2, shape[1]))]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     y, exact = triton_norm.group_norm(leaves[0], n_groups, *leaves[1:]), F.group_norm(wide[0], n_groups, *wide[1:])
-    found, expected = (
+    actual, expected = (
         (one, *torch.autograd.grad(one, of, dy.to(one.dtype))) for one, of in ((y, leaves), (exact, wide))
     )
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
@@ -155,8 +155,8 @@ def long_sums(numbers, monkeypatch) -> None:
     exact = (x + residual).bfloat16().detach().double().requires_grad_()
     exact_y = LAYER_NORM.theirs((300,))(exact, weight.double(), bias.double())
     (of_y,) = torch.autograd.grad(exact_y, exact, dy.double())
-    for found, wanted in ((total, exact), (y, exact_y), (dx, of_y + dtotal)):
-        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-5)
+    for actual, expected in ((total, exact), (y, exact_y), (dx, of_y + dtotal)):
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
 def weight_offset(numbers, monkeypatch) -> None:
@@ -219,9 +219,9 @@ def off_centre_channels(numbers, monkeypatch, kind: str = "flat", one_launch: bo
     x, dy, weight = 1e6 + torch.randn(shape), torch.randn(shape), torch.ones(shape[1])
     if kind == "last":
         x, dy = (tensor.to(memory_format=torch.channels_last) for tensor in (x, dy))
-    found = run(lambda x, w, b: triton_norm.batch_norm(x, None, None, w, b, True), x, weight, None, dy)
+    actual = run(lambda x, w, b: triton_norm.batch_norm(x, None, None, w, b, True), x, weight, None, dy)
     exact = run(lambda x, w, b: F.batch_norm(x, None, None, w, b, True), x.double(), weight.double(), None, dy.double())
-    for one, other, ulps in ((found.y, exact.y, 4), (found.dweight, exact.dweight, 64)):
+    for one, other, ulps in ((actual.y, exact.y, 4), (actual.dweight, exact.dweight, 64)):
         excess = (one - other).abs().max() / other.abs().max()
         assert excess <= ulps * torch.finfo(torch.float32).eps, "off centre"
 
@@ -247,8 +247,8 @@ def statistics_move(
 
 
 def same_statistics(moved: tuple[torch.Tensor, ...], exact: nn.Module, tolerance: float) -> None:
-    for found, wanted in zip(moved, (exact.running_mean, exact.running_var), strict=False):
-        assert torch.allclose(found.double(), wanted, rtol=tolerance, atol=tolerance), "moved otherwise"
+    for actual, expected in zip(moved, (exact.running_mean, exact.running_var), strict=False):
+        assert torch.allclose(actual.double(), expected, rtol=tolerance, atol=tolerance), "moved otherwise"
 
 
 def bits(numbers, monkeypatch) -> None:
