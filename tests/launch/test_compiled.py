@@ -20,10 +20,17 @@ if stub_driver.missing():
     print(stub_driver.missing())
     sys.exit(77)
 import triton_norm
-from triton_norm.kernels import rows, rows_backward
+from triton_norm.kernels import modulated, modulated_backward, rows, rows_backward
 from triton_norm import launch
 
-KERNELS = rows.rows_forward_kernel, rows_backward.rows_backward_kernel, rows_backward.rows_backward_finalise_kernel
+KERNELS = (
+    rows.rows_forward_kernel,
+    rows_backward.rows_backward_kernel,
+    rows_backward.rows_backward_finalise_kernel,
+    modulated.modulated_forward_kernel,
+    modulated_backward.modulated_backward_kernel,
+    modulated_backward.modulated_backward_finalise_kernel,
+)
 
 def compiled():
     return [kernel for jit in KERNELS for cache in jit.device_caches.values() for kernel in cache[0].values()]
@@ -35,6 +42,15 @@ def calls(n_rows, n_cols, dtype=torch.bfloat16):
     torch.autograd.grad(triton_norm.layer_norm(x, (n_cols,), weight, bias), leaves, residual)
     y, total = triton_norm.rms_norm(x, (n_cols,), weight, residual=residual, weight_offset=1.0, eps=1e-6)
     torch.autograd.grad((y, total), leaves[:2], (residual, residual))
+    if n_cols <= 8192:
+        own = [tensor.requires_grad_() for tensor in torch.randn(4, n_rows, 1, n_cols).to(dtype).unbind()]
+        gate, *modulations = own
+        tokens = x.view(n_rows, 1, n_cols).expand(n_rows, 3, n_cols)
+        named = dict(zip(("scale", "shift", "residual_gate"), modulations))
+        found = triton_norm.layer_norm(tokens, (n_cols,), weight, bias, residual=tokens, **named)
+        torch.autograd.grad(found, [x, weight, bias, *modulations], found)
+        found = triton_norm.rms_norm(x[:, None], (n_cols,), weight, gate=gate, weight_offset=1.0, eps=1e-6)
+        torch.autograd.grad(found, [x, weight, gate], found)
 
 searched = []
 search_for_real = launch.search

@@ -18,6 +18,7 @@ from torch import Tensor
 import triton_norm
 from support import processes, spaces
 from support.channel_norms import drawn, running_statistics, share
+from support.every_op import MODULATIONS, ModulatedOp
 from support.row_norms import NORMS, Norm
 from support.spaces import GPU
 from triton_norm import launch
@@ -38,6 +39,12 @@ SMALL = {"flat": ((2, 2, 4, 8), 32), "last": ((2, 8, 3, 4), 64), "folded": ((9, 
 
 Step = Callable[[], list[Tensor]]
 
+GATED = ModulatedOp("gated", (ROWS, COLUMNS), "flat", "rms_norm", modulations=("gate",))
+MODULATED = ModulatedOp(
+    "modulated", (2, 130, COLUMNS), "flat", "layer_norm", residual=True, modulations=MODULATIONS, lengths=(2,)
+)
+"""Two programs share the tokens of a sample, in the backward."""
+
 
 def rows_step(norm: Norm, device: str, residual: bool = False) -> Step:
     x, weight, bias, dy = norm.drawn((ROWS, COLUMNS), 1, torch.bfloat16, device)
@@ -47,6 +54,13 @@ def rows_step(norm: Norm, device: str, residual: bool = False) -> Step:
     leaves.append(torch.randn(ROWS, COLUMNS, device=device, requires_grad=True))
     dtotal = torch.randn(ROWS, COLUMNS, device=device)
     return lambda: results(norm.ours((COLUMNS,), residual=leaves[-1])(*leaves[:-1]), leaves, [dy, dtotal])
+
+
+def modulated_step(op: ModulatedOp, device: str) -> Step:
+    tensors = op.drawn(device, torch.bfloat16)
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    dys = [torch.randn(op.shape, device=device).bfloat16() for _ in op.ours(*tensors)]
+    return lambda: results(op.ours(*tensors), leaves, dys)
 
 
 def channels_step(kind: str, device: str, training: bool = True, activation: str | None = None) -> Step:
@@ -76,6 +90,8 @@ def results(outputs: Any, leaves: list[Tensor], gradients: list[Tensor]) -> list
 STEPS: dict[str, Callable[[str], Step]] = {
     **{repr(norm): functools.partial(rows_step, norm) for norm in NORMS},
     **{f"{norm!r} with a residual": functools.partial(rows_step, norm, residual=True) for norm in NORMS},
+    "gated rows": functools.partial(modulated_step, GATED),
+    "modulated rows": functools.partial(modulated_step, MODULATED),
     **{f"training, {kind}": functools.partial(channels_step, kind) for kind in SMALL},
     "evaluation": functools.partial(channels_step, "flat", training=False),
     **{

@@ -62,7 +62,31 @@ def check_product(numbers: Any, monkeypatch: Any) -> None:
         assert (~torch.isclose(found, exact, rtol=1e-6, atol=1e-6)).double().mean() < 0.01, "not close"
 
 
+def reserved(n_rows: int, n_cols: int) -> torch.Tensor:
+    """Returns drawn rows that are more than 2³¹ elements apart, in a storage that is not touched between them."""
+    stride = 2**31 + 64
+    memory = torch.UntypedStorage(2 * ((n_rows - 1) * stride + n_cols))
+    rows = torch.empty(0, dtype=torch.float16).set_(memory, 0, (n_rows, n_cols), (stride, 1))
+    return rows.copy_(torch.randn(n_rows, n_cols))
+
+
+def check_far(name: str, numbers: Any, monkeypatch: Any) -> None:
+    """Offsets of x and gate, or of modulations of two samples, do not fit 32 bits."""
+    x, gate, scale = torch.randn(3, 2, 64).half()
+    x, gate, modulation = (reserved(2, 64), reserved(2, 64), scale) if name == "rows" else (x, gate, reserved(2, 64))
+    named = {"gate": gate, "residual": x, "residual_gate": modulation, "scale": modulation, "shift": modulation}
+    if name != "rows":  # a modulation of three tokens
+        named |= {key: named[key][:, None].expand(2, 3, 64) for key in ("gate", "residual")}
+        x = named["residual"]
+    leaves = {"x": x, **named}
+    leaves = {key: tensor.detach().requires_grad_() for key, tensor in leaves.items()}
+    y, total = triton_norm.layer_norm(leaves["x"], (64,), **{key: leaves[key] for key in named})
+    torch.autograd.grad((y, total), list(leaves.values()), (torch.ones_like(y), torch.ones_like(total)))
+
+
 MODULATED_CHECKS: dict[str, Callable[..., None]] = {
     **{name: functools.partial(check_call, name) for name in CALLS},
     "rounded product": check_product,
+    "far gated rows": functools.partial(check_far, "rows"),
+    "far modulations": functools.partial(check_far, "modulations"),
 }

@@ -355,6 +355,7 @@ modulated.modulated_forward_kernel
     modulated rows | value | y += load_modulation( -> y *= load_modulation(
     modulated rows, rounded total | value | total = wide.to(total_ptr.dtype.element_ty) -> total = wide
     rounded product | different | rounded(y, PRODUCT) -> y
+    far modulations | overflow | rows = tl.program_id(0).to(tl.int64) * BLOCK_M -> rows = tl.program_id(0) * BLOCK_M
 modulated_backward.modulated_backward_kernel
     modulated rows | value | numbers = modulation\n -> numbers = 0 * modulation\n
     modulated rows | race | split = split % n_splits -> split = split * 0
@@ -376,6 +377,7 @@ modulated_backward.modulated_backward_kernel
     modulated rows, gate first | value | dtotal *= gate_of(z, sigmoid, GATE) -> pass
     modulated rows | race | residual_gate_sums_ptr + sums_row + cols -> residual_gate_sums_ptr + cols
     rounded product | different | rounded(ungated, PRODUCT) -> ungated
+    far modulations | overflow | (split // n_splits).to(tl.int64) -> (split // n_splits)
 modulated_backward.add_sums
     modulated rows | value | (rows < n_sums) -> (rows < n_sums - 1)
     modulated rows | value | (first + rows) * n_cols -> rows * n_cols
