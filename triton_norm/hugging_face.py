@@ -294,7 +294,8 @@ def _argument(cls: Any) -> str:
 def joined(module: nn.Module) -> list[nn.Module]:
     """Returns the norms inside an adaptive norm: its counterpart does their work."""
     path = _path(type(module))
-    return [getattr(module, part.norm) for part in ADAPTIVE[path].modulated] if path in ADAPTIVE else []
+    names = {part.norm for part in ADAPTIVE[path].modulated} if path in ADAPTIVE else ()
+    return [part for name, part in module.named_children() if name in names]
 
 
 def is_counterpart(cls: Any) -> bool:

@@ -47,7 +47,8 @@ class Adaptive(NamedTuple):
         results: each is a modulated norm, or the number of a chunk that is returned as it is.
         embedding: names of the arguments of the module `emb`, the last by keyword if it is hidden_dtype. Unless `emb`
             is None, it computes the conditioning.
-        activation, projection: names of the modules before the chunks; None: none.
+        activation, projection: names of the modules before the chunks; None: none. Without a projection the
+            conditioning is [B, n_chunks, D].
         casts: the activated conditioning is cast to x's dtype.
         casts_norm: the norm's result is cast to x's dtype.
         axis: axis of the projected conditioning that is split into chunks.
@@ -62,7 +63,7 @@ class Adaptive(NamedTuple):
     results: tuple[Modulated | int, ...]
     embedding: tuple[str, ...] = ()
     activation: str | None = "silu"
-    projection: str = "linear"
+    projection: str | None = "linear"
     casts: bool = False
     casts_norm: bool = False
     axis: int = 1
@@ -78,6 +79,7 @@ class Adaptive(NamedTuple):
 
 _ADA = Adaptive("temb", 2, (Modulated(1, 0),), ("timestep",))
 _ZERO = Adaptive("emb", 6, (Modulated(1, 0), 2, 3, 4, 5))
+_PRUNED = _ZERO._replace(activation=None, projection=None)
 _CONTINUOUS = Adaptive("conditioning_embedding", 2, (Modulated(0, 1),), casts=True)
 _VIDEO = Adaptive("temb", 6, (Modulated(1, 0), Modulated(4, 3, "encoder_hidden_states"), 2, 5))
 _TEXT_IMAGE = Adaptive(
@@ -103,6 +105,15 @@ ADAPTIVE = {
     ),
     "normalization.LuminaRMSNormZero": Adaptive("emb", 4, (Modulated(0, None), 1, 2, 3)),
     "normalization.SD35AdaLayerNormZeroX": Adaptive("emb", 9, (Modulated(1, 0), 2, 3, 4, 5, Modulated(7, 6), 8)),
+    "transformers.transformer_chroma.ChromaAdaLayerNormContinuousPruned": _PRUNED._replace(
+        n_chunks=2, results=(Modulated(1, 0),), casts=True
+    ),
+    "transformers.transformer_chroma.ChromaAdaLayerNormZeroPruned": _PRUNED._replace(
+        embedding=("timestep", "class_labels", "hidden_dtype")
+    ),
+    "transformers.transformer_chroma.ChromaAdaLayerNormZeroSinglePruned": _PRUNED._replace(
+        n_chunks=3, results=(Modulated(1, 0), 2)
+    ),
     "transformers.transformer_cogview4.CogView4AdaLayerNormContinuous": _CONTINUOUS._replace(activation=None),
     "transformers.transformer_cogview4.CogView4AdaLayerNormZero": _COGVIEW_4,
     "transformers.transformer_easyanimate.EasyAnimateLayerNormZero": _VIDEO,
@@ -249,7 +260,10 @@ class AdaptiveNorm:
             conditioning = getattr(self, adaptive.activation)(conditioning)
         if adaptive.casts:
             conditioning = conditioning.to(self._x(adaptive.modulated[0], arguments).dtype)
-        projected: Tensor = getattr(self, adaptive.projection)(conditioning)
+        if adaptive.projection is None:
+            projected: Tensor = conditioning.flatten(1, 2)
+        else:
+            projected = getattr(self, adaptive.projection)(conditioning)
         return projected.chunk(adaptive.n_chunks, dim=adaptive.axis)
 
     def _modulation(
@@ -330,6 +344,17 @@ class AdaptiveNorm:
             return own(*inputs, **named)  # which raises
         return self._results(arguments, chunks, normalize_modulated)
 
+    def _empty_chunks(self: Any, arguments: dict[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Returns chunks of the shapes, strides and dtype that `_chunks` would compute."""
+        adaptive, conditioning = self.described, self._conditioning(arguments)
+        embeds = self._embeds(adaptive)
+        if adaptive.projection is None and not embeds:
+            return self._chunks(arguments)  # type: ignore[no-any-return]
+        outer = conditioning.shape if embeds else conditioning.shape[:-1]
+        dtype = _projected_dtype(getattr(self, adaptive.projection or "emb"), x)
+        projected = x.new_empty(*outer, adaptive.n_chunks * x.shape[-1], dtype=dtype)
+        return projected.chunk(adaptive.n_chunks, dim=adaptive.axis)
+
     def explain_call(self: Any, *inputs: Any, **named: Any) -> Explanation:
         """Explains the call. Chunks of the projection's shape and dtype stand for those that it would compute."""
         arguments = self._bound(inputs, named)
@@ -341,11 +366,7 @@ class AdaptiveNorm:
         function = "rms_norm" if kind_of(getattr(self, first.norm)) == RMS_NORM else "layer_norm"
         if obstacle is not None:
             return explanation(function, (), x, obstacle)
-        conditioning = self._conditioning(arguments)
-        outer = conditioning.shape if self._embeds(adaptive) else conditioning.shape[:-1]
-        dtype = _projected_dtype(getattr(self, adaptive.projection), x)
-        projected = x.new_empty(*outer, adaptive.n_chunks * x.shape[-1], dtype=dtype)
-        chunks = projected.chunk(adaptive.n_chunks, dim=adaptive.axis)
+        chunks = self._empty_chunks(arguments, x)
         calls = [self._call(part, arguments, chunks) for part in adaptive.modulated]
         if any(call is None for call in calls):
             return explanation(function, (), x, COMPUTES_ELSE)
@@ -364,7 +385,7 @@ def _projected_dtype(projection: nn.Module, x: Tensor) -> torch.dtype:
 def unknown_norm(module: Any, adaptive: Adaptive) -> str | None:
     """Returns why the module's norms can't be joined with the modulation, or None."""
     for part in adaptive.modulated:
-        norm = getattr(module, part.norm)
+        norm = getattr(module, part.norm, None)
         if kind_of(norm) is None:
             return f"its {part.norm} is a {type(norm).__name__}, whose forward may differ"
     return None

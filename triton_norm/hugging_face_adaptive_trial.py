@@ -65,12 +65,16 @@ def agrees(probe: Any, x_dtype: torch.dtype, dtype: torch.dtype) -> bool:
     for part in adaptive.modulated:
         norm = parts[part.norm]
         parts[part.norm] = _tiny_norm(norm, drawn[4:6].to(dtype if kind_of(norm) == RMS_NORM else x_dtype))
-    parts[adaptive.projection] = _Multiples(adaptive.n_chunks)
     if adaptive.output is not None and getattr(probe, adaptive.output) is not None:
         parts[adaptive.output] = nn.Identity()
     conditioning = drawn[5] if adaptive.axis == 0 else drawn[5:8]
     if adaptive.axis == -1:
         conditioning = conditioning[:, None].expand(-1, 4, -1)
+    multiples = _Multiples(adaptive.n_chunks)
+    if adaptive.projection is None:
+        conditioning = multiples(conditioning).unflatten(-1, (adaptive.n_chunks, _TINY))
+    else:
+        parts[adaptive.projection] = multiples
     embeds = probe._embeds(adaptive)
     if embeds:
         parts["emb"] = _First()

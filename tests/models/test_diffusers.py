@@ -64,6 +64,9 @@ def test_the_kernels_compute_the_same(form, dtype, device, guard):
     with tn.backend("triton"):
         whole, ys, grads = results(ours, arguments)
     launched = None if guard is None else len(guard.launches)
+    # One without gradients, one forward, and backward one and its finalising one: a modulation by row has no sums.
+    by_row = form.path.endswith("Flux3AdaLayerNorm")
+    assert guard is None or launched == (3 if by_row else 4) * form.parts
     with tn.backend("torch"):
         expected_whole, expected, expected_grads = results(theirs, arguments)
         assert all(torch.equal(*pair) for pair in zip(results(ours, arguments)[1], expected, strict=True))

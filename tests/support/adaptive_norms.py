@@ -50,6 +50,9 @@ def forms() -> list[Form]:
         Form(norm + "LuminaRMSNormZero", (COLUMNS, 1e-5, True)),
         Form(norm + "SD35AdaLayerNormZeroX", parts=2),
         Form(norm + "LuminaLayerNormContinuous", (COLUMNS, WIDTH), {"out_dim": 8}, casts=True),
+        Form(model + "chroma.ChromaAdaLayerNormZeroPruned", (COLUMNS,), {"norm_type": "fp32_layer_norm"}),
+        Form(model + "chroma.ChromaAdaLayerNormZeroSinglePruned"),
+        Form(model + "chroma.ChromaAdaLayerNormContinuousPruned", (COLUMNS, WIDTH), {"elementwise_affine": False}),
         Form(model + "cogview4.CogView4AdaLayerNormZero", both, parts=2),
         Form(model + "easyanimate.EasyAnimateLayerNormZero", both, parts=2),
         Form(model + "flux3.Flux3AdaLayerNorm"),
@@ -88,8 +91,18 @@ def converted(module: nn.Module) -> nn.Module:
 def drawn(module: nn.Module, form: Form, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Returns arguments of the module, by name. The second text is shorter than the first one."""
     embeds, cls = getattr(module, "emb", None) is not None, form.path.rpartition(".")[2]
-    width = next(part for part in module.modules() if isinstance(part, nn.Linear)).in_features
-    outer = (2, 7) if cls == "Flux3AdaLayerNorm" else () if cls == "AdaLayerNorm" and module.chunk_dim == 0 else (2,)
+    width = next((part.in_features for part in module.modules() if isinstance(part, nn.Linear)), COLUMNS)
+    pruned = {"ZeroPruned": (2, 6), "ZeroSinglePruned": (2, 3), "ContinuousPruned": (2, 2)}
+    chroma = pruned.get(cls.removeprefix("ChromaAdaLayerNorm"))
+    outer = (
+        chroma
+        if chroma
+        else (2, 7)
+        if cls == "Flux3AdaLayerNorm"
+        else ()
+        if cls == "AdaLayerNorm" and module.chunk_dim == 0
+        else (2,)
+    )
     labels = torch.tensor(3) if cls == "AdaLayerNorm" else torch.tensor([3, 1])
     conditioning = None if embeds else torch.randn(*outer, width, device=device).to(dtype)
     every = {name: 3 * torch.randn(2, 7, COLUMNS, device=device) for name in ("x", "hidden_states")}
