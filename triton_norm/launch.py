@@ -299,6 +299,14 @@ def _without_failed_clusters(bench: Callable[..., Any]) -> Callable[..., Any]:
     return measure
 
 
+def _for_triton(config: Config) -> Any:
+    """Returns the config as a triton.Config."""
+    import triton
+
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "num_ctas": config.num_ctas}
+    return triton.Config(dict(config.blocks), **options, maxnreg=config.maxnreg)
+
+
 def search(
     kernel: Any, space: Space, n_programs: Callable[[Any], int], arguments: Sequence[Any], constants: Mapping[str, Any]
 ) -> Config:
@@ -311,16 +319,7 @@ def search(
     from triton.testing import do_bench
 
     timed = functools.partial(do_bench, warmup=SEARCH_WARMUP_MS, rep=SEARCH_MS)
-    candidates = [
-        triton.Config(
-            dict(config.blocks),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            num_ctas=config.num_ctas,
-            maxnreg=config.maxnreg,
-        )
-        for config in space.configs
-    ]
+    candidates = [_for_triton(config) for config in space.configs]
     given = dict(zip(kernel.arg_names, arguments, strict=False))
     for name in MOVED:
         if given.get(name) is not None:

@@ -65,7 +65,7 @@ def test_no_cluster_where_there_are_none():
 
 
 def test_rows_that_one_block_can_not_hold_begin_with_a_cluster():
-    """At most 8 blocks are a first choice, 16 the last of the candidates, and short rows have none."""
+    """Asserts that a first choice has at most 8 blocks, a last candidate 16, and a short row no cluster."""
     seen = set()
     for row_bytes, space in spaces(WITH_CLUSTERS):
         found = clusters(space.configs)
