@@ -73,25 +73,35 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
         weight_offset: float = 0.0,
         x_hat_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
-        **modulation: Any,
+        gate: Tensor | None = None,
+        gate_activation: str | None = functional.SILU,
+        gate_first: bool = False,
+        product_dtype: torch.dtype | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual_gate: Tensor | None = None,
+        head_weight: Tensor | None = None,
     ) -> Any:
         own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
-        if REVERTED in self.__dict__ or has_torch_function_unary(input):
+        plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
+        plain = plain and gate_first is False and gate_activation is functional.SILU
+        if REVERTED in self.__dict__ or not plain or has_torch_function_unary(input):
+            of_gate = gate, gate_activation, gate_first, product_dtype
+            fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
             instead = symbolic.instead(self, LayerNorm.forward, input)
             if instead is not None:
-                return instead(input, **changed(LayerNorm.forward, (residual, *own)), **modulation)
+                return instead(input, **changed(LayerNorm.forward, fused))
+            # self.weight: a tracer of torch.fx makes it a node
+            named: dict[str, Any] = dict(zip(LayerNorm.forward.__kwdefaults__, fused, strict=True))
+            return functional.layer_norm(
+                input, self.normalized_shape, weight=self.weight, bias=self.bias, eps=self.eps, **named
+            )
         weight, bias = weight_and_bias_of(self)
         tensors = input, residual, weight, bias
         options = self.normalized_shape, self.eps, *own
-        if modulation or has_torch_function_variadic(*tensors):  # self.weight: a tracer of torch.fx makes it a node
-            return functional.layer_norm(
-                input,
-                residual=residual,
-                weight=self.weight,
-                bias=self.bias,
-                **RowOptions._make(options)._asdict(),
-                **modulation,
-            )
+        if has_torch_function_variadic(*tensors):
+            named = {"residual": residual, **RowOptions._make(options)._asdict()}
+            return functional.layer_norm(input, weight=self.weight, bias=self.bias, **named)
         return functional.normalize_rows("layer_norm", tensors, options)
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
@@ -116,20 +126,33 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
         weight_offset: float = 0.0,
         x_hat_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
-        **modulation: Any,
+        gate: Tensor | None = None,
+        gate_activation: str | None = functional.SILU,
+        gate_first: bool = False,
+        product_dtype: torch.dtype | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual_gate: Tensor | None = None,
+        head_weight: Tensor | None = None,
     ) -> Any:
         own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
-        if REVERTED in self.__dict__ or has_torch_function_unary(x):
+        plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
+        plain = plain and gate_first is False and gate_activation is functional.SILU
+        if REVERTED in self.__dict__ or not plain or has_torch_function_unary(x):
+            of_gate = gate, gate_activation, gate_first, product_dtype
+            fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
             instead = symbolic.instead(self, RMSNorm.forward, x)
             if instead is not None:
-                return instead(x, **changed(RMSNorm.forward, (residual, *own)), **modulation)
+                return instead(x, **changed(RMSNorm.forward, fused))
+            # self.weight: a tracer of torch.fx makes it a node
+            named: dict[str, Any] = dict(zip(RMSNorm.forward.__kwdefaults__, fused, strict=True))
+            return functional.rms_norm(x, self.normalized_shape, weight=self.weight, eps=self.eps, **named)
         weight = weight_of(self)
         tensors = x, residual, weight, None
         options = self.normalized_shape, self.eps, *own
-        if modulation or has_torch_function_variadic(*tensors):  # self.weight: a tracer of torch.fx makes it a node
-            return functional.rms_norm(
-                x, residual=residual, weight=self.weight, **RowOptions._make(options)._asdict(), **modulation
-            )
+        if has_torch_function_variadic(*tensors):
+            named = {"residual": residual, **RowOptions._make(options)._asdict()}
+            return functional.rms_norm(x, weight=self.weight, **named)
         return functional.normalize_rows("rms_norm", tensors, options)
 
     def explain_call(self, x: Tensor, **fused: Any) -> Explanation:
