@@ -271,3 +271,29 @@ def test_layers_take_all_by_keyword(kind, device):
     parameters = dict(layer.named_parameters())
     for found, expected in zip(layer(x, **own), function(x, (8,), eps=layer.eps, **parameters, **own), strict=True):
         assert torch.equal(found, expected)
+
+
+class Taking:
+    """No tensor, but with a tensor's protocol."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        named = {name: value.tensor if isinstance(value, cls) else value for name, value in (kwargs or {}).items()}
+        return "taken", function, function(*args, **named)
+
+
+@PATHS
+@pytest.mark.parametrize("name", ["gate", "scale", "shift", "residual_gate", "head_weight"])
+def test_each_tensor_may_take_the_call(name, path, device):
+    x = torch.randn(2, 3, 8, device=device)
+    own = torch.randn(3, 8, device=device) if name == "head_weight" else torch.randn(2, 8, device=device)
+    tensor, others = (x if name == "gate" else own), ({"residual": x} if name == "residual_gate" else {})
+    with triton_norm.backend("auto" if path == "triton" else path):
+        expected = triton_norm.rms_norm(x, (8,), **{name: tensor}, **others)
+        kind, function, found = triton_norm.rms_norm(x, (8,), **{name: Taking(tensor)}, **others)
+        assert "Taking" in triton_norm.explain(triton_norm.rms_norm, x, (8,), **{name: Taking(tensor)}, **others).reason
+    assert (kind, function) == ("taken", triton_norm.rms_norm)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from torch.nn import functional as F
 
 import triton_norm
-from support.modulated import NAMES, OUTER, Bound, Modulated, modulated
+from support.modulated import NAMES, OUTER, Bound, Modulated
+from support.modulated_strategies import modulated
 from support.strategies import HARD
 
 

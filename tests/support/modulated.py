@@ -1,19 +1,17 @@
-"""Calls with a gate or a modulation that property tests draw, their exact results, and how inexact these may be."""
+"""Calls with a gate or a modulation, their exact results, and how inexact these may be."""
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 import triton_norm
 from support.gpus import with_numbers
-from support.oracle import DTYPES, FACTOR, assert_within, ulp
-from support.strategies import EPSILONS, F16, F32, F64, HARD, Layout, Shape, Type, layouts, types, values
+from support.oracle import FACTOR, assert_within, ulp
+from support.strategies import F16, F32, F64, Layout, Shape, Type, values
 from triton_norm.specs import ModulatedTensors
 from triton_norm.tuning.limits import INTERPRETED
 
@@ -327,91 +325,3 @@ class Bound:
         computed = F64 if F64 in (self.case.dtypes["x"], self.case.dtypes["residual"], self.case.total_dtype) else F32
         terms = (added.abs() + residual.abs()) * (2 if self.wide["residual_gate"] is not None else 1)
         assert_within(total, residual + added, 2 * torch.finfo(computed).eps * terms, "total")
-
-
-@st.composite
-def modulation_shapes(draw: Any, outer: Shape, row: Shape) -> Shape:
-    """Draws a shape whose leading axes are x's or 1, of which the last ones may be missing."""
-    present = draw(st.integers(0, len(outer)))
-    return (*(draw(st.sampled_from((1, length, length))) for length in outer[:present]), *row)
-
-
-@st.composite
-def modulated(
-    draw: Any, strided: bool = True, exact_types: bool = False, hard: Sequence[str] = HARD, by_torch: bool = False
-) -> Modulated:
-    """Draws a call.
-
-    Args:
-        strided: tensors may have any strides.
-        exact_types: all tensors are fp32.
-    """
-    outer = tuple(draw(st.lists(st.integers(1, 4), max_size=4).filter(lambda lengths: math.prod(lengths) <= 24)))
-    row = draw(st.one_of(st.tuples(st.integers(1, 70)), st.tuples(st.integers(1, 4), st.integers(1, 9))))
-    outer = outer if len(outer) + len(row) <= 5 else outer[:3]
-    shape, function = (*outer, *row), draw(st.sampled_from(("layer_norm", "rms_norm")))
-    x = F32 if exact_types else draw(st.sampled_from(DTYPES))
-
-    def dtype() -> Type:
-        if not draw(st.booleans()):
-            return None
-        return x if exact_types else draw(st.sampled_from((x, x, x, *DTYPES)))
-
-    dtypes: dict[str, Type] = {"x": x} | {name: dtype() for name in NAMES if name != "x"}
-    per_head = bool(outer) and dtypes["scale"] is not None and draw(st.integers(0, 3)) == 0
-    if per_head:
-        dtypes["weight"] = dtypes["bias"] = None
-    if function == "rms_norm":
-        dtypes["bias"] = None
-    if dtypes["residual"] is None:
-        dtypes["residual_gate"] = None
-    if all(dtypes[name] is None for name in ("gate", *OUTER)):
-        dtypes["gate"] = x
-    one = draw(modulation_shapes(outer, row))
-    differ = draw(st.integers(0, 3)) == 0
-    shapes = {name: draw(modulation_shapes(outer, row)) if differ else one for name in OUTER}
-    if per_head:
-        shapes["scale"] = shape[len(outer) - 1 :]
-    placements, chunks = {}, set()
-    if strided:
-        for name in ("x", "dy", *LIKE_X):
-            placements[name] = draw(layouts(len(shape)))
-        for name in OUTER:
-            kind = draw(st.sampled_from(("plain", "chunk", "drawn")))
-            if kind == "drawn":
-                placements[name] = draw(layouts(len(shapes[name])))
-            elif kind == "chunk":
-                chunks.add(name)
-    gate, residual = dtypes["gate"], dtypes["residual"]
-    gate_first = gate is not None and draw(st.booleans())
-    needs = draw(st.one_of(st.just(frozenset(NAMES)), st.frozensets(st.sampled_from(NAMES), min_size=1)))
-    there = frozenset(name for name in NAMES if dtypes[name] is not None)
-    total = None if residual is None or exact_types else draw(types(x))
-    narrow = F16 in (*dtypes.values(), total)
-    optional = st.none() if exact_types else types(x)
-    has_offset = per_head or dtypes["weight"] is not None
-    out = draw(optional)
-    return Modulated(
-        function,
-        shape,
-        len(row),
-        dtypes,
-        shapes,
-        placements,
-        frozenset(chunks),
-        eps=draw(st.sampled_from(EPSILONS[1:3] if narrow or out == F16 else EPSILONS)),
-        hard=draw(st.sampled_from(hard)),
-        seed=draw(st.integers(0, 99)),
-        cut=draw(st.sampled_from(tuple(CUTS))),
-        gate_activation=draw(st.sampled_from(("silu", "silu", "sigmoid", None))),
-        gate_first=gate_first,
-        product=None if gate is None or gate_first else draw(optional),
-        x_hat=draw(optional),
-        out=out,
-        total=total,
-        offset=draw(st.sampled_from((0.0, 1.0))) if has_offset else 0.0,
-        per_head=per_head,
-        needs=needs & there or there,
-        used="both" if residual is None else draw(st.sampled_from(("both", "both", "y", "total"))),
-        by_torch=by_torch,
-    )
