@@ -74,9 +74,7 @@ def check_modulated(function: str, tensors: ModulatedTensors, options: Modulated
     scale_offset = float(offset) if per_head else 1.0
     spec = ModulatedSpec._make((call.spec, gate_activation, gate_first, product_dtype, scale_offset, per_head))
     reason = call.reason or dispatch.unserved(tensors, columns=call.spec.n_cols)
-    dtypes = x.dtype, plain.residual_dtype or (None if residual is None else residual.dtype)
-    compute = torch.float64 if torch.float64 in dtypes else torch.float32
-    return call._replace(spec=spec, reason=reason or modulation.beyond(call.spec.n_cols, compute))
+    return call._replace(spec=spec, reason=reason or modulation.beyond(tensors, spec))
 
 
 def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> BatchNormSpec:

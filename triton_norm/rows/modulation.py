@@ -25,9 +25,16 @@ class Modulation(NamedTuple):
     n_modulations: int
 
 
-def beyond(n_cols: int, compute: torch.dtype) -> str | None:
+def _compute_dtype(tensors: ModulatedTensors, spec: ModulatedSpec) -> torch.dtype:
+    """Returns the type that the kernels compute in: float64 if x or total is."""
+    total = None if tensors.residual is None else spec.rows.total_dtype or tensors.residual.dtype
+    return torch.float64 if torch.float64 in (tensors.x.dtype, total) else torch.float32
+
+
+def beyond(tensors: ModulatedTensors, spec: ModulatedSpec) -> str | None:
     """Returns why the kernels can't serve rows of this many columns, or None."""
-    most = limits_in_force().backward_span_bytes // compute.itemsize
+    n_cols = spec.rows.n_cols
+    most = limits_in_force().backward_span_bytes // _compute_dtype(tensors, spec).itemsize
     return f"a row with a gate or a modulation has more than {most} columns" if n_cols > most else None
 
 
@@ -42,8 +49,8 @@ def spread(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
     """Returns the tensors with all modulations along the same axes of x, which follow each other; `tensors` itself if
     they already are.
 
-    A modulation of fewer axes is expanded to those of the others. autograd sums its gradient, in float32 or float64: in
-    a 16-bit type the gradient of each row would be rounded first.
+    A modulation of fewer axes is expanded to those of the others. autograd sums its gradient, in the type computed in:
+    in a narrower one the gradient of each row would be rounded first.
     """
     shape = tensors.x.shape
     n_outer = first_column_axis(shape, spec.rows.n_cols)
@@ -59,7 +66,7 @@ def spread(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
         if any(lengths[axis] == 1 for axis in run):
             own, _ = named[name]
             target = [shape[axis] if axis in run else lengths[axis] for axis in range(n_outer)]
-            wide = own.to(torch.promote_types(own.dtype, torch.float32))
+            wide = own.to(torch.promote_types(own.dtype, _compute_dtype(tensors, spec)))
             expanded[name] = wide.reshape(*lengths, *shape[n_outer:]).expand(*target, *shape[n_outer:])
     return tensors._replace(**expanded) if expanded else tensors
 
