@@ -115,7 +115,7 @@ def address(tensor):
     ids=str,
 )
 def test_saved_tensors(names, saved, lengths, device):
-    """Beside statistics of each row nothing is saved that is not an input, or total."""
+    """Nothing is saved that is not an input, total, or statistics of each row."""
     tensors = drawn((2, 3, 8), lengths, names, device)
     outputs, kept = kept_by(lambda: called(tensors))
     known = tensors | ({"total": outputs[1]} if len(outputs) > 1 else {})
