@@ -65,7 +65,7 @@ SHARED = ("weight", "bias")
 @pytest.mark.parametrize("gate_first", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 2, 37, 150])
 def test_a_sample_does_not_depend_on_the_others(n_tokens, gate_first, lengths, numbers, device):
-    """In batches of one, three and eight, with several programs a sample where it has many tokens."""
+    """Batches have one, three and eight samples; several programs share one that has many tokens."""
     numbers(interpreted_tile_elements=256, multiprocessors=3, modulated_split_rows=16)
     lengths = (n_tokens,) if lengths == (5,) else lengths
     case = Modulated(
@@ -91,7 +91,7 @@ def test_a_sample_does_not_depend_on_the_others(n_tokens, gate_first, lengths, n
 
 
 def test_more_programs_than_one_share_a_sample(numbers, device, guard):
-    """As above, where a program of the backward begins behind the first row of its sample."""
+    """Three programs do, of which two begin behind the first row of their sample."""
     numbers(interpreted_tile_elements=256, multiprocessors=3, modulated_split_rows=16)
     x, scale = (torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 150, 24), (2, 24)))
     with triton_norm.backend("triton"):
