@@ -135,6 +135,45 @@ def test_a_model_and_its_report():
     }
 
 
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+TEXT = {"sample_size": 8, "in_channels": 4, "num_layers": 1}
+MODELS = {
+    "SD3Transformer2DModel": TEXT
+    | HEADS
+    | {"joint_attention_dim": 8, "caption_projection_dim": 32, "pooled_projection_dim": 8}
+    | {"num_layers": 2, "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
+    "CogVideoXTransformer3DModel": HEADS
+    | {"num_layers": 1, "time_embed_dim": 8, "text_embed_dim": 8, "in_channels": 4, "max_text_seq_length": 3}
+    | {"sample_width": 8, "sample_height": 8, "sample_frames": 5},
+    "Lumina2Transformer2DModel": TEXT
+    | {"hidden_size": 32, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "cap_feat_dim": 8}
+    | {"axes_dim_rope": (4, 4, 8), "axes_lens": (30, 16, 16)},
+}
+
+
+@pytest.mark.parametrize(("name", "n_adaptive"), list(zip(MODELS, (5, 3, 3), strict=True)))
+def test_models_compute_the_same(name, n_adaptive, device):
+    """SD3's last block has AdaLayerNormContinuous for its text; Lumina's refiner of the text has no modulation."""
+    model = getattr(diffusers, name)(**MODELS[name]).to(device).eval()
+    x = torch.randn((2, 2, 4, 8, 8) if "3D" in name else (2, 4, 8, 8), device=device)
+    inputs = {"hidden_states": x, "encoder_hidden_states": torch.randn(2, 3, 8, device=device)}
+    inputs["timestep"] = torch.tensor([3.0, 5.0], device=device)
+    if name.startswith("SD3"):
+        inputs["pooled_projections"] = torch.randn(2, 8, device=device)
+    if name.startswith("Lumina"):
+        inputs["encoder_attention_mask"] = torch.ones(2, 3, dtype=torch.bool, device=device)
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        report = tn.convert(model)
+        with tn.backend("triton"):
+            agree([model(**inputs).sample], [expected], SINGLE)
+    adaptive = [
+        change for change in report.converted.values() if "Ada" in change or "Zero" in change or "Cont" in change
+    ]
+    assert len(adaptive) == n_adaptive
+    assert all("outside of its norms" in reason for reason in report.skipped.values())
+
+
 @pytest.mark.parametrize("norm_type", ["layer_norm", "ada_norm_zero", "ada_norm_single"])
 def test_blocks_that_modulate_their_norms_are_reported(norm_type):
     attention = importlib.import_module("diffusers.models.attention")
