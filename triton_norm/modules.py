@@ -15,6 +15,7 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 
 from triton_norm import checks, distributed, explaining, functional, symbolic
 from triton_norm.dispatch import Explanation
+from triton_norm.functional_modulated import SILU
 from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions
 from triton_norm.symbolic import REVERTED
 
@@ -74,7 +75,7 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
         x_hat_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
         gate: Tensor | None = None,
-        gate_activation: str | None = functional.SILU,
+        gate_activation: str | None = SILU,
         gate_first: bool = False,
         product_dtype: torch.dtype | None = None,
         scale: Tensor | None = None,
@@ -84,7 +85,7 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
     ) -> Any:
         own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
         plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
-        plain = plain and gate_first is False and gate_activation is functional.SILU
+        plain = plain and gate_first is False and gate_activation is SILU
         if REVERTED in self.__dict__ or not plain or has_torch_function_unary(input):
             of_gate = gate, gate_activation, gate_first, product_dtype
             fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
@@ -92,7 +93,7 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
             if instead is not None:
                 return instead(input, **changed(LayerNorm.forward, fused))
             # self.weight: a tracer of torch.fx makes it a node
-            named: dict[str, Any] = dict(zip(LayerNorm.forward.__kwdefaults__, fused, strict=True))
+            named = by_name(LayerNorm.forward, fused)
             return functional.layer_norm(
                 input, self.normalized_shape, weight=self.weight, bias=self.bias, eps=self.eps, **named
             )
@@ -127,7 +128,7 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
         x_hat_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
         gate: Tensor | None = None,
-        gate_activation: str | None = functional.SILU,
+        gate_activation: str | None = SILU,
         gate_first: bool = False,
         product_dtype: torch.dtype | None = None,
         scale: Tensor | None = None,
@@ -137,7 +138,7 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
     ) -> Any:
         own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
         plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
-        plain = plain and gate_first is False and gate_activation is functional.SILU
+        plain = plain and gate_first is False and gate_activation is SILU
         if REVERTED in self.__dict__ or not plain or has_torch_function_unary(x):
             of_gate = gate, gate_activation, gate_first, product_dtype
             fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
@@ -145,7 +146,7 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
             if instead is not None:
                 return instead(x, **changed(RMSNorm.forward, fused))
             # self.weight: a tracer of torch.fx makes it a node
-            named: dict[str, Any] = dict(zip(RMSNorm.forward.__kwdefaults__, fused, strict=True))
+            named = by_name(RMSNorm.forward, fused)
             return functional.rms_norm(x, self.normalized_shape, weight=self.weight, eps=self.eps, **named)
         weight = weight_of(self)
         tensors = x, residual, weight, None
@@ -363,6 +364,11 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         if hasattr(module, "qconfig"):
             converted.qconfig = module.qconfig
         return converted
+
+
+def by_name(forward: Any, options: tuple[Any, ...]) -> dict[str, Any]:
+    """Returns the keyword arguments of a forward, by name."""
+    return dict(zip(forward.__kwdefaults__, options, strict=True))
 
 
 def changed(forward: Any, options: tuple[Any, ...]) -> dict[str, Any]:
