@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from perf.ops import BULK, PARAMETERS, STATISTICS, TENSORS, Functions
+from perf.ops import BULK, MODULATIONS, PARAMETERS, STATISTICS, TENSORS, Functions
 from perf.points import BOTH, STRIDED, Point
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -71,7 +71,10 @@ def make_inputs(point: Point, device: str, seed: int = 0, blank: bool = False) -
         if name in STATISTICS:
             return torch.empty(features, device=device, dtype=DTYPES[point.statistics_dtype])
         if name in PARAMETERS:
-            return draw(name, features, point.parameter_dtype, torch.contiguous_format)
+            each = features if workload.weights == 1 else (workload.weights, *features)
+            return draw(name, each, point.parameter_dtype, torch.contiguous_format)
+        if name in MODULATIONS:
+            return draw(name, (shape[0], *features), point.dtype, torch.contiguous_format)
         if name == "x" and workload.layout == STRIDED:
             *tokens, heads, columns = shape
             return draw(name, (*tokens, workload.heads, columns), point.dtype, memory_format)[..., :heads, :]
@@ -104,8 +107,12 @@ def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
     tensors = inputs.named(tuple(name for name in reads if name in BULK))
     statistics = inputs.named(tuple(name for name in reads if name in STATISTICS))
     parameters = inputs.named(tuple(name for name in reads if name in PARAMETERS))
+    modulations = inputs.named(tuple(name for name in reads if name in MODULATIONS))
+    features = (point.workload.features,)
     arguments: dict[str, tuple[Any, ...]] = {
-        "rows": ((point.workload.features,), *parameters, EPS),
+        "rows": (features, *parameters, EPS),
+        "gated": (features, *parameters, EPS),
+        "modulated": (features, *modulations, EPS),
         "channels": (*statistics, *parameters, op.training, MOMENTUM, EPS),
         "groups": (point.workload.num_groups, *parameters, EPS),
         "instances": (None, None, *parameters, True, MOMENTUM, EPS),

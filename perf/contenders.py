@@ -138,8 +138,12 @@ CONTENDERS = [
     Contender("Liger-Kernel", others.liger, ("triton", "liger_kernel.transformers.functional"), ("liger-kernel",)),
     Contender("QuACK", others.quack, ("quack.rmsnorm",), ("quack-kernels",)),
     Contender(
-        "flash-linear-attention", others.flash_linear_attention, ("triton", "fla.modules.layernorm"), ("fla-core",)
+        "flash-linear-attention",
+        others.flash_linear_attention,
+        ("triton", "fla.modules.layernorm", "fla.modules.fused_norm_gate"),
+        ("fla-core",),
     ),
+    Contender("mamba-ssm", others.mamba_ssm, ("triton", "mamba_ssm.ops.triton.layernorm_gated"), ("mamba-ssm",)),
     Contender("apex", others.apex, ("apex.normalization.fused_layer_norm", "fused_layer_norm_cuda"), ("apex",)),
     Contender("FlagGems", others.flag_gems, ("triton", "flag_gems"), ("flag_gems",)),
 ]

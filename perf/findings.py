@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from perf.ops import BULK, TITLE
+from perf.ops import BULK, FAMILY, ROW_FAMILIES, TITLE
 from perf.points import ITEMSIZE, MODE_TITLE, PASSES, STRIDED
 from perf.records import Numerics, PointFields, Resources, Results, Run, Step, Timing, Traffic, Ulps, ok
 
@@ -107,8 +107,9 @@ def shape_text(record: PointFields) -> str:
 
 
 def layout_text(record: PointFields) -> str:
-    """Returns the shape, and its layout where it has more than two extents."""
-    if len(record["shape"]) == 2:
+    """Returns the shape, and its layout where that is not plain rows."""
+    is_of_rows = FAMILY[record["op"]] in ROW_FAMILIES and record["layout"] != STRIDED
+    if len(record["shape"]) == 2 or is_of_rows:
         return shape_text(record)
     return f"{shape_text(record)} {LAYOUT_TEXT[record['layout']]}"
 
@@ -120,7 +121,7 @@ def columns_of(record: PointFields) -> dict[str, Any]:
 
 
 def streamed(record: Traffic) -> float:
-    """Returns bytes over the floor, without weights that every program reads again and finds in cache."""
+    """Returns bytes over the floor, without weights and modulations that programs read again and find in cache."""
     again = sum(record["bytes"]["parameters"].values()) - sum(record["footprint"]["parameters"].values())
     return (record["total_bytes"] - again) / record["floor_bytes"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from perf.calls import Candidate, Inputs, bind, candidate
-from perf.ops import Functions, of_sum, torch_functions
+from perf.ops import Functions, modulated_of_sum, of_sum, torch_functions
 from perf.points import BOTH, MODES, Point
 
 # Relative to the reference's norm. Rounding the result alone costs at most half an ulp an element, 2^-9 in bf16; the
@@ -44,10 +44,12 @@ def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def exact_functions(total_dtype: torch.dtype) -> Functions:
-    """Returns torch's own in fp64, where total = x + residual is rounded to the total's type."""
+    """Returns torch's own in fp64, where total is rounded to its type."""
     exact = dict(torch_functions())
+    rounded = partial(_rounded, dtype=total_dtype)
     for name in ("layer_norm", "rms_norm"):
-        exact[f"{name}_residual"] = of_sum(exact[name], partial(_rounded, dtype=total_dtype))
+        exact[f"{name}_residual"] = of_sum(exact[name], rounded)
+    exact["layer_norm_modulated_residual"] = modulated_of_sum(exact["layer_norm"], rounded)
     return exact
 
 

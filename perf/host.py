@@ -31,6 +31,7 @@ Call = Callable[[], object]
 
 SHAPE = (8, 1024)
 IMAGES = (8, 64, 16, 16)
+SAMPLES = (2, 4, 1024)
 # Batches, and calls in each: the shorter a batch, the more of them run undisturbed on a busy machine.
 BATCHES, CALLS = 300, 20
 # Calls before each batch: the caches have the other cases' data.
@@ -61,6 +62,7 @@ def cases() -> Iterator[Case]:
         weights = torch.randn(parameters, width).bfloat16()
         yield from _cases_of(name, lambda x, *weights, f=function: f(x, (width,), *weights), (x, *weights), dy)
         yield from _operators(name, x, weights, dy)
+    yield from _gated_and_modulated()
     for layer in (triton_norm.LayerNorm, triton_norm.RMSNorm):
         yield from _cases_of_module(layer(width).bfloat16(), x, dy)
     images, dy = torch.randn(2, *IMAGES).bfloat16()
@@ -72,6 +74,22 @@ def cases() -> Iterator[Case]:
     yield from _cases_of("batch_norm", batch_norm, (images, *torch.randn(2, IMAGES[1])), dy)
     yield from _cases_of_module(triton_norm.BatchNorm2d(IMAGES[1]), images, dy)
     yield from _cases_of_module(triton_norm.BatchNorm2d(IMAGES[1]).eval(), images, dy, " in evaluation")
+
+
+def _gated_and_modulated() -> Iterator[Case]:
+    """Yields rms_norm with a gate and a weight, and layer_norm with scale and shift of each sample."""
+    samples, _, width = SAMPLES
+    x, gate, dy = torch.randn(3, *SAMPLES).bfloat16()
+    weight, scale, shift = torch.randn(3, samples, width).bfloat16()
+
+    def gated(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+        return triton_norm.rms_norm(x, (width,), weight, gate=gate)  # type: ignore[no-any-return]
+
+    def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return triton_norm.layer_norm(x, (width,), scale=scale, shift=shift)  # type: ignore[no-any-return]
+
+    yield from _cases_of("rms_norm with a gate", gated, (x, gate, weight[0]), dy)
+    yield from _cases_of("layer_norm, modulated", modulated, (x, scale, shift), dy)
 
 
 def _cases_of(name: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Iterator[Case]:

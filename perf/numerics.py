@@ -18,21 +18,32 @@ from perf import ops
 from perf.calls import DTYPES, Inputs, bind
 from perf.environment import has_gpu
 from perf.findings import OUTPUTS, OVERFLOWING, ulps_of, ulps_text
-from perf.ops import BULK, FAMILY, PARAMETERS, TENSORS, Functions, torch_functions, triton_norm_functions
+from perf.ops import (
+    BULK,
+    FAMILY,
+    MODULATIONS,
+    PARAMETERS,
+    TENSORS,
+    Functions,
+    torch_functions,
+    triton_norm_functions,
+)
 from perf.points import Point, Workload
 from perf.records import Numerics, Ulps, in_a_line, made
 from triton_norm import launch
 
 Draw = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]
 
-OPS = tuple(name for name, op in ops.OPS.items() if op.training and {*op.inputs} & {*BULK} == {"x", "dy"})
-"""Ops of one input, which has all of the arithmetic; those with a residual round their sum first."""
+OPS = tuple(name for name, op in ops.OPS.items() if op.training and {*op.inputs} & {*BULK} <= {"x", "gate", "dy"})
+"""Ops without a residual, which have all of the arithmetic; those with one round their sum first."""
 TYPES = ("fp32", "bf16", "fp16")
 COLUMNS = (64, 1000, 4096)
-# SiLU is computed element by element behind the sums that are GroupNorm's.
-FEWER_COLUMNS = {"group_norm_silu": (1000,)}
+# Activations, gates and modulations are computed element by element before or behind sums that other ops have, too.
+FEWER_COLUMNS = dict.fromkeys(
+    ("group_norm_silu", "rms_norm_gated", "rms_norm_gate_first", "layer_norm_modulated"), (1000,)
+)
 ROWS = 6
-# Rows are groups or instances of this many samples.
+# Rows are groups, instances or tokens of this many samples.
 SAMPLES = 2
 # A channel's elements are spread over this many samples, and a group's over this many channels.
 SPREAD, GROUP_CHANNELS = 4, 2
@@ -84,6 +95,8 @@ def _workload(family: str, n: int) -> Workload:
     instance."""
     shapes = {
         "rows": (ROWS, n),
+        "gated": (ROWS, n),
+        "modulated": (SAMPLES, ROWS // SAMPLES, n),
         "channels": (SPREAD, ROWS, n // SPREAD),
         "groups": (SAMPLES, ROWS // SAMPLES * GROUP_CHANNELS, n // GROUP_CHANNELS),
         "instances": (SAMPLES, ROWS // SAMPLES, n),
@@ -133,10 +146,12 @@ def measure(point: Point, data: str, n: int) -> dict[str, Ulps]:
     generator = torch.Generator().manual_seed(n)
     rows = {"x": DATA[data](n, dtype, generator).contiguous(), "dy": _normal(n, generator)}
     drawn = {name: _laid(tensor, workload) for name, tensor in rows.items()}
-    for name in point.declared.forward.reads:
+    for name in (name for name in point.declared.forward.reads if name in (*PARAMETERS, *MODULATIONS, "gate")):
+        values = TENSORS[name].std * _normal(n, generator) + TENSORS[name].mean
         if name in PARAMETERS:
-            law = TENSORS[name]
-            drawn[name] = (law.std * _normal(n, generator)[0] + law.mean)[: workload.features]
+            drawn[name] = values[0, : workload.features]
+        else:
+            drawn[name] = values[:SAMPLES] if name in MODULATIONS else _laid(values, workload)
     rounded = {name: tensor.to(dtype) for name, tensor in drawn.items()}
     exact = _call(torch_functions(), point, {name: tensor.double() for name, tensor in rounded.items()})
     there = {name: tensor.to("cuda" if has_gpu() else "cpu") for name, tensor in rounded.items()}

@@ -18,7 +18,8 @@ Functions = Mapping[str, Function]
 """Functions of one contender by the names of their ops. It has no other op.
 
 A function takes x and the other tensors of x's size in the order of the op's forward, then the arguments of
-torch.nn.functional's function. Those that write a total return y and total = x + residual.
+torch.nn.functional's function, with modulations in the place of weight and bias. Those that write a total return y and
+total.
 """
 
 
@@ -27,8 +28,8 @@ class Tensor:
     """Describes the tensors of one name.
 
     Args:
-        kind: "bulk" (of x's size and type), "bits" (one bit an element), "parameters" (one number a feature) or
-            "statistics" (one a mean).
+        kind: "bulk" (of x's size and type), "bits" (one bit an element), "parameters" (one number a feature),
+            "modulations" (one a feature and sample) or "statistics" (one a mean).
         mean, std: of the values that an input is drawn with.
     """
 
@@ -40,17 +41,25 @@ class Tensor:
 TENSORS = {
     "x": Tensor("bulk", 0.5, 2.0),
     "residual": Tensor("bulk", -0.25),
+    "gate": Tensor("bulk"),
     "y": Tensor("bulk"),
     "total": Tensor("bulk"),
     "dy": Tensor("bulk"),
     "dtotal": Tensor("bulk"),
     "dx": Tensor("bulk"),
     "dresidual": Tensor("bulk"),
+    "dgate": Tensor("bulk"),
     "bits": Tensor("bits"),  # the side of 0 that an activation was taken on
     "weight": Tensor("parameters", 1.0, 0.25),
     "bias": Tensor("parameters", 0.0, 0.25),
     "dweight": Tensor("parameters"),
     "dbias": Tensor("parameters"),
+    "scale": Tensor("modulations", 0.0, 0.25),
+    "shift": Tensor("modulations", 0.0, 0.25),
+    "residual_gate": Tensor("modulations", 0.5, 0.25),
+    "dscale": Tensor("modulations"),
+    "dshift": Tensor("modulations"),
+    "dresidual_gate": Tensor("modulations"),
     "mean": Tensor("statistics"),
     "rstd": Tensor("statistics"),
     "running_mean": Tensor("statistics", 0.25, 0.0),
@@ -63,7 +72,11 @@ def named(kind: str) -> tuple[str, ...]:
     return tuple(name for name, tensor in TENSORS.items() if tensor.kind == kind)
 
 
-BULK, BITS, PARAMETERS, STATISTICS = map(named, ("bulk", "bits", "parameters", "statistics"))
+BULK, BITS, PARAMETERS, MODULATIONS, STATISTICS = map(
+    named, ("bulk", "bits", "parameters", "modulations", "statistics")
+)
+ROW_FAMILIES = ("rows", "gated", "modulated")
+"""Families whose ops normalize the last axis."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,8 @@ class Op:
     """Declares one op.
 
     Args:
-        family: "rows", "channels", "groups" or "instances": the elements that share a mean, and torch's arguments.
+        family: "rows", "channels", "groups" or "instances": the elements that share a mean, and torch's arguments;
+            "gated" or "modulated": rows with a gate or with modulations.
         forward, backward: tensors that each pass moves. The forward's reads are the inputs. Tensors for the backward
             are saved in a forward that writes "bits", and in no other one that is timed alone.
         torch: returns torch's function from torch.nn.functional.
@@ -154,6 +168,63 @@ def of_sum(norm: Function, rounded: Function = lambda total: total) -> Function:
     return norm_of_sum
 
 
+def modulated(norm: Function) -> Function:
+    """Returns torch's modulated norm of x [samples, ..., features], scale and shift [samples, features]."""
+
+    def norm_modulated(x: Any, shape: Any, scale: Any, shift: Any, eps: float) -> Any:
+        return norm(x, shape, None, None, eps) * (1 + _to_tokens(scale, x)) + _to_tokens(shift, x)
+
+    return norm_modulated
+
+
+def modulated_of_sum(norm: Function, rounded: Function = lambda total: total) -> Function:
+    """Returns torch's modulated norm of total = residual + residual_gate · x, which is returned too."""
+
+    def modulated_of_total(x: Any, residual: Any, shape: Any, residual_gate: Any, *arguments: Any) -> Any:
+        total = rounded(residual + _to_tokens(residual_gate, x) * x)
+        return modulated(norm)(total, shape, *arguments), total
+
+    return modulated_of_total
+
+
+def _to_tokens(modulation: Any, x: Any) -> Any:
+    """Returns [samples, features] in the shape [samples, 1, ..., features], which broadcasts to the tokens of x."""
+    samples, features = modulation.shape
+    return modulation.view(samples, *[1] * (x.dim() - 2), features)
+
+
+def _gated_by_torch(F: Any, gate_first: bool) -> Function:
+    def gated(x: Any, gate: Any, shape: Any, weight: Any, eps: float) -> Any:
+        own, by_group = (weight, 1) if weight.dim() == 1 else (None, weight)
+        if gate_first:
+            return F.rms_norm(x * F.silu(gate), shape, own, eps) * by_group
+        return F.rms_norm(x, shape, own, eps) * by_group * F.silu(gate)
+
+    return gated
+
+
+def _gated(function: Function, gate_first: bool) -> Function:
+    """Returns a function of this library with a gate. A weight of each group of features is [groups, features]."""
+
+    def gated(x: Any, gate: Any, shape: Any, weight: Any, eps: float) -> Any:
+        named = {"weight" if weight.dim() == 1 else "head_weight": weight}
+        return function(x, shape, **named, eps=eps, gate=gate, gate_first=gate_first)
+
+    return gated
+
+
+def _modulated(function: Function) -> Function:
+    return lambda x, shape, scale, shift, eps: function(x, shape, None, None, eps, scale=scale, shift=shift)
+
+
+def _modulated_of_sum(function: Function) -> Function:
+    def norm(x: Any, residual: Any, shape: Any, residual_gate: Any, scale: Any, shift: Any, eps: float) -> Any:
+        named = {"residual": residual, "residual_gate": residual_gate, "scale": scale, "shift": shift}
+        return function(x, shape, None, None, eps, **named)
+
+    return norm
+
+
 def _add_relu(F: Any) -> Function:
     return lambda x, residual, *arguments: F.relu(F.batch_norm(x, *arguments) + residual)
 
@@ -165,6 +236,8 @@ def _residual_second(function: Function, **options: Any) -> Function:
 
 _AFFINE = moves("x weight bias -> y")
 _AFFINE_BACKWARD = moves("x dy weight mean rstd -> dx dweight dbias")
+_GATED = moves("x gate weight -> y")
+_GATED_BACKWARD = moves("x gate dy weight rstd -> dx dgate dweight")
 _REDUCED = moves("x weight bias -> y", reduced="x")
 _REDUCED_BACKWARD = moves("x dy weight mean rstd -> dx dweight dbias", reduced="x dy")
 
@@ -190,6 +263,25 @@ OPS = {
         moves("total dy dtotal weight rstd -> dx dweight"),
         lambda F: of_sum(F.rms_norm), lambda tn: _residual_second(tn.rms_norm),
         quick=_quick_residual,
+    ),
+    "rms_norm_gated": Op(
+        "RMSNorm · SiLU(gate)", "gated", _GATED, _GATED_BACKWARD,
+        lambda F: _gated_by_torch(F, False), lambda tn: _gated(tn.rms_norm, False),
+    ),
+    "rms_norm_gate_first": Op(
+        "RMSNorm of x · SiLU(gate)", "gated", _GATED, _GATED_BACKWARD,
+        lambda F: _gated_by_torch(F, True), lambda tn: _gated(tn.rms_norm, True),
+    ),
+    "layer_norm_modulated": Op(
+        "LayerNorm, modulated", "modulated",
+        moves("x scale shift -> y"), moves("x dy scale mean rstd -> dx dscale dshift"),
+        lambda F: modulated(F.layer_norm), lambda tn: _modulated(tn.layer_norm),
+    ),
+    "layer_norm_modulated_residual": Op(
+        "LayerNorm + gated residual, modulated", "modulated",
+        moves("x residual residual_gate scale shift -> y total"),
+        moves("total x dy dtotal residual_gate scale mean rstd -> dx dresidual dresidual_gate dscale dshift"),
+        lambda F: modulated_of_sum(F.layer_norm), lambda tn: _modulated_of_sum(tn.layer_norm),
     ),
     "batch_norm": Op(
         "BatchNorm, training", "channels",

@@ -54,6 +54,8 @@ def quack() -> Functions:
 
 def flash_linear_attention() -> Functions:
     ops = importlib.import_module("fla.modules.layernorm")
+    gated = importlib.import_module("fla.modules.fused_norm_gate")
+
     return {
         "layer_norm": lambda x, shape, weight, bias, eps: ops.layer_norm(x, weight, bias, eps=eps),
         "rms_norm": lambda x, shape, weight, eps: ops.rms_norm(x, weight, None, eps=eps),
@@ -63,7 +65,28 @@ def flash_linear_attention() -> Functions:
         "rms_norm_residual": lambda x, residual, shape, weight, eps: ops.rms_norm(
             x, weight, None, residual=residual, eps=eps, prenorm=True
         ),
+        "rms_norm_gated": lambda x, gate, shape, weight, eps: gated.rms_norm_gated(
+            x, gate, weight, None, activation="silu", eps=eps
+        ),
     }
+
+
+def mamba_ssm() -> Functions:
+    """Its gated RMSNorm takes the groups of a token in one row, and their weights too."""
+    ops = importlib.import_module("mamba_ssm.ops.triton.layernorm_gated")
+
+    def gated(norm_before_gate: bool) -> Callable[..., Any]:
+        def rms_norm(x: Any, gate: Any, shape: tuple[int, ...], weight: Any, eps: float) -> Any:
+            own: dict[str, Any] = {"eps": eps, "norm_before_gate": norm_before_gate}
+            if weight.dim() == 1:
+                return ops.rmsnorm_fn(x, weight, None, z=gate, **own)
+            tokens = [tensor.flatten(-2) for tensor in (x, gate)]
+            y = ops.rmsnorm_fn(tokens[0], weight.flatten(), None, z=tokens[1], group_size=shape[-1], **own)
+            return y.view_as(x)
+
+        return rms_norm
+
+    return {"rms_norm_gated": gated(norm_before_gate=True), "rms_norm_gate_first": gated(norm_before_gate=False)}
 
 
 def apex() -> Functions:

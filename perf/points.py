@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from perf.ops import BITS, BULK, OPS, PARAMETERS, STATISTICS, Floor, Op
+from perf.ops import BITS, BULK, MODULATIONS, OPS, PARAMETERS, ROW_FAMILIES, STATISTICS, Floor, Op
 from perf.records import PointFields, task_name
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
@@ -36,12 +36,13 @@ class Workload:
     Args:
         family: of the ops that take it.
         group: the sweep or the picture's panel that it belongs to.
-        shape: (..., features) of rows, (N, C, *spatial) of others.
+        shape: (..., features) of rows, (samples, ..., features) of modulated ones, (N, C, *spatial) of others.
         source: the model or so that it comes from.
         layout: of `LAYOUTS`, or `STRIDED`.
         quick, landmark: measured in a quick run, and among the first.
         num_groups: of a GroupNorm; 32 are those of diffusion models and of most others.
         heads: of strided rows, the heads that a token has in memory, of which x is the first shape[-2].
+        weights: of gated rows, the groups of features of a token, each with weights of its own.
         multiprocessors: of the GPU, or of the part of it, that bytes are counted for; 132 are an H100's.
         ops: those that are measured on it; all of the family if there are none.
     """
@@ -55,6 +56,7 @@ class Workload:
     landmark: bool = False
     num_groups: int = 32
     heads: int = 0
+    weights: int = 1
     multiprocessors: int = 132
     ops: tuple[str, ...] = ()
 
@@ -64,12 +66,16 @@ class Workload:
 
     @property
     def features(self) -> int:
-        return self.shape[-1] if self.family == "rows" else self.shape[1]
+        return self.shape[-1] if self.is_of_rows else self.shape[1]
+
+    @property
+    def is_of_rows(self) -> bool:
+        return self.family in ROW_FAMILIES
 
     @property
     def means(self) -> int:
         """Returns how many means there are: one a row, a channel, or a group or channel of a sample."""
-        counts = {"rows": self.elements // self.features, "channels": self.features}
+        counts = dict.fromkeys(ROW_FAMILIES, self.elements // self.features) | {"channels": self.features}
         counts |= {"groups": self.shape[0] * self.num_groups, "instances": self.shape[0] * self.features}
         return counts[self.family]
 
@@ -114,7 +120,7 @@ class Point:
     @property
     def parameter_dtype(self) -> str:
         """Returns x's type, or for BatchNorm and InstanceNorm fp32 beside 16-bit activations, as under autocast."""
-        return self.dtype if self.workload.family in ("rows", "groups") or self.dtype == "fp64" else "fp32"
+        return self.dtype if self.workload.family in (*ROW_FAMILIES, "groups") or self.dtype == "fp64" else "fp32"
 
     @property
     def statistics_dtype(self) -> str:
@@ -124,7 +130,9 @@ class Point:
         if name in BULK:
             return self.workload.elements * ITEMSIZE[self.dtype]
         if name in PARAMETERS:
-            return self.workload.features * ITEMSIZE[self.parameter_dtype]
+            return self.workload.weights * self.workload.features * ITEMSIZE[self.parameter_dtype]
+        if name in MODULATIONS:
+            return self.workload.shape[0] * self.workload.features * ITEMSIZE[self.dtype]
         if name in BITS:
             return -(-self.workload.elements // 8)
         return self.workload.means * ITEMSIZE[self.statistics_dtype]

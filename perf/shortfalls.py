@@ -26,7 +26,7 @@ from perf.findings import (
     ulps_text,
     uncached,
 )
-from perf.ops import FAMILY, TITLE
+from perf.ops import FAMILY, ROW_FAMILIES, TITLE
 from perf.points import MODE_TITLE
 from perf.records import Numerics, PointFields, Resources, Run, Timing, Traffic, ok
 
@@ -69,7 +69,7 @@ class Bar:
 
     @property
     def is_of_rows(self) -> bool:
-        return FAMILY[self.ops[0]] == "rows"
+        return FAMILY[self.ops[0]] in ROW_FAMILIES
 
     @property
     def text(self) -> str:

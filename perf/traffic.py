@@ -11,8 +11,8 @@ launch was chosen because they are then still in cache.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from perf.calls import Inputs, bind, candidate, make_inputs
+from perf.findings import uncached
 from perf.gate import TOLERANCE, errors, expected, named, verdict
-from perf.ops import BITS, BULK, PARAMETERS, STATISTICS, triton_norm_functions
+from perf.ops import BITS, BULK, MODULATIONS, PARAMETERS, STATISTICS, triton_norm_functions
 from perf.points import Point
 from perf.records import Traffic, in_a_line, made, task_name
 from triton_norm.testing.interleave import interleaved
@@ -36,7 +37,8 @@ from triton_norm.testing.interpreter import (
     observe,
 )
 from triton_norm.testing.stub_driver import H100, as_on_gpu
-from triton_norm.tuning import row_spaces
+from triton_norm.tuning import modulated_spaces, row_spaces
+from triton_norm.tuning.configs import Space
 from triton_norm.tuning.limits import Gpu
 
 OPS = triton_norm_functions()
@@ -154,7 +156,7 @@ def _groups(counter: TrafficCounter, tensors: dict[str, torch.Tensor]) -> dict[i
     """Returns the group of each memory by its start: by the name of the call's tensor that it is, or else by the
     kernels' names for it."""
     names = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
-    named_groups = {"bulk": BULK, "parameters": PARAMETERS, "statistics": STATISTICS}
+    named_groups = {"bulk": BULK, "parameters": (*PARAMETERS, *MODULATIONS), "statistics": STATISTICS}
 
     def group(memory: Memory) -> str:
         if memory.start in names:
@@ -169,7 +171,7 @@ def _groups(counter: TrafficCounter, tensors: dict[str, torch.Tensor]) -> dict[i
 def _tensors(inputs: Inputs, *results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     tensors = {name: tensor for result in results for name, tensor in result.items()}
     tensors |= {name: tensor for name, tensor in vars(inputs).items() if tensor is not None}
-    return {name: tensors[name] for name in (*BULK, *PARAMETERS, *STATISTICS) if name in tensors}
+    return {name: tensors[name] for name in (*BULK, *PARAMETERS, *MODULATIONS, *STATISTICS) if name in tensors}
 
 
 def _figures(counter: TrafficCounter, groups: dict[int, str]) -> dict[str, Any]:
@@ -224,9 +226,15 @@ def slice_of(gpu: Gpu, multiprocessors: int) -> Gpu:
 def _few_finalising_programs() -> Iterator[None]:
     """Has the sums of a backward's teams added up by the few programs of the interpreter: each sum is loaded once,
     however many programs share them, and a program takes the interpreter milliseconds."""
-    finalise = row_spaces.rows_backward_finalise
-    with mock.patch.object(row_spaces, "rows_backward_finalise", lambda gpu: finalise(replace(gpu, interpreted=True))):
+    spaces = (row_spaces, "rows_backward_finalise"), (modulated_spaces, "modulated_backward_finalise")
+    with ExitStack() as stack:
+        for module, name in spaces:
+            stack.enter_context(mock.patch.object(module, name, _interpreted(getattr(module, name))))
         yield
+
+
+def _interpreted(space: Callable[[Gpu], Space]) -> Callable[[Gpu], Space]:
+    return lambda gpu: space(replace(gpu, interpreted=True))
 
 
 def count(point: Point, gpu: Gpu = H100) -> Traffic:
@@ -264,4 +272,5 @@ def line(record: Traffic) -> str:
     if "total_bytes" not in record:
         return f"{name}: {record['status']}, {record['message']}"
     again = f", {record['again_bytes'] / record['floor_bytes']:.3f} of it again" if record["again_bytes"] else ""
-    return f"{name}: {record['total_bytes'] / record['floor_bytes']:.3f} of the floor{again}, {record['status']}"
+    of_floor = f"{record['total_bytes'] / record['floor_bytes']:.3f} of the floor{again}"
+    return f"{name}: {of_floor}, {uncached(record):.3f} without reads from cache, {record['status']}"

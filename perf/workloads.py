@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from perf.ops import FAMILY, OPS, of_family
+from perf.ops import FAMILY, OPS, ROW_FAMILIES, of_family
 from perf.points import LAYOUTS, MODES, STRIDED, Point, Workload
 
 SWEEP_ELEMENTS = 1 << 26
@@ -69,6 +70,38 @@ HEADS = {
 }
 QUICK_HEADS = ("q of Qwen3 8B", "q of ViT-B")
 
+# Rows with a gate. Of three extents, the features of a token are groups, each normalized by itself.
+GATED = {
+    "16384 tokens": (16384, 2048),
+    "16384 tokens, wider": (16384, 4096),
+    "Mamba2-2.7B": (16384, 5120),
+    "Qwen3-Next, heads": (16384, 32, 128),
+    "Nemotron-H 8B, groups": (16384, 8, 1024),
+    "Zamba2 7B, groups": (16384, 2, 3584),
+}
+QUICK_GATED = ("16384 tokens, wider", "Qwen3-Next, heads", "Nemotron-H 8B, groups")
+# Models that apply the gate in one place only: before the norm, or behind it.
+GATED_OPS = {
+    "Mamba2-2.7B": ("rms_norm_gate_first",),
+    "Qwen3-Next, heads": ("rms_norm_gated",),
+    "Nemotron-H 8B, groups": ("rms_norm_gate_first",),
+    "Zamba2 7B, groups": ("rms_norm_gate_first",),
+}
+# Groups of a token that have weights of their own.
+GATED_WEIGHTS = {"Nemotron-H 8B, groups": 8, "Zamba2 7B, groups": 2}
+# [samples, tokens, features] of blocks whose LayerNorm is modulated by the time step and the prompt.
+MODULATED = {
+    (8, 2048, 2048): "8 samples",
+    (8, 2048, 4096): "8 samples",
+    (32, 256, 1152): "DiT-XL/2",
+    (256, 256, 1152): "DiT-XL/2",
+    (8, 4096, 1536): "Stable Diffusion 3, image",
+    (8, 333, 1536): "Stable Diffusion 3, text",
+    (4, 4096, 3072): "Flux, image",
+    (4, 4096, 1152): "PixArt",
+}
+QUICK_MODULATED = ((256, 256, 1152), (8, 333, 1536), (4, 4096, 3072))
+
 BATCH_CHANNELS, BATCH_SIDE = 256, 28
 BATCHES = [1 << k for k in range(11)]
 QUICK_BATCHES = (4, 32, 128, 512)
@@ -90,6 +123,18 @@ def _rows() -> Iterator[Workload]:
                 yield Workload("rows", "tokens", (tokens, n), source)
     for source, (op, rows, heads) in HEADS.items():
         yield Workload("rows", "heads", rows, source, STRIDED, quick=source in QUICK_HEADS, heads=heads, ops=(op,))
+
+
+def _gated_and_modulated() -> Iterator[Workload]:
+    for source, shape in GATED.items():
+        quick, weights = source in QUICK_GATED, GATED_WEIGHTS.get(source, 1)
+        ops = GATED_OPS.get(source, ())
+        yield Workload(
+            "gated", "layers", shape, source, quick=quick, landmark=shape == (16384, 4096), weights=weights, ops=ops
+        )
+    for shape, source in MODULATED.items():
+        quick, landmark = shape in QUICK_MODULATED, shape == (4, 4096, 3072)
+        yield Workload("modulated", "layers", shape, source, quick=quick, landmark=landmark)
 
 
 def _channels(layout: str) -> Iterator[Workload]:
@@ -130,14 +175,18 @@ def _samples(layout: str) -> Iterator[Workload]:
         yield workload("instances", (4, channels, side, side), "style transfer", quick=side == 128)
 
 
-WORKLOADS = [*_rows(), *_channels("contiguous"), *_channels("channels_last")]
+WORKLOADS = [*_rows(), *_gated_and_modulated(), *_channels("contiguous"), *_channels("channels_last")]
 WORKLOADS += [*_samples("contiguous"), *_samples("channels_last")]
 
 
 def read(path: Path) -> list[Workload]:
-    """Workloads from JSON: a list of {"shape": [...]}, each with "family": "rows" (the last extent is normalized; a
-    shape of two extents has it by default), "channels", "groups" or "instances", "layout" and "source", all optional.
-    ValueError if it is not.
+    """Returns workloads from JSON: a list of {"shape": [...]}, each with "family", "layout" and "source", all optional.
+
+    The families are "rows" (the last extent is normalized; a shape of two extents has it by default), "gated",
+    "modulated" (samples, tokens and features), "channels", "groups" and "instances".
+
+    Raises:
+        ValueError: the file has something else.
     """
     try:
         described = json.loads(path.read_text())
@@ -162,11 +211,14 @@ def _described(each: Any) -> Workload:
     if family not in FAMILY.values() or layout not in LAYOUTS:
         kinds = f"family is one of {', '.join(dict.fromkeys(FAMILY.values()))}, layout one of {', '.join(LAYOUTS)}"
         raise ValueError(f"{json.dumps(each)}: {kinds}")
-    if layout != LAYOUTS[0] and (family == "rows" or len(shape) not in (4, 5)):
+    if layout != LAYOUTS[0] and (family in ROW_FAMILIES or len(shape) not in (4, 5)):
         raise ValueError(f"{json.dumps(each)}: {layout} is a layout of channels with two or three spatial extents")
     if family == "rows":
         return Workload(family, "models", (prod(shape[:-1]), shape[-1]), source)
-    return Workload(family, "networks", tuple(shape), source, layout)
+    if family == "modulated" and len(shape) < 3:
+        raise ValueError(f"{json.dumps(each)}: a modulated shape has samples, tokens and features")
+    group = "layers" if family in ROW_FAMILIES else "networks"
+    return Workload(family, group, tuple(shape), source, layout)
 
 
 def points(
@@ -200,12 +252,14 @@ BAR_ROWS = {"forward": 1024, "backward": 16384}
 QUICK_BAR_COLUMNS = (1000, 1024, 4096, 8192, 32768, 65536)
 ROW_OPS, CHANNEL_OPS = of_family("rows"), of_family("channels")
 SAMPLE_OPS = of_family("groups", "instances")
+GATED_OR_MODULATED_OPS = of_family("gated", "modulated")
 CHANNEL_BARS = tuple(
     workload
     for workload in WORKLOADS
     if workload.family == "channels" and workload.source in ("ResNet-50", "3-D U-Net", "MLP")
 )
 SAMPLE_BARS = tuple(workload for workload in WORKLOADS if workload.family in ("groups", "instances"))
+GATED_OR_MODULATED_BARS = tuple(workload for workload in WORKLOADS if workload.family in ("gated", "modulated"))
 TYPES = ("bf16", "fp32")
 # Networks' layers whose kernels are always compiled.
 QUICK_SHAPES = {
@@ -245,6 +299,17 @@ CHANNEL_SLICES = (
     _part("channels", (32, 64, 14, 14), "32×1024×14×14", 8, "channels_last"),
     _part("channels", (256, 32, 7, 7), "256×2048×7×7", 2, "channels_last"),
 )
+# Few tokens of gated layers, on a multiprocessor, and whole samples of modulated ones: programs share no two samples.
+GATED_OR_MODULATED_SLICES = (
+    _part("gated", (128, 2048), "16384×2048", 1),
+    _part("gated", (128, 4096), "16384×4096", 1),
+    _part("gated", (128, 5120), "16384×5120", 1),
+    _part("gated", (512, 4, 128), "16384×32×128", 1),
+    replace(_part("gated", (512, 2, 1024), "16384×8×1024", 132), weights=2),
+    _part("modulated", (2, 256, 1152), "256×256×1152", 132),
+    _part("modulated", (1, 333, 1536), "8×333×1536", 132),
+    _part("modulated", (1, 512, 3072), "4×4096×3072", 132),
+)
 # The programs that share a group are as many on all of a GPU, however few groups there are: those are counted on all.
 SAMPLE_SLICES = (
     _part("groups", (2, 20, 64, 64), "8×320×64×64", 132, num_groups=2),
@@ -277,8 +342,8 @@ def bars(
 
 
 def layer_bars(
-    workloads: Iterable[Workload] = CHANNEL_BARS + SAMPLE_BARS,
-    ops: Sequence[str] = CHANNEL_OPS + SAMPLE_OPS,
+    workloads: Iterable[Workload] = GATED_OR_MODULATED_BARS + CHANNEL_BARS + SAMPLE_BARS,
+    ops: Sequence[str] = GATED_OR_MODULATED_OPS + CHANNEL_OPS + SAMPLE_OPS,
     modes: Sequence[str] = MODES,
     dtypes: Sequence[str] = TYPES,
 ) -> list[Point]:
@@ -305,13 +370,15 @@ def resource_points(full: bool = False) -> list[Point]:
     if full:
         return bars() + layer_bars()
     chosen = [each for each in CHANNEL_BARS + SAMPLE_BARS if (each.shape, each.layout) in QUICK_SHAPES]
-    ops = [op for op in CHANNEL_OPS + SAMPLE_OPS if op != "group_norm"]  # whose kernels are those with SiLU
+    chosen += [each for each in GATED_OR_MODULATED_BARS if each.quick]
+    every_op = GATED_OR_MODULATED_OPS + CHANNEL_OPS + SAMPLE_OPS
+    ops = [op for op in every_op if op != "group_norm"]  # whose kernels are those with SiLU
     return _few_rows(sliced=False) + layer_bars(chosen, ops, dtypes=("bf16",))
 
 
 def traffic_points(full: bool = False) -> list[Point]:
     """Returns slices of the workloads that bars for bytes are stated for: a few, or all row lengths, ops and types."""
-    slices = CHANNEL_SLICES + SAMPLE_SLICES
+    slices = GATED_OR_MODULATED_SLICES + CHANNEL_SLICES + SAMPLE_SLICES
     if full:
         return bars(sliced=True) + layer_bars(slices)
     return _few_rows(sliced=True) + layer_bars(slices, dtypes=("bf16",))

@@ -16,6 +16,8 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, GREY = (
 )  # fmt: skip
 WIDTH_INCHES, DPI = 12.0, 110
 DASHED = (0, (5, 3))
+# WebP has at most 16383 pixels a side.
+MOST_INCHES = 16383 // DPI
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ STYLES = {
     "Liger-Kernel": Style(ORANGE, "D", 0.9),
     "QuACK": Style(PURPLE, "P", 1.2),
     "flash-linear-attention": Style("#7F3F00", "<"),
+    "mamba-ssm": Style("#882255", "p", 1.15),
     "apex": Style(INK, "X", 1.15),
     "FlagGems": Style("#8A8A8A", "*", 1.75),
 }
-SPARE_STYLES = (Style("#882255", "p"), Style("#332288", ">"), Style("#999933", "d"))
+SPARE_STYLES = (Style("#332288", ">"), Style("#999933", "d"))
 
 
 def styles_of(names: Sequence[str]) -> dict[str, Style]:
@@ -56,7 +59,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def sheet(height_inches: float) -> Figure:
-    return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained", facecolor="white")
+    return Figure(figsize=(WIDTH_INCHES, min(height_inches, MOST_INCHES)), layout="constrained", facecolor="white")
 
 
 def legend(figure: Figure) -> None:

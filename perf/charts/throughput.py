@@ -17,7 +17,7 @@ from perf.points import MODE_TITLE, PASSES, STRIDED
 from perf.records import Timing, ok
 
 FAILED = "failed (in its contender's colour)"
-CATEGORIES = ("networks", "models", "heads")
+CATEGORIES = ("networks", "layers", "models", "heads")
 """Groups of workloads that stand side by side, not along a scale."""
 
 
@@ -40,6 +40,7 @@ AXES = {
     "heads": Axis("q and k of fused projections, strided", "tokens × heads × columns", _mebibytes),
     "tokens": Axis("more rows", "rows", lambda r: r["shape"][0]),
     "batch": Axis("growing batch of 256 × 28 × 28", "size of x, MiB", _mebibytes),
+    "layers": Axis("layers of models", "shape of x", _mebibytes),
     "networks": Axis("layers of networks", "", _mebibytes),
 }
 LAYOUT = {"contiguous": "channels first", "channels_last": "channels last", STRIDED: "strided"}

@@ -49,7 +49,7 @@ PARTS = {
     "x, residual, dy loaded": ("loaded", ("bulk",), BLUE),
     "y, total, dx stored": ("stored", ("bulk",), SKY),
     "bits": ("both", ("bits",), VERMILION),
-    "weights and their gradients": ("both", ("parameters",), YELLOW),
+    "weights, modulations and their gradients": ("both", ("parameters",), YELLOW),
     "statistics": ("both", ("statistics",), ORANGE),
     "partial sums": ("both", ("partials",), PURPLE),
     "loaded again by one program, from cache": ("again", ("bulk", "bits"), GREY),

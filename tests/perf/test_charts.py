@@ -107,5 +107,5 @@ def test_every_panel_of_errors_has_tick_labels(records):
 
 def test_contenders_have_styles_of_their_own():
     styles = style.styles_of([*NAMES, "one more", "and another"])
-    assert len({each.colour for each in styles.values()}) == len({each.marker for each in styles.values()}) == 13
+    assert len({each.colour for each in styles.values()}) == len({each.marker for each in styles.values()}) == 14
     assert style.in_order(["other", "torch", "triton_norm"]) == ["triton_norm", "torch", "other"]

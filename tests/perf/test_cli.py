@@ -98,13 +98,16 @@ def test_shapes_of_a_file(capsys, tmp_path):
         {"shape": [8, 16, 96], "family": "rows", "source": "mine"},
         {"shape": [4, 6, 5, 5], "layout": "channels_last"},
         {"shape": [32, 64]},
+        {"shape": [2, 3, 64], "family": "modulated"},
     ]
     file.write_text(json.dumps(described))
-    lines = tasks(capsys, "--shapes", str(file), "--mode", "fwd", "--dtype", "bf16", "--op", "layer_norm,batch_norm")
+    ops = "layer_norm,batch_norm,layer_norm_modulated"
+    lines = tasks(capsys, "--shapes", str(file), "--mode", "fwd", "--dtype", "bf16", "--op", ops)
     assert [line.partition("  floor")[0] for line in lines] == [
         "layer_norm forward bf16 128x96  mine",
         "batch_norm forward bf16 4x6x5x5 channels_last  from a file",
         "layer_norm forward bf16 32x64  from a file",
+        "layer_norm_modulated forward bf16 2x3x64  from a file",
     ]
 
 
@@ -135,7 +138,8 @@ def test_traffic_is_counted_for_what_is_selected(tmp_path):
         ('[{"shape": [4, 4.5]}]', "is not a workload"),
         ('[{"shape": [4, true]}]', "is not a workload"),
         ('[{"shape": [4, 8], "dtype": "bf16"}]', "is not a workload"),
-        ('[{"shape": [4, 8], "family": "columns"}]', "family is one of rows, channels"),
+        ('[{"shape": [4, 8], "family": "columns"}]', "family is one of rows, gated, modulated, channels"),
+        ('[{"shape": [4, 8], "family": "modulated"}]', "a modulated shape has samples, tokens and features"),
         ('[{"shape": [4, 8], "layout": "channels_last"}]', "is a layout of channels with two or three spatial extents"),
         ('[{"shape": [4, 8, 2, 2], "layout": "strided"}]', "layout one of contiguous, channels_last"),
     ],

@@ -19,7 +19,7 @@ from perf.calls import EPS
 from perf.contenders import CONTENDERS
 from perf.ops import FAMILY, OPS
 from perf.points import BOTH, PASSES, Point, Workload
-from support.stand_ins import apex, apex_with_extensions, flag_gems, flash_linear_attention, liger, quack
+from support.stand_ins import apex, apex_with_extensions, flag_gems, flash_linear_attention, liger, mamba_ssm, quack
 
 pytestmark = [
     pytest.mark.unguarded,
@@ -28,6 +28,7 @@ pytestmark = [
 ]
 
 ROWS = Workload("rows", "", (12, 16), "")
+TOKENS = {"gated": Workload("gated", "", (12, 16), ""), "modulated": Workload("modulated", "", (3, 4, 16), "")}
 IMAGES = Workload("channels", "", (4, 8, 5, 5), "", "channels_last")
 CHANNELS = {"batch_norm", "batch_norm_eval"}
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
@@ -62,7 +63,7 @@ def point_of(op, mode, dtype="fp32", images=IMAGES):
     family = FAMILY[op]
     if family in ("groups", "instances"):
         images = replace(images, family=family, shape=(2, 128, 3, 3))
-    return Point(op, mode, dtype, ROWS if family == "rows" else images)
+    return Point(op, mode, dtype, {"rows": ROWS, **TOKENS}.get(family, images))
 
 
 def measured(contender, op, mode, **options):
@@ -74,6 +75,7 @@ STAND_INS = {
     "Liger-Kernel": liger,
     "QuACK": quack,
     "flash-linear-attention": flash_linear_attention,
+    "mamba-ssm": mamba_ssm,
     "apex": apex,
     "FlagGems": flag_gems,
 }
@@ -81,8 +83,10 @@ CASES = {
     "Liger-Kernel": (liger, {"layer_norm", "rms_norm", "rms_norm_residual", "group_norm"}),
     "QuACK": (quack, {"layer_norm", "rms_norm", "rms_norm_residual"}),
     "flash-linear-attention": (
-        flash_linear_attention, {"layer_norm", "rms_norm", "layer_norm_residual", "rms_norm_residual"}
+        flash_linear_attention,
+        {"layer_norm", "rms_norm", "layer_norm_residual", "rms_norm_residual", "rms_norm_gated"},
     ),
+    "mamba-ssm": (mamba_ssm, {"rms_norm_gated", "rms_norm_gate_first"}),
     "apex": (apex, {"layer_norm", "rms_norm"}),
     "apex, with its extensions": (
         apex_with_extensions,
@@ -119,6 +123,15 @@ def test_others_are_called_with_their_own_arguments(monkeypatch, op, mode, case)
     install(monkeypatch, stand_in())
     record = measured(BY_NAME[case.removesuffix(", with its extensions")], op, mode)
     assert record["status"] == ("ok" if op in has else "unsupported"), record["message"]
+
+
+@pytest.mark.parametrize("mode", PASSES)
+def test_mamba_normalizes_the_groups_of_a_token_with_weights_of_their_own(monkeypatch, mode):
+    install(monkeypatch, mamba_ssm())
+    groups = Workload("gated", "", (12, 4, 16), "", weights=4)
+    point = Point("rms_norm_gate_first", mode, "fp32", groups)
+    (record,) = measure.measure_point(point, [BY_NAME["mamba-ssm"]], FakeTimer(), seconds=0)
+    assert record["status"] == "ok", record["message"]
 
 
 def test_what_a_library_refuses_is_recorded_with_its_message(monkeypatch):

@@ -70,6 +70,7 @@ def test_the_best_geometric_mean_over_the_workloads_is_chosen(unknown_gpu, tmp_p
 
 
 OF_ROWS = {FORWARD, BACKWARD, "rows_backward_finalise_kernel"}
+OF_MODULATED = {f"modulated_{kernel}_kernel" for kernel in ("forward", "backward", "backward_finalise")}
 OF_CHANNELS = {"channels_forward_kernel", "channels_backward_kernel"}
 OF_GROUPS = {"groups_forward_kernel", "groups_fused_backward_kernel"}
 
@@ -79,6 +80,8 @@ OF_GROUPS = {"groups_forward_kernel", "groups_fused_backward_kernel"}
     [
         ("layer_norm_residual", LARGE, True, OF_ROWS),
         ("rms_norm", LARGE, True, OF_ROWS),
+        ("rms_norm_gated", Workload("gated", "", (12, 16), ""), True, OF_MODULATED),
+        ("layer_norm_modulated_residual", Workload("modulated", "", (3, 4, 16), ""), True, OF_MODULATED),
         ("batch_norm", IMAGES, False, OF_CHANNELS),
         ("batch_norm_eval", IMAGES, True, OF_CHANNELS),
         ("batch_norm_add_relu", IMAGES, False, OF_CHANNELS),

@@ -84,7 +84,27 @@ def flash_linear_attention():
         found = rms_norm_of_sum(x, zero, weight, eps)
         return found if prenorm else found[0]
 
-    return {"fla.modules.layernorm": locals()}
+    def rms_norm_gated(
+        x, g, weight, bias, activation="swish", residual=None, prenorm=False, residual_in_fp32=False, eps=1e-6
+    ):
+        assert activation in ("swish", "silu")
+        assert bias is residual is None
+        return functional.rms_norm(x, weight.shape, weight, eps) * functional.silu(g)
+
+    norms = {"layer_norm": layer_norm, "rms_norm": rms_norm}
+    return {"fla.modules.layernorm": norms, "fla.modules.fused_norm_gate": {"rms_norm_gated": rms_norm_gated}}
+
+
+def mamba_ssm():
+    def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+        assert bias is None
+        assert weight.shape == x.shape[-1:]
+        gate = functional.silu(z)
+        groups = (x if norm_before_gate else x * gate).unflatten(-1, (-1, group_size or x.shape[-1]))
+        y = functional.rms_norm(groups, groups.shape[-1:], None, eps).view_as(x) * weight
+        return y * gate if norm_before_gate else y
+
+    return {"mamba_ssm.ops.triton.layernorm_gated": locals()}
 
 
 def apex():

@@ -1,0 +1,87 @@
+"""Bars for rows with a gate or a modulation that need no GPU: machine code, launches and bytes."""
+
+import json
+
+import pytest
+
+from perf.findings import layout_text, streamed
+from support.bars import moved, records, wanting
+
+pytest.importorskip("triton")
+
+pytestmark = [pytest.mark.unguarded, pytest.mark.long]
+
+RESOURCES = """
+from perf import resources, workloads
+
+target, dtypes, quick = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "quick"
+chosen = [each for each in workloads.GATED_OR_MODULATED_BARS if each.quick or not quick]
+points = workloads.layer_bars(chosen, workloads.GATED_OR_MODULATED_OPS, dtypes=dtypes)
+found = resources.records(points, [target])
+"""
+TRAFFIC = """
+from perf import traffic, workloads
+
+chosen = [each for each in workloads.GATED_OR_MODULATED_SLICES if list(each.shape) in json.loads(sys.argv[1])]
+found = traffic.records(workloads.layer_bars(chosen, workloads.GATED_OR_MODULATED_OPS, dtypes=("bf16",)))
+"""
+MOST_OVER_FLOOR = {"forward": 1.001, "backward": 1.05}
+# Registers that a kernel may spill, by the type of x. With the gate first or a gated residual, the backward in fp32
+# needs up to 3 more than the limit at which a multiprocessor has enough programs.
+MOST_SPILLED = {"bf16": 0, "fp32": 3}
+BULK = {"forward": {"x", "residual", "gate", "y", "total"}, "backward": {"dy", "dx", "dgate", "dresidual"}}
+
+
+def without_few_spills(record):
+    most = MOST_SPILLED[record["dtype"]]
+    if record["status"] != "ok" or max(record["spill_stores"], record["spill_loads"]) > most:
+        return record
+    return record | {"spill_stores": 0, "spill_loads": 0}
+
+
+@pytest.mark.parametrize(
+    ("target", "dtypes", "which"),
+    [
+        ("sm_90", ("bf16",), "quick"),
+        pytest.param("sm_80", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
+        pytest.param("sm_90", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
+        pytest.param("sm_100", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
+    ],
+)
+def test_machine_code(target, dtypes, which):
+    """No kernel in bf16 spills, each access to x, y and their like moves 16 bytes, and a backward is two launches."""
+    compiled = records(RESOURCES, target, json.dumps(dtypes), which)
+    found = {
+        f"{r['op']} {r['mode']} {r['dtype']} {layout_text(r)}, {r['kernel']}": wanting(without_few_spills(r), 128)
+        for r in compiled
+    }
+    assert {name: faults for name, faults in found.items() if faults} == {}
+    assert BULK["forward"] | BULK["backward"] <= {name for name, _ in moved(compiled)}
+    launches = {}
+    for record in compiled:
+        call = record["op"], record["mode"], record["dtype"], *record["shape"]
+        launches[call] = launches.get(call, 0) + 1
+    assert {(mode, count) for (_, mode, *_), count in launches.items()} == {("forward", 1), ("backward", 2)}
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [[512, 4, 128], [1, 333, 1536]],
+        pytest.param(
+            [[128, 2048], [128, 4096], [128, 5120], [512, 2, 1024], [2, 256, 1152], [1, 512, 3072]],
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)
+def test_bytes(shapes):
+    """Counts the sums that programs leave for each other, too, and weights and modulations once."""
+    counted = records(TRAFFIC, json.dumps(shapes), TRITON_INTERPRET="1")
+    assert {tuple(record["shape"]) for record in counted} == set(map(tuple, shapes))
+    assert [record["message"] for record in counted if record["status"] != "ok"] == []
+    over = {
+        f"{r['op']} {r['mode']} {layout_text(r)}": streamed(r)
+        for r in counted
+        if not 1 <= streamed(r) <= MOST_OVER_FLOOR[r["mode"]]
+    }
+    assert over == {}
