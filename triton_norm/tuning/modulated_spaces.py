@@ -32,6 +32,11 @@ class ModulatedWork(NamedTuple):
         return next_power_of_2(self.n_cols)
 
     @property
+    def crowded(self) -> bool:
+        """Tells whether a backward has more in registers than x, dy, and two sums or a gate."""
+        return self.n_sums > 2 or (self.summed and " gate " in f" {self.form} ")
+
+    @property
     def key(self) -> str:
         return f"columns {self.width}, {', '.join(self.types)}, {self.form}{', summed' if self.summed else ''}"
 
@@ -56,16 +61,16 @@ def _backward_config(work: ModulatedWork, tile: int, per_thread: int, gpu: Gpu) 
     """Returns a config that limits registers a thread, so that all programs meant for a multiprocessor fit.
 
     Programs with several rows have addresses and statistics of each: at 8 registers an element they spilled 27 to 132
-    of them (bf16, 128 columns, sm_90). A third sum takes an eighth more where warps are few.
+    of them (bf16, 128 columns, sm_90). So they did with a third sum, or a gate beside a modulation (22 to 40).
     """
-    n_warps, several = warps_for(tile, per_thread, gpu), tile > work.width
+    threads, several = warps_for(tile, per_thread, gpu) * gpu.warp, tile > work.width
     share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread * (2 if several else 1)
-    if work.n_sums > 2:
+    if work.crowded:
         share = share * 3 // 2 if several else share * 9 // 8
-    limit = min(share, REGISTERS_PER_SM // (n_warps * gpu.warp), MOST_REGISTERS_PER_THREAD)
-    return config(
-        n_warps, maxnreg=limit if gpu.limits_registers else None, BLOCK_M=tile // work.width, BLOCK_N=work.width
-    )
+    programs = max(1, REGISTERS_PER_SM // (threads * share))
+    limit = min(REGISTERS_PER_SM // (threads * programs) // 8 * 8, MOST_REGISTERS_PER_THREAD)  # allocated by eights
+    blocks = {"BLOCK_M": tile // work.width, "BLOCK_N": work.width}
+    return config(threads // gpu.warp, maxnreg=limit if gpu.limits_registers else None, **blocks)
 
 
 @remembered
@@ -75,7 +80,7 @@ def modulated_backward(work: ModulatedWork, gpu: Gpu) -> Space:
     if gpu.interpreted:
         configs = [config(4, BLOCK_M=max(1, gpu.limits.interpreted_tile_elements // width), BLOCK_N=width)]
     else:
-        tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)}, reverse=work.summed)
+        tiles = sorted({max(width, tile) for tile in (1024, 2048, 4096)}, reverse=work.summed and not work.crowded)
         configs = [
             _backward_config(work, tile, per_thread, gpu)
             for tile in tiles
