@@ -127,6 +127,10 @@ def _status(record: Outcome) -> Cell:
     return Cell(STATUS_TEXT.get(record["status"], record["status"]), record["status"] in FAILED)
 
 
+MOST_OPS = 8
+"""The first screen has bars of at most this many ops."""
+
+
 def speed_bars(run: Run) -> list[Block]:
     """Returns how many times as fast as each rival ours is, on the points that both were timed on."""
     rivals, ratios_of = charts.by_rival(run["records"])
@@ -140,10 +144,11 @@ def speed_bars(run: Run) -> list[Block]:
         means = {who: geometric_mean(each) for who, each in ratios.items()}
         return [Bar([(mean, colours[who])], f"{mean:.2f}× ({len(ratios[who])})") for who, mean in means.items()]
 
-    rows = [(TITLE[op], [bars(op, mode) for mode in modes]) for op in TITLE if any(op in key for key in ratios_of)]
+    timed = [op for op in TITLE if any(op in key for key in ratios_of)]
+    rows = [(TITLE[op], [bars(op, mode) for mode in modes]) for op in timed[:MOST_OPS]]
     note = (
         "Geometric means of a rival's time over ours, each bar on the points that both were timed on; their number in "
-        f"brackets. {device_of(run)}. Single points are under Speed."
+        f"brackets. {device_of(run)}. Single points{' and other ops' * (len(timed) > MOST_OPS)} are under Speed."
     )
     legend = [(f"over {'torch eager' if who == 'torch' else who}", colour) for who, colour in colours.items()]
     title = "triton_norm: times as fast as each rival (dashed line: as fast)"

@@ -23,10 +23,13 @@ import triton_norm
 from triton_norm.kernels import modulated, modulated_backward, rows, rows_backward
 from triton_norm import launch
 
-KERNELS = (
+ROW_KERNELS = (
     rows.rows_forward_kernel,
     rows_backward.rows_backward_kernel,
     rows_backward.rows_backward_finalise_kernel,
+)
+KERNELS = (
+    *ROW_KERNELS,
     modulated.modulated_forward_kernel,
     modulated_backward.modulated_backward_kernel,
     modulated_backward.modulated_backward_finalise_kernel,

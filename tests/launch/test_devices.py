@@ -220,7 +220,7 @@ for norm in norms:
         launches, switches = launches_and_switches(norm, at=0)
         assert switches == launches
     assert launches_and_switches(norm, at=1) == (launches, 0)
-for jit in (*KERNELS, channels.channels_forward_kernel, channels_backward.channels_backward_kernel):
+for jit in (*ROW_KERNELS, channels.channels_forward_kernel, channels_backward.channels_backward_kernel):
     assert set(jit.device_caches) == {1}, jit.__name__
 """
 

@@ -208,7 +208,7 @@ from triton_norm.tuning.memory import forget
 THREADS = 8
 JITTED = {
     jit.__name__: jit
-    for jit in (*KERNELS, channels.channels_forward_kernel, channels_backward.channels_backward_kernel)
+    for jit in (*ROW_KERNELS, channels.channels_forward_kernel, channels_backward.channels_backward_kernel)
 }
 compilations, searches, noted = Counter(), Counter(), []
 real = nvidia.CudaLauncher.__call__

@@ -18,7 +18,6 @@ FUNCTIONS = {
     "instance_norm": ((), {"activation": "relu"}),
 }
 """Arguments of torch's behind the input, and an option that is ours, by name."""
-LAUNCHES = {"group_norm": 2}
 """Launches of a forward that takes more than one."""
 EVERY_FUNCTION = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -162,7 +161,7 @@ def test_a_default_device_keeps_no_call_from_the_kernels(name, how, device, guar
                 ours(*arguments, **option)
             finally:
                 torch.set_default_device(None)
-    assert guard is None or len(guard.launches) == LAUNCHES.get(name, 1)
+    assert guard is None or len(guard.launches) == 1
 
 
 @EVERY_FUNCTION
@@ -184,7 +183,7 @@ def test_torchs_own_modes_take_no_calls(name, device, guard):
     arguments, option = arguments_of(name, device)
     with triton_norm.backend("triton"), BaseTorchFunctionMode():
         getattr(triton_norm, name)(*arguments, **option)
-    assert guard is None or len(guard.launches) == LAUNCHES.get(name, 1)
+    assert guard is None or len(guard.launches) == 1
 
 
 def test_what_is_wrong_is_an_error_to_who_calls_torch(device):

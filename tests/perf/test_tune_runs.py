@@ -68,7 +68,7 @@ def test_choices_of_other_keys_stay_unless_a_fresh_file_is_asked_for(fresh, unkn
 def test_a_file_that_cannot_be_merged_is_told_before_anything_is_measured(unknown_gpu, tmp_path):
     unknown_gpu.write_text("{")
     timer = MadeUpTimes()
-    with pytest.raises(Refused, match="holds no choices that can be kept"):
+    with pytest.raises(Refused, match="holds no choices that could be kept"):
         tuned(ROWS, tmp_path, timer)
     assert timer.rounds == 0
     assert unknown_gpu.read_text() == "{"
