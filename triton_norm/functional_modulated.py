@@ -87,17 +87,22 @@ def normalize_modulated(
 
 
 def _torch_modulated(tensors: ModulatedTensors, normalized_shape: tuple[int, ...], spec: ModulatedSpec) -> Any:
-    """Computes the call by torch's norm and plain torch around it: torch has no function of this kind."""
+    """Computes the call by plain torch: torch has no function of this kind.
+
+    torch's own norm is in it where it is recorded, for whoever looks for that. Eager calls have none: on the CPU its
+    backward misreads saved tensors that come back with other strides.
+    """
     x, residual, residual_gate = tensors.x, tensors.residual, tensors.residual_gate
+    norm = _torch_norm if is_compiling() else None
     if residual is None:
-        return reference.modulate(x, normalized_shape, tensors, spec, _torch_norm).contiguous()
+        return reference.modulate(x, normalized_shape, tensors, spec, norm).contiguous()
     dtype = spec.rows.total_dtype or residual.dtype
     if residual_gate is None:
         total = reference.add(x, residual, dtype)
     else:
         total = reference.add_gated(x, residual, residual_gate, x.dim() - len(normalized_shape), dtype)
     spec = spec._replace(rows=spec.rows._replace(out_dtype=spec.rows.out_dtype or x.dtype))
-    return reference.modulate(total, normalized_shape, tensors, spec, _torch_norm).contiguous(), total
+    return reference.modulate(total, normalized_shape, tensors, spec, norm).contiguous(), total
 
 
 def _torch_norm(

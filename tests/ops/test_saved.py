@@ -65,8 +65,6 @@ def drawn(op, device, dtype=torch.float32):
 
 def is_read_right(op, unpack, path):
     """Returns False where torch's own backward reads strided tensors as contiguous, on the CPU."""
-    if path == "torch" and isinstance(op, ModulatedOp):  # torch's own norm is within
-        return unpack not in (strided, transposed)
     return path == "triton" or (op.name, unpack) not in READ_AS_CONTIGUOUS
 
 
