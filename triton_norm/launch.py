@@ -278,10 +278,15 @@ def _hooks() -> tuple[Sequence[Any], Sequence[Any]]:
     return knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
 
 
-@functools.cache
-def _tell_of_cluster(kernel: str, reason: str) -> None:
-    """Warns once for each kernel."""
-    warnings.warn(f"triton_norm: {kernel} could not be launched as a cluster of blocks: {reason}", stacklevel=2)
+_told_of_clusters: list[BaseException] = []
+
+
+def _tell_of_cluster(n_blocks: int, error: BaseException) -> None:
+    """Warns once in a process."""
+    if not _told_of_clusters:
+        _told_of_clusters.append(error)
+        message = f"triton_norm: a config of {n_blocks} blocks could not be launched as a cluster, and is left out"
+        warnings.warn(f"{message}: {error!r}", stacklevel=2)
 
 
 def _without_failed_clusters(bench: Callable[..., Any]) -> Callable[..., Any]:
@@ -293,7 +298,7 @@ def _without_failed_clusters(bench: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if config.num_ctas == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            _tell_of_cluster(f"a config of {config.num_ctas} blocks", f"{type(error).__name__}: {error}")
+            _tell_of_cluster(config.num_ctas, error)
             return [float("inf")] * 3
 
     return measure

@@ -14,7 +14,8 @@ import triton_norm
 from support import processes
 from support.gpus import H100, changed
 from triton_norm import launch
-from triton_norm.tuning import limits
+from triton_norm.rows import plan
+from triton_norm.tuning import choices, limits
 from triton_norm.tuning.configs import Config, config, space_of
 from triton_norm.tuning.limits import Gpu, assumed, most_blocks_of
 from triton_norm.tuning.row_spaces import RowWork, rows_backward, rows_backward_programs, rows_forward
@@ -132,9 +133,9 @@ def failing_search(monkeypatch, error: Exception, blocks: tuple[int, ...]):
 
 
 def test_a_cluster_that_fails_is_left_out_with_one_warning(monkeypatch):
-    launch._tell_of_cluster.cache_clear()
-    with pytest.warns(UserWarning, match=r"a config of 2 blocks could not be launched.*RuntimeError: refused") as told:
-        chosen = failing_search(monkeypatch, RuntimeError("refused"), (2, 1))
+    monkeypatch.setattr(launch, "_told_of_clusters", [])
+    with pytest.warns(UserWarning, match=r"a config of 2 blocks could not be launched.*refused") as told:
+        chosen = failing_search(monkeypatch, RuntimeError("refused"), (2, 4, 1))
     assert (chosen.num_ctas, len(told)) == (1, 1)
 
 
@@ -144,17 +145,17 @@ def test_no_memory_is_an_error(monkeypatch):
 
 
 def test_a_chosen_cluster_takes_no_workspace(device, monkeypatch):
-    """Nothing waits in a cluster: the workspace of peers, a candidate, goes with the choice."""
-    from triton_norm.rows import plan
-
+    """The first call has it for the candidates whose programs wait, and the calls behind the search have none."""
     made = []
     monkeypatch.setattr(plan, "meeting", lambda *arguments: made.append(arguments) or (None, None))
-    gpu = Gpu(None, 132, 50 << 20, most_blocks=8)
-    with assumed(gpu), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(launch, "start", lambda *arguments: None)
-        with triton_norm.backend("triton"):
-            triton_norm.layer_norm(torch.randn(2, 65536, device=device).bfloat16(), (65536,))
-    assert made == []
+    monkeypatch.setattr(launch, "search", lambda kernel, space, *arguments: space.configs[0])
+    monkeypatch.setattr(launch, "start", lambda *arguments: None)
+    gpu = Gpu("of this test", 132, 50 << 20, most_blocks=8)
+    x = torch.randn(2, 65536, device=device).bfloat16()
+    with choices.begun_anew(None), assumed(gpu), triton_norm.backend("triton"):
+        for _ in range(3):
+            triton_norm.layer_norm(x, (65536,))
+    assert len(made) == 1
 
 
 COMPILE = """
@@ -205,3 +206,35 @@ def test_compiled_clusters(target):
         for name, access in record["accesses"].items():
             assert not ("load" in access and "store" in access), (name, where)
         assert set(record["accesses"]["x"]["load"]) == {"128"}, where
+
+
+OVER_A_STUB = """
+import ctypes, sys, tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton_norm
+from triton_norm.testing import stub_driver
+from triton_norm.tuning.limits import assumed
+
+if stub_driver.missing():
+    sys.exit(0)
+with tempfile.TemporaryDirectory() as folder, stub_driver.installed(Path(folder)) as launches:
+    with assumed(replace(stub_driver.STUB_GPU, most_blocks=8)):
+        x = torch.randn(2, 65536).bfloat16()
+        for _ in range(4):
+            triton_norm.layer_norm(x, (65536,))
+    print(launches(), ctypes.CDLL("libcuda.so.1").cluster_launch_count())
+"""
+
+
+@pytest.mark.unguarded
+@pytest.mark.skipif(not HAS_CLUSTERS, reason="Triton 3.9 is the first with clusters")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stub would be a second driver")
+def test_every_launch_of_a_cluster_has_its_attribute():
+    """Also the direct ones, behind Triton's own first launch."""
+    printed = processes.output("-c", OVER_A_STUB)
+    if not printed.strip():
+        pytest.skip("the stub can't be built here")
+    assert printed.split() == ["4", "4"]

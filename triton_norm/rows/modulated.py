@@ -158,8 +158,8 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
         return _shaped(assign((*composed((dy, dtotal, *saved), spec, wanted, shapes), None)), facts)
     statistics = saved.statistics
     if statistics is None:
-        *inner, _ = saved[2:]
-        again = ModulatedTensors._make((saved.total, None, *inner[:-1], None))
+        inner = saved.weight, saved.bias, saved.gate, saved.scale, saved.shift
+        again = ModulatedTensors._make((saved.total, None, *inner, None))
         _, _, statistics = forward_op(ForwardCall(again, True, spec))
     tensors = ModulatedBackwardTensors._make((dy, dtotal, *saved[:-1], statistics))
     call = BackwardCall(tensors, wanted, facts.numbers, spec)

@@ -111,7 +111,8 @@ def _forward_launcher(
     Args:
         types: of the fields of ModulatedTensors, y, total and statistics.
     """
-    x, residual, _, _, gate, scale, shift, residual_gate, y, total, _ = types
+    *inputs, y, total, _ = types
+    x, residual, _, _, gate, scale, shift, residual_gate = inputs
     n_cols = spec.rows.n_cols
     assert x is not None and y is not None
     compute = torch.float64 if torch.float64 in (x, total) else torch.float32
@@ -121,7 +122,7 @@ def _forward_launcher(
     swept = x, residual, gate, y, total
     vector = vector_of(misaligned, extents, [dtype.itemsize for dtype in given((*swept, scale, shift, residual_gate))])
     x_strides, residual_strides, gate_strides = layout.strides
-    work = ModulatedWork(n_cols, names(swept), form_of(spec, ModulatedTensors._fields, types[:8]))
+    work = ModulatedWork(n_cols, names(swept), form_of(spec, ModulatedTensors._fields, tuple(inputs)))
 
     def n_programs(config: Mapping[str, Any], n_rows: int, n_tokens: int, n_modulations: int) -> int:
         programs: int = -(-n_rows // config["BLOCK_M"])
@@ -164,7 +165,8 @@ def places_of(tensors: Sequence[Tensor | None], apart: Sequence[int]) -> list[in
     return [place for place, tensor in enumerate(tensors) if tensor is not None and place not in apart]
 
 
-_PARAMETERS = 2, 3  # weight and bias, which are read one element at a time where they are not aligned
+_PARAMETERS = ModulatedTensors._fields.index("weight"), ModulatedTensors._fields.index("bias")
+"""These are read one element at a time where they are not aligned."""
 
 
 class ModulatedPlan:

@@ -35,7 +35,7 @@ def beyond(tensors: ModulatedTensors, spec: ModulatedSpec) -> str | None:
     """Returns why the kernels can't serve rows of this many columns, or None."""
     n_cols = spec.rows.n_cols
     most = limits_in_force().backward_span_bytes // _compute_dtype(tensors, spec).itemsize
-    return f"a row with a gate or a modulation has more than {most} columns" if n_cols > most else None
+    return f"a row with a gate or a modulation has more than {most} columns" if holds(n_cols > most) else None
 
 
 def _named(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[str, tuple[Tensor, bool]]:

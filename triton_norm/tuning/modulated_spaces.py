@@ -61,7 +61,7 @@ def _backward_config(work: ModulatedWork, tile: int, per_thread: int, gpu: Gpu) 
     """Returns a config that limits registers a thread, so that all programs meant for a multiprocessor fit.
 
     Programs with several rows have addresses and statistics of each: at 8 registers an element they spilled 27 to 132
-    of them (bf16, 128 columns, sm_90). So they did with a third sum, or a gate beside a modulation (22 to 40).
+    of them (bf16, 128 columns, sm_90). A crowded backward spilled 3 to 40 of those that do for the others.
     """
     threads, several = warps_for(tile, per_thread, gpu) * gpu.warp, tile > work.width
     share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread * (2 if several else 1)
