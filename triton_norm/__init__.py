@@ -1,9 +1,9 @@
 """Normalization layers for PyTorch as Triton kernels, with the interface of torch.nn and torch.nn.functional."""
 
-from triton_norm.converting import Report, convert, revert
+from triton_norm.converting.convert import Report, convert, revert
+from triton_norm.converting.folding import fold_batch_norm
 from triton_norm.dispatch import Explanation, backend
 from triton_norm.explaining import explain
-from triton_norm.folding import fold_batch_norm
 from triton_norm.functional import batch_norm, layer_norm, rms_norm
 from triton_norm.functional_groups import group_norm, instance_norm
 from triton_norm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm, RMSNorm, SyncBatchNorm

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import triton_norm as tn
 from support.pairwise import pairwise
 from support.steps import state_of
-from triton_norm import calls, converting, functional, hugging_face
+from triton_norm import functional
+from triton_norm.converting import calls, convert, hugging_face
 
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 LlamaRMSNorm = llama.LlamaRMSNorm
@@ -368,7 +369,7 @@ def test_a_revert_that_raises_midway_has_changed_nothing(number, monkeypatch):
 def test_a_conversion_that_fails_anywhere_has_changed_nothing(function, monkeypatch):
     for place in range(20):
         model = model_of_norms()
-        before, genuine, count = state_of(model), getattr(converting, function), []
+        before, genuine, count = state_of(model), getattr(convert, function), []
 
         def failing(*arguments, place=place, genuine=genuine, count=count, **named):
             count.append(None)
@@ -377,7 +378,7 @@ def test_a_conversion_that_fails_anywhere_has_changed_nothing(function, monkeypa
             return genuine(*arguments, **named)
 
         with monkeypatch.context() as patch:
-            patch.setattr(converting, function, failing)
+            patch.setattr(convert, function, failing)
             try:
                 tn.convert(model, sync_batch_norm=True)
             except MemoryError:

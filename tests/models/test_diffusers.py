@@ -19,8 +19,8 @@ from support.adaptive_norms import (
     made,
     results,
 )
-from triton_norm import hugging_face
-from triton_norm.hugging_face_adaptive import ADAPTIVE
+from triton_norm.converting import hugging_face
+from triton_norm.converting.adaptive import ADAPTIVE
 
 pytest.importorskip("diffusers")
 

@@ -13,8 +13,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import triton_norm as tn
-from triton_norm import hugging_face
-from triton_norm.hugging_face import ARITHMETIC, GEMMA, LAYER_NORMS, LLAMA, LLAMA_4, MOSHI, NANO_CHAT, OLMO_2, T5
+from triton_norm.converting import hugging_face
+from triton_norm.converting.hugging_face import (
+    ARITHMETIC,
+    GEMMA,
+    LAYER_NORMS,
+    LLAMA,
+    LLAMA_4,
+    MOSHI,
+    NANO_CHAT,
+    OLMO_2,
+    T5,
+)
 
 VERSION = version.Version(pytest.importorskip("transformers").__version__)
 FAMILIES = {

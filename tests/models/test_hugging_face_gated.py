@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import triton_norm as tn
-from triton_norm import hugging_face
-from triton_norm.hugging_face_gated import FALCON_H1, GATED, KIMI, MAMBA_2, QWEN_3_NEXT
+from triton_norm.converting import hugging_face
+from triton_norm.converting.gated import FALCON_H1, GATED, KIMI, MAMBA_2, QWEN_3_NEXT
 
 pytest.importorskip("transformers")
 FAMILIES = {

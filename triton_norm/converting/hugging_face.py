@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from triton_norm import explaining, functional, reference
-from triton_norm.dispatch import Explanation, goes_to_triton
-from triton_norm.hugging_face_adaptive import ADAPTIVE, AdaptiveNorm, path_of, unknown_norm
-from triton_norm.hugging_face_adaptive_trial import agrees
-from triton_norm.hugging_face_gated import (
+from triton_norm.converting.adaptive import ADAPTIVE, AdaptiveNorm, path_of, unknown_norm
+from triton_norm.converting.adaptive_trial import agrees
+from triton_norm.converting.gated import (
     COMPUTES_ELSE,
     GATED,
     SERVED,
@@ -22,6 +21,7 @@ from triton_norm.hugging_face_gated import (
     takes,
     width_of,
 )
+from triton_norm.dispatch import Explanation, goes_to_triton
 from triton_norm.modules import LayerNorm
 from triton_norm.specs import RowOptions, RowSpec, RowTensors
 from triton_norm.symbolic import Scriptable

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_norm import reference, resolve
-from triton_norm.hugging_face_adaptive import RMS_NORM, Adaptive, kind_of
+from triton_norm.converting.adaptive import RMS_NORM, Adaptive, kind_of
 from triton_norm.specs import ModulatedOptions, ModulatedTensors
 
 

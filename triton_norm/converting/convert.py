@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
-from triton_norm import checks, hugging_face, modules, modules_groups
-from triton_norm.calls import modulations_by, norms_called_by
+from triton_norm import checks, modules, modules_groups
+from triton_norm.converting import hugging_face
+from triton_norm.converting.calls import modulations_by, norms_called_by
 from triton_norm.symbolic import REVERTED, WAS
 
 Selection = str | type[nn.Module]
@@ -70,9 +71,9 @@ def convert(
 
     Parameters, buffers, state_dict, hooks, device, mode and shared modules are unchanged. Converted are modules of
     exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d, SyncBatchNorm, GroupNorm and InstanceNorm1d to
-    3d, and of the classes of Hugging Face's transformers in `triton_norm.hugging_face`, whose arithmetic is reproduced,
-    rounding included. Adaptive norms of diffusers, in `triton_norm.hugging_face_adaptive`, normalize, multiply and add
-    in one launch, and round once. Other norms are skipped: subclasses, whose forward may differ, parametrized and
+    3d, and of the classes of Hugging Face's transformers in `converting/hugging_face.py`, whose arithmetic is
+    reproduced, rounding included. Adaptive norms of diffusers, in `converting/adaptive.py`, normalize, multiply and
+    add in one launch, and round once. Other norms are skipped: subclasses, whose forward may differ, parametrized and
     unknown modules. Converting again is harmless.
 
     A converted module is an instance of its former class, by isinstance. With `sync_batch_norm` it is one of

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from triton_norm import explaining
+from triton_norm.converting.gated import COMPUTES_ELSE, SERVED
 from triton_norm.dispatch import Explanation, autocasts, explanation, goes_to_triton
 from triton_norm.functional_modulated import normalize_modulated
-from triton_norm.hugging_face_gated import COMPUTES_ELSE, SERVED
 from triton_norm.modules import LayerNorm
 from triton_norm.specs import ModulatedOptions, ModulatedTensors, RowOptions
 

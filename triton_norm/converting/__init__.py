@@ -1,0 +1,1 @@
+"""Converts the norms of existing models, and folds them: classes by lists, each checked by numbers."""
