@@ -234,6 +234,7 @@ GROUP = torch.distributed.ProcessGroup(0, 1)
         ({"include": [1]}, TypeError, "'include' must hold names and classes, not 1"),
         ({"exclude": 1}, TypeError, "'exclude' must hold names and classes, not 1"),
         ({"exclude": int}, TypeError, "'exclude' must hold names and classes, not <class 'int'>"),
+        ({"fuse": 1}, TypeError, "'fuse' must be bool, not int"),
         ({"process_group": GROUP}, ValueError, "process_group was given without sync_batch_norm"),
         ({"process_group": 1, "sync_batch_norm": True}, TypeError, "'process_group' must be a ProcessGroup.*not int"),
     ],

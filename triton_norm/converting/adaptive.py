@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from triton_norm import explaining
 from triton_norm.converting.gated import COMPUTES_ELSE, SERVED
+from triton_norm.converting.joining import is_observed
 from triton_norm.dispatch import Explanation, autocasts, explanation, goes_to_triton
 from triton_norm.functional_modulated import normalize_modulated
 from triton_norm.modules import LayerNorm
@@ -143,12 +144,6 @@ def kind_of(norm: Any) -> str | None:
     return path if path in (FP32_LAYER_NORM, RMS_NORM) else None
 
 
-def _is_observed(norm: Any) -> bool:
-    """Decides whether the norm, if it is called, does more than its class's forward."""
-    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return bool(hooks) or "forward" in norm.__dict__ or nn.modules.module._has_any_global_hook()
-
-
 class Inner(NamedTuple):
     """Describes the norm of a module, as it normalizes x.
 
@@ -245,7 +240,7 @@ class AdaptiveNorm:
             x, norm = self._x(part, arguments), getattr(self, part.norm)
             if not isinstance(x, Tensor) or x.dtype not in SERVED or x.dim() == 0:
                 return COMPUTES_ELSE
-            if kind_of(norm) is None or _is_observed(norm):
+            if kind_of(norm) is None or is_observed(norm):
                 return _UNKNOWN_NORM
         return None
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from triton_norm import checks, modules, modules_groups
-from triton_norm.converting import hugging_face
+from triton_norm.converting import fusing, hugging_face
 from triton_norm.converting.calls import modulations_by, norms_called_by
 from triton_norm.symbolic import REVERTED, WAS
 
@@ -45,16 +45,21 @@ class Report:
     Args:
         converted: class of each module before and after.
         skipped: reason for each other norm, and for modules that call a norm as a function, or modulate one, which
-            can't be converted.
+            can't be converted; with `fuse`, for joins that can't be made.
+        fused: names of the parts that each module joins in one call, with `fuse`.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        width = max((len(name) for name in (*self.converted, *self.skipped)), default=0)
+        sections = {"converted": self.converted, "skipped": self.skipped}
+        if self.fused:
+            sections = {"converted": self.converted, "fused": self.fused, "skipped": self.skipped}
+        width = max((len(name) for entries in sections.values() for name in entries), default=0)
         lines = []
-        for title, entries in (("converted", self.converted), ("skipped", self.skipped)):
+        for title, entries in sections.items():
             lines.append(f"{len(entries)} {title}")
             lines += [f"  {name or '(the model)':{max(width, 11)}}  {text}" for name, text in entries.items()]
         return "\n".join(lines)
@@ -66,6 +71,7 @@ def convert(
     exclude: Selection | Collection[Selection] = (),
     sync_batch_norm: bool = False,
     process_group: Any = None,
+    fuse: bool = False,
 ) -> Report:
     """Converts the norms inside `model` to this library's, in place: each module keeps everything but its class.
 
@@ -93,6 +99,8 @@ def convert(
         exclude: modules to skip, selected likewise; wins over `include`.
         sync_batch_norm: converts BatchNorm1d to 3d, torch's and this library's, to SyncBatchNorm.
         process_group: group of these; None: all processes. A torch.nn.SyncBatchNorm keeps its own.
+        fuse: joins norms with what follows them in torch.nn.Sequential and the classes in `converting/fusing.py`,
+            which change their classes too: see docs/convert.md.
 
     Returns:
         a `Report` of the modules converted, and of those skipped and why.
@@ -103,21 +111,23 @@ def convert(
 
     Nothing has changed after an error. `revert` undoes a conversion.
     """
-    _check("convert", model, sync_batch_norm, process_group)
+    _check("convert", model, sync_batch_norm, process_group, fuse)
     named = list(model.named_modules(remove_duplicate=False))
     included = None if include is None else _selected("include", include, named)
     excluded = _selected("exclude", exclude, named)
     report, becomes = _planned(named, included, excluded, sync_batch_norm)
-
-    def change(module: nn.Module) -> None:
-        module.__dict__.setdefault(WAS, type(module))
-        module.__dict__.pop(REVERTED, None)
-        _become(module, becomes[module])
-        if becomes[module] is modules.SyncBatchNorm and "process_group" not in module.__dict__:
-            module.process_group = process_group
-
-    _change_all(becomes, change)
+    if fuse:
+        _plan_fusions(named, included, excluded, report, becomes)
+    _change_all(becomes, lambda module: _change(module, becomes[module], process_group))
     return report
+
+
+def _change(module: nn.Module, cls: type[nn.Module], process_group: Any) -> None:
+    module.__dict__.setdefault(WAS, type(module))
+    module.__dict__.pop(REVERTED, None)
+    _become(module, cls)
+    if cls is modules.SyncBatchNorm and "process_group" not in module.__dict__:
+        module.process_group = process_group
 
 
 def _planned(
@@ -148,6 +158,49 @@ def _planned(
     return report, becomes
 
 
+def _plan_fusions(
+    named: list[tuple[str, nn.Module]],
+    included: set[nn.Module] | None,
+    excluded: set[nn.Module],
+    report: Report,
+    becomes: dict[nn.Module, type[nn.Module]],
+) -> None:
+    """Adds the modules that join norms of `becomes`, or earlier ones, with their neighbours."""
+    mismatch = fusing.trials(functools.partial(_target, sync_batch_norm=False))
+    fused: dict[nn.Module, type[nn.Module]] = {}
+    for name, module in named:
+        target = fusing.counterpart(type(module))
+        plan = fusing.plan(module, becomes)
+        reasons = plan.left
+        if plan.joined:
+            reason = _unfusible(module, target, mismatch)
+            if module in excluded:
+                reason = "excluded"
+            elif included is not None and module not in included:
+                reason = "not included"
+            if reason is not None:
+                reasons = [*(f"{parts}: {reason}" for parts in plan.joined), *reasons]
+            elif target is not None:
+                fused[module] = target
+                report.fused[name] = ", ".join(plan.joined)
+        if reasons:
+            report.skipped[name] = "; ".join([report.skipped[name], *reasons] if name in report.skipped else reasons)
+    becomes |= fused
+
+
+def _unfusible(module: nn.Module, target: type[nn.Module] | None, mismatch: Callable[[Any], str | None]) -> str | None:
+    """Returns the reason why a module with joins stays of its class, or None."""
+    cls = type(module)
+    if target is None:
+        base = fusing.listed_base(cls)
+        return None if base is None else f"{cls.__name__} is a subclass of {_described(base)}: its forward may differ"
+    if parametrize.is_parametrized(module):
+        return "parametrized"
+    if not _forward_is_its_class(module):
+        return "its forward was replaced on the module itself"
+    return mismatch(cls)
+
+
 def revert(model: nn.Module) -> tuple[str, ...]:
     """Reverts every module that `convert` converted inside `model` to its former class. Returns their names.
 
@@ -164,7 +217,7 @@ def revert(model: nn.Module) -> tuple[str, ...]:
     Nothing has changed after an error.
     """
     _check("revert", model)
-    converted = [pair for pair in model.named_modules(remove_duplicate=False) if WAS in pair[1].__dict__]
+    converted = [pair for pair in model.named_modules(remove_duplicate=False) if _was_converted(pair[1])]
     changed = [(name, type(module).__name__) for name, module in converted if not _is_ours(type(module))]
     if changed:
         each = "; ".join(f"{name!r} was converted, but is a {kind} now" for name, kind in changed)
@@ -173,8 +226,14 @@ def revert(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in converted)
 
 
+def _was_converted(module: nn.Module) -> bool:
+    """Decides whether the module was converted, or is a slice of a Sequential that was fused."""
+    return WAS in module.__dict__ or fusing.is_counterpart(type(module))
+
+
 def _give_back(module: nn.Module) -> None:
-    original, wrapped = module.__dict__.pop(WAS), not _forward_is_its_class(module)
+    original, wrapped = fusing.original_of(type(module)), not _forward_is_its_class(module)
+    original = module.__dict__.pop(WAS, original)
     _become(module, original)
     if wrapped:
         module.__dict__[REVERTED] = True
@@ -196,11 +255,17 @@ def _change_all(changed: Iterable[nn.Module], change: Callable[[nn.Module], None
         raise
 
 
-def _check(function: str, model: object, sync_batch_norm: object = False, process_group: object = None) -> None:
+def _check(
+    function: str,
+    model: object,
+    sync_batch_norm: object = False,
+    process_group: object = None,
+    fuse: object = False,
+) -> None:
     checks.module(function, "model", model)
-    if type(sync_batch_norm) is not bool:
-        kind = type(sync_batch_norm).__name__
-        raise TypeError(f"{function}(): argument 'sync_batch_norm' must be bool, not {kind}")
+    for name, flag in (("sync_batch_norm", sync_batch_norm), ("fuse", fuse)):
+        if type(flag) is not bool:
+            raise TypeError(f"{function}(): argument '{name}' must be bool, not {type(flag).__name__}")
     if process_group is None:
         return
     if not sync_batch_norm:
@@ -280,7 +345,7 @@ def _modulates(module: nn.Module, modulations: Callable[[Any], tuple[str, ...]])
 
 
 def _is_ours(cls: type[nn.Module]) -> bool:
-    return cls in _OURS.values() or hugging_face.is_counterpart(cls)
+    return cls in _OURS.values() or hugging_face.is_counterpart(cls) or fusing.is_counterpart(cls)
 
 
 def _described(cls: type[nn.Module]) -> str:

@@ -1,0 +1,222 @@
+"""Calls a norm with the addition and the activation that follow it, in one launch where nothing stands between them."""
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
+
+from triton_norm import activations, captures, modules, modules_groups, overrides, plain
+from triton_norm.symbolic import Scriptable
+
+TAKES_ACTIVATION: frozenset[type[Any]] = frozenset(
+    {
+        modules.BatchNorm1d,
+        modules.BatchNorm2d,
+        modules.BatchNorm3d,
+        modules.SyncBatchNorm,
+        modules_groups.GroupNorm,
+        modules_groups.InstanceNorm1d,
+        modules_groups.InstanceNorm2d,
+        modules_groups.InstanceNorm3d,
+    }
+)
+"""The forward of exactly these classes takes residual, activation and negative_slope."""
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.LeakyReLU: "leaky_relu"}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+_OTHERS = {
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.SiLUActivation": "silu",
+}
+"""Each key is module.Class, of a library that is not imported."""
+
+
+def path_of(cls: type[Any]) -> str:
+    """Returns module.Class of a class, or of the class that a counterpart stands for."""
+    cls = cls.__dict__.get("original", cls)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Decides whether a call of the module does more than its class's forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
+
+
+def options_of(activation: Any) -> dict[str, Any] | None:
+    """Returns a norm's keyword arguments for a module of an activation; none for None and Identity, which change
+    nothing; None for a class that is not known."""
+    cls = type(activation)
+    if activation is None or cls is nn.Identity:
+        return {}
+    if cls is nn.GELU:
+        return {"activation": _GELUS[activation.approximate]}
+    name = _ACTIVATIONS.get(cls) or _OTHERS.get(path_of(cls))
+    if name is None:
+        return None
+    slope = {"negative_slope": activation.negative_slope} if cls is nn.LeakyReLU else {}
+    return {"activation": name, **slope}
+
+
+def _are_plain(x: Tensor, residual: Tensor | None) -> bool:
+    """Decides whether the tensors are dense, of torch's own classes, and alike, so that residual + y is of y's shape
+    and dtype. Nothing overrides or traces the call: tracers record the modules one by one."""
+    tensors = (x,) if residual is None else (x, residual)
+    if has_torch_function_variadic(*tensors) and overrides.active_mode() is not None:
+        return False
+    if any(each.__class__ not in plain.TYPES or each.layout is not torch.strided for each in tensors):
+        return False
+    if captures.is_traced():
+        return False
+    if residual is None:
+        return True
+    alike = residual.dtype == x.dtype and residual.device == x.device
+    return alike and plain.holds(residual.shape == x.shape)
+
+
+def joined(norm: Any, x: Tensor, activation: Any, residual: Tensor | None = None) -> dict[str, Any] | None:
+    """Returns the keyword arguments with which norm(x) computes activation(norm(x) + residual), or None where the three
+    have to be computed one by one.
+
+    Args:
+        norm: any module.
+        activation: any module, or None.
+    """
+    if type(norm) not in TAKES_ACTIVATION or is_observed(norm):
+        return None
+    if activation is not None and is_observed(activation):
+        return None
+    options = options_of(activation)
+    if options is None or not _are_plain(x, residual):
+        return None
+    return options if residual is None else {"residual": residual, **options}
+
+
+def normalized(norm: Any, x: Tensor, activation: Any, residual: Tensor | None = None) -> Tensor:
+    """Returns activation(norm(x) + residual); one by one, norm(x) is added to in place."""
+    options = joined(norm, x, activation, residual)
+    if options is not None:
+        return norm(x, **options)  # type: ignore[no-any-return]
+    y = norm(x)
+    if residual is not None:
+        y += residual
+    return y if activation is None else activation(y)  # type: ignore[no-any-return]
+
+
+class Fused(Scriptable):
+    """Precedes the class of a module in the order of inheritance, and overrides its forward alone.
+
+    The forward calls the parts of the module as the class's forward does, but for norms that it joins with their
+    neighbours. It begins with `if is_reverted(self): return type(self).forward(self, ...)`.
+    """
+
+    original: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles by `original`. A subclass, as fully_shard creates, is pickled as usual, if at all."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        cls = type(self)
+        return (_remade, (cls.__bases__[0], self.original), *reduced[2:]) if "original" in vars(cls) else reduced
+
+
+def is_reverted(module: Any) -> bool:
+    """Decides whether a module that was reverted is still called by a forward of `Fused`, from a wrapper of it."""
+    return not isinstance(module, Fused)
+
+
+@functools.cache
+def made(mixin: Any, cls: Any) -> type[nn.Module]:
+    """Returns the subclass of `cls` whose forward is the mixin's, of the same name."""
+    own = {"__module__": mixin.__module__, "__qualname__": cls.__qualname__, "original": cls}
+    return type(cls.__name__, (mixin, cls), own)
+
+
+def _remade(mixin: Any, original: Any) -> nn.Module:
+    cls = made(mixin, original)
+    return cls.__new__(cls)
+
+
+class Join(NamedTuple):
+    """Describes a norm and its neighbours that become one call.
+
+    Args:
+        parts: names of the modules that are joined, from the container, for the report; None: they are no modules.
+        norm: the norm.
+        activation: the module after it; None: none.
+        residual: the module that computes the addend, or None.
+        passed: modules whose calls are left out, as their parts are called directly.
+        takes: decides whether the norm's forward can take the neighbours, by the class that it has or will have.
+    """
+
+    parts: str
+    norm: nn.Module
+    activation: nn.Module | None = None
+    residual: nn.Module | None = None
+    passed: tuple[nn.Module, ...] = ()
+    takes: Callable[[Any], bool] = TAKES_ACTIVATION.__contains__
+
+
+class Example(NamedTuple):
+    """Describes a call of a small module, to compare a class with its counterpart.
+
+    Args:
+        module: a module of the class that its own constructor has made.
+        inputs, named: arguments of the call: tensors on the CPU, in float32.
+    """
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    named: Mapping[str, Any] = MappingProxyType({})
+
+
+class Fusible(NamedTuple):
+    """Describes how modules of a class are fused.
+
+    Args:
+        mixin: its forward.
+        joins: lists the norms of a module with neighbours that the forward joins.
+        examples: returns small modules of the class, which together reach each of its branches.
+    """
+
+    mixin: type[Fused]
+    joins: Callable[[Any], list[Join]]
+    examples: Callable[[Any], list[Example]]
+
+
+def obstacle(join: Join, class_of: Callable[[nn.Module], type[Any]]) -> str | None:
+    """Returns why the parts can't be joined, or None.
+
+    Args:
+        class_of: returns the class that a module will have after the conversion.
+    """
+    cls = class_of(join.norm)
+    if not join.takes(cls):
+        return f"the norm stays {cls.__name__}"
+    for module in (join.norm, join.activation, *join.passed):
+        if module is not None and is_observed(module):
+            return f"{type(module).__name__} has hooks or another forward"
+    if join.residual is not None and any(module is join.norm for module in join.residual.modules()):
+        return "the norm is a part of the shortcut too"
+    return None if join.activation is None else _unknown(join.activation)
+
+
+def _unknown(activation: nn.Module) -> str | None:
+    """Returns why the activation can't be joined, or None. Compares it with the function of its name on numbers."""
+    cls, options = type(activation), options_of(activation)
+    if options is None:
+        return f"{cls.__name__} is not among the activations that are known"
+    if not options:
+        return None
+    z = torch.linspace(-4.0, 4.0, 33, device="cpu", dtype=torch.float32)
+    expected = activations.activate(z, options["activation"], options.get("negative_slope", 0.0))
+    with torch.no_grad():
+        if torch.allclose(cls.forward(activation, z.clone()), expected, rtol=1e-6, atol=1e-6):
+            return None
+    return f"its version of {cls.__name__} computes something else than the one that is known"
