@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from triton_norm.converting.blocks import BLOCKS
 from triton_norm.converting.joining import Example, Fused, Fusible, made, obstacle
 from triton_norm.converting.sequences import SEQUENTIAL, is_sequential
 from triton_norm.dispatch import backend
 
-FUSIBLE: dict[str, Fusible] = {}
+FUSIBLE: dict[str, Fusible] = {**BLOCKS}
 """Each key is module.Class."""
 
 TargetOf = Callable[[type[nn.Module]], type[nn.Module] | None]

@@ -91,10 +91,8 @@ def joined(norm: Any, x: Tensor, activation: Any, residual: Tensor | None = None
     """
     if type(norm) not in TAKES_ACTIVATION or is_observed(norm):
         return None
-    if activation is not None and is_observed(activation):
-        return None
     options = options_of(activation)
-    if options is None or not _are_plain(x, residual):
+    if options is None or (activation is not None and is_observed(activation)) or not _are_plain(x, residual):
         return None
     return options if residual is None else {"residual": residual, **options}
 
@@ -176,6 +174,16 @@ class Example(NamedTuple):
     named: Mapping[str, Any] = MappingProxyType({})
 
 
+def built(cls: Any, **attributes: Any) -> nn.Module:
+    """Returns a module of the class with these parts and other attributes. Its constructor, which may need a model's
+    configuration, is not called."""
+    module: nn.Module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
 class Fusible(NamedTuple):
     """Describes how modules of a class are fused.
 
@@ -199,12 +207,15 @@ def obstacle(join: Join, class_of: Callable[[nn.Module], type[Any]]) -> str | No
     cls = class_of(join.norm)
     if not join.takes(cls):
         return f"the norm stays {cls.__name__}"
+    unknown = None if join.activation is None else _unknown(join.activation)
+    if unknown is not None:
+        return unknown
     for module in (join.norm, join.activation, *join.passed):
         if module is not None and is_observed(module):
             return f"{type(module).__name__} has hooks or another forward"
     if join.residual is not None and any(module is join.norm for module in join.residual.modules()):
         return "the norm is a part of the shortcut too"
-    return None if join.activation is None else _unknown(join.activation)
+    return None
 
 
 def _unknown(activation: nn.Module) -> str | None:
