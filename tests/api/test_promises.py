@@ -29,7 +29,7 @@ FLOORS = (
     ("explaining",),
     ("modules", "modules_groups"),
     ("converting.calls", "converting.joining", "converting.gated", "converting.adaptive", "converting.adaptive_trial"),
-    ("converting.sequences", "converting.blocks"),
+    ("converting.sequences", "converting.blocks", "converting.timm_norms"),
     ("converting.hugging_face", "converting.fusing"),
     ("converting",),
     ("__init__",),

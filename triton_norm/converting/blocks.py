@@ -14,6 +14,7 @@ from triton_norm.converting.joining import (
     Join,
     built,
     is_observed,
+    is_recorded,
     is_reverted,
     joined,
     normalized,
@@ -83,12 +84,11 @@ class FusedInvertedResidual(Fused):
     def forward(self: Any, features: Tensor) -> Tensor:
         if is_reverted(self):
             return type(self).forward(self, features)  # type: ignore[no-any-return]
+        last = self.reduce_1x1
+        if is_recorded(features) or not (self.use_residual and _passes_over(last)):
+            return super().forward(features)  # type: ignore[misc, no-any-return]
         residual = features
         features = self.conv_3x3(self.expand_1x1(features))
-        last = self.reduce_1x1
-        if not (self.use_residual and _passes_over(last)):
-            features = last(features)
-            return residual + features if self.use_residual else features
         features = last.convolution(_padded(last, features))
         options = joined(last.normalization, features, None, residual)
         if options is None:
@@ -103,7 +103,7 @@ class FusedResidualLayer(Fused):
         if is_reverted(self):
             return type(self).forward(self, hidden_state)  # type: ignore[no-any-return]
         last = _last(self.layer)
-        if last is None:
+        if is_recorded(hidden_state) or last is None:
             return super().forward(hidden_state)  # type: ignore[misc, no-any-return]
         y = hidden_state
         for layer in tuple(self.layer)[:-1]:
@@ -117,6 +117,8 @@ class FusedBasicBlock(Fused):
     def forward(self: Any, x: Tensor) -> Tensor:
         if is_reverted(self):
             return type(self).forward(self, x)  # type: ignore[no-any-return]
+        if is_recorded(x):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
         y = self.conv2(normalized(self.bn1, self.conv1(x), self.relu))
         return normalized(self.bn2, y, self.relu, x if self.downsample is None else self.downsample(x))
 
@@ -127,6 +129,8 @@ class FusedBottleneck(Fused):
     def forward(self: Any, x: Tensor) -> Tensor:
         if is_reverted(self):
             return type(self).forward(self, x)  # type: ignore[no-any-return]
+        if is_recorded(x):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
         y = self.conv2(normalized(self.bn1, self.conv1(x), self.relu))
         y = self.conv3(normalized(self.bn2, y, self.relu))
         return normalized(self.bn3, y, self.relu, x if self.downsample is None else self.downsample(x))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from triton_norm import checks, modules, modules_groups
-from triton_norm.converting import fusing, hugging_face
+from triton_norm.converting import fusing, hugging_face, timm_norms
 from triton_norm.converting.calls import modulations_by, norms_called_by
 from triton_norm.symbolic import REVERTED, WAS
 
@@ -138,9 +138,10 @@ def _planned(
     becomes: dict[nn.Module, type[nn.Module]] = {}
     # Models have many modules of few classes.
     norms_called, modulations = functools.cache(norms_called_by), functools.cache(modulations_by)
+    mismatch = _trials()
     for name, module in named:
         target = _target(type(module), sync_batch_norm)
-        reason = _obstacle(module, target, norms_called)
+        reason = _obstacle(module, target, norms_called, mismatch)
         if target is None and reason is None:
             reason = _modulates(module, modulations)
         if target is not None and reason is None:
@@ -166,7 +167,7 @@ def _plan_fusions(
     becomes: dict[nn.Module, type[nn.Module]],
 ) -> None:
     """Adds the modules that join norms of `becomes`, or earlier ones, with their neighbours."""
-    mismatch = fusing.trials(functools.partial(_target, sync_batch_norm=False))
+    mismatch = _trials()
     fused: dict[nn.Module, type[nn.Module]] = {}
     for name, module in named:
         target = fusing.counterpart(type(module))
@@ -186,6 +187,10 @@ def _plan_fusions(
         if reasons:
             report.skipped[name] = "; ".join([report.skipped[name], *reasons] if name in report.skipped else reasons)
     becomes |= fused
+
+
+def _trials() -> Callable[[Any], str | None]:
+    return fusing.trials(functools.partial(_target, sync_batch_norm=False))
 
 
 def _unfusible(module: nn.Module, target: type[nn.Module] | None, mismatch: Callable[[Any], str | None]) -> str | None:
@@ -301,17 +306,24 @@ def _target(cls: type[nn.Module], sync_batch_norm: bool) -> type[nn.Module] | No
     """Returns the class that modules of exactly this class are converted to, or None."""
     if sync_batch_norm and cls in modules.BATCH_NORMS:
         return modules.SyncBatchNorm
-    return _OURS.get(cls) or hugging_face.counterpart(cls)
+    if sync_batch_norm and issubclass(cls, nn.modules.batchnorm._BatchNorm):
+        return _OURS.get(cls)  # a subclass of timm's can't become one
+    return _OURS.get(cls) or hugging_face.counterpart(cls) or fusing.norm_counterpart(cls)
 
 
 def _obstacle(
-    module: nn.Module, target: type[nn.Module] | None, norms_called: Callable[[Any], tuple[str, ...]]
+    module: nn.Module,
+    target: type[nn.Module] | None,
+    norms_called: Callable[[Any], tuple[str, ...]],
+    mismatch: Callable[[Any], str | None],
 ) -> str | None:
     """Returns the reason to skip a module, or None if it can be converted or is no norm."""
     cls = type(module)
     if target is not None:
         if not _forward_is_its_class(module):
             return "its forward was replaced on the module itself"
+        if fusing.is_counterpart(target):
+            return timm_norms.obstacle(module) or mismatch(cls)
         return hugging_face.mismatch(module)
     if any(_is_ours(base) for base in cls.__mro__):
         return "is triton_norm's already"

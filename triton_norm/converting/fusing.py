@@ -15,16 +15,24 @@ from torch import Tensor, nn
 from triton_norm.converting.blocks import BLOCKS
 from triton_norm.converting.joining import Example, Fused, Fusible, made, obstacle
 from triton_norm.converting.sequences import SEQUENTIAL, is_sequential
+from triton_norm.converting.timm_norms import TIMM
 from triton_norm.dispatch import backend
 
 FUSIBLE: dict[str, Fusible] = {**BLOCKS}
 """Each key is module.Class."""
 
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Values are below 10, and bfloat16's are rounded three or four times by half of 2⁻⁸."""
+
 TargetOf = Callable[[type[nn.Module]], type[nn.Module] | None]
 
 
+def _path(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _fusible(cls: type[Any]) -> Fusible | None:
-    return SEQUENTIAL if is_sequential(cls) else FUSIBLE.get(f"{cls.__module__}.{cls.__qualname__}")
+    return SEQUENTIAL if is_sequential(cls) else FUSIBLE.get(_path(cls))
 
 
 def counterpart(cls: Any) -> type[nn.Module] | None:
@@ -32,6 +40,12 @@ def counterpart(cls: Any) -> type[nn.Module] | None:
     if issubclass(cls, Fused):
         return None
     fusible: Any = _fusible(cls)
+    return None if fusible is None else made(fusible.mixin, cls)
+
+
+def norm_counterpart(cls: Any) -> type[nn.Module] | None:
+    """Returns the class that norms of exactly this class of timm become, or None."""
+    fusible: Any = TIMM.get(_path(cls))
     return None if fusible is None else made(fusible.mixin, cls)
 
 
@@ -60,8 +74,13 @@ def plan(module: nn.Module, becomes: Mapping[nn.Module, type[nn.Module]]) -> Pla
     if listed is None or issubclass(cls, Fused):
         return found
     fusible: Any = _fusible(listed)
-    for join in fusible.joins(module):
-        reason = obstacle(join, lambda part: becomes.get(part, type(part)))
+    joins = fusible.joins(module)
+    shared = any(join.residual is not None and join.norm in set(join.residual.modules()) for join in joins)
+    for join in joins:
+        # Running statistics would move in another order.
+        reason = (
+            "the shortcut has the same norm" if shared else obstacle(join, lambda part: becomes.get(part, type(part)))
+        )
         if reason is None:
             found.joined.append(join.parts)
         else:
@@ -80,7 +99,7 @@ def listed_base(cls: type[Any]) -> type[Any] | None:
 
 
 def mismatch(cls: type[Any], target_of: TargetOf) -> str | None:
-    """Returns why containers of a listed class can't be fused, or None.
+    """Returns why modules of a listed class can't change it, or None.
 
     Compares the installed class with its counterpart on small modules: results and running statistics, in training and
     in evaluation.
@@ -90,7 +109,7 @@ def mismatch(cls: type[Any], target_of: TargetOf) -> str | None:
     """
     if nn.modules.module._has_any_global_hook():
         return "a hook of torch.nn on all modules is set"
-    fusible: Any = _fusible(cls)
+    fusible: Any = TIMM.get(_path(cls)) or _fusible(cls)
     # The constructors draw numbers, for weights that are then replaced.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), backend("torch"):
         try:
@@ -103,16 +122,20 @@ def mismatch(cls: type[Any], target_of: TargetOf) -> str | None:
 
 
 def _agrees(example: Example, target_of: TargetOf) -> bool:
-    theirs = example.module.float()
+    theirs = example.module.to(example.dtype)
     for number, tensor in enumerate((*theirs.parameters(), *theirs.buffers())):
         if tensor.is_floating_point():
-            tensor.copy_(_drawn(tensor, number) if tensor.dim() > 1 else 1.0 + 0.5 * _drawn(tensor, number))
+            drawn = _drawn(tensor, number)
+            tensor.copy_(drawn if tensor.dim() > 1 else 1.0 + 0.5 * drawn)
     ours = copy.deepcopy(theirs)
     for part in list(ours.modules()):
         cls = target_of(type(part)) or counterpart(type(part))
         if cls is not None:
             part.__class__ = cls
-    inputs = [_drawn(each, number) if isinstance(each, Tensor) else each for number, each in enumerate(example.inputs)]
+    inputs = [
+        _drawn(each, number).to(example.dtype) if isinstance(each, Tensor) else each
+        for number, each in enumerate(example.inputs)
+    ]
     for mode in (True, True, False):
         results = [module.train(mode)(*copy.deepcopy(inputs), **example.named) for module in (theirs, ours)]
         if not _alike(*results):
@@ -121,14 +144,16 @@ def _agrees(example: Example, target_of: TargetOf) -> bool:
 
 
 def _drawn(like: Tensor, number: int) -> Tensor:
-    """Returns values between −1 and 1, of the tensor's shape."""
-    return torch.sin((torch.arange(float(like.numel())) + number + 1.0).square()).view_as(like)
+    """Returns values between −1 and 1, of the tensor's shape, strides and dtype."""
+    values = torch.sin((torch.arange(float(like.numel())) + number + 1.0).square())
+    return torch.empty_like(like).copy_(values.view(like.shape))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
+    tolerance = _TOLERANCES.get(one.dtype, 0.0)
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def trials(target_of: TargetOf) -> Callable[[Any], str | None]:

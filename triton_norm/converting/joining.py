@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import has_torch_function_variadic
 
 from triton_norm import activations, captures, modules, modules_groups, overrides, plain
@@ -81,6 +81,11 @@ def _are_plain(x: Tensor, residual: Tensor | None) -> bool:
     return alike and plain.holds(residual.shape == x.shape)
 
 
+def is_recorded(x: Any) -> bool:
+    """Decides whether torch.fx records the call: its nodes are then in the order of the class's own forward."""
+    return isinstance(x, fx.Proxy)
+
+
 def joined(norm: Any, x: Tensor, activation: Any, residual: Tensor | None = None) -> dict[str, Any] | None:
     """Returns the keyword arguments with which norm(x) computes activation(norm(x) + residual), or None where the three
     have to be computed one by one.
@@ -91,6 +96,11 @@ def joined(norm: Any, x: Tensor, activation: Any, residual: Tensor | None = None
     """
     if type(norm) not in TAKES_ACTIVATION or is_observed(norm):
         return None
+    return options_for(x, activation, residual)
+
+
+def options_for(x: Tensor, activation: Any, residual: Tensor | None = None) -> dict[str, Any] | None:
+    """Returns the keyword arguments of `joined`, for a norm that takes them."""
     options = options_of(activation)
     if options is None or (activation is not None and is_observed(activation)) or not _are_plain(x, residual):
         return None
@@ -148,7 +158,7 @@ class Join(NamedTuple):
         parts: names of the modules that are joined, from the container, for the report; None: they are no modules.
         norm: the norm.
         activation: the module after it; None: none.
-        residual: the module that computes the addend, or None.
+        residual: the module that computes the addend, before the norm is called and not after it, or None.
         passed: modules whose calls are left out, as their parts are called directly.
         takes: decides whether the norm's forward can take the neighbours, by the class that it has or will have.
     """
@@ -166,12 +176,14 @@ class Example(NamedTuple):
 
     Args:
         module: a module of the class that its own constructor has made.
-        inputs, named: arguments of the call: tensors on the CPU, in float32.
+        inputs, named: arguments of the call: tensors on the CPU. Values are drawn for those of `inputs`.
+        dtype: of parameters, and of the tensors of `inputs`.
     """
 
     module: nn.Module
     inputs: tuple[Any, ...]
     named: Mapping[str, Any] = MappingProxyType({})
+    dtype: torch.dtype = torch.float32
 
 
 def built(cls: Any, **attributes: Any) -> nn.Module:
@@ -213,8 +225,6 @@ def obstacle(join: Join, class_of: Callable[[nn.Module], type[Any]]) -> str | No
     for module in (join.norm, join.activation, *join.passed):
         if module is not None and is_observed(module):
             return f"{type(module).__name__} has hooks or another forward"
-    if join.residual is not None and any(module is join.norm for module in join.residual.modules()):
-        return "the norm is a part of the shortcut too"
     return None
 
 
