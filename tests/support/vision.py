@@ -53,6 +53,30 @@ class Bottleneck(nn.Module):
         return self.relu(y)
 
 
+class ResNet(nn.Module):
+    def __init__(self, block: Any, layers: list[int], num_classes: int = 1000) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu = _convolution(3, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU(inplace=True)
+        self.maxpool, self.avgpool = nn.MaxPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(1)
+        width = 64
+        for place, n_blocks in enumerate(layers):
+            outputs, blocks = 64 * 2**place * block.expansion, []
+            for number in range(n_blocks):
+                stride = 2 if place and not number else 1
+                shortcut = None
+                if stride != 1 or width != outputs:
+                    shortcut = nn.Sequential(_convolution(width, outputs, 1, stride), nn.BatchNorm2d(outputs))
+                blocks.append(block(width, 64 * 2**place, stride, shortcut))
+                width = outputs
+            setattr(self, f"layer{place + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.avgpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+        return self.fc(torch.flatten(x, 1))
+
+
 class Conv2dNormActivation(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, activation_layer: Any = nn.ReLU):
         norm = nn.BatchNorm2d(out_channels)
@@ -134,7 +158,7 @@ def _timm() -> dict[str, list[type[nn.Module]]]:
 
 def _stand_ins() -> dict[str, ModuleType]:
     classes: dict[str, list[type[nn.Module]]] = {
-        "torchvision.models.resnet": [BasicBlock, Bottleneck],
+        "torchvision.models.resnet": [BasicBlock, Bottleneck, ResNet],
         "torchvision.ops.misc": [Conv2dNormActivation],
         **_timm(),
     }

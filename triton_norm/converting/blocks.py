@@ -136,6 +136,17 @@ class FusedBottleneck(Fused):
         return normalized(self.bn3, y, self.relu, x if self.downsample is None else self.downsample(x))
 
 
+class FusedResNet(Fused):
+    """Joins the norm and the activation before the first stage."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if is_reverted(self):
+            return type(self).forward(self, x)  # type: ignore[no-any-return]
+        y = self.maxpool(normalized(self.bn1, self.conv1(x), self.relu))
+        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
+        return self.fc(torch.flatten(self.avgpool(y), 1))  # type: ignore[no-any-return]
+
+
 def _passes_over(layer: Any) -> bool:
     """Decides whether the layer is a listed one without an activation, whose parts can be called directly."""
     if path_of(type(layer)) not in _OF_RESIDUAL_LAYERS or is_observed(layer) or layer.normalization is None:
@@ -260,6 +271,12 @@ def _block_examples(n_norms: int) -> Callable[[Any], list[Example]]:
     return examples
 
 
+def _resnet_examples(cls: Any) -> list[Example]:
+    parts: dict[str, nn.Module] = {f"layer{number}": _convolution() for number in range(1, 5)}
+    parts |= {"conv1": _convolution(), "bn1": nn.BatchNorm2d(4), "relu": nn.ReLU(inplace=True)}
+    return [Example(built(cls, **parts, maxpool=nn.MaxPool2d(2), avgpool=nn.AvgPool2d(2), fc=nn.Linear(4, 3)), (_X,))]
+
+
 def _of_transformers(fusible: Fusible, classes: str) -> dict[str, Fusible]:
     """Returns the entries of classes model.Class, or model.file.Class, of transformers.models."""
     paths = (each.split(".") for each in classes.split())
@@ -277,6 +294,7 @@ BLOCKS: dict[str, Fusible] = {
     "torchvision.models.resnet.Bottleneck": Fusible(
         FusedBottleneck, _joins_of_block("bn1", "bn2", "bn3"), _block_examples(3)
     ),
+    "torchvision.models.resnet.ResNet": Fusible(FusedResNet, _joins_of("bn1", "relu"), _resnet_examples),
     **_of_transformers(
         Fusible(FusedConvLayer, *_NORMALIZATION),
         """
