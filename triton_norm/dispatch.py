@@ -105,12 +105,13 @@ class Explanation:
         return f"{self.function}: {self.backend}, because {self.reason}{copied}"
 
 
-def unserved(tensors: Sequence[Tensor | None], columns: int | None = None) -> str | None:
+def unserved(tensors: Sequence[Tensor | None], columns: int | None = None, is_distributed: bool = False) -> str | None:
     """Returns why the kernels can't serve calls on tensors like these, or None.
 
     Args:
         tensors: x and the others.
         columns: columns of x's rows; None: x has channels.
+        is_distributed: x is a DTensor; `rows.sharded.unserved` knows which ones the kernels serve.
     """
     x, *_ = tensors
     assert x is not None
@@ -121,13 +122,13 @@ def unserved(tensors: Sequence[Tensor | None], columns: int | None = None) -> st
     for tensor in tensors:
         if tensor is None:
             continue
-        if plain.is_subclass(tensor):
+        if plain.is_subclass(tensor) and not (is_distributed and plain.is_distributed(tensor)):
             return f"{type(tensor).__name__} is a subclass of Tensor"
         if tensor.layout != torch.strided or tensor.is_nested:
             return "a tensor is not strided"
         if tensor.dtype not in plain.FLOATING:
             return f"of dtype {tensor.dtype}"
-        if torch.compiler.is_compiling():  # torch.compile can't trace the rest
+        if torch.compiler.is_compiling() or is_distributed:  # torch.compile can't trace the rest
             continue
         if tensor.is_neg():
             return "a tensor holds its elements negated, as the imaginary part of a conjugate does"
@@ -197,7 +198,8 @@ def explanation(function: str, copies: tuple[str, ...], x: Tensor, reason: str |
     reason = reason or unserved_now()
     if reason is None:
         how = "interpreted on the CPU" if INTERPRETED and x.is_cpu else f"on {x.device}"
-        return Explanation(function, "triton", f"the kernels serve it, {how}", copies)
+        local = "on local tensors, " if plain.is_distributed(x) else ""
+        return Explanation(function, "triton", f"the kernels serve it, {local}{how}", copies)
     return explained_by(function, reason)
 
 

@@ -11,6 +11,7 @@ from triton_norm import functional, functional_groups, overrides, resolve
 from triton_norm.channels import group_layout, layout
 from triton_norm.dispatch import Explanation, explained_by, explanation
 from triton_norm.functional_modulated import bundled, is_plain
+from triton_norm.rows import sharded
 from triton_norm.rows.layout import copies
 from triton_norm.rows.modulation import copied_modulations
 from triton_norm.specs import (
@@ -61,10 +62,12 @@ def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Exp
         inputs, (_, *rest) = bundled(function, tensors, modulation, options, of_gate)
         return explain_modulated(function, ModulatedTensors(*inputs), ModulatedOptions(options, *rest))
     call = resolve.check_rows(function, tensors, options)
+    if call.sharding is not None:
+        tensors = RowTensors._make(sharded.local_tensors(tensors))
     copied = _copied_rows({"input": tensors.x, "residual": tensors.residual}, call.spec.n_cols)
     if tensors.residual is None:  # with a residual the total is saved
         copied += _unsavable({"input": tensors.x}, (tensors.weight, tensors.bias))
-    return explanation(function, tuple(copied), tensors.x, call.reason)
+    return explanation(function, tuple(copied), named["input"], call.reason)
 
 
 def _copied_rows(tensors: dict[str, Tensor | None], n_cols: int) -> list[str]:

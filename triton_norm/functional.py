@@ -17,6 +17,7 @@ from triton_norm.dispatch import autocasts, goes_to_triton, instead_of, is_fusib
 from triton_norm.functional_modulated import SILU, bundled, is_plain, normalize_modulated
 from triton_norm.plain import HALVES, has_known_sizes, holds
 from triton_norm.rows import operator as rows
+from triton_norm.rows import sharded
 from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors, RowOptions, RowSpec, RowTensors
 
 
@@ -50,6 +51,8 @@ def normalize_rows(
             return rows.launch(tensors, call.plan)
     named = RowTensors._make(tensors)
     if goes_to_triton(call.reason):
+        if call.sharding is not None:
+            return sharded.normalize(named, call.sharding, is_fusible())
         return rows.record(named, call.spec, is_fusible())
     if instead is not None:
         return instead(named.x)

@@ -25,6 +25,15 @@ def is_subclass(tensor: Tensor) -> bool:
     return tensor.__class__ not in TYPES  # torch.compile can store no guard on type(tensor) for another process
 
 
+def is_distributed(tensor: Tensor | None) -> bool:
+    """Decides whether the tensor is a DTensor."""
+    if tensor is None or not is_subclass(tensor) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # a slow import, which whoever has such a tensor has paid for
+
+    return tensor.__class__ is DTensor
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Decides whether the kernels can read the tensor, at least once a pending negation is applied."""
     is_strided = tensor.layout is torch.strided and not tensor.is_nested

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_norm.plain import REAL, is_plain
+from triton_norm.plain import REAL, is_distributed, is_plain
 from triton_norm.tuning.memory import when_forgotten
 
 MOST_KEYS = 4096
@@ -59,6 +59,28 @@ def forms_of(*tensors: Tensor) -> Any:
     return _guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
+class FormsOfDTensors:
+    """Holds the forms of some tensors with DTensors among them, and how these are placed.
+
+    Meshes are compared by identity: one that replaces an equal mesh, whose processes have ended, has other groups.
+    """
+
+    def __init__(self, *tensors: Any) -> None:
+        self._check, self._specs = forms_of(*tensors).check, [getattr(tensor, "_spec", None) for tensor in tensors]
+        self._locals = [type(getattr(tensor, "_local_tensor", None)) for tensor in tensors]
+
+    def check(self, *tensors: Any) -> bool:
+        if not self._check(*tensors):
+            return False
+        for tensor, spec, local in zip(tensors, self._specs, self._locals, strict=True):
+            if spec is not None:
+                own = tensor._spec
+                same = own is spec or (own.mesh is spec.mesh and own == spec)
+                if not same or type(tensor._local_tensor) is not local:
+                    return False
+        return True
+
+
 _plans: dict[Any, tuple[Callable[[Any], Any], list[tuple[Callable[..., bool], Any]]]] = {}
 """Maps (key, first tensor's shape) to a function that picks the tensors that are not None, and the plans, each with the
 check of its forms. Layers of one model differ mostly in shape, and a look-up is faster than several checks."""
@@ -94,11 +116,17 @@ def find(key: Any, tensors: Sequence[Tensor | None]) -> Any:
     return None
 
 
+def _is_real(tensor: Tensor) -> bool:
+    return type(tensor) in REAL and is_plain(tensor)
+
+
 def keep(key: Any, tensors: Sequence[Tensor | None], plan: Any) -> None:
-    """Caches a plan for calls of this signature, unless a tensor is not plain memory, or `find` could not find it."""
+    """Caches a plan for calls of this signature, unless a tensor is neither plain memory nor a DTensor, or `find` could
+    not find it."""
     if _dispatch_modes() or forward_ad._current_level >= 0:
         return
-    if not all(tensor is None or (type(tensor) in REAL and is_plain(tensor)) for tensor in tensors):
+    distributed = any(map(is_distributed, tensors))
+    if not all(tensor is None or _is_real(tensor) or is_distributed(tensor) for tensor in tensors):
         return
     first, *others = (place for place, tensor in enumerate(tensors) if tensor is not None)
     pick = operator.itemgetter(first, *others) if others else operator.itemgetter(slice(first, first + 1))
@@ -108,4 +136,4 @@ def keep(key: Any, tensors: Sequence[Tensor | None], plan: Any) -> None:
     _, kept = _plans.setdefault((key, there[0].shape), (pick, []))
     if len(kept) >= MOST_FORMS:
         kept.clear()
-    kept.append((forms_of(*there).check, plan))
+    kept.append(((FormsOfDTensors if distributed else forms_of)(*there).check, plan))

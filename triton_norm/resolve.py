@@ -11,8 +11,8 @@ from triton_norm import captures, checks, checks_rows, dispatch, plans, referenc
 from triton_norm.channels import group_layout
 from triton_norm.channels.function import BatchNormPlan
 from triton_norm.channels.groups import GroupNormPlan
-from triton_norm.plain import HALVES
-from triton_norm.rows import modulation
+from triton_norm.plain import HALVES, is_distributed
+from triton_norm.rows import modulation, sharded
 from triton_norm.rows.modulated_plan import Expanding, modulated_plan_of
 from triton_norm.rows.plan import plan_of
 from triton_norm.specs import (
@@ -40,12 +40,14 @@ class Call(NamedTuple):
         reason: why the kernels can't serve such calls, or None.
         plan: plan of a call that the kernels serve and nothing records or intercepts, or None.
         shape: normalized_shape as given, a tuple of integers; None for a norm over channels.
+        sharding: places the results of a call on DTensors; None for other tensors.
     """
 
     spec: Any
     reason: str | None
     plan: Any
     shape: Any = None
+    sharding: Any = None
 
 
 def check_rows(function: str, tensors: RowTensors, options: RowOptions) -> Call:
@@ -58,7 +60,12 @@ def check_rows(function: str, tensors: RowTensors, options: RowOptions) -> Call:
         out_dtype = torch.float32  # autocast would cast the input; the kernel reads it unchanged
     dtypes = out_dtype, options.residual_dtype, options.x_hat_dtype
     spec = RowSpec._make((n_cols, float(eps), float(options.weight_offset), centred, *dtypes))
-    return Call._make((spec, dispatch.unserved(tensors, columns=n_cols), None, options.normalized_shape))
+    distributed, n_outer = any(is_distributed(tensor) for tensor in tensors), tensors.x.dim() - len(shape)
+    reason, sharding = dispatch.unserved(tensors, n_cols, distributed), None
+    if reason is None and distributed:
+        reason = sharded.unserved(tensors, n_outer)
+        sharding = sharded.rows(tensors, spec, n_outer) if reason is None else None
+    return Call._make((spec, reason, None, options.normalized_shape, sharding))
 
 
 def check_modulated(function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Call:
@@ -92,7 +99,7 @@ def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole:
 def check_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> Call:
     spec = batch_norm_spec(tensors, options, whole)
     *read, _ = tensors
-    return Call._make((spec, dispatch.unserved(read), None, None))
+    return Call._make((spec, dispatch.unserved(read), None, None, None))
 
 
 def check_group_norm(tensors: Inputs, options: GroupNormOptions) -> Call:
@@ -103,7 +110,7 @@ def check_group_norm(tensors: Inputs, options: GroupNormOptions) -> Call:
     if tensors.x.dtype in HALVES and dispatch.autocasts("group_norm", tensors.x):
         out_dtype = torch.float32  # autocast would cast the input; the kernel reads it unchanged
     spec = GroupNormSpec._make((n_groups, float(eps), activation, float(slope), out_dtype))
-    return Call._make((spec, _unserved_groups(tensors, n_groups), None, None))
+    return Call._make((spec, _unserved_groups(tensors, n_groups), None, None, None))
 
 
 def _unserved_groups(tensors: Sequence[Tensor | None], n_groups: int) -> str | None:
@@ -121,7 +128,7 @@ def check_instance_norm(tensors: BatchNormTensors, options: InstanceNormOptions)
         return check_batch_norm(tensors, BatchNormOptions._make((False, momentum, eps, activation, slope)))
     spec = GroupNormSpec._make((tensors.x.shape[1], float(eps), activation, float(slope), None))
     *read, _ = tensors
-    return Call._make((spec, _unserved_groups(read, spec.n_groups), None, None))
+    return Call._make((spec, _unserved_groups(read, spec.n_groups), None, None, None))
 
 
 def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> Call:
@@ -170,7 +177,7 @@ def _kept(key: Any, tensors: Any, options: Any, check: Callable[[], Call], plan_
         call = check()
     if dispatch.unserved_now() is not None or captures.is_intercepted(*tensors):
         return call
-    if call.reason is None:
+    if call.reason is None and call.sharding is None:
         call = call._replace(plan=plan_of(call.spec, tensors))
     # A list has no hash, and a tensor may hold another value next time.
     if key is not None and not any(isinstance(option, (Tensor, list)) for option in options):

@@ -18,15 +18,23 @@ def pairwise(
         factors: The values of each factor by its name; the values of a factor "a, b" are pairs.
         possible: Returns whether there is a case of one value of each factor, in their order.
     """
+    chosen = cases(factors, possible)
+    rows = [_arguments(factors, case) for case in chosen]
+    return pytest.mark.parametrize(", ".join(factors), rows, ids=_id)
+
+
+def cases(
+    factors: Mapping[str, Sequence[Any]], possible: Callable[..., bool] = lambda *values: True
+) -> list[list[Any]]:
+    """Returns the values of each case, in the factors' order."""
     numbers = itertools.product(*(range(len(values)) for values in factors.values()))
-    cases = [case for case in numbers if possible(*_values(factors, case))]
-    pairs = {case: frozenset(itertools.combinations(enumerate(case), 2)) for case in cases}
+    there = [case for case in numbers if possible(*_values(factors, case))]
+    pairs = {case: frozenset(itertools.combinations(enumerate(case), 2)) for case in there}
     missing, chosen = frozenset[Any]().union(*pairs.values()), []
     while missing:
-        chosen.append(max(cases, key=lambda case: len(pairs[case] & missing)))
+        chosen.append(max(there, key=lambda case: len(pairs[case] & missing)))
         missing -= pairs[chosen[-1]]
-    rows = [_arguments(factors, _values(factors, case)) for case in sorted(chosen)]
-    return pytest.mark.parametrize(", ".join(factors), rows, ids=_id)
+    return [_values(factors, case) for case in sorted(chosen)]
 
 
 def _values(factors: Mapping[str, Sequence[Any]], case: tuple[int, ...]) -> list[Any]:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed import pipelining
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import triton_norm
@@ -77,21 +75,6 @@ def compiled_without_a_function_of_autograd(world: World) -> None:
     assert not any("autograd" in target for target in targets), targets
     assert any("sync_batch_norm_apply" in target for target in targets)
     assert triton_norm.OPERATORS[-1] in [node.target for node in graph.graph.nodes]
-
-
-def compiled_distributed_tensors(world: World) -> None:
-    """Torch itself normalizes these, compiled as in eager mode."""
-    torch._dynamo.reset()
-    mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
-    x = distribute_tensor(torch.randn(4, 8, device=world.device), mesh, [Replicate()])
-    found = []
-    for library in (triton_norm, nn):
-        norm = distribute_module(library.LayerNorm(8, device=world.device), mesh)
-        with triton_norm.backend("auto"):
-            y = torch.compile(norm, fullgraph=True, backend="aot_eager")(x)
-        y.square().sum().backward()
-        found.append((y.to_local(), norm.weight.grad.to_local()))
-    torch.testing.assert_close(*found)
 
 
 def compiled_pipeline(world: World) -> None:

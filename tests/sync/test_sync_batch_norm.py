@@ -31,7 +31,6 @@ SCENARIOS = [
 RECORDED = [
     sync_captured.compiled_and_recorded,
     sync_captured.compiled_without_a_function_of_autograd,
-    sync_captured.compiled_distributed_tensors,
     sync_captured.compiled_pipeline,
 ]
 PATHS = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])

@@ -10,8 +10,10 @@ from torch import Tensor
 from triton_norm import plans, reference
 from triton_norm.captures import is_intercepted
 from triton_norm.library import Derivative, recorded
+from triton_norm.plain import is_distributed
 from triton_norm.rows import fusible
 from triton_norm.rows.backward import Gradients, RowBackwardTensors, RowGradients, backward_plan_of
+from triton_norm.rows.layout import first_column_axis
 from triton_norm.rows.plan import Outputs, RowOutputs, RowPlan, plan_of
 from triton_norm.saved import (
     Kept,
@@ -99,14 +101,16 @@ def _composed(tensors: RowBackwardTensors, spec: RowSpec, wanted: Wanted) -> Gra
     """Returns the gradients of the backward kernels, composed of torch's functions."""
     dy, dtotal, x, weight, _, _ = tensors
     row = (spec.n_cols,)
+    # A DTensor is gathered where a sharded axis is joined with others.
+    flat = (*x.shape[: first_column_axis(x.shape, spec.n_cols)], *row) if is_distributed(x) else (-1, *row)
 
     def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        y = reference.normalize(x.reshape(-1, *row), row, weight, bias, spec._replace(out_dtype=dy.dtype))
+        y = reference.normalize(x.reshape(flat), row, weight, bias, spec._replace(out_dtype=dy.dtype))
         return y.reshape(x.shape)
 
     weight, bias = None if weight is None else weight.reshape(-1), None
     if wanted.dbias_dtype is not None:  # no gradient depends on its values
-        bias = torch.zeros(row, dtype=wanted.dbias_dtype, device=x.device, requires_grad=True)
+        bias = x.new_zeros(row, dtype=wanted.dbias_dtype, requires_grad=True)
     of_x = wanted.dx_dtype is not None or wanted.dresidual_dtype is not None
     asked = of_x, wanted.dweight_dtype is not None, bias is not None
     dx, dweight, dbias = reference.gradients(function, (x, weight, bias), dy, asked)
@@ -230,6 +234,17 @@ backward_op = recorded(
     _fake_backward,
     Derivative(_setup_backward, _differentiate_backward),
 )
+
+
+class RecordedPlan:
+    """Runs the forward by its operator. Stands in for a RowPlan, whose launches no tool sees."""
+
+    def __init__(self, spec: RowSpec, tensors: Sequence[Any]) -> None:
+        self.spec, self.kept = spec, kept_of(None, tensors)
+
+    def forward(self, tensors: Sequence[Any], saves: bool) -> Outputs:
+        found: Outputs = forward_op(ForwardCall(RowTensors._make(tensors), saves, self.spec))
+        return found
 
 
 class RowsFunction(torch.autograd.Function):
