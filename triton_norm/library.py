@@ -28,10 +28,14 @@ class Derivative(NamedTuple):
 
 
 def _library() -> torch.library.Library:
-    """Returns a library with a namespace of its own, since torch.package may import a second copy of this package."""
+    """Returns a library with a namespace of its own: this package's name, and a number if another copy of it has that.
+
+    torch.package may import a second copy. The Hugging Face Hub's kernels are copies with unique names.
+    """
+    package = __name__.split(".")[-2]
     for number in itertools.count(1):
         try:
-            return torch.library.Library("triton_norm" if number == 1 else f"triton_norm_{number}", "DEF")
+            return torch.library.Library(package if number == 1 else f"{package}_{number}", "DEF")
         except RuntimeError as error:
             if "TORCH_LIBRARY" not in str(error):
                 raise

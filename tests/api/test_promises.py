@@ -33,7 +33,7 @@ FLOORS = (
     ("converting.hugging_face", "converting.fusing"),
     ("converting",),
     ("__init__",),
-    ("testing",),
+    ("testing", "hub"),
 )
 """Modules from the ground up: data fall from modules to kernels. A module without a floor of its own is on its
 package's."""
