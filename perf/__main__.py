@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--fresh", action="store_true", help="forget the choices that are there, and are not made anew")
     verb("numerics", compare_numerics, "errors against fp64 on hard data, triton_norm's beside torch's", lines)
     verb("host", time_host, "time of a call on the host on top of its launches, over a stub of CUDA's driver", lines)
+    text = "operators and launches of a training step of each model, converted and not, over a stub of CUDA's driver"
+    launches = verb("launches", count_launches, text, points, lines)
+    launches.add_argument("--write", action="store_true", help="put the table into docs/convert.md")
     readme = verb("readme", write_readme, "the figures of the documents, from the results files that are stored")
     readme.add_argument("files", nargs="*", type=Path, help="results to store first")
     return parser
@@ -282,6 +285,20 @@ def time_host(args: argparse.Namespace) -> int:
         from perf import host
 
         return _tell("host", host.records(Path(built)), host.line, args.lines)
+
+
+def count_launches(args: argparse.Namespace) -> int:
+    os.environ.pop("TRITON_INTERPRET", None)
+    with tempfile.TemporaryDirectory() as built:
+        os.environ["TRITON_CACHE_DIR"] = built
+        from perf import launches, models
+
+        chosen = [model for model in models.MODELS if set(model.ops) & set(args.op)]
+        counted = list(launches.records(Path(built), chosen))
+    failed = _tell("launches", counted, launches.line, args.lines)
+    if args.write and not failed:
+        launches.write(counted, STORED)
+    return failed
 
 
 def write_readme(args: argparse.Namespace) -> int:

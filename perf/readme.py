@@ -86,21 +86,21 @@ def write(folder: Path, readme: Path = README, numerics: Path = NUMERICS) -> Pat
     """
     timed, counted = load(folder)
     where = folder.resolve().relative_to(readme.resolve().parent).as_posix()
-    filled = {readme: _filled(readme, block(timed, where)), numerics: _filled(numerics, errors(counted))}
+    pages = {readme: filled(readme, block(timed, where)), numerics: filled(numerics, errors(counted))}
     for run in timed:
         (folder / f"{_stem(run)}-speedups.png").write_bytes(encoded(charts.over_rivals(run["records"]), "png"))
-    for page, text in filled.items():
+    for page, text in pages.items():
         page.write_text(text)
     return readme
 
 
-def _filled(page: Path, figures: str) -> str:
+def filled(page: Path, figures: str, mark: str = BEGIN) -> str:
     """Returns the page's text with these figures between its marks."""
-    before, begin, rest = page.read_text().partition(BEGIN)
+    before, begin, rest = page.read_text().partition(mark)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise Refused(f"{page.name} has no place for figures, between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{figures}{END}{after}"
+        raise Refused(f"{page.name} has no place for figures, between {mark} and {END}")
+    return f"{before}{mark}\n{figures}{END}{after}"
 
 
 def block(timed: Sequence[Run], where: str) -> str:
@@ -108,7 +108,7 @@ def block(timed: Sequence[Run], where: str) -> str:
     return "\n".join(_timed(run, where) for run in timed) or NOT_TIMED
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines) + "\n"
 
@@ -130,7 +130,7 @@ def _timed(run: Run, where: str) -> str:
         "MiB or more. Then the speed-up over each contender, on the points that both were timed on: the geometric "
         "mean, and in brackets their number or, where there is one, its shape.\n\n"
     )
-    text += _table(["op", "pass", "share of a copy's bandwidth", *rivals.values()], rows)
+    text += table(["op", "pass", "share of a copy's bandwidth", *rivals.values()], rows)
     picture = f"{where}/{_stem(run)}-speedups.png"
     return f"{text}\n*{foot}*\n\n![{PICTURE}]({picture})\n\n*{PICTURE}. {foot}*\n"
 
@@ -171,6 +171,6 @@ def errors(counted: Results | None) -> str:
         f"over rows, channels and groups of {lengths} elements. The data are hard for norms: {data}. torch ran on the "
         "same device; the last column counts the results on which it is closer, which "
         "`python -m perf report perf/results/*.jsonl` lists.\n\n"
-        + _table(["op", "type", *map(", ".join, columns), "torch is closer on"], rows)
+        + table(["op", "type", *map(", ".join, columns), "torch is closer on"], rows)
         + f"\n*{machine(counted.run['environment'])}*\n"
     )

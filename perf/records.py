@@ -191,6 +191,23 @@ class Host(Outcome, total=False):
     direct: str | None
 
 
+class Launches(Outcome, total=False):
+    """Work that one training step of one model gives the GPU.
+
+    Args:
+        way: "as it is", "converted" or "fused".
+        operators: dispatched operators that start a kernel on a GPU, by name.
+        launches: of this library.
+    """
+
+    model: str
+    source: str
+    dtype: str
+    way: str
+    operators: dict[str, int]
+    launches: int
+
+
 class Run(TypedDict, total=False):
     """Facts of a run, and what was timed in it.
 

@@ -14,7 +14,8 @@ from perf.points import BOTH, MODES, PASSES
 pytestmark = pytest.mark.unguarded
 
 VERBS = (
-    "list", "run", "report", "compare", "resources", "code", "traffic", "tune", "numerics", "host", "readme"
+    "list", "run", "report", "compare", "resources", "code", "traffic", "tune", "numerics", "host", "launches",
+    "readme",
 )  # fmt: skip
 
 
