@@ -17,6 +17,8 @@ STEPS, BATCH, LEARNING_RATE = 4, 2, 1e-2
 N_NORMS = 2 * TINY.layers + 1
 # A loss of about 4 after some steps, whose norms and their gradients differ by a few roundings of fp32.
 TOLERANCE = 1e-5
+# With activations in bf16, one that is at a tie is rounded the other way.
+HALF_TOLERANCE = 2**-8
 
 
 def llama() -> nn.Module:
@@ -79,6 +81,7 @@ OPTIONS = {
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
     "accumulation": {"gradient_accumulation_steps": 2, "max_steps": STEPS // 2},
+    "mixed precision": {"bf16": True},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 }
 
@@ -95,7 +98,8 @@ def test_a_converted_model_trains_as_the_model(name, trainer_of, launched):
     trainer.train()
     assert launched
     assert len(losses(trainer)) == trainer.args.max_steps
-    torch.testing.assert_close(losses(trainer), losses(expected), rtol=TOLERANCE, atol=0)
+    tolerance = HALF_TOLERANCE if trainer.args.bf16 else TOLERANCE
+    torch.testing.assert_close(losses(trainer), losses(expected), rtol=tolerance, atol=0)
     for one, other in zip(trainer.model.parameters(), expected.model.parameters(), strict=True):
         # Adam's first steps have the sign of a gradient alone: one of about 0 may go the other way.
         assert (one - other).abs().mean() < LEARNING_RATE * 1e-2
