@@ -6,6 +6,7 @@ Only this package depends on the private parts of triton.runtime.interpreter, th
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
@@ -20,7 +21,7 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_norm.testing import arithmetic
+from triton_norm.testing import arithmetic, faster
 from triton_norm.testing.process_wide import process_wide
 
 Array: TypeAlias = arithmetic.Array
@@ -137,49 +138,6 @@ class _NothingToRestore:
         pass
 
 
-def _types_made_once() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yields owners and the attributes to replace in each, so that types store their shape as a tuple of Python ints.
-
-    Triton's own types and tensors describe their shape by many Python objects, made and compared in each operation.
-    """
-    make_type, make_tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
-    broadcast = TritonSemantic.broadcast_impl_value
-    types: dict[Any, dict[str, Any]] = {}
-    shapes: dict[Any, dict[str, Any]] = {}
-
-    def lengths_of(type: Any) -> Any:
-        return vars(type).get("_lengths")
-
-    def type_init(self: Any, element_ty: Any, shape: Any) -> None:
-        lengths = tuple([length if type(length) is int else int(length) for length in shape])
-        made = types.get((id(element_ty), lengths))
-        if made is None:
-            make_type(self, element_ty, shape)
-            self._lengths = lengths
-            made = types[id(element_ty), lengths] = dict(vars(self))  # keeps element_ty alive, and so its id valid
-        vars(self).update(made)
-
-    def tensor_init(self: Any, handle: Any, type: Any) -> None:
-        lengths = lengths_of(type) if type.is_block() else ()
-        made = shapes.get(lengths)
-        if made is None:
-            make_tensor(self, handle, type)
-            if lengths is not None:
-                own = "handle", "type", "dtype"
-                shapes[lengths] = {name: value for name, value in vars(self).items() if name not in own}
-            return
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        vars(self).update(made)
-
-    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
-        lengths = lengths_of(lhs.type)
-        return (lhs, rhs) if lengths and lengths == lengths_of(rhs.type) else broadcast(self, lhs, rhs)
-
-    yield tl.core.block_type, {"__init__": type_init}
-    yield tl.core.tensor, {"__init__": tensor_init}
-    yield TritonSemantic, {"broadcast_impl_value": broadcast_impl_value}
-
-
 @process_wide
 def fast_launches() -> Iterator[None]:
     """Makes interpreted kernels faster, with the same results.
@@ -212,7 +170,7 @@ def fast_launches() -> Iterator[None]:
         scalar = dtype.scalar
         return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else scalar_np_dtype(scalar)
 
-    functions = (patch_lang, patch_lang_tensor, get_np_dtype)
+    functions = (patch_lang, patch_lang_tensor, get_np_dtype, faster.patch_attr)
     builder = interpreter.interpreter_builder
     try:
         with (
@@ -220,7 +178,7 @@ def fast_launches() -> Iterator[None]:
             _replaced(builder, options=dataclasses.replace(builder.options, sanitize_overflow=False)),
             ExitStack() as stack,
         ):
-            for owner, attributes in _types_made_once():
+            for owner, attributes in itertools.chain(faster.types_made_once(), faster.operands_matched_once()):
                 stack.enter_context(_replaced(owner, **attributes))
             yield
     finally:
