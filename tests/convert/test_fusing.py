@@ -109,7 +109,7 @@ def test_the_report_and_the_way_back():
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @OF_BLOCKS
 def test_steps_are_as_exact_as_those_of_the_parts(name, training, device):
-    """The same kernels compute the norms of both, and torch the convolutions."""
+    """Kernels compute the norms of both, and torch the convolutions."""
     theirs, ours, x = built(name, device, training)
     exact = trained(copy.deepcopy(theirs).double(), x.double())
     tn.convert(theirs)
@@ -234,6 +234,19 @@ class Doubled(nn.Module):
         return x.double()
 
 
+class Nothing(nn.Module):
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
+def test_a_shortcut_that_returns_nothing_is_an_error(device):
+    for fuse in (False, True):
+        model = BasicBlock(2, 2, downsample=Nothing()).to(device)
+        assert bool(tn.convert(model, fuse=fuse).fused) == fuse
+        with pytest.raises(TypeError):
+            model(torch.randn(2, 2, 4, 4, device=device))
+
+
 @pytest.mark.parametrize("shortcut", [Broadcast, Doubled])
 def test_a_shortcut_of_another_shape_or_dtype(shortcut, device):
     """torch adds it in place, in the dtype of the norm's result."""
@@ -274,6 +287,10 @@ def _other(self: Any, x: Tensor) -> Tensor:
     return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
 
 
+def _renamed(self: Any, y: Tensor) -> Tensor:
+    return y
+
+
 def _failing(self: Any, x: Tensor) -> Tensor:
     raise ValueError("patched\nfor some reason")
 
@@ -287,6 +304,7 @@ def _failing(self: Any, x: Tensor) -> Tensor:
             _failing,
             "its version of BasicBlock could not be tried on small tensors, and raised ValueError: patched",
         ),
+        (BasicBlock, _renamed, "its version of BasicBlock takes other arguments"),
         (nn.ReLU, lambda self, x: x, "its version of ReLU computes something else than the one that is known"),
     ],
 )

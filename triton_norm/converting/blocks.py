@@ -18,6 +18,7 @@ from triton_norm.converting.joining import (
     is_reverted,
     joined,
     normalized,
+    normalized_sum,
     options_of,
     path_of,
 )
@@ -108,7 +109,8 @@ class FusedResidualLayer(Fused):
         y = hidden_state
         for layer in tuple(self.layer)[:-1]:
             y = layer(y)
-        return normalized(last.normalization, last.convolution(y), self.activation, self.shortcut(hidden_state))
+        y = last.convolution(y)
+        return normalized_sum(last.normalization, y, self.shortcut(hidden_state), self.activation)
 
 
 class FusedBasicBlock(Fused):
@@ -120,7 +122,7 @@ class FusedBasicBlock(Fused):
         if is_recorded(x):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         y = self.conv2(normalized(self.bn1, self.conv1(x), self.relu))
-        return normalized(self.bn2, y, self.relu, x if self.downsample is None else self.downsample(x))
+        return normalized_sum(self.bn2, y, x if self.downsample is None else self.downsample(x), self.relu)
 
 
 class FusedBottleneck(Fused):
@@ -133,7 +135,7 @@ class FusedBottleneck(Fused):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         y = self.conv2(normalized(self.bn1, self.conv1(x), self.relu))
         y = self.conv3(normalized(self.bn2, y, self.relu))
-        return normalized(self.bn3, y, self.relu, x if self.downsample is None else self.downsample(x))
+        return normalized_sum(self.bn3, y, x if self.downsample is None else self.downsample(x), self.relu)
 
 
 class FusedResNet(Fused):

@@ -6,6 +6,7 @@ modules on which it is compared with the class's own.
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -110,6 +111,9 @@ def mismatch(cls: type[Any], target_of: TargetOf) -> str | None:
     if nn.modules.module._has_any_global_hook():
         return "a hook of torch.nn on all modules is set"
     fusible: Any = TIMM.get(_path(cls)) or _fusible(cls)
+    names = _names(fusible.mixin.forward)
+    if _names(cls.forward)[: len(names)] != names:
+        return f"its version of {cls.__name__} takes other arguments"
     # The constructors draw numbers, for weights that are then replaced.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), backend("torch"):
         try:
@@ -119,6 +123,12 @@ def mismatch(cls: type[Any], target_of: TargetOf) -> str | None:
             said = f"{type(error).__name__}: {error}".partition("\n")[0]
             return f"its version of {cls.__name__} could not be tried on small tensors, and raised {said}"
     return None if alike else f"its version of {cls.__name__} computes something else than the one that is known"
+
+
+def _names(forward: Any) -> list[str]:
+    """Returns the names of the arguments that can be passed by position and by name."""
+    parameters = inspect.signature(forward).parameters.values()
+    return [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _agrees(example: Example, target_of: TargetOf) -> bool:

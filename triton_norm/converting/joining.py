@@ -107,15 +107,23 @@ def options_for(x: Tensor, activation: Any, residual: Tensor | None = None) -> d
     return options if residual is None else {"residual": residual, **options}
 
 
-def normalized(norm: Any, x: Tensor, activation: Any, residual: Tensor | None = None) -> Tensor:
-    """Returns activation(norm(x) + residual); one by one, norm(x) is added to in place."""
-    options = joined(norm, x, activation, residual)
+def normalized(norm: Any, x: Tensor, activation: Any) -> Tensor:
+    """Returns activation(norm(x))."""
+    options = joined(norm, x, activation)
     if options is not None:
         return norm(x, **options)  # type: ignore[no-any-return]
     y = norm(x)
-    if residual is not None:
-        y += residual
     return y if activation is None else activation(y)  # type: ignore[no-any-return]
+
+
+def normalized_sum(norm: Any, x: Tensor, residual: Any, activation: Any) -> Tensor:
+    """Returns activation(norm(x) + residual). Where they can't be joined, norm(x) is added to in place."""
+    options = None if residual is None else joined(norm, x, activation, residual)
+    if options is not None:
+        return norm(x, **options)  # type: ignore[no-any-return]
+    y = norm(x)
+    y += residual
+    return activation(y)  # type: ignore[no-any-return]
 
 
 class Fused(Scriptable):
