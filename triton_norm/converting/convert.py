@@ -203,7 +203,7 @@ def _unfusible(module: nn.Module, target: type[nn.Module] | None, mismatch: Call
         return "parametrized"
     if not _forward_is_its_class(module):
         return "its forward was replaced on the module itself"
-    return mismatch(cls)
+    return mismatch(cls) or fusing.differs(module)
 
 
 def revert(model: nn.Module) -> tuple[str, ...]:

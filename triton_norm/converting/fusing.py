@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from triton_norm.converting import layers
 from triton_norm.converting.blocks import BLOCKS
 from triton_norm.converting.joining import Example, Fused, Fusible, made, obstacle
 from triton_norm.converting.sequences import SEQUENTIAL, is_sequential
@@ -33,7 +34,7 @@ def _path(cls: type[Any]) -> str:
 
 
 def _fusible(cls: type[Any]) -> Fusible | None:
-    return SEQUENTIAL if is_sequential(cls) else FUSIBLE.get(_path(cls))
+    return SEQUENTIAL if is_sequential(cls) else FUSIBLE.get(_path(cls)) or layers.fusible(cls)
 
 
 def counterpart(cls: Any) -> type[nn.Module] | None:
@@ -164,6 +165,13 @@ def _alike(one: Tensor, other: Tensor) -> bool:
         return False
     tolerance = _TOLERANCES.get(one.dtype, 0.0)
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def differs(module: nn.Module) -> str | None:
+    """Returns why this module of a listed class can't be fused, or None."""
+    fusible: Any = _fusible(type(module))
+    reason: str | None = fusible.differs(module)
+    return reason
 
 
 def trials(target_of: TargetOf) -> Callable[[Any], str | None]:

@@ -142,7 +142,7 @@ _LAYER_NORMS = """
 """These subclasses of torch.nn.LayerNorm call its forward, channels-first if their data_format says so."""
 
 
-def _path(cls: type) -> str:
+def listed_path(cls: type) -> str:
     """Returns model.Class for a class of transformers, file.Class for one of diffusers, "" for others."""
     package, _, rest = cls.__module__.partition(".models.")
     model, _, file = rest.partition(".")
@@ -184,7 +184,7 @@ class _Made(Scriptable):
         return inputs[0] if len(inputs) == 1 else None
 
 
-class _Norm(_Made):
+class RowNorm(_Made):
     """Precedes a listed norm in the order of inheritance. Calls that the kernels can't serve go to that class."""
 
     arithmetic: Arithmetic
@@ -215,8 +215,13 @@ class _Norm(_Made):
         options = RowOptions._make((weight.shape, getattr(self, eps), None, weight_offset, *dtypes))
         return RowTensors._make((x, None, weight, bias)), options
 
+    def row_call(self: Any, x: Tensor) -> tuple[str, RowTensors, RowOptions] | None:
+        """Returns the arguments of normalize_rows, or None if the class computes something else of x, or raises."""
+        arguments = self._arguments(x)
+        return None if arguments is None else (self._function, *arguments)
+
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if not isinstance(self, _Norm):  # a wrapper calls it after the module was reverted
+        if not isinstance(self, RowNorm):  # a wrapper calls it after the module was reverted
             return type(self).forward(self, *inputs, **named)
         own, x = super().forward, self._input(inputs, named)  # type: ignore[misc]
         arguments = None if x is None else self._arguments(x)
@@ -250,7 +255,7 @@ class _LayerNorm(_Made):
 
 def counterpart(cls: Any) -> type[nn.Module] | None:
     """Returns the class that modules of exactly this class are converted to, its subclass of the same name, or None."""
-    path = _path(cls)
+    path = listed_path(cls)
     return (
         _counterpart(cls, path)
         if any(path in listed for listed in (ARITHMETIC, GATED, ADAPTIVE, LAYER_NORMS))
@@ -267,7 +272,7 @@ def _counterpart(cls: Any, path: str) -> type[nn.Module]:
         "argument": _argument(cls),
     }
     if path in ARITHMETIC:
-        return type(cls.__name__, (_Norm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
+        return type(cls.__name__, (RowNorm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
     if path in GATED:
         return type(cls.__name__, (GatedRMSNorm, _Made, cls), of_class | {"gating": GATED[path]})
     if path in ADAPTIVE:
@@ -293,7 +298,7 @@ def _argument(cls: Any) -> str:
 
 def joined(module: nn.Module) -> list[nn.Module]:
     """Returns the norms inside an adaptive norm: its counterpart does their work."""
-    path = _path(type(module))
+    path = listed_path(type(module))
     names = {part.norm for part in ADAPTIVE[path].modulated} if path in ADAPTIVE else ()
     return [part for name, part in module.named_children() if name in names]
 
@@ -314,7 +319,7 @@ def mismatch(module: nn.Module) -> str | None:
     Compares the module to its listed arithmetic on a few numbers, x and weight each in half precision and in float32.
     Values must agree, and all but a few in every bit; those of adaptive norms within the rounding of their parts.
     """
-    name, path = type(module).__name__, _path(type(module))
+    name, path = type(module).__name__, listed_path(type(module))
     if path in ADAPTIVE:
         reason = unknown_norm(module, ADAPTIVE[path])
         if reason is not None:
@@ -334,7 +339,7 @@ def mismatch(module: nn.Module) -> str | None:
 
 def _numbers(module: nn.Module, x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns x and a weight of as many columns as the module takes."""
-    width = width_of(module, GATED.get(_path(type(module))))
+    width = width_of(module, GATED.get(listed_path(type(module))))
     drawn = torch.sin(torch.arange(6.0 * width, device="cpu").square()).view(6, width)
     x = drawn[1:] * torch.tensor([1e-3, 1e-2, 1.0, 10.0, 1e4], device="cpu")[:, None]
     return x.to(x_dtype), (0.5 + drawn[0]).to(dtype)

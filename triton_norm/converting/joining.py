@@ -135,6 +135,11 @@ class Fused(Scriptable):
 
     original: Any
 
+    @classmethod
+    def attributes_for(cls, original: Any) -> dict[str, Any]:
+        """Returns attributes of the subclass of `original` that differ from class to class."""
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles by `original`. A subclass, as fully_shard creates, is pickled as usual, if at all."""
         reduced: Any = super().__reduce_ex__(protocol)
@@ -147,11 +152,16 @@ def is_reverted(module: Any) -> bool:
     return not isinstance(module, Fused)
 
 
-@functools.cache
 def made(mixin: Any, cls: Any) -> type[nn.Module]:
     """Returns the subclass of `cls` whose forward is the mixin's, of the same name."""
+    return _made(mixin, cls, cls.forward)
+
+
+@functools.cache
+def _made(mixin: Any, cls: Any, forward: Any) -> type[nn.Module]:
+    """Returns the subclass for this forward of `cls`: code that patches a class exchanges it."""
     own = {"__module__": mixin.__module__, "__qualname__": cls.__qualname__, "original": cls}
-    return type(cls.__name__, (mixin, cls), own)
+    return type(cls.__name__, (mixin, cls), own | mixin.attributes_for(cls))
 
 
 def _remade(mixin: Any, original: Any) -> nn.Module:
@@ -210,12 +220,14 @@ class Fusible(NamedTuple):
     Args:
         mixin: its forward.
         joins: lists the norms of a module with neighbours that the forward joins.
-        examples: returns small modules of the class, which together reach each of its branches.
+        examples: returns small modules of the class, which together reach each of its branches; none: see `differs`.
+        differs: returns why a module of the class can't be fused, or None.
     """
 
     mixin: type[Fused]
     joins: Callable[[Any], list[Join]]
-    examples: Callable[[Any], list[Example]]
+    examples: Callable[[Any], list[Example]] = lambda cls: []
+    differs: Callable[[Any], str | None] = lambda module: None
 
 
 def obstacle(join: Join, class_of: Callable[[nn.Module], type[Any]]) -> str | None:
