@@ -11,6 +11,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -174,6 +175,10 @@ def kernels_of(record: Launches, fewest: dict[str, int]) -> int:
     return record["launches"] + sum(count * fewest.get(name, 1) for name, count in record["operators"].items())
 
 
+def versions() -> str:
+    return " and ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers"))
+
+
 def table(counted: Sequence[Launches], run: Run) -> str:
     """Returns the counts in Markdown. Kernels of torch's norms are those of a timed run."""
     fewest = kernels_of_torch(run)
@@ -185,8 +190,8 @@ def table(counted: Sequence[Launches], run: Run) -> str:
     norms = ", ".join(f"{fewest[name]} of `{name}`" for name in NORMS)
     return (
         readme.table(["model", "", "torch's operators", "launches", "kernels, at least"], rows)
-        + f"\nOne training step. {sources}. Operators are those that torch {torch.__version__} dispatches on the CPU, "
-        "without views and allocations. Each is one kernel at least; torch's norms are as many as the fewest that an "
+        + f"\nOne training step. {sources}. Operators are those that {versions()} dispatch on the CPU, without views "
+        "and allocations. Each is one kernel at least; torch's norms are as many as the fewest that an "
         f"{device_of(run)} ran for a call: {norms}.\n"
     )
 
