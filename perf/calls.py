@@ -112,7 +112,7 @@ def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
     arguments: dict[str, tuple[Any, ...]] = {
         "rows": (features, *parameters, EPS),
         "gated": (features, *parameters, EPS),
-        "modulated": (features, *modulations, EPS),
+        "modulated": (features, *parameters, *modulations, EPS),
         "channels": (*statistics, *parameters, op.training, MOMENTUM, EPS),
         "groups": (point.workload.num_groups, *parameters, EPS),
         "instances": (None, None, *parameters, True, MOMENTUM, EPS),

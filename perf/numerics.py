@@ -40,7 +40,7 @@ TYPES = ("fp32", "bf16", "fp16")
 COLUMNS = (64, 1000, 4096)
 # Activations, gates and modulations are computed element by element before or behind sums that other ops have, too.
 FEWER_COLUMNS = dict.fromkeys(
-    ("group_norm_silu", "rms_norm_gated", "rms_norm_gate_first", "layer_norm_modulated"), (1000,)
+    ("group_norm_silu", "rms_norm_gated", "rms_norm_gate_first", "layer_norm_modulated", "rms_norm_modulated"), (1000,)
 )
 ROWS = 6
 # Rows are groups, instances or tokens of this many samples.

@@ -18,8 +18,8 @@ Functions = Mapping[str, Function]
 """Functions of one contender by the names of their ops. It has no other op.
 
 A function takes x and the other tensors of x's size in the order of the op's forward, then the arguments of
-torch.nn.functional's function, with modulations in the place of weight and bias. Those that write a total return y and
-total.
+torch.nn.functional's function, with modulations behind the weight, or in its place. Those that write a total return y
+and total.
 """
 
 
@@ -169,10 +169,12 @@ def of_sum(norm: Function, rounded: Function = lambda total: total) -> Function:
 
 
 def modulated(norm: Function) -> Function:
-    """Returns torch's modulated norm of x [samples, ..., features], scale and shift [samples, features]."""
+    """Returns torch's modulated norm of x [samples, ..., features], scale and shift [samples, features], with or
+    without a weight."""
 
-    def norm_modulated(x: Any, shape: Any, scale: Any, shift: Any, eps: float) -> Any:
-        return norm(x, shape, None, None, eps) * (1 + _to_tokens(scale, x)) + _to_tokens(shift, x)
+    def norm_modulated(x: Any, shape: Any, *arguments: Any) -> Any:
+        *weight, scale, shift, eps = arguments
+        return norm(x, shape, *weight, eps=eps) * (1 + _to_tokens(scale, x)) + _to_tokens(shift, x)
 
     return norm_modulated
 
@@ -214,7 +216,11 @@ def _gated(function: Function, gate_first: bool) -> Function:
 
 
 def _modulated(function: Function) -> Function:
-    return lambda x, shape, scale, shift, eps: function(x, shape, None, None, eps, scale=scale, shift=shift)
+    def norm(x: Any, shape: Any, *arguments: Any) -> Any:
+        *weight, scale, shift, eps = arguments
+        return function(x, shape, *weight, eps=eps, scale=scale, shift=shift)
+
+    return norm
 
 
 def _modulated_of_sum(function: Function) -> Function:
@@ -276,6 +282,11 @@ OPS = {
         "LayerNorm, modulated", "modulated",
         moves("x scale shift -> y"), moves("x dy scale mean rstd -> dx dscale dshift"),
         lambda F: modulated(F.layer_norm), lambda tn: _modulated(tn.layer_norm),
+    ),
+    "rms_norm_modulated": Op(
+        "RMSNorm, modulated", "modulated",
+        moves("x weight scale shift -> y"), moves("x dy weight scale rstd -> dx dweight dscale dshift"),
+        lambda F: modulated(F.rms_norm), lambda tn: _modulated(tn.rms_norm),
     ),
     "layer_norm_modulated_residual": Op(
         "LayerNorm + gated residual, modulated", "modulated",

@@ -12,16 +12,25 @@ from perf.ops import Functions
 
 
 def liger() -> Functions:
-    """Its RMSNorm computing in fp32 throughout, as torch does, and leaving dy as it is."""
+    """Its RMSNorm computing in fp32 throughout, as torch does, and leaving dy as it is.
+
+    The modulated one rounds x_hat · weight to x's type, as torch does; releases before 0.8.1 lack it.
+    """
     ops = importlib.import_module("liger_kernel.transformers.functional")
-    rms_norm = partial(ops.liger_rms_norm, offset=0.0, casting_mode="gemma", in_place=False)
-    add_rms_norm = partial(ops.liger_fused_add_rms_norm, offset=0.0, casting_mode="gemma", in_place=False)
-    return {
+    own: dict[str, Any] = {"offset": 0.0, "casting_mode": "gemma", "in_place": False}
+    rms_norm, add_rms_norm = partial(ops.liger_rms_norm, **own), partial(ops.liger_fused_add_rms_norm, **own)
+    functions: dict[str, Callable[..., Any]] = {
         "layer_norm": lambda x, shape, weight, bias, eps: ops.liger_layer_norm(x, weight, bias, eps),
         "rms_norm": lambda x, shape, weight, eps: rms_norm(x, weight, eps),
         "rms_norm_residual": lambda x, residual, shape, weight, eps: add_rms_norm(x, residual, weight, eps),
         "group_norm": lambda x, n, weight, bias, eps: ops.liger_group_norm(x, weight, bias, x.shape[1], n, eps),
     }
+    if hasattr(ops, "liger_modulated_rms_norm"):
+        modulated = partial(ops.liger_modulated_rms_norm, **own)
+        functions["rms_norm_modulated"] = lambda x, shape, weight, scale, shift, eps: modulated(
+            x, weight, scale, shift, eps
+        )
+    return functions
 
 
 def quack() -> Functions:

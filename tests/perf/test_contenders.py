@@ -80,7 +80,7 @@ STAND_INS = {
     "FlagGems": flag_gems,
 }
 CASES = {
-    "Liger-Kernel": (liger, {"layer_norm", "rms_norm", "rms_norm_residual", "group_norm"}),
+    "Liger-Kernel": (liger, {"layer_norm", "rms_norm", "rms_norm_residual", "rms_norm_modulated", "group_norm"}),
     "QuACK": (quack, {"layer_norm", "rms_norm", "rms_norm_residual"}),
     "flash-linear-attention": (
         flash_linear_attention,

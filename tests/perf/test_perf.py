@@ -57,6 +57,9 @@ def records_of(*arguments):
         # x and y; scale and shift of 2 samples. Then x, dy, dx; scale, dscale, dshift; mean and rstd of 10 tokens.
         ("layer_norm_modulated", "forward", "bf16", (2, 5, 30), 2 * 300 * 2 + 2 * 2 * 30 * 2),
         ("layer_norm_modulated", "backward", "bf16", (2, 5, 30), 3 * 300 * 2 + 3 * 2 * 30 * 2 + 2 * 10 * 4),
+        # A weight, no mean.
+        ("rms_norm_modulated", "forward", "bf16", (2, 5, 30), 2 * 300 * 2 + 30 * 2 + 2 * 2 * 30 * 2),
+        ("rms_norm_modulated", "backward", "bf16", (2, 5, 30), 3 * 300 * 2 + 2 * 30 * 2 + 3 * 2 * 30 * 2 + 10 * 4),
         # x, residual, y, total; three modulations. Then total, x, dy, dtotal, dx, dresidual; two modulations, and
         # three gradients.
         ("layer_norm_modulated_residual", "forward", "bf16", (2, 5, 30), 4 * 300 * 2 + 3 * 2 * 30 * 2),
@@ -244,6 +247,7 @@ SAMPLES = Workload("modulated", "layers", (4, 16, 96), "test")
         ("rms_norm_gated", GATED, {"y"}, {"dx", "dgate", "dweight"}),
         ("rms_norm_gate_first", GROUPS, {"y"}, {"dx", "dgate", "dweight"}),
         ("layer_norm_modulated", SAMPLES, {"y"}, {"dx", "dscale", "dshift"}),
+        ("rms_norm_modulated", SAMPLES, {"y"}, {"dx", "dweight", "dscale", "dshift"}),
         (
             "layer_norm_modulated_residual", SAMPLES, {"y", "total"},
             {"dx", "dresidual", "dresidual_gate", "dscale", "dshift"},
@@ -268,6 +272,13 @@ def test_the_gate_knows_gated_and_modulated_rows(op, workload, forward, backward
             "layer_norm_modulated", SAMPLES,
             lambda F: lambda x, shape, scale, shift, eps: OPS["layer_norm_modulated"].torch(F)(
                 x, shape, scale.roll(1, 0), shift, eps
+            ),
+            "y",
+        ),
+        (
+            "rms_norm_modulated", SAMPLES,
+            lambda F: lambda x, shape, weight, scale, shift, eps: OPS["rms_norm_modulated"].torch(F)(
+                x, shape, weight, shift, scale, eps
             ),
             "y",
         ),
@@ -389,7 +400,8 @@ def test_errors_on_hard_data_are_no_larger_than_torchs():
     assert {(r["op"], r["dtype"]) for r in records} == set(
         product(
             (
-                *("layer_norm", "rms_norm", "rms_norm_gated", "rms_norm_gate_first", "layer_norm_modulated"),
+                *("layer_norm", "rms_norm", "rms_norm_gated", "rms_norm_gate_first"),
+                *("layer_norm_modulated", "rms_norm_modulated"),
                 *("batch_norm", "group_norm", "group_norm_silu", "instance_norm"),
             ),
             ("fp32", "bf16", "fp16"),

@@ -38,6 +38,11 @@ def liger():
         assert (offset, casting_mode, in_place) == (0.0, "gemma", False)
         return rms_norm_of_sum(X, R, W, eps)
 
+    def liger_modulated_rms_norm(X, W, scale, shift=None, eps=1e-6, offset=0.0, casting_mode="llama", in_place=True):
+        assert (offset, casting_mode, in_place) == (0.0, "gemma", False)
+        scale, shift = (own.repeat_interleave(X.shape[1], 0).view_as(X) for own in (scale, shift))
+        return functional.rms_norm(X, W.shape, W, eps) * (1.0 + scale) + shift
+
     def liger_group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
         assert num_channels == X.shape[1]
         return functional.group_norm(X, num_groups, affine_scaling_weight, affine_shifting_bias, eps)
