@@ -132,12 +132,12 @@ def layer_norm(
     """
     tensors = input, residual, weight, bias
     options = normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
-    if not plain or gate_first is not False or gate_activation is not SILU or has_torch_function_variadic(*tensors):
-        modulation = gate, scale, shift, residual_gate, head_weight
-        of_gate = gate_activation, gate_first, product_dtype
-        return _normalize_rows(layer_norm, tensors, options, modulation, of_gate)
-    return normalize_rows("layer_norm", tensors, options)
+    if gate is None and scale is None and shift is None and residual_gate is None and head_weight is None:
+        plain = product_dtype is None and gate_first is False and gate_activation is SILU
+        if plain and not has_torch_function_variadic(*tensors):
+            return normalize_rows("layer_norm", tensors, options)
+    modulated = *tensors, gate, scale, shift, residual_gate
+    return _normalize_rows(layer_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype))
 
 
 def rms_norm(
@@ -187,35 +187,39 @@ def rms_norm(
     """
     tensors = input, residual, weight, None
     options = normalized_shape, eps, residual_dtype, weight_offset, x_hat_dtype, out_dtype
-    plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
-    if not plain or gate_first is not False or gate_activation is not SILU or has_torch_function_variadic(*tensors):
-        modulation = gate, scale, shift, residual_gate, head_weight
-        of_gate = gate_activation, gate_first, product_dtype
-        return _normalize_rows(rms_norm, tensors, options, modulation, of_gate)
-    return normalize_rows("rms_norm", tensors, options)
+    if gate is None and scale is None and shift is None and residual_gate is None and head_weight is None:
+        plain = product_dtype is None and gate_first is False and gate_activation is SILU
+        if plain and not has_torch_function_variadic(*tensors):
+            return normalize_rows("rms_norm", tensors, options)
+    modulated = *tensors, gate, scale, shift, residual_gate
+    return _normalize_rows(rms_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype))
 
 
 def _normalize_rows(
-    function: Any, tensors: tuple[Any, ...], options: tuple[Any, ...], modulation: tuple[Any, ...], of_gate: Any
+    function: Any, tensors: tuple[Any, ...], head_weight: Any, options: tuple[Any, ...], of_gate: tuple[Any, ...]
 ) -> Any:
     """Computes layer_norm or rms_norm with a gate or a modulation, or for a tensor that may override the call.
 
     Args:
-        tensors, options: fields of RowTensors and RowOptions.
-        modulation: gate, scale, shift, residual_gate and head_weight.
+        tensors, options: fields of ModulatedTensors and RowOptions.
         of_gate: gate_activation, gate_first and product_dtype.
     """
-    if has_torch_function_variadic(*tensors, *modulation):
-        (x, residual, weight, bias), (shape, eps, *own), (gate, *others) = tensors, options, modulation
+    name = function.__name__
+    if has_torch_function_variadic(*tensors, head_weight):
+        (x, residual, weight, bias, gate, *others), (shape, eps, *own) = tensors, options
         torch_function = F.layer_norm if function is layer_norm else F.rms_norm
-        fused = residual, *own, gate, *of_gate, *others
-        instead = instead_of(function, torch_function, (*tensors, *modulation), fused)
+        fused = residual, *own, gate, *of_gate, *others, head_weight
+        instead = instead_of(function, torch_function, (*tensors, head_weight), fused)
         if instead is not None:
             named = {"weight": weight, "bias": bias} if function is layer_norm else {"weight": weight}
             return instead(x, shape, **named, eps=eps)
-        if is_plain(modulation, of_gate):
-            return normalize_rows(function.__name__, tensors, options)
-    return normalize_modulated(function.__name__, *bundled(function.__name__, tensors, modulation, options, of_gate))
+        if is_plain((gate, *others, head_weight), of_gate):
+            return normalize_rows(name, (x, residual, weight, bias), options)
+    if head_weight is None:
+        return normalize_modulated(name, tensors, (options, *of_gate, False))
+    x, residual, weight, bias, *modulation = tensors
+    rows = x, residual, weight, bias
+    return normalize_modulated(name, *bundled(name, rows, (*modulation, head_weight), options, of_gate))
 
 
 def batch_norm(

@@ -171,6 +171,14 @@ class Launch:
         self._start: Callable[..., bool] | None = None
         self._hooks: tuple[Sequence[Any], Sequence[Any]] = ((), ())
 
+    def starts(self, *tensors: Tensor | None) -> bool:
+        """Starts the compiled kernel, or returns False if only a call can: before the first one, on another device than
+        the current, for tensors that are not aligned, and under Triton's hooks."""
+        start, (entered, left) = self._start, self._hooks
+        if start is None or entered or left or 0 <= self._index != current_device():
+            return False
+        return start(current_stream(self._index), *tensors)
+
     def __call__(self, *tensors: Tensor | None) -> None:
         if 0 <= self._index != current_device():  # Triton launches on the current device, whatever the arguments
             with torch.cuda.device(self._index):

@@ -16,7 +16,7 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 from triton_norm import checks, distributed, explaining, functional, symbolic
 from triton_norm.dispatch import Explanation
 from triton_norm.functional_modulated import SILU
-from triton_norm.specs import BatchNormOptions, BatchNormTensors, RowOptions
+from triton_norm.specs import BatchNormOptions, BatchNormTensors
 from triton_norm.symbolic import REVERTED
 
 _weight, _weight_and_bias = operator.itemgetter("weight"), operator.itemgetter("weight", "bias")
@@ -57,6 +57,23 @@ def statistics_of(module: nn.Module, counts: bool) -> tuple[Any, ...]:
     return module.running_mean, module.running_var, module.num_batches_tracked if counts else None
 
 
+def _fused_or_overridden(module: Any, forward: Any, x: Tensor, fused: tuple[Any, ...]) -> Any:
+    """Computes a LayerNorm or RMSNorm with a gate or a modulation, or one whose call a mode, a tensor or a tracer may
+    override.
+
+    Args:
+        forward: the layer's forward, which is called.
+        fused: values of its keyword arguments, in order.
+    """
+    instead = symbolic.instead(module, forward, x)
+    if instead is not None:
+        return instead(x, **changed(forward, fused))
+    named = by_name(forward, fused) | {"weight": module.weight, "eps": module.eps}  # a tracer makes the weight a node
+    if isinstance(module, nn.RMSNorm):
+        return functional.rms_norm(x, module.normalized_shape, **named)
+    return functional.layer_norm(x, module.normalized_shape, bias=module.bias, **named)
+
+
 class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
     """Computes y = (x − mean) / sqrt(var + eps) · weight + bias, as torch.nn.LayerNorm, whose arguments it has.
 
@@ -84,26 +101,16 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
         head_weight: Tensor | None = None,
     ) -> Any:
         own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
-        plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
-        plain = plain and gate_first is False and gate_activation is SILU
-        if REVERTED in self.__dict__ or not plain or has_torch_function_unary(input):
-            of_gate = gate, gate_activation, gate_first, product_dtype
-            fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
-            instead = symbolic.instead(self, LayerNorm.forward, input)
-            if instead is not None:
-                return instead(input, **changed(LayerNorm.forward, fused))
-            # self.weight: a tracer of torch.fx makes it a node
-            named = by_name(LayerNorm.forward, fused)
-            return functional.layer_norm(
-                input, self.normalized_shape, weight=self.weight, bias=self.bias, eps=self.eps, **named
-            )
-        weight, bias = weight_and_bias_of(self)
-        tensors = input, residual, weight, bias
-        options = self.normalized_shape, self.eps, *own
-        if has_torch_function_variadic(*tensors):
-            named = {"residual": residual, **RowOptions._make(options)._asdict()}
-            return functional.layer_norm(input, weight=self.weight, bias=self.bias, **named)
-        return functional.normalize_rows("layer_norm", tensors, options)
+        if gate is None and scale is None and shift is None and residual_gate is None and head_weight is None:
+            plain = product_dtype is None and gate_first is False and gate_activation is SILU
+            if plain and REVERTED not in self.__dict__ and not has_torch_function_unary(input):
+                tensors = input, residual, *weight_and_bias_of(self)
+                if not has_torch_function_variadic(*tensors):
+                    options = self.normalized_shape, self.eps, *own
+                    return functional.normalize_rows("layer_norm", tensors, options)
+        of_gate = gate, gate_activation, gate_first, product_dtype
+        fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
+        return _fused_or_overridden(self, LayerNorm.forward, input, fused)
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.bias, self.eps)
@@ -137,24 +144,16 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
         head_weight: Tensor | None = None,
     ) -> Any:
         own = residual_dtype, weight_offset, x_hat_dtype, out_dtype
-        plain = gate is scale is shift is residual_gate is head_weight is None and product_dtype is None
-        plain = plain and gate_first is False and gate_activation is SILU
-        if REVERTED in self.__dict__ or not plain or has_torch_function_unary(x):
-            of_gate = gate, gate_activation, gate_first, product_dtype
-            fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
-            instead = symbolic.instead(self, RMSNorm.forward, x)
-            if instead is not None:
-                return instead(x, **changed(RMSNorm.forward, fused))
-            # self.weight: a tracer of torch.fx makes it a node
-            named = by_name(RMSNorm.forward, fused)
-            return functional.rms_norm(x, self.normalized_shape, weight=self.weight, eps=self.eps, **named)
-        weight = weight_of(self)
-        tensors = x, residual, weight, None
-        options = self.normalized_shape, self.eps, *own
-        if has_torch_function_variadic(*tensors):
-            named = {"residual": residual, **RowOptions._make(options)._asdict()}
-            return functional.rms_norm(x, weight=self.weight, **named)
-        return functional.normalize_rows("rms_norm", tensors, options)
+        if gate is None and scale is None and shift is None and residual_gate is None and head_weight is None:
+            plain = product_dtype is None and gate_first is False and gate_activation is SILU
+            if plain and REVERTED not in self.__dict__ and not has_torch_function_unary(x):
+                tensors = x, residual, weight_of(self), None
+                if not has_torch_function_variadic(*tensors):
+                    options = self.normalized_shape, self.eps, *own
+                    return functional.normalize_rows("rms_norm", tensors, options)
+        of_gate = gate, gate_activation, gate_first, product_dtype
+        fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
+        return _fused_or_overridden(self, RMSNorm.forward, x, fused)
 
     def explain_call(self, x: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.eps)

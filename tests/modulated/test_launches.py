@@ -126,6 +126,27 @@ def test_saved_tensors(names, saved, lengths, device):
 
 
 @pytest.mark.unguarded
+@pytest.mark.parametrize("by_operator", [False, True])
+def test_x_is_saved_for_the_gradient_of_residual_gate_alone(by_operator, device):
+    names = ("x", "residual", "residual_gate", "scale")
+    tensors = drawn((2, 3, 8), (2,), names, device)
+
+    def gradients():
+        function = torch.compile(called, backend="aot_eager", fullgraph=True) if by_operator else called
+        outputs, kept = kept_by(lambda: function(tensors))
+        leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+        return torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs]), [*map(address, kept)]
+
+    with triton_norm.backend("triton"):
+        (dx, dresidual, _, dscale), kept = gradients()
+        assert address(tensors["x"]) in kept
+        tensors["residual_gate"].requires_grad_(False)
+        frozen, kept = gradients()
+    assert address(tensors["x"]) not in kept
+    assert all(map(torch.equal, frozen, (dx, dresidual, dscale)))
+
+
+@pytest.mark.unguarded
 def test_without_gradients_nothing_is_saved(device):
     tensors = drawn((2, 3, 8), (2,), BOTH, device)
     with torch.no_grad():

@@ -356,6 +356,9 @@ modulated.modulated_forward_kernel
     modulated rows, rounded total | value | total = wide.to(total_ptr.dtype.element_ty) -> total = wide
     rounded product | different | rounded(y, PRODUCT) -> y
     far modulations | overflow | rows = tl.program_id(0).to(tl.int64) * BLOCK_M -> rows = tl.program_id(0) * BLOCK_M
+modulated_backward.sums_of_kind
+    modulated rows | race | + tl.program_id(0)) -> )
+    modulated rows | race | tl.num_programs(0).to(tl.int64) * KIND -> KIND
 modulated_backward.modulated_backward_kernel
     modulated rows | value | numbers = modulation\n -> numbers = 0 * modulation\n
     modulated rows | race | split = split % n_splits -> split = split * 0
@@ -375,7 +378,6 @@ modulated_backward.modulated_backward_kernel
     modulated rows | value | dtotal *= load_modulation( -> dtotal += load_modulation(
     modulated rows, gate first | value | gate_backward(dtotal * total, -> gate_backward(dtotal * v,
     modulated rows, gate first | value | dtotal *= gate_of(z, sigmoid, GATE) -> pass
-    modulated rows | race | residual_gate_sums_ptr + sums_row + cols -> residual_gate_sums_ptr + cols
     rounded product | different | rounded(ungated, PRODUCT) -> ungated
     far modulations | overflow | (split // n_splits).to(tl.int64) -> (split // n_splits)
 modulated_backward.add_sums
@@ -390,7 +392,10 @@ modulated_backward.modulated_backward_finalise_kernel
     modulated rows | value | dscale *= load_columns( -> dscale += 0 * load_columns(
     modulated rows, weight offset | value | WEIGHT_OFFSET, dscale.dtype -> 0.0, dscale.dtype
     modulated rows | bounds | modulation < n_summed -> modulation <= n_summed
-    modulated rows | value | dshift = add_sums(dy_sums_ptr, first -> dshift = add_sums(dy_sums_ptr, first * 0
+    modulated rows | value | first = modulation.to(tl.int64) * n_splits -> first = modulation.to(tl.int64) * 0
+    modulated rows | value | dshift = add_sums(sums_ptr + DY_SUMS -> dshift = add_sums(sums_ptr + X_HAT_SUMS
+    modulated rows | value | sums_ptr + RESIDUAL_GATE_SUMS -> sums_ptr + DY_SUMS
+    modulated rows | value | dy_ptr = sums_ptr + DY_SUMS -> dy_ptr = sums_ptr + X_HAT_SUMS
 """)
 
 MUTANTS = [*ROWS, *BOTH, *CHANNELS, *MODULATED]

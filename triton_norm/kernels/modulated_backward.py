@@ -9,6 +9,12 @@ from triton_norm.kernels.rows import Axes, RowStrides, at, load_columns, rounded
 from triton_norm.kernels.rows_backward import normalized, sums_of
 
 
+@triton.jit
+def sums_of_kind(ptr, KIND: tl.constexpr, n_cols):
+    """Returns the address of this program's sums of one kind: ptr is [kinds, programs, n_cols]."""
+    return ptr + (tl.num_programs(0).to(tl.int64) * KIND + tl.program_id(0)) * n_cols
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_inner", "n_middle", "n_tokens", "n_modulations"])
 def modulated_backward_kernel(
     dy_ptr,
@@ -28,9 +34,7 @@ def modulated_backward_kernel(
     dscale_ptr,
     dshift_ptr,
     dresidual_gate_ptr,
-    x_hat_sums_ptr,
-    dy_sums_ptr,
-    residual_gate_sums_ptr,
+    sums_ptr,
     n_rows,
     n_tokens,
     n_modulations,
@@ -63,6 +67,9 @@ def modulated_backward_kernel(
     GATE: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     SUMMED: tl.constexpr,
+    X_HAT_SUMS: tl.constexpr,
+    DY_SUMS: tl.constexpr,
+    RESIDUAL_GATE_SUMS: tl.constexpr,
     V: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -79,13 +86,15 @@ def modulated_backward_kernel(
 
     Args:
         dy_ptr, dtotal_ptr, total_ptr, gate_ptr: [n_rows, n_cols], row strides *_vecs · V; dtotal and gate may be None.
-        x_ptr: [n_rows, n_cols], read for residual_gate's gradient alone; None without a residual_gate.
+        x_ptr: [n_rows, n_cols], read for residual_gate's gradient alone; or None.
         weight_ptr, bias_ptr: [n_cols], or None.
         scale_ptr, shift_ptr, residual_gate_ptr: [n_modulations, n_cols], row strides *_vecs · V; or None.
         statistics_ptr: [2, n_rows], mean and rstd; [1, n_rows], rstd, unless CENTRED.
         dx_ptr, dresidual_ptr, dgate_ptr: [n_rows, n_cols], contiguous; or None.
         dscale_ptr, dshift_ptr, dresidual_gate_ptr: [n_rows, n_cols], contiguous; None if SUMMED.
-        x_hat_sums_ptr, dy_sums_ptr, residual_gate_sums_ptr: [programs, n_cols] in COMPUTE, or None.
+        sums_ptr: [kinds of sums, programs, n_cols] in COMPUTE, or None.
+        X_HAT_SUMS, DY_SUMS, RESIDUAL_GATE_SUMS: places of the sums for the gradients of weight and scale, of bias and
+            shift, and of residual_gate; None without them.
     """
     n_cols = n_col_vecs * V
     split = tl.program_id(0)
@@ -157,9 +166,9 @@ def modulated_backward_kernel(
         if scale_ptr is not None:
             wdy *= scale
         summed = dy if SUMMED else wdy
-        if x_hat_sums_ptr is not None:
+        if X_HAT_SUMS is not None:
             x_hat_sums += summed * scaled
-        if dy_sums_ptr is not None:
+        if DY_SUMS is not None:
             dy_sums += summed
         if weight_ptr is not None:
             wdy *= weight
@@ -178,7 +187,7 @@ def modulated_backward_kernel(
             dtotal += load_rows(dtotal_ptr, row_offsets(rows, dtotal_strides, axes, V), cols, mask, V, COMPUTE)
         if dresidual_ptr is not None:
             tl.store(at(dresidual_ptr + out, cols, V), dtotal.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if dresidual_gate_ptr is not None or residual_gate_sums_ptr is not None:
+        if dresidual_gate_ptr is not None or RESIDUAL_GATE_SUMS is not None:
             x_rows = row_offsets(rows, RowStrides(x_row_vecs, x_middle_vecs, x_outer_vecs), axes, V)
             dresidual_gate = dtotal * load_rows(x_ptr, x_rows, cols, mask, V, COMPUTE)
             if SUMMED:
@@ -192,13 +201,14 @@ def modulated_backward_kernel(
                     residual_gate_ptr, numbers, residual_gate_vecs, cols, modulation_mask, V, COMPUTE
                 )
             tl.store(at(dx_ptr + out, cols, V), dtotal.to(dx_ptr.dtype.element_ty), mask=mask)
-    sums_row = tl.program_id(0).to(tl.int64) * n_cols
-    if x_hat_sums_ptr is not None:
-        tl.store(x_hat_sums_ptr + sums_row + cols, tile_sum(x_hat_sums, 0), mask=col_mask)
-    if dy_sums_ptr is not None:
-        tl.store(dy_sums_ptr + sums_row + cols, tile_sum(dy_sums, 0), mask=col_mask)
-    if residual_gate_sums_ptr is not None:
-        tl.store(residual_gate_sums_ptr + sums_row + cols, tile_sum(residual_gate_sums, 0), mask=col_mask)
+    if X_HAT_SUMS is not None:
+        tl.store(sums_of_kind(sums_ptr, X_HAT_SUMS, n_cols) + cols, tile_sum(x_hat_sums, 0), mask=col_mask)
+    if DY_SUMS is not None:
+        tl.store(sums_of_kind(sums_ptr, DY_SUMS, n_cols) + cols, tile_sum(dy_sums, 0), mask=col_mask)
+    if RESIDUAL_GATE_SUMS is not None:
+        tl.store(
+            sums_of_kind(sums_ptr, RESIDUAL_GATE_SUMS, n_cols) + cols, tile_sum(residual_gate_sums, 0), mask=col_mask
+        )
 
 
 @triton.jit
@@ -241,9 +251,7 @@ def add_modulated_sums(
 
 @triton.jit(do_not_specialize=["n_sums", "n_splits", "n_summed"])
 def modulated_backward_finalise_kernel(
-    x_hat_sums_ptr,
-    dy_sums_ptr,
-    residual_gate_sums_ptr,
+    sums_ptr,
     weight_ptr,
     bias_ptr,
     scale_ptr,
@@ -259,6 +267,9 @@ def modulated_backward_finalise_kernel(
     scale_vecs,
     WEIGHT_OFFSET: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
+    X_HAT_SUMS: tl.constexpr,
+    DY_SUMS: tl.constexpr,
+    RESIDUAL_GATE_SUMS: tl.constexpr,
     V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -268,43 +279,47 @@ def modulated_backward_finalise_kernel(
     Grid: cdiv(n_cols, BLOCK_N) · (n_summed, and 1 more for weight and bias).
 
     Args:
-        x_hat_sums_ptr, dy_sums_ptr, residual_gate_sums_ptr: [n_sums, n_cols], n_splits rows a modulation; or None.
+        sums_ptr: [kinds of sums, n_sums, n_cols], n_splits rows a modulation.
         weight_ptr, bias_ptr: [n_cols]; scale_ptr: [n_modulations, n_cols], row stride scale_vecs · V; or None. scale is
             None if the sums already contain it.
         dweight_ptr, dbias_ptr: [n_cols], or None.
         dscale_ptr, dshift_ptr, dresidual_gate_ptr: [n_summed, n_cols], contiguous; or None.
         n_summed: n_modulations, or 0 if no gradient of a modulation is computed here.
+        X_HAT_SUMS, DY_SUMS, RESIDUAL_GATE_SUMS: places of kinds in sums_ptr, as in modulated_backward_kernel.
     """
     n_cols = n_col_vecs * V
     n_blocks = tl.cdiv(n_cols, BLOCK_N)
     modulation = tl.program_id(0) // n_blocks
     cols = tl.program_id(0) % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = cols < n_cols
+    kind_size = n_sums.to(tl.int64) * n_cols
     if modulation < n_summed:
         first = modulation.to(tl.int64) * n_splits
         out = modulation.to(tl.int64) * n_cols + cols
         if dscale_ptr is not None:
-            dscale = add_sums(x_hat_sums_ptr, first, n_splits, cols, n_cols, BLOCK_M)
+            dscale = add_sums(sums_ptr + X_HAT_SUMS * kind_size, first, n_splits, cols, n_cols, BLOCK_M)
             if weight_ptr is not None:
                 dscale *= load_columns(weight_ptr, cols, n_cols, WEIGHT_OFFSET, dscale.dtype)
             if bias_ptr is not None:
-                dy = add_sums(dy_sums_ptr, first, n_splits, cols, n_cols, BLOCK_M)
+                dy = add_sums(sums_ptr + DY_SUMS * kind_size, first, n_splits, cols, n_cols, BLOCK_M)
                 dscale += dy * load_columns(bias_ptr, cols, n_cols, 0.0, dscale.dtype)
             tl.store(dscale_ptr + out, dscale.to(dscale_ptr.dtype.element_ty), mask=mask)
         if dshift_ptr is not None:
-            dshift = add_sums(dy_sums_ptr, first, n_splits, cols, n_cols, BLOCK_M)
+            dshift = add_sums(sums_ptr + DY_SUMS * kind_size, first, n_splits, cols, n_cols, BLOCK_M)
             tl.store(dshift_ptr + out, dshift.to(dshift_ptr.dtype.element_ty), mask=mask)
         if dresidual_gate_ptr is not None:
-            dresidual_gate = add_sums(residual_gate_sums_ptr, first, n_splits, cols, n_cols, BLOCK_M)
+            dresidual_gate = add_sums(sums_ptr + RESIDUAL_GATE_SUMS * kind_size, first, n_splits, cols, n_cols, BLOCK_M)
             tl.store(dresidual_gate_ptr + out, dresidual_gate.to(dresidual_gate_ptr.dtype.element_ty), mask=mask)
     else:
         if dweight_ptr is not None:
+            x_hat_ptr = sums_ptr + X_HAT_SUMS * kind_size
             dweight = add_modulated_sums(
-                x_hat_sums_ptr, scale_ptr, scale_vecs, n_sums, n_splits, cols, n_cols, SCALE_OFFSET, V, BLOCK_M
+                x_hat_ptr, scale_ptr, scale_vecs, n_sums, n_splits, cols, n_cols, SCALE_OFFSET, V, BLOCK_M
             )
             tl.store(dweight_ptr + cols, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
         if dbias_ptr is not None:
+            dy_ptr = sums_ptr + DY_SUMS * kind_size
             dbias = add_modulated_sums(
-                dy_sums_ptr, scale_ptr, scale_vecs, n_sums, n_splits, cols, n_cols, SCALE_OFFSET, V, BLOCK_M
+                dy_ptr, scale_ptr, scale_vecs, n_sums, n_splits, cols, n_cols, SCALE_OFFSET, V, BLOCK_M
             )
             tl.store(dbias_ptr + cols, dbias.to(dbias_ptr.dtype.element_ty), mask=mask)

@@ -110,8 +110,8 @@ def _backward(call: BackwardCall) -> Gradients:
 
 
 def _fake_backward(call: BackwardCall) -> Gradients:
-    total, n_cols = call.tensors.total, call.spec.rows.n_cols
-    return ModulatedGradients(total, call.wanted, n_cols, _shapes(call), exact=False)(total)
+    allocate = ModulatedGradients(call.tensors, call.wanted, call.spec.rows.n_cols, _shapes(call), exact=False)
+    return allocate(call.tensors)
 
 
 def _wanted(facts: Facts, needs: Sequence[bool]) -> ModulatedWanted:
@@ -171,23 +171,24 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
     return _shaped(assign((*plan(tensors), None)), facts)
 
 
-def _for_backward(tensors: Sequence[Any], results: Outputs, spec: ModulatedSpec) -> tuple[Tensor | None, ...]:
-    """Returns the fields of Saved."""
-    x, _, weight, bias, gate, scale, shift, residual_gate = tensors
-    _, total, statistics = results
-    gated_last = gate is not None and not spec.gate_first
-    return (
-        x if total is None else total,
-        None if residual_gate is None else x,
-        weight,
-        bias if gated_last or scale is not None else None,
-        *(gate, scale, shift if gated_last else None, residual_gate),
-        statistics,
+def _saving(tensors: Sequence[Tensor | None], spec: ModulatedSpec) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Returns a function from the fields of ModulatedTensors and of Outputs, followed by None, to those of Saved."""
+    there = ModulatedTensors._make(tensors)
+    gated_last = there.gate is not None and not spec.gate_first
+    names = (
+        "x" if there.residual is None else "total",
+        "x" if there.residual_gate is not None and there.residual_gate.requires_grad else "nothing",
+        "weight",
+        "bias" if gated_last or there.scale is not None else "nothing",
+        *("gate", "scale", "shift" if gated_last else "nothing", "residual_gate"),
+        "statistics",
     )
+    every_name = *ModulatedTensors._fields, "y", "total", "statistics", "nothing"
+    return operator.itemgetter(*map(every_name.index, names))
 
 
 def _setup(ctx: Any, call: ForwardCall, results: Any) -> int:
-    ctx.save_for_backward(*_for_backward(call.tensors, results, call.spec))
+    ctx.save_for_backward(*_saving(call.tensors, call.spec)((*call.tensors, *results, None)))
     ctx.facts, ctx.spec = facts_of(None, call.tensors, call.spec), call.spec
     ctx.set_materialize_grads(False)
     return 1 if call.tensors.residual is None else 2
@@ -261,11 +262,12 @@ class ModulatedFunction(torch.autograd.Function):
     ) -> Any:
         tensors = x, residual, weight, bias, gate, scale, shift, residual_gate
         results = y, total, _ = plan.forward(tensors, True)
-        saved = _for_backward(tensors, results, plan.spec)
+        saving = plan.saving or _saving(tensors, plan.spec)
+        saved = saving((*tensors, *results, None))
         ctx.save_for_backward(*saved)
         ctx.plan = plan
         if plan.facts is None:
-            plan.facts = facts_of(saved, ModulatedTensors._make(tensors), plan.spec)
+            plan.saving, plan.facts = saving, facts_of(saved, ModulatedTensors._make(tensors), plan.spec)
         if total is None:
             return y
         ctx.set_materialize_grads(False)

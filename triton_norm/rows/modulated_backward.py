@@ -1,6 +1,7 @@
 """Plans and launches the backward of gated and modulated rows."""
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from triton_norm import plans
 from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous
-from triton_norm.rows.layout import RowLayout, Types, given, layout_of, like, names, readable, types_of, vector_of
+from triton_norm.rows.layout import RowLayout, Types, given, layout_of, names, readable, types_of, vector_of
 from triton_norm.rows.modulated_plan import (
     Modulations,
     addresses_of,
@@ -38,7 +39,7 @@ class ModulatedBackwardTensors(NamedTuple):
     Args:
         dy, dtotal: gradients of y and total, [*, *normalized_shape].
         total: [*, *normalized_shape]; x without a residual.
-        x: [*, *normalized_shape]; None without a residual_gate.
+        x: [*, *normalized_shape]; None unless the gradient of residual_gate needs it.
         weight, bias: [*normalized_shape], or None; bias is None unless the gradient of gate or scale needs it.
         gate, scale, shift, residual_gate: as in ModulatedTensors; shift is None unless the gate's gradient needs it.
         statistics: [2 · n_rows], mean and rstd; [n_rows], rstd, without means.
@@ -85,26 +86,50 @@ class ModulatedGradients:
     """
 
     def __init__(
-        self, total: Tensor, wanted: ModulatedWanted, n_cols: int, shapes: Sequence[Any], exact: bool = True
+        self,
+        tensors: ModulatedBackwardTensors,
+        wanted: ModulatedWanted,
+        n_cols: int,
+        shapes: Sequence[Any],
+        exact: bool = True,
     ) -> None:
-        of_rows = wanted.dx_dtype, wanted.dresidual_dtype, wanted.dgate_dtype
-        self._wanted, self._n_cols, self._shapes = wanted, n_cols, tuple(shapes)
-        self._dx, self._dresidual, self._dgate = (like(total, dtype, exact) for dtype in of_rows)
+        of_rows, of_parameter = tensors.total.shape, torch.Size((n_cols,))
+        every_shape = of_rows, of_rows, of_parameter, of_parameter, of_rows, *shapes
+        self._nothing: list[Tensor | None] = [None] * len(wanted)
+        # torch.empty_like takes two thirds of the time of new_empty: (place, place of a tensor that it is like).
+        self._alike: list[tuple[int, int]] = []
+        self._others: list[tuple[int, Any, torch.dtype]] = []
+        for place, (dtype, shape) in enumerate(zip(wanted, every_shape, strict=True)):
+            if dtype is not None:
+                source = _alike(tensors, shape, dtype) if exact else None
+                if source is None:
+                    self._others.append((place, shape, dtype))
+                else:
+                    self._alike.append((place, source))
 
-    def __call__(self, total: Tensor) -> Gradients:
-        """Returns those that are wanted, contiguous, None for the others; dweight and dbias are [n_cols]."""
-        dx, dresidual, dweight, dbias, dgate, dscale, dshift, dresidual_gate = self._wanted
-        scale_shape, shift_shape, residual_gate_shape = self._shapes
-        return (
-            None if dx is None else torch.empty_like(total, **self._dx),
-            None if dresidual is None else torch.empty_like(total, **self._dresidual),
-            None if dweight is None else total.new_empty(self._n_cols, dtype=dweight),
-            None if dbias is None else total.new_empty(self._n_cols, dtype=dbias),
-            None if dgate is None else torch.empty_like(total, **self._dgate),
-            None if dscale is None else total.new_empty(scale_shape, dtype=dscale),
-            None if dshift is None else total.new_empty(shift_shape, dtype=dshift),
-            None if dresidual_gate is None else total.new_empty(residual_gate_shape, dtype=dresidual_gate),
-        )
+    def __call__(self, tensors: Sequence[Any]) -> Gradients:
+        """Returns those that are wanted, contiguous, None for the others; dweight and dbias are [n_cols].
+
+        Args:
+            tensors: fields of ModulatedBackwardTensors.
+        """
+        found = self._nothing.copy()
+        for place, source in self._alike:
+            found[place] = torch.empty_like(tensors[source])
+        for place, shape, dtype in self._others:
+            _, _, total, *_ = tensors
+            found[place] = total.new_empty(shape, dtype=dtype)
+        return tuple(found)
+
+
+def _alike(tensors: Sequence[Tensor | None], shape: Any, dtype: torch.dtype) -> int | None:
+    """Returns the place of a contiguous tensor of this shape and type, or None."""
+    for place, tensor in enumerate(tensors):
+        if tensor is None or (tensor.shape, tensor.dtype) != (shape, dtype):
+            continue
+        if tensor.is_contiguous() and not tensor.is_neg():
+            return place
+    return None
 
 
 @functools.cache
@@ -114,13 +139,34 @@ def _kernels() -> Any:
     return modulated_backward
 
 
+class Sums(NamedTuple):
+    """Tells which kinds of partial sums a backward computes.
+
+    Args:
+        x_hat: of dy · x_hat, for the gradients of weight and scale.
+        dy: of dy, for those of bias and shift.
+        residual_gate: of dtotal · x.
+    """
+
+    x_hat: bool
+    dy: bool
+    residual_gate: bool
+
+    @property
+    def places(self) -> dict[str, int | None]:
+        """Returns the kernels' constants: the place of each kind, None for one that is not computed."""
+        named = {f"{name.upper()}_SUMS": there for name, there in self._asdict().items()}
+        places = itertools.count()
+        return {name: next(places) if there else None for name, there in named.items()}
+
+
 @remembered
 def _backward_launcher(
     spec: ModulatedSpec,
     types: Types,
     layout: RowLayout,
     modulations: Modulations,
-    n_sums: int,
+    sums: Sums,
     misaligned: int,
     device: torch.device,
 ) -> Launcher:
@@ -141,7 +187,7 @@ def _backward_launcher(
     itemsizes = [dtype.itemsize for dtype in given((*swept, scale, shift, residual_gate, dx, dresidual, dgate))]
     vector = vector_of(misaligned, extents, itemsizes)
     form = form_of(spec, ModulatedBackwardTensors._fields, tuple(read))
-    work = ModulatedWork(n_cols, names(swept), form, n_sums, modulations.summed)
+    work = ModulatedWork(n_cols, names(swept), form, sum(sums), modulations.summed)
     total_strides, dy_strides, dtotal_strides, x_strides, gate_strides = layout.strides
     return Launcher(
         _kernels().modulated_backward_kernel,
@@ -158,6 +204,7 @@ def _backward_launcher(
             *modulations.over(vector),
         ),
         SUMMED=modulations.summed,
+        **sums.places,
         **constants_of(spec, compute, gate is not None, vector),
     )
 
@@ -180,7 +227,7 @@ def _n_programs(
 
 @remembered
 def _finalise_launcher(
-    spec: ModulatedSpec, compute: torch.dtype, scale_stride: int, has_parameters: bool, device: torch.device
+    spec: ModulatedSpec, sums: Sums, compute: torch.dtype, scale_stride: int, has_parameters: bool, device: torch.device
 ) -> Launcher:
     """Returns the launcher of the kernel that finalises partial sums; scale_stride: elements between scale's rows."""
     n_cols = spec.rows.n_cols
@@ -198,30 +245,29 @@ def _finalise_launcher(
         (n_cols // vector, scale_stride // vector),
         WEIGHT_OFFSET=spec.rows.weight_offset,
         SCALE_OFFSET=spec.scale_offset,
+        **sums.places,
         V=vector,
     )
-
-
-class _Sums(NamedTuple):
-    """Tells which partial sums a backward computes."""
-
-    x_hat: bool
-    dy: bool
-    residual_gate: bool
 
 
 class _Backward:
     """Holds the launches of a backward for tensors of one alignment.
 
-    Attributes:
-        n_sums: elements of partial sums of one kind, of which each program leaves a row; an upper bound.
+    Args:
+        integers: n_rows, n_tokens and n_modulations.
+        n_kinds: number of kinds of partial sums.
+        n_cols: elements of a row of sums, of which each program leaves one of each kind.
     """
 
-    def __init__(self, launcher: Launcher, integers: tuple[int, int, int], n_cols: int) -> None:
+    def __init__(self, launcher: Launcher, integers: tuple[int, int, int], n_kinds: int, n_cols: int) -> None:
         candidates = [config.keywords for config in launcher.candidates]
         self.launch, self.integers = Launch(launcher, *integers), integers
-        self.n_sums = n_cols * max(launcher.n_programs(config, *integers) for config in candidates)
+        self._n_sums = n_kinds * n_cols * max(launcher.n_programs(config, *integers) for config in candidates)
         self.finalise: Launch | None = None
+
+    def sums(self, statistics: Tensor) -> Tensor | None:
+        """Returns memory for the partial sums of all programs, or None if there are none."""
+        return statistics.new_empty(self._n_sums) if self._n_sums else None
 
 
 class ModulatedBackwardPlan:
@@ -230,7 +276,7 @@ class ModulatedBackwardPlan:
     def __init__(self, call: BackwardCall, shapes: Sequence[Any]) -> None:
         tensors, wanted, numbers, spec = call
         self._spec, self._wanted = spec, wanted
-        self._gradients = ModulatedGradients(tensors.total, wanted, spec.rows.n_cols, shapes)
+        self._gradients = ModulatedGradients(tensors, wanted, spec.rows.n_cols, shapes)
         self._n_rows = tensors.total.numel() // spec.rows.n_cols
         self._modulations = modulations_of(tensors.inputs, numbers, spec.rows.n_cols)
         of_rows = tensors.total, tensors.dy, tensors.dtotal, tensors.x, tensors.gate
@@ -240,14 +286,13 @@ class ModulatedBackwardPlan:
         self._copies = not are_contiguous or any(self._layout.copied) or any(self._modulations.copied)
         self._places = places_of(tensors, _PARAMETERS)
         summed = self._modulations.summed
-        self._sums = _Sums(
+        self._sums = Sums(
             wanted.dweight_dtype is not None or (summed and wanted.dscale_dtype is not None),
             wanted.dbias_dtype is not None
             or (summed and wanted.dshift_dtype is not None)
             or (summed and wanted.dscale_dtype is not None and tensors.bias is not None),
             summed and wanted.dresidual_gate_dtype is not None,
         )
-        self._finalises = any(self._sums)
         self._made: dict[int, _Backward] = {}
 
     def _readable(self, tensors: Sequence[Any]) -> list[Any]:
@@ -270,38 +315,45 @@ class ModulatedBackwardPlan:
         Args:
             tensors: fields of ModulatedBackwardTensors.
         """
-        _, _, total, _, _, _, _, _, _, _, _ = tensors
-        found = dx, dresidual, dweight, dbias, dgate, dscale, dshift, dresidual_gate = self._gradients(total)
+        gradients = dx, dresidual, dweight, dbias, dgate, *of_modulations = self._gradients(tensors)
         if self._copies:
             tensors = self._readable(tensors)
-        misaligned = addresses_of(tensors, self._places)
-        made = self._made.get(misaligned) or self._make((*tensors, dx, dresidual, dgate), misaligned)
         _, _, _, _, weight, bias, _, scale, _, _, statistics = tensors
-        of_x_hat, of_dy, of_residual_gate = self._sums
-        x_hat_sums = statistics.new_empty(made.n_sums) if of_x_hat else None
-        dy_sums = statistics.new_empty(made.n_sums) if of_dy else None
-        residual_gate_sums = statistics.new_empty(made.n_sums) if of_residual_gate else None
-        sums = x_hat_sums, dy_sums, residual_gate_sums
-        if self._modulations.summed:
-            made.launch(*tensors, dx, dresidual, dgate, None, None, None, *sums)
-            if self._finalises:
-                finalise = made.finalise or self._finalise(made, tensors)
-                finalise(*sums, weight, bias, scale, dweight, dbias, dscale, dshift, dresidual_gate)
-            return found
-        made.launch(*tensors, dx, dresidual, dgate, dscale, dshift, dresidual_gate, *sums)
-        if self._finalises:
+        of_rows, summed = (dx, dresidual, dgate), self._modulations.summed
+        stored = (None, None, None) if summed else of_modulations
+        made, sums = self._made.get(0), None
+        if made is not None:  # tells by itself whether the tensors are aligned
+            sums = made.sums(statistics)
+            if not made.launch.starts(*tensors, *of_rows, *stored, sums):
+                made = None
+        if made is None:
+            made = self._made_for(tensors, of_rows)
+            sums = made.sums(statistics)
+            made.launch(*tensors, *of_rows, *stored, sums)
+        if sums is not None:
             finalise = made.finalise or self._finalise(made, tensors)
-            finalise(*sums, None, None, None, dweight, dbias, None, None, None)
-        return found
+            if summed:
+                finalise(sums, weight, bias, scale, dweight, dbias, *of_modulations)
+            else:
+                finalise(sums, None, None, None, dweight, dbias, None, None, None)
+        return gradients
 
-    def _make(self, arguments: Sequence[Any], misaligned: int) -> _Backward:
-        (dy, *_), modulations = arguments, self._modulations
-        launcher = _backward_launcher(
-            self._spec, types_of(arguments), self._layout, modulations, sum(self._sums), misaligned, dy.device
-        )
-        made = self._made[misaligned] = _Backward(
-            launcher, (self._n_rows, *modulations.numbers), self._spec.rows.n_cols
-        )
+    def _made_for(self, tensors: Sequence[Any], of_rows: Sequence[Tensor | None]) -> _Backward:
+        """Returns the launches for the alignment of these tensors.
+
+        Args:
+            of_rows: dx, dresidual and dgate.
+        """
+        misaligned = addresses_of(tensors, self._places)
+        made = self._made.get(misaligned)
+        if made is None:
+            (dy, *_), modulations = tensors, self._modulations
+            types = types_of((*tensors, *of_rows))
+            launcher = _backward_launcher(
+                self._spec, types, self._layout, modulations, self._sums, misaligned, dy.device
+            )
+            integers = self._n_rows, *modulations.numbers
+            made = self._made[misaligned] = _Backward(launcher, integers, sum(self._sums), self._spec.rows.n_cols)
         return made
 
     def _finalise(self, made: _Backward, tensors: Sequence[Any]) -> Launch:
@@ -314,7 +366,9 @@ class ModulatedBackwardPlan:
         stores = modulations.summed and any(dtype is not None for dtype in (dscale, dshift, dresidual_gate))
         has_parameters = self._wanted.dweight_dtype is not None or self._wanted.dbias_dtype is not None
         scale_stride, _, _ = modulations.strides
-        finaliser = _finalise_launcher(self._spec, statistics.dtype, scale_stride, has_parameters, statistics.device)
+        finaliser = _finalise_launcher(
+            self._spec, self._sums, statistics.dtype, scale_stride, has_parameters, statistics.device
+        )
         made.finalise = Launch(finaliser, n_sums, n_sums // n_modulations, n_modulations if stores else 0)
         return made.finalise
 

@@ -66,7 +66,7 @@ def through_total(
     if dtotal is not None and residual_gate is not None:
         n_outer = first_column_axis(total.shape, spec.rows.n_cols)
         outer = reference.outer_shape(residual_gate.shape, total.shape, n_outer, False)
-        compute = reference.compute_dtype(x, total)
+        compute = torch.float64 if wanted.dx_dtype == torch.float64 else reference.compute_dtype(x, total)
         by_row = residual_gate.reshape(*outer, *total.shape[n_outer:]).to(compute)
         wide = dtotal.to(compute)
         dx = wide * by_row

@@ -175,7 +175,8 @@ class ModulatedPlan:
     Attributes:
         requires_grad: a tensor requires grad.
         saves_copies: autograd can save only a copy of a tensor.
-        facts: those that the backward needs, set by the first forward with gradients.
+        saving, facts: select the tensors to save, and tell what else the backward needs; set by the first forward with
+            gradients.
     """
 
     def __init__(self, spec: ModulatedSpec, tensors: ModulatedTensors) -> None:
@@ -184,6 +185,7 @@ class ModulatedPlan:
         self._outputs = RowOutputs(spec.rows, RowTensors(x, residual, None, None))
         self.requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
         self.saves_copies = any(tensor is not None and is_unsavable(tensor) for tensor in tensors)
+        self.saving: Any = None
         self.facts: Any = None
         self._layout = layout_of((x, residual, gate), spec.rows.n_cols, (False, False, False))
         self._modulations = modulations_of(tensors, modulation_of(tensors, spec), spec.rows.n_cols)
@@ -201,9 +203,11 @@ class ModulatedPlan:
         found = self._outputs(tensors, saves)
         if self._copies:
             tensors = self._readable(*tensors)
-        key = saves, addresses_of(tensors, self._places)
-        launch = self._launches.get(key) or self._prepare(key, (*tensors, *found))
-        launch(*tensors, *found)
+        aligned = self._launches.get((saves, 0))  # tells by itself whether the tensors are
+        if aligned is None or not aligned.starts(*tensors, *found):
+            key = saves, addresses_of(tensors, self._places)
+            launch = self._launches.get(key) or self._prepare(key, (*tensors, *found))
+            launch(*tensors, *found)
         return found
 
     def _readable(
