@@ -11,7 +11,7 @@ from support.channel_norms import share
 from support.group_calls import away_from_the_kink, checked, drawn, laid
 from support.oracle import differentiated
 from support.turns import backwards, one_of_each, shuffled
-from triton_norm.channels import group_plan
+from triton_norm.channels import group_backward
 from triton_norm.tuning import group_spaces
 from triton_norm.tuning.limits import INTERPRETED
 
@@ -26,21 +26,32 @@ if INTERPRETED:
     from triton_norm.kernels import groups_backward
     from triton_norm.testing.interleave import DeadlockError, interleaved
 
-GRADIENT, COMBINE = "groups_fused_backward_kernel", "groups_backward_kernel"
+COMBINE = "groups_backward_kernel"
 MOST = 4  # programs that share a group
 
-CASES = {  # name: shape, groups, tile, programs that share a group
+CASES = {  # name: shape, groups, tile, programs that share a group; of rows, a block of groups
     "whole channels": ((3, 12, 4, 8), 2, 128, 2),  # four channels a program, the last has two
     "a channel a program": ((2, 8, 6, 10), 2, 64, 4),  # 60 of 64 positions
     "odd positions": ((2, 12, 7, 7), 2, 128, 3),
+    "parts of a channel": ((2, 4, 6, 10), 2, 32, 4),  # 32 and 28 positions
     "sequences": ((2, 40, 3), 2, 32, 3),
     "several groups": ((5, 12, 4, 4), 4, 256, 1),  # three of four channels; four groups a program
     "several groups, odd": ((5, 12, 5, 5), 4, 1024, 1),
     "features": ((50, 24), 8, 128, 1),
     "channels": ((5, 7, 4, 4), 7, 64, 1),  # InstanceNorm's
     "one group": ((3, 4, 8, 8), 1, 256, 1),
+    "rows of a few groups": ((2, 12, 9, 7), 4, 512, 4),  # 12 of 32 columns, at most 16 rows a program
+    "rows of several blocks": ((2, 150, 4, 3), 30, 256, 3),  # 8 · 5 of 64 columns, the last block less
+    "rows of one group": ((2, 64, 5, 5), 2, 256, 4),
+    "whole rows": ((5, 24, 4, 4), 3, 512, 1),  # three groups in 32 columns
 }
+LAST = [name for name in CASES if "rows" in name]  # are read channels-last
 SHARED = [name for name, (*_, members) in CASES.items() if members > 1]
+KERNELS = "groups_fused_backward_kernel", "channels_backward_kernel"  # the latter for rows
+
+
+def layout_of(case):
+    return "last" if case in LAST else "first"
 
 
 @pytest.fixture
@@ -49,10 +60,10 @@ def use(numbers):
     return functools.partial(share, numbers, multiprocessors=3 * MOST)
 
 
-def gradient_of(guard):
+def gradient_of(guard, case):
     """Returns the one launch that reads x and dy; there is but one more, which adds up the samples."""
     (launched,) = (one for one in guard.launches if "dy_ptr" in one.arguments)
-    assert launched.kernel == GRADIENT
+    assert launched.kernel == KERNELS[case in LAST]
     return launched
 
 
@@ -65,8 +76,8 @@ def test_matches_fp64(case, use, guard, device):
     shape, n_groups, tile, members = CASES[case]
     use(tile)
     with interleaved():
-        checked(drawn(shape, device), n_groups)
-    launched = gradient_of(guard)
+        checked(drawn(shape, device, layout=layout_of(case)), n_groups)
+    launched = gradient_of(guard, case)
     assert guard.kernels[-1] == COMBINE
     if members > 1:
         assert launched.bytes("store", "partials_ptr") == 2 * 4 * shape[0] * n_groups * members
@@ -76,11 +87,11 @@ def test_matches_fp64(case, use, guard, device):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("case", ["odd positions", "several groups"])
+@pytest.mark.parametrize("case", ["odd positions", "parts of a channel", "several groups", "rows of a few groups"])
 def test_activations_and_residuals(case, activation, residual, use, device):
     shape, n_groups, tile, _ = CASES[case]
     use(tile)
-    inputs = drawn(shape, device, residual=residual)
+    inputs = drawn(shape, device, layout=layout_of(case), residual=residual)
     with interleaved():
         checked(away_from_the_kink(inputs, n_groups) if activation in SIDED else inputs, n_groups, activation)
 
@@ -94,11 +105,11 @@ def test_strides_and_types(layout, dtype, use, device):
 
 
 @pytest.mark.parametrize("needs", [(0,), (0, 1), (0, 2), (0, 3), (0, 1, 2, 3)], ids=str)
-@pytest.mark.parametrize("case", ["odd positions", "several groups"])
+@pytest.mark.parametrize("case", ["odd positions", "several groups", "rows of a few groups"])
 def test_some_gradients(case, needs, use, guard, device):
     shape, n_groups, tile, _ = CASES[case]
     use(tile)
-    inputs = drawn(shape, device, residual=True)
+    inputs = drawn(shape, device, layout=layout_of(case), residual=True)
     with interleaved():
         whole = differentiated(norm(n_groups, "silu"), inputs.leaves(), (inputs.dy,))
         launches = len(guard.launches)
@@ -110,32 +121,58 @@ def test_some_gradients(case, needs, use, guard, device):
 
 
 @pytest.mark.parametrize("parameters", ["weight", "bias", "neither"])
-@pytest.mark.parametrize("case", ["odd positions", "several groups"])
+@pytest.mark.parametrize("case", ["odd positions", "several groups", "rows of a few groups"])
 def test_without_weight_or_bias(case, parameters, use, device):
     shape, n_groups, tile, _ = CASES[case]
     use(tile)
     absent = {name: None for name in ("weight", "bias") if name != parameters}
     with interleaved():
-        checked(drawn(shape, device)._replace(**absent), n_groups)
+        checked(drawn(shape, device, layout=layout_of(case))._replace(**absent), n_groups)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_x_and_dy_are_read_once(case, use, guard, device):
     shape, n_groups, tile, _ = CASES[case]
     use(tile)
-    inputs = drawn(shape, device, torch.bfloat16)
+    inputs = drawn(shape, device, torch.bfloat16, layout_of(case))
     with interleaved():
         differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
-    launched, size = gradient_of(guard), inputs.x.numel() * inputs.x.itemsize
+    launched, size = gradient_of(guard, case), inputs.x.numel() * inputs.x.itemsize
     assert launched.bytes("load", "x_ptr") == launched.bytes("load", "dy_ptr") == size
     assert launched.bytes("store", "dx_ptr") == size
 
 
-def test_groups_that_do_not_fit_take_two_launches_and_one_that_combines(use, guard, device):
-    use(16)
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_groups_that_do_not_fit_take_two_launches_and_one_that_combines(layout, use, guard, device):
+    use(32)
     with interleaved():
-        checked(drawn((2, 12, 8, 8), device), 3)
-    assert [name for name in guard.kernels if name == GRADIENT] == []
+        checked(drawn((2, 12, 8, 6), device, layout=layout), 3)
+    assert guard.kernels[-3:] == ["channels_backward_kernel", COMBINE, "channels_backward_kernel"]
+
+
+EXPANDED = {  # the shape of dy before it is expanded
+    "a sum": lambda shape: [1] * len(shape),
+    "a sum of each sample": lambda shape: [shape[0], *[1] * (len(shape) - 1)],
+    "a mean over positions": lambda shape: [*shape[:2], *[1] * (len(shape) - 2)],
+}
+
+
+@pytest.mark.parametrize("expanded", EXPANDED)
+@pytest.mark.parametrize(
+    ("case", "tile"),
+    [(case, CASES[case][2]) for case in ("odd positions", "parts of a channel", "features", "rows of a few groups")]
+    + [("several groups", 16), ("rows of one group", 64)],  # in two launches
+)
+def test_an_expanded_dy_is_read_as_it_is(case, tile, expanded, use, guard, device):
+    shape, n_groups, *_ = CASES[case]
+    use(tile)
+    inputs = drawn(shape, device, layout=layout_of(case), residual=True)
+    dy = torch.randn(EXPANDED[expanded](shape), device=device).expand(shape)
+    with interleaved():
+        checked(inputs._replace(dy=dy), n_groups, "silu")
+    for launched in guard.launches:
+        if "dy_ptr" in launched.arguments:
+            assert launched.arguments["dy_ptr"].extent.start == dy.data_ptr()
 
 
 ADVERSE = [
@@ -150,7 +187,7 @@ ADVERSE = [
 def test_the_bits_do_not_depend_on_the_programs_order(case, use, device):
     shape, n_groups, tile, _ = CASES[case]
     use(tile)
-    inputs = drawn(shape, device)
+    inputs = drawn(shape, device, layout=layout_of(case))
     with interleaved():
         expected = differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,)).tensors()
     for how in ADVERSE:
@@ -167,20 +204,21 @@ def test_places_by_program_id_hang_where_tickets_do_not(use, monkeypatch, device
     with adverse():
         differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
     monkeypatch.setattr(groups_backward, "take_place", place_by_program_id)
-    with adverse(), pytest.raises(DeadlockError, match=GRADIENT):
+    with adverse(), pytest.raises(DeadlockError, match=KERNELS[0]):
         differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
 
 
-@pytest.mark.parametrize("case", ["odd positions", "several groups", "one group"])
+@pytest.mark.parametrize("case", ["odd positions", "parts of a channel", "several groups", "rows of several blocks"])
 def test_a_sample_does_not_depend_on_the_others(case, use, device):
     shape, n_groups, tile, _ = CASES[case]
     use(tile)
-    inputs = drawn((9, *shape[1:]), device)
+    layout = layout_of(case)
+    inputs = drawn((9, *shape[1:]), device, layout=layout)
 
     def dx(samples):
-        leaves = laid(inputs.x[samples], "first"), None, inputs.weight, inputs.bias
+        leaves = laid(inputs.x[samples], layout), None, inputs.weight, inputs.bias
         with interleaved():
-            return differentiated(norm(n_groups), leaves, (laid(inputs.dy[samples], "first"),)).dx
+            return differentiated(norm(n_groups), leaves, (laid(inputs.dy[samples], layout),)).dx
 
     whole = dx(slice(None))
     for samples in (slice(3, 4), slice(2, 9)):
@@ -190,9 +228,14 @@ def test_a_sample_does_not_depend_on_the_others(case, use, device):
 def test_zeros_are_left_as_they_were(use, monkeypatch, device):
     use(64)
     kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(group_plan, "zeros", lambda n, device: kept[:n])
-    for shape, n_groups in (((2, 8, 6, 10), 2), ((1, 12, 4, 8), 4), ((3, 6, 8, 8), 2)):
-        inputs = drawn(shape, device)
+    monkeypatch.setattr(group_backward, "zeros", lambda n, device: kept[:n])
+    for shape, n_groups, layout in (
+        ((2, 8, 6, 10), 2, "first"),
+        ((1, 12, 4, 8), 4, "first"),
+        ((3, 6, 8, 8), 2, "first"),
+        ((2, 12, 9, 7), 4, "last"),
+    ):
+        inputs = drawn(shape, device, layout=layout)
         with interleaved(order=shuffled):
             differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
         assert not kept.any()
@@ -228,3 +271,5 @@ def test_programs_have_thousands_of_elements(vector, members):
         assert 2048 <= config["M"] * work.elements <= 8192
     assert group_spaces.gradient_work((64, tile), vector, ("bf16", "bf16"), 4, False, H100) is None
     assert group_spaces.gradient_work((1, 2 * tile), vector, ("bf16", "bf16"), 4, False, H100) is None
+    shared = group_spaces.gradient_work((4, 2 * tile + vector), vector, ("bf16", "bf16"), 4, False, H100)
+    assert (shared.members, shared.chunks, shared.channels, shared.elements) == (12, 3, 1, tile)

@@ -236,6 +236,12 @@ channels_backward.channels_backward_kernel
     groups apart | different | (dz * weight - mean_dz -> (dz - mean_dz
     groups apart | different | centred * slope) * rstd -> centred * slope)
     groups apart, last | race | offsets += instance_offset( -> offsets += 0 * instance_offset(
+    groups of rows | different | sum_dz *= weight -> sum_dz *= 1.0
+    groups of rows | different | sum_dz_centred *= weight -> sum_dz_centred *= 1.0
+    groups of rows | different | sum_dz_centred * rstd, row -> sum_dz_centred, row
+    shared rows | race | instance.to(tl.int64) * n_splits + split -> instance.to(tl.int64) * n_splits
+channels_backward.store_columns
+    groups of rows | race | row * columns.n_channels + -> 0 * row +
 tiles.instance_offset
     groups apart | race | instance.to(tl.int64) * instance_vecs -> 0 * instance_vecs
 tiles.parameters_of
@@ -260,14 +266,19 @@ groups.groups_forward_kernel
     groups of rows | different | y_row_vecs * n_rows -> y_row_vecs
 groups_backward.rows_of
     groups | bounds | (group < n_groups) & -> (group < n_groups + 1) &
-    shared groups | race | channel = member * R + row % R -> channel = row % R
+    shared groups | race | member // n_chunks * R + row % R -> row % R
+    parts of channels | different | chunk * W + -> 0 * chunk +
+    parts of channels | race | sample * n_chunks + chunk -> sample * n_chunks
     groups | different | exists & (vec < channel_vecs) -> exists & (vec < channel_vecs - 1)
 groups_backward.pointers_to
     groups | different | rows.sample.to(tl.int64) * sample_vecs -> rows.sample.to(tl.int64) * 0
+groups_backward.load_gradient
+    groups, expanded | different | rows.index.to(tl.int64) * channel_stride -> rows.index.to(tl.int64) * 0
+    groups, expanded | different | tl.where(rows.in_range, of_channels, 0.0) -> tl.where(rows.exists, of_channels, 0.0)
 groups_backward.sum_members
     shared groups | different | mask=member < n_members -> mask=member < n_members - 1
 groups_backward.groups_fused_backward_kernel
-    groups | different | slots = rows.sample.to(tl.int64) * n_channels + -> slots = 0 * rows.sample.to(tl.int64) +
+    groups | different | slots = rows.row.to(tl.int64) * n_channels + -> slots = 0 * rows.row.to(tl.int64) +
     groups | different | sum_dz_centred * rstd, -> sum_dz_centred,
     groups | different | by_group(sum_dz * weight, M, R) -> by_group(sum_dz, M, R)
     groups | different | by_group(sum_dz_centred * weight, M, R) -> by_group(sum_dz_centred, M, R)
@@ -276,7 +287,7 @@ groups_backward.groups_fused_backward_kernel
     shared groups | race | own = team + member.to(tl.int64) * n_groups -> own = team
 groups_backward.sum_group
     groups apart | different | value *= tl.load(weight_ptr -> value += 0 * tl.load(weight_ptr
-groups_backward.add_samples
+groups_backward.add_rows
     groups | different | found += tl.load( -> found = tl.load(
 groups_backward.groups_backward_kernel
     groups apart | different | slope * tl.load( -> slope + 0 * tl.load(

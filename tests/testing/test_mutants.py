@@ -118,16 +118,19 @@ def groups(
     last: bool = False,
     shape: tuple[int, ...] = (9, 4, 3, 5),
     tile: int | None = None,
+    expanded: bool = False,
 ) -> None:
     """More samples than the backward adds at a time, with statistics that differ from sample to sample.
 
-    With a `tile`, programs share a group.
+    With a `tile`, programs share a group. The gradient of y may be expanded over positions.
     """
     if tile is not None:
         share(numbers, tile, multiprocessors=12)
     x, dy = torch.randn(2, *shape) * torch.linspace(1, 3, shape[0]).view(-1, 1, 1, 1)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
+    if expanded:
+        dy = dy[..., :1, :1].expand(shape)
     leaves = [tensor.requires_grad_() for tensor in (x, *torch.randn(2, shape[1]))]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     y, exact = triton_norm.group_norm(leaves[0], n_groups, *leaves[1:]), F.group_norm(wide[0], n_groups, *wide[1:])
@@ -348,6 +351,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "groups apart, last": _of(groups, tile=4, last=True),
     "instances apart": _of(groups, n_groups=4, shape=(9, 4, 3, 7), tile=4),
     "groups of rows": _of(groups, last=True, shape=(9, 4, 2, 3)),
+    "groups, expanded": _of(groups, shape=(2, 4, 3, 7), expanded=True),
+    "parts of channels": _of(groups, shape=(2, 4, 6, 10), tile=32),
+    "shared rows": _of(groups, last=True, n_groups=4, shape=(2, 12, 9, 7), tile=512),
     "shared groups": _of(groups, shape=(3, 16, 7, 7), tile=128),
     "shared groups, last": _of(groups, last=True, shape=(3, 6, 2, 3), tile=8),
     **MODULATED_CHECKS,

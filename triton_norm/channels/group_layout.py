@@ -36,16 +36,29 @@ def kind_of(x: Tensor) -> str:
 
 
 class Slices(NamedTuple):
-    """Describes a tensor as its samples: the stride between samples and positions, and the address modulo 16."""
+    """Describes a tensor as its samples.
+
+    Args:
+        sample_stride, channel_stride, position_stride: in elements.
+        misaligned: the address modulo 16.
+        spread: the elements of an access are adjacent; False for a gradient that is one element, expanded over the
+            positions of a channel, or over the channels of a position in kind "last".
+    """
 
     sample_stride: int
+    channel_stride: int
     position_stride: int
     itemsize: int
     misaligned: int
+    spread: bool = True
 
 
-def slices_of(x: Tensor, kind: str) -> Slices | None:
-    """Returns the strides with which x is read as samples in this layout, or None if it has to be copied."""
+def slices_of(x: Tensor, kind: str, broadcast: bool = False) -> Slices | None:
+    """Returns the strides with which x is read as samples in this layout, or None if it has to be copied.
+
+    Args:
+        broadcast: x may be expanded.
+    """
     n_samples, n_channels, *positions = x.shape
     n_positions = math.prod(positions)
     position_stride = collapsed_stride(positions, x.stride()[2:])
@@ -55,19 +68,21 @@ def slices_of(x: Tensor, kind: str) -> Slices | None:
         position_stride = n_channels if kind == "last" else 1
     channel_stride = x.stride(1)
     dense = channel_stride == 1 if kind == "last" else position_stride == 1 and channel_stride == n_positions
-    if not (dense or (n_channels == 1 and (kind == "last" or position_stride == 1))):
+    spread = (channel_stride if kind == "last" else position_stride) != 0
+    if not (dense or (n_channels == 1 and (kind == "last" or position_stride == 1)) or (broadcast and not spread)):
         return None
     sample_stride = x.stride(0) if n_samples > 1 else n_channels * n_positions
-    return Slices(sample_stride, position_stride, x.itemsize, x.data_ptr() % VECTOR_BYTES)
+    misaligned = x.data_ptr() % VECTOR_BYTES
+    return Slices(sample_stride, channel_stride, position_stride, x.itemsize, misaligned, spread)
 
 
-def copies(x: Tensor, kind: str) -> bool:
-    return slices_of(x, kind) is None
+def copies(x: Tensor, kind: str, broadcast: bool = False) -> bool:
+    return slices_of(x, kind, broadcast) is None
 
 
-def as_readable(x: Tensor, kind: str) -> Tensor:
+def as_readable(x: Tensor, kind: str, broadcast: bool = False) -> Tensor:
     """Returns x, or a copy if it can't be read in this layout."""
-    return dense_like(x, x.dtype, kind).copy_(x) if copies(x, kind) else x
+    return dense_like(x, x.dtype, kind).copy_(x) if copies(x, kind, broadcast) else x
 
 
 class Groups(NamedTuple):
@@ -99,8 +114,13 @@ class Groups(NamedTuple):
         _, n_groups, per_group, n_positions = self.shape
         shape = 1, n_groups * per_group, n_positions
         if self.kind == "last":
-            return self._read(shape, "last", per_group, lambda slices: (0, 1, slices.position_stride))
-        return self._read(shape, "flat", per_group, lambda _: (0, n_positions, 1))
+            return self._read(shape, "last", per_group, lambda slices: (0, int(slices.spread), slices.position_stride))
+        return self._read(
+            shape,
+            "flat",
+            per_group,
+            lambda slices: (0, n_positions, 1) if slices.spread else (0, slices.channel_stride, 0),
+        )
 
     def by_group(self, applies: bool = False) -> Read:
         """Returns the launch's view of each sample as groups; if it applies too, with their channels' parameters."""
@@ -110,9 +130,23 @@ class Groups(NamedTuple):
             return self._read((1, n_groups, size), "flat", 1, lambda _: (0, size, 1), per_parameter)
         folds = channel_spaces.folds(n_positions, per_group, self.itemsize, limits_in_force())
         kind = "folded" if folds and n_groups * per_group < MOST_COLUMNS else "flat"
-        shape = n_positions, n_groups, per_group
-        per_parameter = 1 if applies else None
-        return self._read(shape, kind, 1, lambda slices: (slices.position_stride, per_group, 1), per_parameter)
+        return self._in_rows(kind, 1 if applies else None)
+
+    def by_column(self) -> Read | None:
+        """Returns the launch's view of each sample as rows of groups, with parameters of their columns, or None if
+        positions lie side by side, or a row of whole groups is too wide."""
+        _, n_groups, per_group, n_positions = self.shape
+        if self.kind == "flat" or n_positions == 1 or n_groups * per_group >= MOST_COLUMNS:
+            return None
+        return self._in_rows("folded", 1) if channel_spaces.folds_groups(per_group, limits_in_force()) else None
+
+    def _in_rows(self, kind: str, per_parameter: int | None) -> Read:
+        _, n_groups, per_group, n_positions = self.shape
+
+        def strides(slices: Slices) -> tuple[int, int, int]:
+            return slices.position_stride, per_group * slices.spread, int(slices.spread)
+
+        return self._read((n_positions, n_groups, per_group), kind, 1, strides, per_parameter)
 
     def _read(
         self,
@@ -127,10 +161,11 @@ class Groups(NamedTuple):
             for slices in self.slices
         )
         apart = tuple(None if slices is None else slices.sample_stride for slices in self.slices)
+        spread = tuple(slices is not None and slices.spread for slices in self.slices)
         n_samples, *_ = self.shape
         (x_type, *_) = self.types
         assert x_type is not None
-        instances = Instances(n_samples, apart, per_statistic, elements_per_parameter)
+        instances = Instances(n_samples, apart, spread, per_statistic, elements_per_parameter)
         return Read(shape, kind, placements, x_type, self.types, self.others, self.device, instances)
 
 
@@ -146,5 +181,5 @@ def dtypes_of(tensors: Sequence[Tensor | None]) -> Types:
 def groups_of(kind: str, n_groups: int, swept: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> Groups:
     x, *_ = swept
     assert x is not None
-    slices = tuple(None if tensor is None else slices_of(tensor, kind) for tensor in swept)
+    slices = tuple(None if tensor is None else slices_of(tensor, kind, broadcast=True) for tensor in swept)
     return Groups(shape_of(x, n_groups), kind, slices, dtypes_of(swept), dtypes_of(others), x.device)

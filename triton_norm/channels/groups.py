@@ -8,16 +8,12 @@ from torch import Tensor
 
 from triton_norm import plans, reference
 from triton_norm.captures import is_intercepted
+from triton_norm.channels.group_backward import GroupBackwardTensors, group_backward_plan_of
 from triton_norm.channels.group_layout import kind_of
-from triton_norm.channels.group_plan import (
-    Gradients,
-    GroupBackwardTensors,
-    gradients,
-    group_backward_plan_of,
-    group_forward_plan_of,
-)
+from triton_norm.channels.group_plan import group_forward_plan_of
 from triton_norm.channels.layout import dense_like
 from triton_norm.channels.operator import Asked, PassesDy, composed_gradients, wanted_of
+from triton_norm.channels.plan import Gradients, gradients
 from triton_norm.library import Derivative, recorded
 from triton_norm.saved import (
     Kept,

@@ -25,6 +25,7 @@ class Instances(NamedTuple):
     Args:
         n_instances: number of slices: a GroupNorm's samples.
         strides: elements between slices, of each tensor in Read.placements, None for a tensor that is None.
+        spread: False for each of these tensors that is one element, expanded over the lanes.
         channels_per_statistic: adjacent channels with common statistics.
         elements_per_parameter: adjacent elements of a group with a common weight and bias, if groups are read as
             channels; None if each channel has a weight and bias of its own.
@@ -32,6 +33,7 @@ class Instances(NamedTuple):
 
     n_instances: int
     strides: tuple[int | None, ...]
+    spread: tuple[bool, ...]
     channels_per_statistic: int
     elements_per_parameter: int | None = None
 
@@ -98,10 +100,11 @@ class Launches:
     ) -> None:
         self._kernel, self._read, self._resident_bytes, self._adds = kernel, read, resident_bytes, adds
         gpu = gpu_of(read.device)
-        self._n_instances, per_parameter = 1, None
+        self._n_instances, per_parameter, apart = 1, None, []
         if read.instances is not None:
             self._n_instances, per_parameter = read.instances.n_instances, read.instances.elements_per_parameter
-        apart = () if read.instances is None else [stride for stride in read.instances.strides if stride is not None]
+            pairs = zip(read.instances.strides, read.instances.spread, strict=True)
+            apart = [stride for stride, spread in pairs if spread and stride is not None]
         self.layout: Layout = layout_of(
             read.shape, read.kind, *filter(None, read.placements), apart=apart, narrow=per_parameter is not None
         )
@@ -146,7 +149,9 @@ class Launches:
         instances = self._read.instances
         if instances is None:
             return (None,) * (1 + len(self._read.placements))
-        return self.layout.n_blocks, *((stride or 0) // self.layout.vector for stride in instances.strides)
+        pairs = zip(instances.strides, instances.spread, strict=True)
+        vecs = ((stride or 0) // (self.layout.vector if spread else 1) for stride, spread in pairs)
+        return self.layout.n_blocks, *vecs
 
     def step(self, phase: Phase, swept: Types, scalars: Sequence[float | None], **constants: Any) -> Step:
         """Returns the launch of one phase.

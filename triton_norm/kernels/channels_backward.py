@@ -9,6 +9,7 @@ from triton_norm.kernels.activations import activate_backward, bits_per_byte, by
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.tiles import (
+    Channels,
     Layout,
     Strides,
     Tile,
@@ -66,6 +67,13 @@ def finalise_sums(sums, rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total
         tl.store(means_ptr + channels.n_channels + index, dweight * share * rstd, mask=mask)
 
 
+@triton.jit
+def store_columns(ptr, values, row, columns):
+    """Stores the values [1, n] of some columns in one of the rows at ptr, unless that is None."""
+    if ptr is not None:
+        tl.store(ptr + row * columns.n_channels + columns.index, values, mask=columns.in_range)
+
+
 @triton.jit(do_not_specialize=["n_groups", "groups_per_split"])
 def channels_backward_kernel(
     dy_ptr,
@@ -108,6 +116,7 @@ def channels_backward_kernel(
     PER_STATISTIC: tl.constexpr,
     LOCAL: tl.constexpr,
     CONSTANT: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
     REDUCE: tl.constexpr,
     APPLY: tl.constexpr,
     SHARED: tl.constexpr,
@@ -149,12 +158,15 @@ def channels_backward_kernel(
         partials_ptr: workspace [2, n_splits, n_channels], used if SHARED.
         sync_ptr: 2 + n_blocks zeros.
         DY_SPREAD: 0 if dy is one element expanded over a channel's lanes, else 1.
+        BY_COLUMN: channels are groups of a GroupNorm, folded, and each column has a weight and a bias of its own. Then
+            dweight_ptr and dbias_ptr are [instances, n_splits, columns], the sums of each program, or None. A split is
+            one tile, which T has room for.
         LOCAL, SHARED, INDEX, T, BLOCK_K: as in channels_forward_kernel.
     """
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = REDUCE and APPLY and not CONSTANT
     NEEDS_Z: tl.constexpr = ACTIVATION is not None and bits_ptr is None
-    WEIGHTED: tl.constexpr = PER_STATISTIC is not None and PER_STATISTIC > 1
+    WEIGHTED: tl.constexpr = BY_COLUMN or (PER_STATISTIC is not None and PER_STATISTIC > 1)
     NEEDS_X: tl.constexpr = REDUCE or not CONSTANT or NEEDS_Z
     n_splits = tl.cdiv(n_groups, groups_per_split).to(tl.int32)
     n_blocks = tl.num_programs(0) // n_splits
@@ -181,9 +193,12 @@ def channels_backward_kernel(
     if instance_blocks is not None:
         normalized = of_instance(lanes, instance, n_blocks // instance_blocks, PER_STATISTIC)
     mean, mean_lo, rstd = load_statistics(statistics_ptr, running_mean_ptr, running_var_ptr, normalized, EPS, COMPUTE)
-    weight = load_parameter(weight_ptr, lanes, 1.0, COMPUTE)
+    parameters = lanes
+    if BY_COLUMN:
+        parameters = Channels(columns, lanes.in_range, n_column_vecs * V)
+    weight = load_parameter(weight_ptr, parameters, 1.0, COMPUTE)
     scale = rstd * weight
-    bias = load_parameter(bias_ptr, lanes, 0.0, COMPUTE)
+    bias = load_parameter(bias_ptr, parameters, 0.0, COMPUTE)
     mean_dz = tl.zeros([1, 1], COMPUTE)
     slope = tl.zeros([1, 1], COMPUTE)
     if APPLY and not CONSTANT and not REDUCE:
@@ -198,7 +213,7 @@ def channels_backward_kernel(
     raw_x = tl.zeros([T, LANES], x_ptr.dtype.element_ty)
     SWEEPS: tl.constexpr = 2 if TOGETHER else 1
     for sweep in tl.static_range(SWEEPS):
-        for swept in range(0, end - first, T):
+        for swept in range(0, T if BY_COLUMN else end - first, T):
             start = first + swept if REDUCE and sweep == 0 else last - swept
             mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
             if sweep == 0 or swept > 0:
@@ -214,7 +229,10 @@ def channels_backward_kernel(
                     positive = unpack(packed, T, LANES, bits_per_byte(LANES, AXIS))
                     dz = gradient_by_side(dz, positive, ACTIVATION, SLOPE)
                 else:
-                    z = centred * scale + bias
+                    if BY_COLUMN:  # without scale, which would take registers
+                        z = centred * rstd * weight + bias
+                    else:
+                        z = centred * scale + bias
                     if residual_ptr is not None:
                         residual_strides = Strides(residual_sample_vecs, residual_group_vecs, residual_channel_vecs)
                         residual = view_of(residual_ptr, residual_strides, columns, lanes, TILE)
@@ -244,6 +262,12 @@ def channels_backward_kernel(
             if IN_PLACES:
                 sum_dz = tile_sum(sum_dz, AXIS)
                 sum_dz_centred = tile_sum(sum_dz_centred, AXIS)
+            if BY_COLUMN:
+                row = instance.to(tl.int64) * n_splits + split
+                store_columns(dweight_ptr, sum_dz_centred * rstd, row, parameters)
+                store_columns(dbias_ptr, sum_dz, row, parameters)
+                sum_dz *= weight
+                sum_dz_centred *= weight
             if FOLD:
                 sum_dz = fold_sum(sum_dz, columns_per_channel, TILE)
                 sum_dz_centred = fold_sum(sum_dz_centred, columns_per_channel, TILE)
@@ -271,7 +295,10 @@ def channels_backward_kernel(
             else:
                 comes_last: tl.constexpr = True
             if comes_last:
-                finalise_sums(sums, channel_rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total, LOCAL)
+                if BY_COLUMN:
+                    finalise_sums(sums, channel_rstd, None, None, means_ptr, channels, total, LOCAL)
+                else:
+                    finalise_sums(sums, channel_rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total, LOCAL)
                 tl.debug_barrier()
                 if SHARED and TOGETHER:
                     arrive(sync_ptr, block)

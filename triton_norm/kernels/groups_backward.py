@@ -18,6 +18,7 @@ class Rows(NamedTuple):
         group, sample: the channel's group among those of all samples, and its sample.
         index: the channel among those of its sample.
         exists: mask of the channels that exist.
+        row: the channel's row of the sums over positions.
         vec: [1, W, 1], positions divided by V.
         in_range: [n, W, 1], mask of the elements that exist.
     """
@@ -26,6 +27,7 @@ class Rows(NamedTuple):
     sample: tl.tensor
     index: tl.tensor
     exists: tl.tensor
+    row: tl.tensor
     vec: tl.tensor
     in_range: tl.tensor
 
@@ -37,20 +39,25 @@ def rows_of(
     n_groups,
     groups_per_sample,
     per_group,
+    n_chunks,
     channel_vecs,
     M: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Returns the channels of the M groups of a block, R of each, which are those of a member of the group's team."""
+    """Returns the channels of the M groups of a block, R of each, which are those of a member of the group's team.
+
+    A member has one of n_chunks parts of each of its channels.
+    """
     row = tl.arange(0, M * R)[:, None, None]
     group = block * M + row // R
-    channel = member * R + row % R
-    vec = tl.arange(0, W)[None, :, None]
+    channel = member // n_chunks * R + row % R
+    chunk = member % n_chunks
+    vec = chunk * W + tl.arange(0, W)[None, :, None]
     exists = (group < n_groups) & (channel < per_group)
     sample = group // groups_per_sample
     index = (group - sample * groups_per_sample) * per_group + channel
-    return Rows(group, sample, index, exists, vec, exists & (vec < channel_vecs))
+    return Rows(group, sample, index, exists, sample * n_chunks + chunk, vec, exists & (vec < channel_vecs))
 
 
 @triton.jit
@@ -58,6 +65,23 @@ def pointers_to(ptr, rows, sample_vecs, channel_vecs, V: tl.constexpr):
     """Returns the pointers [n, W, V] to the elements of a tensor whose samples have this stride, times V."""
     channel = rows.sample.to(tl.int64) * sample_vecs + rows.index.to(tl.int64) * channel_vecs
     return aligned(ptr + (channel + rows.vec) * V + tl.arange(0, V)[None, None, :], V)
+
+
+@triton.jit
+def load_gradient(ptr, rows, sample_stride, channel_stride, channel_vecs, V: tl.constexpr):
+    """Returns dy, [n, W, V].
+
+    Args:
+        sample_stride, channel_stride: of a dy that is one element, expanded over a channel's positions. Otherwise the
+            former is divided by V, and the latter is None.
+    """
+    if channel_stride is None:
+        dy = tl.load(pointers_to(ptr, rows, sample_stride, channel_vecs, V), mask=rows.in_range, other=0.0)
+    else:
+        channels = rows.sample.to(tl.int64) * sample_stride + rows.index.to(tl.int64) * channel_stride
+        of_channels = tl.load(ptr + channels, mask=rows.exists, other=0.0)
+        dy = tl.broadcast_to(tl.where(rows.in_range, of_channels, 0.0), [rows.exists.shape[0], rows.vec.shape[1], V])
+    return dy
 
 
 @triton.jit
@@ -98,9 +122,11 @@ def groups_fused_backward_kernel(
     groups_per_sample,
     per_group,
     n_members,
+    n_chunks,
     channel_vecs,
     x_sample_vecs,
     dy_sample_vecs,
+    dy_channel_stride,
     residual_sample_vecs,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -114,34 +140,35 @@ def groups_fused_backward_kernel(
     """Computes dx = (dz · weight − mean(dz · weight) − (x − mean) · mean(dz · weight · x_hat) · rstd) · rstd,
     dresidual = dz, and each sample's sums for dweight and dbias, from dz = dy · f'(z), as channels_backward_kernel.
 
-    A program has M groups. If PEERS > 1, n_members programs share a group, each with R of its channels. They leave each
-    other their sums, and wait.
+    A program has M groups. If PEERS > 1, n_members programs share a group, each with R of its channels, or with one of
+    n_chunks parts of a channel. They leave each other their sums, and wait.
 
     Grid: cdiv(n_groups, M), or n_groups · n_members.
     Bytes: reads x, dy and residual once, and writes dx and dresidual once.
 
     Args:
         dy_ptr, x_ptr, residual_ptr: samples of dense channels, with strides *_sample_vecs · V; residual may be None.
+            Unless dy_channel_stride is None, dy is expanded over positions, and dy_sample_vecs is not multiplied.
         dx_ptr, dresidual_ptr: dense; dresidual may be None.
         weight_ptr, bias_ptr: [groups_per_sample · per_group], or None.
         statistics_ptr: [3, n_groups]: mean, mean_lo and rstd.
-        dweight_sums_ptr, dbias_sums_ptr: [samples, channels], Σ dz · x_hat and Σ dz over positions; or None.
+        dweight_sums_ptr, dbias_sums_ptr: [samples, n_chunks, channels], Σ dz · x_hat and Σ dz over positions; or None.
         partials_ptr: workspace [2, n_members, n_groups], used if PEERS > 1.
         sync_ptr: 2 + n_groups zeros, used if PEERS > 1.
         per_group: channels of a group.
         channel_vecs: positions of a channel, divided by V.
         PEERS: the least power of two that is not less than n_members.
         R: channels of a group, or of a member's part of it, padded to a power of two.
-        W: accesses that read a channel, padded to a power of two.
+        W: accesses that read a channel, or a chunk of it, padded to a power of two.
     """
     if PEERS > 1:
         block, member = take_place(sync_ptr, n_members)
     else:
         block = tl.program_id(0)
         member = block * 0
-    rows = rows_of(block, member, n_groups, groups_per_sample, per_group, channel_vecs, M, R, W)
+    rows = rows_of(block, member, n_groups, groups_per_sample, per_group, n_chunks, channel_vecs, M, R, W)
     mask = rows.in_range
-    dz = tl.load(pointers_to(dy_ptr, rows, dy_sample_vecs, channel_vecs, V), mask=mask, other=0.0).to(COMPUTE)
+    dz = load_gradient(dy_ptr, rows, dy_sample_vecs, dy_channel_stride, channel_vecs, V).to(COMPUTE)
     x = tl.load(pointers_to(x_ptr, rows, x_sample_vecs, channel_vecs, V), mask=mask, other=0.0).to(COMPUTE)
     groups = Channels(rows.group, rows.exists, n_groups)
     mean, mean_lo, rstd = load_statistics(statistics_ptr, None, None, groups, 0.0, COMPUTE)
@@ -157,7 +184,7 @@ def groups_fused_backward_kernel(
         dz = activate_backward(dz, z, ACTIVATION, SLOPE)
     sum_dz = tile_sum(dz, None)
     sum_dz_centred = tile_sum(dz * centred, None)
-    slots = rows.sample.to(tl.int64) * n_channels + rows.index
+    slots = rows.row.to(tl.int64) * n_channels + rows.index
     if dweight_sums_ptr is not None:
         tl.store(dweight_sums_ptr + slots, sum_dz_centred * rstd, mask=rows.exists)
     if dbias_sums_ptr is not None:
@@ -207,18 +234,18 @@ def sum_group(ptr, weight_ptr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def add_samples(ptr, sums_ptr, columns, n_samples, n_channels, BLOCK_K: tl.constexpr):
-    """Stores the sums over samples of sums [n_samples, n_channels], for some columns [1, n], in fixed order."""
+def add_rows(ptr, sums_ptr, columns, n_rows, n_channels, BLOCK_K: tl.constexpr):
+    """Stores the sums over the rows of sums [n_rows, n_channels], for some columns [1, n], in fixed order."""
     COMPUTE: tl.constexpr = sums_ptr.dtype.element_ty
     there = columns < n_channels
     found = tl.zeros([BLOCK_K, columns.shape[1]], COMPUTE)
-    for start in range(0, n_samples, BLOCK_K):
-        samples = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
-        found += tl.load(sums_ptr + samples * n_channels + columns, mask=(samples < n_samples) & there, other=0.0)
+    for start in range(0, n_rows, BLOCK_K):
+        rows = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
+        found += tl.load(sums_ptr + rows * n_channels + columns, mask=(rows < n_rows) & there, other=0.0)
     tl.store(ptr + columns, tile_sum(found, 0).to(ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["total", "n_samples", "n_means"])
+@triton.jit(do_not_specialize=["total", "n_rows", "n_means"])
 def groups_backward_kernel(
     dweight_sums_ptr,
     dbias_sums_ptr,
@@ -228,7 +255,7 @@ def groups_backward_kernel(
     dweight_ptr,
     dbias_ptr,
     total,
-    n_samples,
+    n_rows,
     n_means,
     n_channels,
     PER_GROUP: tl.constexpr,
@@ -240,15 +267,16 @@ def groups_backward_kernel(
     Grid: n_means + cdiv(n_channels, BLOCK_C). The first n_means programs have a group each, the rest BLOCK_C channels.
 
     Args:
-        dweight_sums_ptr, dbias_sums_ptr: [n_samples, n_channels], Σ dz · x_hat and Σ dz; or None.
+        dweight_sums_ptr, dbias_sums_ptr: [n_rows, n_channels], Σ dz · x_hat and Σ dz over a part of the positions of a
+            sample, or over all of them if n_means > 0; or None.
         weight_ptr: [n_channels], or None.
         statistics_ptr: [3, n_means]: mean, mean_lo and rstd.
-        means_ptr: [2, n_means], mean(weight · dz) and mean(weight · dz · x_hat) · rstd, of n_means = n_samples ·
+        means_ptr: [2, n_means], mean(weight · dz) and mean(weight · dz · x_hat) · rstd, of n_means = n_rows ·
             n_channels / PER_GROUP groups; None, and n_means 0, without dx.
         dweight_ptr, dbias_ptr: [n_channels], or None.
         total: elements of a group.
         PER_GROUP: channels of a group.
-        BLOCK_K: samples added at a time.
+        BLOCK_K: rows added at a time.
     """
     program = tl.program_id(0)
     if program < n_means:
@@ -266,6 +294,6 @@ def groups_backward_kernel(
     else:
         columns = (program - n_means) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
         if dweight_ptr is not None:
-            add_samples(dweight_ptr, dweight_sums_ptr, columns, n_samples, n_channels, BLOCK_K)
+            add_rows(dweight_ptr, dweight_sums_ptr, columns, n_rows, n_channels, BLOCK_K)
         if dbias_ptr is not None:
-            add_samples(dbias_ptr, dbias_sums_ptr, columns, n_samples, n_channels, BLOCK_K)
+            add_rows(dbias_ptr, dbias_sums_ptr, columns, n_rows, n_channels, BLOCK_K)

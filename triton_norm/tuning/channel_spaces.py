@@ -29,6 +29,11 @@ def folds(n_samples: int, n_positions: int, itemsize: int, limits: Limits) -> bo
     return narrow and fits and n_samples >= limits.least_folded_samples
 
 
+def folds_groups(per_group: int, limits: Limits) -> bool:
+    """Decides whether a program of a GroupNorm's backward has rows of whole groups of this many channels each."""
+    return _fold_unit(per_group) * per_group <= limits.most_group_row_columns
+
+
 def _fold_unit(n_positions: int) -> int:
     """Returns the fewest channels with a multiple of 8 positions together, so that their bits fill whole bytes."""
     return 8 // math.gcd(n_positions, 8)
@@ -233,7 +238,7 @@ def _waiting_config(work: ChannelWork, gpu: Gpu) -> Config:
     if work.kind == "folded":
         # A thread has eight columns, with moments of their own; eight warps may use twice the registers.
         most_elements = min(most_elements, 8 * max(1, work.resident // work.lanes))
-        if backward and work.vector > 1:
+        if backward and work.vector > 1 and work.run is None:  # with weights of their own columns take more
             in_thread_bytes *= 2
     else:
         if work.vector * work.resident_bytes < VECTOR_BYTES * (2 if backward else 1):

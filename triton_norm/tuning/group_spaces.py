@@ -78,14 +78,16 @@ class GradientWork(NamedTuple):
 
     Args:
         members: programs that share a group.
+        chunks: programs that share a channel.
         channels: channels of a group, or of a member's part of it, padded to a power of two.
-        accesses: accesses that read a channel, a power of two.
+        accesses: accesses that read a channel, or a member's part of it, a power of two.
         vector: elements of an access.
         types: names of the dtypes of the inputs of x's shape.
         curved: an activation is computed, which takes registers.
     """
 
     members: int
+    chunks: int
     channels: int
     accesses: int
     vector: int
@@ -122,12 +124,15 @@ def gradient_work(
     accesses = next_power_of_2(-(-n_positions // vector))
     fitting = most // (accesses * vector)
     if fitting == 0:
-        return None
-    channels = min(next_power_of_2(per_group), 1 << fitting.bit_length() - 1)
-    members = -(-per_group // channels)
+        if per_group == 1:  # a whole channel, which is read as a BatchNorm's
+            return None
+        accesses = 1 << (most // vector).bit_length() - 1
+    chunks = -(-n_positions // (accesses * vector))
+    channels = min(next_power_of_2(per_group), 1 << max(1, fitting).bit_length() - 1)
+    members = -(-per_group // channels) * chunks
     if members > gpu.most_peers:
         return None
-    return GradientWork(members, channels, accesses, vector, types, curved)
+    return GradientWork(members, chunks, channels, accesses, vector, types, curved)
 
 
 @remembered

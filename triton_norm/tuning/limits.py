@@ -79,6 +79,8 @@ class Limits:
     most_folded_columns: int = 2048
     # A folded block of whole groups is narrower, so that all of its rows can stay in registers.
     most_folded_group_columns: int = 64
+    # A backward by rows of whole groups has at most this many columns: more leave a program few rows to keep.
+    most_group_row_columns: int = 512
     # A program of a GroupNorm has whole groups of up to this many elements, padded to a power of two. A judgement.
     whole_group_elements: int = 8 * 1024
     # Fewer samples are not folded: most rows of a tile would be empty.

@@ -1,0 +1,216 @@
+"""Plans and launches GroupNorm's backward, and allocates its outputs and workspace.
+
+Where a group fits into registers, one launch reads x and dy once: by groups whose positions are adjacent, or by rows of
+groups whose channels are. It leaves sums over each sample's channels, which a second, small launch adds up for dweight
+and dbias. Otherwise results are computed by channel, in two launches and one between them for the groups' means.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_norm import activations, plans
+from triton_norm.channels.group_layout import Groups, as_readable, copies, dtypes_of, groups_of, kind_of, shape_of
+from triton_norm.channels.launches import Launches, Step, Types
+from triton_norm.channels.plan import Allocation, Gradients
+from triton_norm.channels.whole_groups import Gradient, gradient_launch
+from triton_norm.launch import Launch, Launcher, zeros
+from triton_norm.library import contiguous
+from triton_norm.reference import compute_dtype
+from triton_norm.specs import GroupNormSpec, Phase, Wanted
+from triton_norm.tuning import group_spaces
+from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
+from triton_norm.tuning.memory import remembered
+
+
+class GroupBackwardTensors(NamedTuple):
+    """Holds the tensors that the backward reads.
+
+    Args:
+        dy, x, residual: [N, C, *]; residual is None unless it is needed to recompute z.
+        weight, bias: [C], or None; bias is None unless it is needed to recompute z.
+        statistics: [3, N · n_groups]: mean, mean_lo and rstd.
+    """
+
+    dy: Tensor
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor
+
+
+@remembered
+def _backward_steps(groups: Groups, spec: GroupNormSpec, phase: Phase, constant: bool) -> list[Step]:
+    activations.check(spec.activation)
+    _, _, per_group, _ = groups.shape
+    read = groups.by_channel()
+    x, dy, residual = read.placements
+    assert x is not None and dy is not None
+    waits = phase is Phase.FUSED and per_group == 1 and not constant
+    streamed = 0 if residual is None else residual.itemsize
+    launches = Launches("channels_backward_kernel", read, x.itemsize + dy.itemsize if waits else 0, streamed)
+    apart = phase is Phase.FUSED and per_group > 1 and not constant
+    x_type, dy_type, residual_type = groups.types
+    return [
+        launches.step(
+            one,
+            (dy_type, x_type, residual_type),
+            launches.scalars(),
+            DY_SPREAD=int(launches.layout.spread(dy)),
+            EPS=spec.eps,
+            LOCAL=False,
+            CONSTANT=constant,
+            BY_COLUMN=False,
+            REDUCE=one.reduces,
+            ACTIVATION=spec.activation,
+            SLOPE=spec.slope,
+        )
+        for one in ([Phase.REDUCE, Phase.APPLY] if apart else launches.phases(phase, constant))
+    ]
+
+
+@functools.cache
+def _combining_kernel() -> Any:
+    from triton_norm.kernels import groups_backward
+
+    return groups_backward.groups_backward_kernel
+
+
+@remembered
+def _combining_launcher(types: Types, n_channels: int, per_group: int, device: torch.device) -> Launcher:
+    *_, dweight, dbias = types
+    has_parameters = dweight is not None or dbias is not None
+
+    def n_programs(config: Any, total: int, n_rows: int, n_means: int) -> int:
+        return n_means + (-(-n_channels // config["BLOCK_C"]) if has_parameters else 0)
+
+    space = group_spaces.groups_backward(gpu_of(device))
+    return Launcher(_combining_kernel(), space, device, n_programs, (n_channels,), PER_GROUP=per_group)
+
+
+class GroupBackwardPlan:
+    """Runs the backward of all calls of one signature."""
+
+    def __init__(self, spec: GroupNormSpec, wanted: Wanted, tensors: GroupBackwardTensors) -> None:
+        dy, x, residual, *others = tensors
+        self._spec, self._kind = spec, kind_of(x)
+        self._shape, self._like = shape_of(x, spec.n_groups), x.new_empty(0, dtype=compute_dtype(x))
+        self._n_channels = x.shape[1]
+        self._allocate = Allocation(x, tensors.weight, wanted, self._kind)
+        self._constant = wanted.dx_dtype is None
+        reduces = not self._constant or wanted.dweight_dtype is not None or wanted.dbias_dtype is not None
+        applies = not self._constant or wanted.dresidual_dtype is not None
+        self._phase = Phase.FUSED if reduces and applies else Phase.REDUCE if reduces else Phase.APPLY
+        swept = [tensor for tensor in (x, residual) if tensor is not None]
+        are_contiguous = all(tensor is None or tensor.is_contiguous() for tensor in others)
+        are_read = not any(copies(tensor, self._kind) for tensor in swept) and not copies(dy, self._kind, True)
+        self._copies = not (are_contiguous and are_read)
+        self._launches: dict[Any, tuple[Gradient | list[Step], Launch | None]] = {}
+
+    def __call__(self, tensors: Sequence[Any]) -> Gradients:
+        """Returns the gradients that are wanted.
+
+        Args:
+            tensors: fields of GroupBackwardTensors.
+        """
+        if self._copies:
+            tensors = self._readable(GroupBackwardTensors._make(tensors))
+        dy, x, residual, weight, _, statistics = tensors
+        found = dx, dresidual, dweight, dbias = self._allocate(x, weight)
+        added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
+        key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added
+        launches, combine = self._launches.get(key) or self._prepare(key, tensors, found)
+        if isinstance(launches, list):
+            self._by_channel(launches, combine, GroupBackwardTensors._make(tensors), found)
+            return found
+        dweight_sums = dbias_sums = partials = sync = None
+        n_sums = launches.n_rows * self._n_channels
+        if dweight is not None:
+            dweight_sums = self._like.new_empty(n_sums)
+        if dbias is not None:
+            dbias_sums = self._like.new_empty(n_sums)
+        if launches.n_partials:
+            partials, sync = self._like.new_empty(launches.n_partials), zeros(launches.n_counts, x.device)
+        launches(tensors, (dx, dresidual, dweight_sums, dbias_sums), (partials, sync))
+        if combine is not None:
+            combine(dweight_sums, dbias_sums, None, statistics, None, dweight, dbias)
+        return found
+
+    def _readable(self, tensors: GroupBackwardTensors) -> GroupBackwardTensors:
+        """Returns tensors that the kernels can read. A hook may have restored them with other strides."""
+        dy, x, residual, *others = tensors
+        added = None if residual is None else as_readable(residual, self._kind)
+        swept = as_readable(dy, self._kind, broadcast=True), as_readable(x, self._kind), added
+        return GroupBackwardTensors._make((*swept, *map(contiguous, others)))
+
+    def _by_channel(
+        self, steps: list[Step], combine: Launch | None, tensors: GroupBackwardTensors, found: Gradients
+    ) -> None:
+        """Fills the gradients by launches whose programs have a part of a channel."""
+        dy, x, residual, weight, bias, statistics = tensors
+        dx, dresidual, dweight, dbias = found
+        n_samples, n_groups, per_group, _ = self._shape
+        n_channels = n_samples * self._n_channels
+        by_group = per_group > 1 and dx is not None
+        means = None if dx is None else self._like.new_empty(2 * n_samples * n_groups)
+        needed = dweight is not None or by_group, dbias is not None or by_group
+        sums = [self._like.new_empty(n_channels) if one else None for one in needed]
+        combined = *sums, weight if by_group else None, statistics, means if by_group else None, dweight, dbias
+        for step in steps:
+            if step.applies and not step.reduces and combine is not None and by_group:
+                combine(*combined)
+            partials = sync = None
+            if step.partials:
+                partials = self._like.new_empty(2 * step.partials * n_channels)
+                sync = zeros(step.n_counts, x.device)
+            stored = (dx, dresidual) if step.applies else (None, None)
+            summed = sums if step.reduces else (None, None)
+            taken = None if step.reduces and by_group else means
+            running = None, None
+            step.launch(
+                dy, x, residual, None, *stored, weight, bias, statistics, *running, *summed, taken, partials, sync
+            )
+        if combine is not None and not by_group:
+            combine(*combined)
+
+    def _prepare(
+        self, key: Any, tensors: Sequence[Any], found: Gradients
+    ) -> tuple[Gradient | list[Step], Launch | None]:
+        """Returns the launches, and the one that combines the sums over channels, if any."""
+        dy, x, residual, *others = tensors
+        dx, _, dweight, dbias = found
+        groups = groups_of(self._kind, self._spec.n_groups, (x, dy, residual), (*others, *found))
+        launches: Gradient | list[Step] | None = None if dx is None else gradient_launch(groups, self._spec)
+        n_samples, n_groups, per_group, n_positions = self._shape
+        n_rows, n_means = n_samples, 0
+        if isinstance(launches, Gradient):
+            n_rows = launches.n_rows
+        else:
+            n_means = 0 if dx is None or per_group == 1 else n_samples * n_groups
+            launches = _backward_steps(groups, self._spec, self._phase, self._constant)
+        combine = None
+        if n_means or dweight is not None or dbias is not None:
+            weight, *_ = others
+            compute = self._like.dtype
+            needs = (dweight is not None or n_means > 0, dbias is not None or n_means > 0)
+            sums = [compute if one else None for one in needs]
+            read = (None if weight is None else weight.dtype, compute) if n_means else (None, compute)
+            types = *sums, *read, compute if n_means else None, *dtypes_of((dweight, dbias))
+            launcher = _combining_launcher(types, self._n_channels, per_group, groups.device)
+            combine = Launch(launcher, per_group * n_positions, n_rows, n_means)
+        self._launches[key] = launches, combine
+        return launches, combine
+
+
+def group_backward_plan_of(spec: GroupNormSpec, wanted: Wanted, tensors: GroupBackwardTensors) -> GroupBackwardPlan:
+    """Returns the plan of backwards of this signature, creating it if necessary."""
+    key = "group_norm", spec, wanted, *(tensor is None for tensor in tensors)
+    plan: GroupBackwardPlan | None = plans.find(key, tensors)
+    if plan is None:
+        plan = GroupBackwardPlan(spec, wanted, tensors)
+        plans.keep(key, tensors, plan)
+    return plan
