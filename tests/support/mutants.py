@@ -239,7 +239,7 @@ channels_backward.channels_backward_kernel
     groups of rows | different | sum_dz *= weight -> sum_dz *= 1.0
     groups of rows | different | sum_dz_centred *= weight -> sum_dz_centred *= 1.0
     groups of rows | different | sum_dz_centred * rstd, row -> sum_dz_centred, row
-    shared rows | race | instance.to(tl.int64) * n_splits + split -> instance.to(tl.int64) * n_splits
+    groups of shared rows | race | instance.to(tl.int64) * n_splits + split -> instance.to(tl.int64) * n_splits
 channels_backward.store_columns
     groups of rows | race | row * columns.n_channels + -> 0 * row +
 tiles.instance_offset

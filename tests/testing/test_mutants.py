@@ -353,7 +353,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "groups of rows": _of(groups, last=True, shape=(9, 4, 2, 3)),
     "groups, expanded": _of(groups, shape=(2, 4, 3, 7), expanded=True),
     "parts of channels": _of(groups, shape=(2, 4, 6, 10), tile=32),
-    "shared rows": _of(groups, last=True, n_groups=4, shape=(2, 12, 9, 7), tile=512),
+    "groups of shared rows": _of(groups, last=True, n_groups=4, shape=(2, 12, 9, 7), tile=512),
     "shared groups": _of(groups, shape=(3, 16, 7, 7), tile=128),
     "shared groups, last": _of(groups, last=True, shape=(3, 6, 2, 3), tile=8),
     **MODULATED_CHECKS,
