@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import has_torch_function_variadic
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import has_torch_function_unary
 
 from triton_norm import activations, captures, modules, modules_groups, overrides, plain
 from triton_norm.symbolic import Scriptable
@@ -46,8 +47,12 @@ def path_of(cls: type[Any]) -> str:
 
 def is_observed(module: nn.Module) -> bool:
     """Decides whether a call of the module does more than its class's forward."""
+    return _has_hooks(module) or _has_any_global_hook()
+
+
+def _has_hooks(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def options_of(activation: Any) -> dict[str, Any] | None:
@@ -65,20 +70,18 @@ def options_of(activation: Any) -> dict[str, Any] | None:
     return {"activation": name, **slope}
 
 
-def _are_plain(x: Tensor, residual: Tensor | None) -> bool:
-    """Decides whether the tensors are dense, of torch's own classes, and alike, so that residual + y is of y's shape
-    and dtype. Nothing overrides or traces the call: tracers record the modules one by one."""
-    tensors = (x,) if residual is None else (x, residual)
-    if has_torch_function_variadic(*tensors) and overrides.active_mode() is not None:
-        return False
-    if any(each.__class__ not in plain.TYPES or each.layout is not torch.strided for each in tensors):
-        return False
-    if captures.is_traced():
-        return False
-    if residual is None:
-        return True
-    alike = residual.dtype == x.dtype and residual.device == x.device
-    return alike and plain.holds(residual.shape == x.shape)
+def _is_dense(x: Any) -> bool:
+    return x.__class__ in plain.TYPES and x.layout is torch.strided
+
+
+def _is_like(residual: Any, x: Tensor) -> bool:
+    """Decides whether y + residual is of y's shape and dtype."""
+    return _is_dense(residual) and residual.dtype is x.dtype and plain.holds(residual.shape == x.shape)
+
+
+def _is_overridden(x: Any) -> bool:
+    """Decides whether a mode takes calls, or torch.jit traces them: these see the parts one by one."""
+    return bool(captures.is_traced()) or (has_torch_function_unary(x) and overrides.active_mode() is not None)
 
 
 def is_recorded(x: Any) -> bool:
@@ -94,17 +97,24 @@ def joined(norm: Any, x: Tensor, activation: Any, residual: Tensor | None = None
         norm: any module.
         activation: any module, or None.
     """
-    if type(norm) not in TAKES_ACTIVATION or is_observed(norm):
+    if type(norm) not in TAKES_ACTIVATION or _has_hooks(norm):
         return None
     return options_for(x, activation, residual)
 
 
-def options_for(x: Tensor, activation: Any, residual: Tensor | None = None) -> dict[str, Any] | None:
+def options_for(x: Any, activation: Any, residual: Any = None) -> dict[str, Any] | None:
     """Returns the keyword arguments of `joined`, for a norm that takes them."""
     options = options_of(activation)
-    if options is None or (activation is not None and is_observed(activation)) or not _are_plain(x, residual):
+    if options is None or (activation is not None and _has_hooks(activation)) or _has_any_global_hook():
         return None
-    return options if residual is None else {"residual": residual, **options}
+    if not _is_dense(x) or _is_overridden(x):
+        return None
+    if residual is None:
+        return options
+    if not _is_like(residual, x):
+        return None
+    options["residual"] = residual
+    return options
 
 
 def normalized(norm: Any, x: Tensor, activation: Any) -> Tensor:
