@@ -112,7 +112,7 @@ def mismatch(cls: type[Any], target_of: TargetOf) -> str | None:
     if nn.modules.module._has_any_global_hook():
         return "a hook of torch.nn on all modules is set"
     fusible: Any = TIMM.get(_path(cls)) or _fusible(cls)
-    names = _names(fusible.mixin.forward)
+    names = _names(made(fusible.mixin, cls).forward)
     if _names(cls.forward)[: len(names)] != names:
         return f"its version of {cls.__name__} takes other arguments"
     # The constructors draw numbers, for weights that are then replaced.
