@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm as tn
+from support.processes import output
 from support.steps import saved_and_loaded, state_of
 from support.vision import find, importable  # noqa: F401
 
@@ -32,6 +33,13 @@ class Own(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
+
+
+class Reduced(nn.Sequential):
+    """Is copied in its own way, with what a subclass could leave out."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Reduced, tuple(self)
 
 
 class OwnBlock(BasicBlock):
@@ -321,7 +329,12 @@ def test_a_patched_class_is_skipped(cls, forward, reason, monkeypatch):
 
 def test_modules_that_are_skipped_and_why():
     model = nn.ModuleDict(
-        {"own": OwnBlock(2, 2), "replaced": nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()), "hooked": BasicBlock(2, 2)}
+        {
+            "own": OwnBlock(2, 2),
+            "replaced": nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()),
+            "hooked": BasicBlock(2, 2),
+            "reduced": Reduced(nn.BatchNorm2d(2), nn.ReLU()),
+        }
     )
     model["replaced"].forward = lambda x: x
     model["hooked"].bn1.register_forward_hook(lambda module, inputs, y: y)
@@ -334,6 +347,7 @@ def test_modules_that_are_skipped_and_why():
         "replaced": "0 + 1: its forward was replaced on the module itself",
         "hooked": "bn1 + relu: BatchNorm2d has hooks or another forward; "
         "bn2 + shortcut + relu: the norm stays BatchNorm2d",
+        "reduced": "0 + 1: Reduced is a subclass of torch.nn.Sequential: its forward may differ",
         "hooked.bn2": "its forward was replaced on the module itself",
     }
 
@@ -518,3 +532,21 @@ def test_a_whole_resnet_leaves_no_activation_behind_a_norm(block, device, monkey
     monkeypatch.setattr(nn.ReLU, "forward", None)  # is not called
     with tn.backend("torch"):
         torch.testing.assert_close(ours(x), expected)
+
+
+SETTINGS = """
+import torch
+torch.set_default_device("meta")
+torch.set_default_dtype(torch.float64)
+import triton_norm as tn
+before = torch.get_rng_state()
+model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.ReLU())
+with torch.inference_mode(), tn.backend("triton"):
+    assert tn.convert(model, fuse=True).fused == {"": "0 + 1"}
+assert torch.equal(before, torch.get_rng_state())
+assert model[0].num_batches_tracked.is_meta
+"""
+
+
+def test_defaults_of_the_process_are_no_matter_and_its_random_numbers_stay():
+    output("-W", "error::UserWarning", "-c", SETTINGS)

@@ -202,7 +202,8 @@ def _joins_of_block(*norms: str) -> Callable[[Any], list[Join]]:
     return joins
 
 
-_X = torch.empty(2, 4, 7, 7)
+def _images() -> Tensor:
+    return torch.empty(2, 4, 7, 7)
 
 
 class _Config:
@@ -222,7 +223,7 @@ def _convolution() -> nn.Module:
 def _layer_examples(convolution: str, norm: str) -> Callable[[Any], list[Example]]:
     def examples(cls: Any) -> list[Example]:
         parts = {convolution: _convolution(), norm: nn.BatchNorm2d(4)}
-        return [Example(built(cls, **parts, activation=after), (_X,)) for after in (nn.ReLU(), nn.Identity())]
+        return [Example(built(cls, **parts, activation=after), (_images(),)) for after in (nn.ReLU(), nn.Identity())]
 
     return examples
 
@@ -237,7 +238,7 @@ def _mobile_examples(cls: Any) -> list[Example]:
         _layer(cls, activation, config) for activation in (nn.SiLU(), None) for config in (_Config, _PaddingConfig)
     ]
     plain = built(cls, convolution=_convolution(), normalization=None, activation=nn.ReLU(), config=_Config)
-    return [Example(layer, (_X,)) for layer in (*layers, plain)]
+    return [Example(layer, (_images(),)) for layer in (*layers, plain)]
 
 
 def _of_same_model(cls: Any) -> Any:
@@ -249,7 +250,7 @@ def _of_same_model(cls: Any) -> Any:
 def _inverted_residual_examples(cls: Any) -> list[Example]:
     layer = _of_same_model(cls)
     parts = {"expand_1x1": nn.ReLU(), "conv_3x3": nn.SiLU(), "reduce_1x1": _layer(layer, None)}
-    return [Example(built(cls, **parts, use_residual=adds), (_X,)) for adds in (True, False)]
+    return [Example(built(cls, **parts, use_residual=adds), (_images(),)) for adds in (True, False)]
 
 
 def _residual_layer_examples(cls: Any) -> list[Example]:
@@ -257,13 +258,13 @@ def _residual_layer_examples(cls: Any) -> list[Example]:
     examples = []
     for shortcut in (nn.Identity(), _convolution()):
         layers = nn.Sequential(_layer(layer, nn.ReLU()), _layer(layer, nn.Identity()))
-        examples.append(Example(built(cls, layer=layers, shortcut=shortcut, activation=nn.SiLU()), (_X,)))
+        examples.append(Example(built(cls, layer=layers, shortcut=shortcut, activation=nn.SiLU()), (_images(),)))
     return examples
 
 
 def _block_examples(n_norms: int) -> Callable[[Any], list[Example]]:
     def examples(cls: Any) -> list[Example]:
-        return [Example(block(cls, shortcut), (_X,)) for shortcut in (None, _convolution())]
+        return [Example(block(cls, shortcut), (_images(),)) for shortcut in (None, _convolution())]
 
     def block(cls: Any, shortcut: nn.Module | None) -> nn.Module:
         parts = {f"conv{number}": _convolution() for number in range(1, n_norms + 1)}
@@ -276,7 +277,9 @@ def _block_examples(n_norms: int) -> Callable[[Any], list[Example]]:
 def _resnet_examples(cls: Any) -> list[Example]:
     parts: dict[str, nn.Module] = {f"layer{number}": _convolution() for number in range(1, 5)}
     parts |= {"conv1": _convolution(), "bn1": nn.BatchNorm2d(4), "relu": nn.ReLU(inplace=True)}
-    return [Example(built(cls, **parts, maxpool=nn.MaxPool2d(2), avgpool=nn.AvgPool2d(2), fc=nn.Linear(4, 3)), (_X,))]
+    return [
+        Example(built(cls, **parts, maxpool=nn.MaxPool2d(2), avgpool=nn.AvgPool2d(2), fc=nn.Linear(4, 3)), (_images(),))
+    ]
 
 
 def _of_transformers(fusible: Fusible, classes: str) -> dict[str, Fusible]:

@@ -60,7 +60,8 @@ def _examples(cls: Any) -> list[Example]:
 
 SEQUENTIAL = Fusible(FusedSequential, _joins, _examples)
 
-_INHERITED = ("forward", "__call__", "_call_impl", "__iter__", "__init_subclass__", "__new__", "__getattr__")
+_CALLED = "forward", "__call__", "_call_impl", "__iter__", "__getattr__", "__getattribute__"
+_MADE_BY = "__new__", "__init_subclass__", "__reduce__", "__reduce_ex__", "__copy__", "__deepcopy__"
 
 
 def is_sequential(cls: type[Any]) -> bool:
@@ -70,4 +71,4 @@ def is_sequential(cls: type[Any]) -> bool:
     if not issubclass(cls, nn.Sequential) or type(cls) is not type:
         return False
     own = cls.__mro__[: cls.__mro__.index(nn.Sequential)]
-    return not any(name in vars(base) for base in own for name in _INHERITED)
+    return not any(name in vars(base) for base in own for name in (*_CALLED, *_MADE_BY))

@@ -186,9 +186,11 @@ class TimmRmsNorm2dFp32(TimmRmsNorm2d):
     _float32 = True
 
 
-_IMAGE = torch.empty(2, 4, 3, 5)
-_CHANNELS_LAST = torch.empty(2, 4, 3, 5).to(memory_format=torch.channels_last)
 _DTYPES = torch.float32, torch.bfloat16
+
+
+def _images() -> Tensor:
+    return torch.empty(2, 4, 3, 5, memory_format=torch.channels_last)
 
 
 def _parts(activated: bool) -> Iterator[dict[str, Any]]:
@@ -211,20 +213,21 @@ def _channel_examples(base: Any, arguments: tuple[Any, ...], activated: bool) ->
             base.__init__(norm, *arguments)
             for name, value in ({"_fast_norm": False} | parts).items():
                 setattr(norm, name, value)
-            found.append(Example(norm, (_IMAGE,)))
+            found.append(Example(norm, (_images(),)))
         return found
 
     return examples
 
 
-def _row_examples(x: Tensor, activated: bool, bias: bool) -> Callable[[Any], list[Example]]:
+def _row_examples(channels_first: bool, activated: bool, bias: bool) -> Callable[[Any], list[Example]]:
     def examples(cls: Any) -> list[Example]:
-        width = x.shape[1] if x.dim() == 4 else x.shape[-1]
+        width = 4 if channels_first else 8
         own = {"normalized_shape": (width,), "eps": 1e-5, "elementwise_affine": True, "_fast_norm": False}
         found = []
         for parts in _parts(activated):
             for dtype in _DTYPES:
                 tensors = {name: nn.Parameter(torch.ones(width)) for name in ("weight", "bias")[: 1 + bias]}
+                x = _images() if channels_first else torch.empty(5, width)
                 found.append(Example(built(cls, **own, **tensors, **parts), (x,), dtype=dtype))
         return found
 
@@ -242,9 +245,9 @@ def _listed() -> Iterator[tuple[str, Fusible]]:
     }
     for kind, mixins in of_rows.items():
         for suffix, mixin in zip(("", "Fp32", "2d", "2dFp32"), mixins, strict=True):
-            rows = torch.empty(5, 8) if not mixin._channels_first else _CHANNELS_LAST
             for activated, path in ((False, f"norm.{kind}{suffix}"), (True, f"norm_act.{kind}Act{suffix}")):
-                yield path, Fusible(mixin, _no_joins, _row_examples(rows, activated, kind == "LayerNorm"))
+                examples = _row_examples(mixin._channels_first, activated, kind == "LayerNorm")
+                yield path, Fusible(mixin, _no_joins, examples)
     for activated, name, arguments in (
         (False, "norm.GroupNorm", (2, 4)),
         (False, "norm.GroupNorm1", (1, 4)),
