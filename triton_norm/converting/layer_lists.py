@@ -96,8 +96,8 @@ _LAYERS = {
         dinov3_vit.DINOv3ViTLayer dots3_note.Dots3NoteVisionBlock eomt.EomtLayer eomt_dinov3.EomtDinov3Layer
         ernie4_5_vl_moe.Ernie4_5_VLMoeVisionBlock exaone4_5.Exaone4_5_VisionBlock glm4v.Glm4vVisionBlock
         glm4v_moe.Glm4vMoeVisionBlock glm5_next.Glm5NextVisionBlock glm_image.GlmImageVisionBlock
-        glm_ocr.GlmOcrVisionBlock groupvit.GroupViTCrossAttentionLayer kimi_k25.Kimi_K25VisionEncoderLayer
-        mgp_str.MgpstrLayer muse_glimmer.MuseGlimmerVisionEncoderLayer muse_spark.MuseSparkVisionEncoderLayer
+        glm_ocr.GlmOcrVisionBlock kimi_k25.Kimi_K25VisionEncoderLayer mgp_str.MgpstrLayer
+        muse_glimmer.MuseGlimmerVisionEncoderLayer muse_spark.MuseSparkVisionEncoderLayer
         qwen2_5_omni.Qwen2_5OmniVisionBlock qwen2_5_vl.Qwen2_5_VLVisionBlock qwen2_vl.Qwen2VLVisionBlock
         qwen3_5.Qwen3_5VisionBlock qwen3_5_moe.Qwen3_5MoeVisionBlock qwen3_omni_moe.Qwen3OmniMoeVisionBlock
         qwen3_vl.Qwen3VLVisionBlock qwen3_vl_moe.Qwen3VLMoeVisionBlock qwen4_exp.Qwen4ExpVisionBlock radio.RadioLayer
@@ -136,11 +136,10 @@ _LAYERS = {
     "self_attn_layer_norm final_layer_norm": """
         bart.BartEncoderLayer blenderbot_small.BlenderbotSmallEncoderLayer conditional_detr.ConditionalDetrEncoderLayer
         dab_detr.DabDetrEncoderLayer deformable_detr.DeformableDetrEncoderLayer detr.DetrEncoderLayer fsmt.EncoderLayer
-        grounding_dino.GroundingDinoDeformableLayer informer.InformerEncoderLayer led.LEDEncoderLayer
-        marian.MarianEncoderLayer mask2former.Mask2FormerPixelDecoderEncoderLayer
-        mm_grounding_dino.MMGroundingDinoDeformableLayer mvp.MvpEncoderLayer omdet_turbo.OmDetTurboEncoderLayer
-        oneformer.OneFormerPixelDecoderEncoderLayer plbart.PLBartEncoderLayer
-        time_series_transformer.TimeSeriesTransformerEncoderLayer
+        grounding_dino.GroundingDinoDeformableLayer informer.InformerEncoderLayer marian.MarianEncoderLayer
+        mask2former.Mask2FormerPixelDecoderEncoderLayer mm_grounding_dino.MMGroundingDinoDeformableLayer
+        mvp.MvpEncoderLayer omdet_turbo.OmDetTurboEncoderLayer oneformer.OneFormerPixelDecoderEncoderLayer
+        plbart.PLBartEncoderLayer time_series_transformer.TimeSeriesTransformerEncoderLayer
     """,
     "pre_feedforward_layernorm": """
         embedding_gemma2.EmbeddingGemma2EncoderLayer gemma2.Gemma2DecoderLayer gemma3.Gemma3DecoderLayer
@@ -264,6 +263,9 @@ _LAYERS = {
     """,
     "norm2 norm3": """
         oneformer.OneFormerTextTransformerDecoderLayer
+    """,
+    "norm2 norm_post": """
+        groupvit.GroupViTCrossAttentionLayer
     """,
     "norm3": """
         x_clip.PromptGeneratorLayer

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,7 +73,11 @@ def mismatch(module: nn.Module) -> str | None:
         except Exception:  # the class does not take such arguments, or its parts return something else
             continue
         tried = True
-        if not _alike(_traced(module, rewritten.forward, n_results, arguments), expected):
+        try:
+            alike = _alike(_traced(module, rewritten.forward, n_results, arguments), expected)
+        except Exception:
+            alike = False
+        if not alike:
             return f"its rewritten forward computes something else than {cls.__name__}'s"
     return None if tried else f"its version of {cls.__name__} could not be tried on a few numbers"
 
@@ -99,28 +104,33 @@ class _Part(nn.Module):
         return y if self.n_results is None else tuple(y + place for place in range(self.n_results))
 
 
-def _traced(
-    module: nn.Module, forward: Callable[..., Any], n_results: dict[str, int], arguments: dict[str, Tensor]
-) -> Any:
-    """Returns the result of a forward whose module's parts are replaced, and the calls of these parts.
-
-    Args:
-        module: its attributes are read, and its parameters replaced by single numbers.
-    """
-    calls: list[Any] = []
+def _probe(module: nn.Module, n_results: dict[str, int], calls: list[Any]) -> Any:
+    """Returns a module of the same class and attributes, with stand-ins for its parts, and single numbers for
+    parameters."""
     probe: Any = type(module).__new__(type(module))
-    probe.__dict__.update(module.__dict__, training=False, **{additions.METHOD: sums.add_and_normalize})
+    probe.__dict__.update(module.__dict__, training=False)
+    probe.__dict__[additions.METHOD] = sums.add_and_normalize
     probe.__dict__["_modules"] = {
         name: None if part is None else _Part(name, number, n_results.get(name), calls)
         for number, (name, part) in enumerate(module._modules.items())
     }
     for kind in ("_parameters", "_buffers"):
-        tensors = module.__dict__[kind]
         probe.__dict__[kind] = {
-            name: None if tensor is None else torch.tensor(1.25, device="cpu") for name, tensor in tensors.items()
+            name: None if tensor is None else torch.tensor(1.25, device="cpu")
+            for name, tensor in module.__dict__[kind].items()
         }
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        result = forward(probe, **{name: tensor.clone() for name, tensor in arguments.items()})
+    return probe
+
+
+def _traced(
+    module: nn.Module, forward: Callable[..., Any], n_results: dict[str, int], arguments: dict[str, Tensor]
+) -> Any:
+    """Returns the result of a forward with stand-ins for the module's parts, and the calls of these."""
+    calls: list[Any] = []
+    own = {name: tensor.clone() for name, tensor in arguments.items()}  # a layer may add in place
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arguments that are deprecated
+        result = forward(_probe(module, n_results, calls), **own)
     return result, calls
 
 

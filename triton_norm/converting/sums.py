@@ -53,12 +53,12 @@ def _call(norm: Any, augend: Any, addend: Any) -> tuple[str, RowTensors, RowOpti
     call = _row_call(norm, x)
     if call is None or is_observed(norm) or norm._compiled_call_impl is not None:
         return None
-    function, tensors, options = call
-    if any(tensor is not None and plain.is_subclass(tensor) for tensor in (tensors.weight, tensors.bias)):
+    function, (_, _, weight, bias), options = call
+    if not ((weight is None or weight.__class__ in plain.TYPES) and (bias is None or bias.__class__ in plain.TYPES)):
         return None
     if residual.dtype != x.dtype:
         options = options._replace(residual_dtype=x.dtype)
-    return function, tensors._replace(residual=residual), options
+    return function, RowTensors._make((x, residual, weight, bias)), options
 
 
 def _row_call(norm: Any, x: Tensor) -> tuple[str, RowTensors, RowOptions] | None:
