@@ -62,12 +62,11 @@ def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Exp
         inputs, (_, *rest) = bundled(function, tensors, modulation, options, of_gate)
         return explain_modulated(function, ModulatedTensors(*inputs), ModulatedOptions(options, *rest))
     call = resolve.check_rows(function, tensors, options)
-    if call.sharding is not None:
-        tensors = RowTensors._make(sharded.local_tensors(tensors))
-    copied = _copied_rows({"input": tensors.x, "residual": tensors.residual}, call.spec.n_cols)
+    x, residual, *_ = tensors if call.sharding is None else sharded.local_tensors(tensors)
+    copied = _copied_rows({"input": x, "residual": residual}, call.spec.n_cols)
     if tensors.residual is None:  # with a residual the total is saved
         copied += _unsavable({"input": tensors.x}, (tensors.weight, tensors.bias))
-    return explanation(function, tuple(copied), named["input"], call.reason)
+    return explanation(function, tuple(copied), tensors.x, call.reason)
 
 
 def _copied_rows(tensors: dict[str, Tensor | None], n_cols: int) -> list[str]:

@@ -247,6 +247,19 @@ class RecordedPlan:
         return found
 
 
+def recorded_gradients(
+    ctx: Any, saved: Sequence[Any], dy: Tensor | None, dtotal: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, residual, weight and bias by the operator.
+
+    Args:
+        ctx: holds a RecordedPlan, and needs_input_grad.
+        saved: fields of Saved.
+    """
+    ctx.kept, ctx.spec = ctx.plan.kept, ctx.plan.spec
+    return _gradients(ctx, Saved._make((*saved, None)), dy, dtotal)
+
+
 class RowsFunction(torch.autograd.Function):
     """Differentiates once by the kernels; `needs_torch` decides which backwards use `reference` instead."""
 

@@ -115,15 +115,17 @@ class Family(NamedTuple):
         plan_of: (spec, tensors) → plan of launches.
         recorded_plan: (spec, tensors) → plan of operators.
         record: (tensors, spec, is_fusible) → y, or (y, total), by an operator.
+        gradients: (context, saved tensors, dy, dtotal) → gradients by an operator.
     """
 
     function: Any
     plan_of: Callable[..., Any]
     recorded_plan: Callable[..., Any]
     record: Callable[..., Any]
+    gradients: Callable[..., Any]
 
 
-ROWS = Family(operator.RowsFunction, plan_of, operator.RecordedPlan, operator.record)
+ROWS = Family(operator.RowsFunction, plan_of, operator.RecordedPlan, operator.record, operator.recorded_gradients)
 
 
 class Sharding:
@@ -133,6 +135,7 @@ class Sharding:
         placements: placements of x and of all results.
         of_gradients: placements of each tensor's gradient.
         n_outer: number of x's axes before normalized_shape.
+        shapes: shape of each tensor, or None.
     """
 
     def __init__(self, family: Family, spec: Any, tensors: Sequence[Any], n_outer: int) -> None:
@@ -144,7 +147,7 @@ class Sharding:
         summed = tuple(Partial() if placement.is_shard() else placement for placement in x.placements)
         self.of_gradients = self.placements, self.placements, summed, summed
         self._class, self._shape = x.__class__, x.shape
-        self._shapes = [None if tensor is None else tensor.shape for tensor in tensors]
+        self.shapes = [None if tensor is None else tensor.shape for tensor in tensors]
         self._specs: dict[Any, Any] = {}
         self._composed: Any = None
 
@@ -160,11 +163,11 @@ class Sharding:
 
     def gradients(self, local: Sequence[Tensor | None]) -> list[Any]:
         """Returns the DTensors of all gradients from their local tensors, which are contiguous."""
-        places = zip(local, self.of_gradients, self._shapes, strict=True)
+        places = zip(local, self.of_gradients, self.shapes, strict=True)
         return [None if own is None else self._placed(own, placements, shape) for own, placements, shape in places]
 
     def _placed(self, local: Tensor, placements: Placements, shape: Any) -> Any:
-        """Returns a DTensor. DTensor.from_local takes three times as long as torch's norm of DTensors.
+        """Returns a DTensor. DTensor.from_local takes as long as torch's whole norm of DTensors.
 
         Results of all calls have one DTensorSpec, as torch's: its hash, which operators on them need, is computed once.
         """
@@ -183,9 +186,11 @@ class Sharding:
         These leave a gradient where it is if x is replicated and the gradient sharded along the rows: to gather it
         costs more than to compute with some rows of x.
         """
-        if dy is None or torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        if dy is None or torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return False
-        if torch._C._are_functorch_transforms_active() or x.placements != self.placements:
+        if torch._C._are_functorch_transforms_active() or x.__class__ is not self._class:  # a hook has changed it
+            return False
+        if x.placements != self.placements:
             return False
         return self._follows(dy) and (dtotal is None or self._follows(dtotal))
 
@@ -244,6 +249,8 @@ class ShardedFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Any, dtotal: Any = None) -> tuple[Any, ...]:
         sharding, saved = ctx.sharding, ctx.saved_tensors
         needs = *ctx.needs_input_grad[1:], False
+        if torch.compiler.is_compiling():
+            return None, *_recorded_backward(sharding, _Context(ctx.composed, needs, saved), dy, dtotal)
         backward = sharding.family.function.backward
         if not sharding.is_local(saved[0], dy, dtotal):
             *gradients, _ = backward(_Context(ctx.composed, needs, saved), dy, dtotal)
@@ -252,6 +259,24 @@ class ShardedFunction(torch.autograd.Function):
         context = _Context(ctx.plan, needs, local)
         *gradients, _ = backward(context, sharding.redistributed(dy), sharding.redistributed(dtotal))
         return None, *sharding.gradients(gradients)
+
+
+def _recorded_backward(sharding: Sharding, context: _Context, dy: Any, dtotal: Any) -> list[Any]:
+    """Returns the gradients by an operator on the local tensors, for compiled autograd."""
+    from torch.distributed.tensor import DTensor
+
+    def local_of(gradient: Any) -> Any:
+        return None if gradient is None else gradient.redistribute(placements=sharding.placements).to_local()
+
+    saved = [own.to_local() if isinstance(own, DTensor) else own for own in context.saved_tensors]
+    local = sharding.family.gradients(context, saved, local_of(dy), local_of(dtotal))
+    places: Any = zip(local, sharding.of_gradients, sharding.shapes, strict=True)
+    return [
+        None
+        if own is None
+        else DTensor.from_local(own, sharding.mesh, at, shape=shape, stride=_contiguous_strides(shape))
+        for own, at, shape in places
+    ]
 
 
 # torch.autograd.Function.apply without its check for torch.func's transforms, which `dispatch` has made.
@@ -270,8 +295,9 @@ def _plan(sharding: Sharding, local: Sequence[Any]) -> Any:
 def _run(tensors: Sequence[Any], sharding: Sharding) -> Any:
     """Returns y, or (y, total) with a residual, by the kernels."""
     if needs_gradient(tensors):
-        x, *others = tensors
-        return _apply(sharding, x.clone() if is_unsavable(x) else x, *others)
+        x, residual, *others = tensors
+        saves_copy = residual is None and is_unsavable(x)
+        return _apply(sharding, x.clone() if saves_copy else x, residual, *others)
     local = local_tensors(tensors)
     y, total, _ = _plan(sharding, local).forward(local, False)
     return sharding.result(y) if total is None else (sharding.result(y), sharding.result(total))
