@@ -13,6 +13,7 @@ SCENARIOS = {
         sharded_scenarios.elsewhere_by_torch,
         sharded_scenarios.compiled_without_a_break,
         sharded_models.a_sequence_in_parallel,
+        sharded_models.on_torchs_path,
         sharded_models.compiled_sequence_in_parallel,
     ],
     4: [
@@ -26,10 +27,6 @@ SCENARIOS = {
 @pytest.mark.parametrize("size", [2, 4])
 def test_through_the_kernels(size, tmp_path):
     worlds.start(tmp_path, size, True, SCENARIOS[size], preload=IMPORTED)
-
-
-def test_on_torchs_path(tmp_path):
-    worlds.start(tmp_path, 2, False, SCENARIOS[2][-2:], preload=IMPORTED)
 
 
 @pytest.mark.gpu

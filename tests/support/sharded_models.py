@@ -104,14 +104,14 @@ def check(actual: Trained, expected: Trained) -> None:
 
 
 def check_steps(parallel: Parallel, batch: Tensor, mesh: DeviceMesh, compiles: str | None = None) -> None:
-    """Asserts that a converted model trains as torch's, converted before it is parallelized or after.
+    """Asserts that a converted model trains as torch's, converted before it is parallelized, and after if not compiled.
 
     Args:
         compiles: backend of torch.compile, or None.
     """
     theirs = parallel(drawn_block(batch.device))
     expected = trained(theirs, theirs, batch, mesh)
-    for converts_first in (True, False):
+    for converts_first in (True, False) if compiles is None else (True,):
         model = drawn_block(batch.device)
         report = triton_norm.convert(model if converts_first else (model := parallel(model)))
         assert list(report.converted) == ["first", "second"], report
@@ -132,6 +132,11 @@ def _batch(world: World) -> Tensor:
 def a_sequence_in_parallel(world: World) -> None:
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     check_steps(lambda model: parallelize_module(model, mesh, PLAN), _batch(world), mesh)
+
+
+def on_torchs_path(world: World) -> None:
+    with triton_norm.backend("torch"):
+        a_sequence_in_parallel(world)
 
 
 def compiled_sequence_in_parallel(world: World) -> None:
