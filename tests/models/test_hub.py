@@ -16,6 +16,7 @@ from torch import nn
 import triton_norm as tn
 from support import processes
 from triton_norm.hub import __main__, folder, layers
+from triton_norm.tuning.limits import INTERPRETED
 
 PURE = [layers.LayerNorm, layers.RMSNorm, layers.RMSNormGated, layers.RMSNormZeroCentered]
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -203,7 +204,8 @@ def step(forward, module, inputs):
     return [y, *(gradient for gradient in gradients if gradient is not None)]
 
 torch.manual_seed(0)
-kernels = dict(map(load, map(Path, sys.argv[1:])))
+backend, *builds = sys.argv[1:]
+kernels = dict(map(load, map(Path, builds)))
 for name, kernel in kernels.items():
     print(name)
     assert kernel.layers.__name__ == f"{name}.hub.layers"
@@ -215,7 +217,7 @@ for kernel in [*kernels.values()][1:]:
         module.forward = MethodType(getattr(kernel.layers, layer).forward, module)  # as kernelize does
         double = copy.deepcopy(module).double()
         expected = step(lambda *inputs: oracle(double, *inputs), double, [x.double() for x in inputs])
-        with kernel.backend("triton"):
+        with kernel.backend(backend):
             results = step(module, module, inputs)
         for one, other in zip(results, expected, strict=True):  # 32 ulp of numbers up to 64, sums of 48 products
             torch.testing.assert_close(one.double(), other, rtol=4e-6, atol=2**-18)
@@ -228,9 +230,10 @@ for kernel in [*kernels.values()][1:]:
 
 @pytest.mark.unguarded
 def test_it_trains_and_compiles_without_the_package(written):
-    """The kernels are interpreted in a process of its own, and two builds are loaded beside each other."""
+    """The kernels are interpreted in a process of its own, where they can be. Two builds are loaded."""
     first, second, _ = builds(written)
-    names = processes.output("-c", LOADED, str(first), str(second), TRITON_INTERPRET="1").split()
+    backend = "triton" if INTERPRETED else "torch"
+    names = processes.output("-c", LOADED, backend, str(first), str(second), TRITON_INTERPRET="1").split()
     assert names == [json.loads((build / "metadata.json").read_text())["id"] for build in (first, second)]
 
 

@@ -42,9 +42,8 @@ def data() -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def trainer_of(tmp_path, device, monkeypatch):
+def trainer_of(tmp_path, device):
     """Returns a function from a model and TrainingArguments to a Trainer in a folder of its own."""
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", device)
     numbers = itertools.count()
 
     def make(model: nn.Module, **options: object) -> "transformers.Trainer":
