@@ -226,16 +226,15 @@ def normalize_instances(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> T
             call = resolve.instance_norm(key, BatchNormTensors._make(tensors), InstanceNormOptions._make(options))
     if isinstance(call.spec, BatchNormSpec):
         return functional.normalize_resolved(tensors, call)
-    *inputs, running_mean, running_var, _ = tensors
-    named = Inputs._make(inputs)
-    _, momentum, *_ = options
+    x, residual, weight, bias, running_mean, running_var, _ = tensors
+    inputs, (_, momentum, *_) = (x, residual, weight, bias), options
     if call.plan is not None and override.name != "torch":
         if running_mean is None:
-            return groups.launch(named, call.plan)
-        x = named.x
-        moments = x.new_empty(3, x.shape[0] * x.shape[1], dtype=reference.compute_dtype(x))
-        y = groups.launch(named, call.plan, moments)
-    elif goes_to_triton(call.reason, compiles_torch=named.x):
+            return groups.launch(inputs, call.plan)
+        return groups.launch_tracking(inputs, call.plan, running_mean, running_var)
+    named = Inputs._make(inputs)
+    y: Tensor
+    if goes_to_triton(call.reason, compiles_torch=named.x):
         if running_mean is None:
             return groups.record(named, call.spec)  # type: ignore[no-any-return]
         y, moments = groups.record(named, call.spec, moments=True)

@@ -11,6 +11,7 @@ from triton_norm import captures, checks, checks_rows, dispatch, plans, referenc
 from triton_norm.channels import group_layout
 from triton_norm.channels.function import BatchNormPlan
 from triton_norm.channels.groups import GroupNormPlan
+from triton_norm.channels.running import InstanceStatistics
 from triton_norm.plain import HALVES, is_distributed
 from triton_norm.rows import modulation, sharded
 from triton_norm.rows.modulated_plan import Expanding, modulated_plan_of
@@ -161,7 +162,9 @@ def instance_norm(key: Any, tensors: BatchNormTensors, options: InstanceNormOpti
     def plan_of(spec: Any, tensors: BatchNormTensors) -> Any:
         if isinstance(spec, BatchNormSpec):
             return BatchNormPlan(spec, tensors)
-        return GroupNormPlan(spec, Inputs._make(tensors[:4]))
+        inputs = Inputs._make((tensors.x, tensors.residual, tensors.weight, tensors.bias))
+        tracks = tensors.running_mean is not None
+        return GroupNormPlan(spec, inputs, InstanceStatistics(tensors, float(options.momentum)) if tracks else None)
 
     return _kept(_kept_key(key, tensors), tensors, options, lambda: check_instance_norm(tensors, options), plan_of)
 

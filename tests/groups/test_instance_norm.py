@@ -33,6 +33,20 @@ def test_running_statistics(shape, layout, momentum, path, device):
     torch.testing.assert_close((y, *ours), (expected, *theirs))
 
 
+def test_one_launch_moves_the_running_statistics(guard, device):
+    """Of more samples than it adds at a time, whose means are large and equal."""
+    x = drawn((20, 6, 5), device)[0]
+    x = x - x.mean(2, keepdim=True).double().float() + 12345.0
+    ours, theirs = statistics(device), statistics(device, torch.float64)
+    with triton_norm.backend("triton"):
+        triton_norm.instance_norm(x, *ours, momentum=0.3)
+    F.instance_norm(x.double(), *theirs, momentum=0.3)
+    torch.testing.assert_close([each.double() for each in ours], list(theirs), rtol=1e-6, atol=0)
+    assert [each._version for each in ours] == [1, 1]
+    if guard is not None:
+        assert len(guard.kernels) == 2
+
+
 @PATHS
 @pytest.mark.parametrize("running", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -239,7 +239,7 @@ channels_backward.channels_backward_kernel
     groups of rows | different | sum_dz *= weight -> sum_dz *= 1.0
     groups of rows | different | sum_dz_centred *= weight -> sum_dz_centred *= 1.0
     groups of rows | different | sum_dz_centred * rstd, row -> sum_dz_centred, row
-    groups of shared rows | race | instance.to(tl.int64) * n_splits + split -> instance.to(tl.int64) * n_splits
+    shared rows of groups | race | instance.to(tl.int64) * n_splits + split -> instance.to(tl.int64) * n_splits
 channels_backward.store_columns
     groups of rows | race | row * columns.n_channels + -> 0 * row +
 tiles.instance_offset
@@ -264,6 +264,10 @@ groups.channels_in
 groups.groups_forward_kernel
     groups | different | to_float(total, COMPUTE) -> to_float(total + 1, COMPUTE)
     groups of rows | different | y_row_vecs * n_rows -> y_row_vecs
+groups.move_by_samples_kernel
+    instances | different | (samples < n_samples) & -> (samples < n_samples - 1) &
+    instances | different | - first + tl.load( -> + tl.load(
+    instances | different | to_float(n_positions - 1, COMPUTE) -> to_float(n_positions, COMPUTE)
 groups_backward.rows_of
     groups | bounds | (group < n_groups) & -> (group < n_groups + 1) &
     shared groups | race | member // n_chunks * R + row % R -> row % R

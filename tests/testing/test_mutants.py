@@ -141,6 +141,16 @@ def groups(
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
+def instances(numbers, monkeypatch) -> None:
+    """Running statistics of more samples than a launch adds at a time, whose means are large and not representable."""
+    x = torch.randn(9, 4, 3) + 1e4
+    ours, exact = ([torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)] for dtype in (torch.float32, torch.double))
+    triton_norm.instance_norm(x, *ours, momentum=1.0)
+    F.instance_norm(x.double(), *exact, momentum=1.0)
+    for one, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1.2e-7, atol=0)
+
+
 def rows_along_axes(numbers, monkeypatch) -> None:
     """Rows along three axes, those of x and dy in another order."""
     small_rows(numbers)
@@ -349,11 +359,12 @@ CHECKS: dict[str, Callable[..., None]] = {
     "groups": _of(groups),
     "groups apart": _of(groups, tile=4),
     "groups apart, last": _of(groups, tile=4, last=True),
+    "instances": instances,
     "instances apart": _of(groups, n_groups=4, shape=(9, 4, 3, 7), tile=4),
     "groups of rows": _of(groups, last=True, shape=(9, 4, 2, 3)),
     "groups, expanded": _of(groups, shape=(2, 4, 3, 7), expanded=True),
     "parts of channels": _of(groups, shape=(2, 4, 6, 10), tile=32),
-    "groups of shared rows": _of(groups, last=True, n_groups=4, shape=(2, 12, 9, 7), tile=512),
+    "shared rows of groups": _of(groups, last=True, n_groups=4, shape=(2, 12, 9, 7), tile=512),
     "shared groups": _of(groups, shape=(3, 16, 7, 7), tile=128),
     "shared groups, last": _of(groups, last=True, shape=(3, 6, 2, 3), tile=8),
     **MODULATED_CHECKS,

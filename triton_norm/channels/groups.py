@@ -14,6 +14,7 @@ from triton_norm.channels.group_plan import group_forward_plan_of
 from triton_norm.channels.layout import dense_like
 from triton_norm.channels.operator import Asked, PassesDy, composed_gradients, wanted_of
 from triton_norm.channels.plan import Gradients, gradients
+from triton_norm.channels.running import InstanceStatistics
 from triton_norm.library import Derivative, recorded
 from triton_norm.saved import (
     Kept,
@@ -205,10 +206,11 @@ class GroupNormPlan:
         requires_grad: a tensor requires grad.
         saves_copies: autograd can save only a copy of x or residual.
         kept: facts for the backward, set by the first forward with gradients.
+        tracking: updates running statistics, if any.
     """
 
-    def __init__(self, spec: GroupNormSpec, tensors: Inputs) -> None:
-        self.spec, self.forward = spec, group_forward_plan_of(spec, tensors)
+    def __init__(self, spec: GroupNormSpec, tensors: Inputs, tracking: InstanceStatistics | None = None) -> None:
+        self.spec, self.forward, self.tracking = spec, group_forward_plan_of(spec, tensors), tracking
         self.requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
         self.saves_copies = _savable(tensors, spec) is not tensors
         self.kept: Kept | None = None
@@ -275,6 +277,16 @@ def launch(tensors: tuple[Any, ...], plan: GroupNormPlan, moments: Tensor | None
             tensors = _savable(Inputs._make(tensors), plan.spec)
         return _apply(*tensors, plan, moments)  # type: ignore[no-any-return]
     y, _ = plan.forward(tensors, moments)
+    return y
+
+
+def launch_tracking(tensors: tuple[Any, ...], plan: GroupNormPlan, *running: Tensor) -> Tensor:
+    """Returns y by the kernels, and updates running_mean and running_var."""
+    tracking = plan.tracking
+    assert tracking is not None
+    moments = tracking.moments(*running)
+    y = launch(tensors, plan, moments)
+    tracking.move(moments, *running)
     return y
 
 

@@ -1,17 +1,21 @@
-"""Defines the operator that updates running statistics, for BatchNorm and SyncBatchNorm, and counts batches."""
+"""Updates running statistics from moments, and counts batches: by an operator for BatchNorm and SyncBatchNorm, and by
+a launch for InstanceNorm."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_norm import shares
+from triton_norm import reference, shares
 from triton_norm.channels.launches import in_two_floats
 from triton_norm.launch import Launch, Launcher, zeros
 from triton_norm.library import contiguous, operator, triton_dtype
+from triton_norm.specs import BatchNormTensors
 from triton_norm.tuning.channel_spaces import merge_ranks
+from triton_norm.tuning.group_spaces import move_by_samples
 from triton_norm.tuning.limits import gpu_of
 from triton_norm.tuning.memory import remembered
 
@@ -75,10 +79,14 @@ def _move(
     n_blocks = -(-n_channels // launcher.space.configs[0]["BLOCK_C"])
     sync = None if num_batches_tracked is None else zeros(2 + n_blocks, moments.device)
     Launch(launcher, n_channels, n_ranks)(moments, merged, *moved, num_batches_tracked, sync)
-    for statistic, now in zip((running_mean, running_var), moved, strict=True):
+    _copy_back((running_mean, running_var), moved)
+    return merged
+
+
+def _copy_back(running: Sequence[Tensor | None], moved: Sequence[Tensor | None]) -> None:
+    for statistic, now in zip(running, moved, strict=True):
         if statistic is not None and now is not None and now is not statistic:
             statistic.copy_(now)
-    return merged
 
 
 # Written tensors are passed in lists, which may be empty: modes that track writes don't accept None for one.
@@ -88,3 +96,60 @@ move_op = operator(
     _move,
     lambda moments, *_: moments.new_empty(moments.shape[1]),
 )
+
+
+@functools.cache
+def _sample_kernel() -> Any:
+    from triton_norm.kernels.groups import move_by_samples_kernel
+
+    return move_by_samples_kernel
+
+
+@remembered
+def _sample_launcher(types: tuple[torch.dtype, ...], device: torch.device, momentum: float) -> Launcher:
+    """Returns the launcher of `move_by_samples_kernel` for these dtypes of moments and running statistics."""
+
+    def n_programs(config: Mapping[str, Any], n_positions: int, n_channels: int, n_samples: int) -> int:
+        blocks: int = -(-n_channels // config["BLOCK_C"])
+        return blocks
+
+    return Launcher(
+        _sample_kernel(),
+        move_by_samples(gpu_of(device)),
+        device,
+        n_programs,
+        in_two_floats(momentum),
+        COMPUTE=triton_dtype(types[0]),
+    )
+
+
+class InstanceStatistics:
+    """Updates the running statistics of the InstanceNorm calls of one signature, from the moments of x."""
+
+    def __init__(self, tensors: BatchNormTensors, momentum: float) -> None:
+        x, running_mean, running_var = tensors.x, tensors.running_mean, tensors.running_var
+        assert running_mean is not None and running_var is not None
+        n_samples, n_channels, *positions = x.shape
+        self._like, self._n_moments = x.new_empty(0, dtype=reference.compute_dtype(x)), 3 * n_samples * n_channels
+        self._copies = not (running_mean.is_contiguous() and running_var.is_contiguous())
+        self._refuses = running_mean.is_inference() or running_var.is_inference()
+        types = self._like.dtype, running_mean.dtype, running_var.dtype
+        launcher = _sample_launcher(types, x.device, momentum)
+        self._launch = Launch(launcher, math.prod(positions), n_channels, n_samples)
+
+    def moments(self, *running: Tensor) -> Tensor:
+        """Returns memory for the moments [3 · n_samples · n_channels], if the running statistics may be written."""
+        if self._refuses:
+            reference.check_writable(*running)
+        return self._like.new_empty(self._n_moments)
+
+    def move(self, moments: Tensor, *running: Tensor) -> None:
+        """Updates running_mean and running_var in place, as `reference.move_by_moments`."""
+        if self._copies:
+            moved = [statistic.contiguous() for statistic in running]
+            self._launch(moments, *moved)
+            with torch.no_grad():
+                _copy_back(running, moved)
+            return
+        torch._C._increment_version(running)
+        self._launch(moments, *running)

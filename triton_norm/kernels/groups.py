@@ -1,4 +1,4 @@
-"""Computes GroupNorm of groups of which a program has several.
+"""Computes GroupNorm of groups of which a program has several, and InstanceNorm's running statistics.
 
 A group that a program has whole in registers is rows of adjacent elements: one row of channels and positions, or, if
 channels are adjacent, a row for each position. Larger groups are read by channels.py.
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from triton_norm.kernels.activations import activate
-from triton_norm.kernels.channels import finalise_statistics
-from triton_norm.kernels.moments import moments_of, to_float
+from triton_norm.kernels.channels import factor_of, finalise_statistics, move_running
+from triton_norm.kernels.moments import moments_of, tile_sum, to_float
 from triton_norm.kernels.tiles import Channels, aligned, load_parameter
 
 
@@ -118,3 +118,50 @@ def groups_forward_kernel(
     y_row_vecs = tl.full([], row_vecs, tl.int64) * groups_per_sample
     y = pointers_to(y_ptr, elements, y_row_vecs * n_rows, y_row_vecs, row_vecs, V)
     tl.store(y, activate(z, ACTIVATION, SLOPE).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_positions", "n_channels", "n_samples", "momentum", "momentum_rest"])
+def move_by_samples_kernel(
+    moments_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    n_positions,
+    n_channels,
+    n_samples,
+    momentum,
+    momentum_rest,
+    COMPUTE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Updates InstanceNorm's running statistics: running = (1 − factor) · running + factor · batch.
+
+    batch is the mean over the samples of each sample's mean, or of its unbiased variance. Means are summed as
+    differences from the first sample's, so that equal means have this mean exactly. The order of the sum is fixed.
+
+    Grid: cdiv(n_channels, BLOCK_C).
+
+    Args:
+        moments_ptr: [3, n_samples, n_channels]: mean, mean_lo and M2 over n_positions.
+        running_mean_ptr, running_var_ptr: [n_channels].
+        momentum, momentum_rest: as in channels_forward_kernel.
+        BLOCK_K, BLOCK_C: samples and channels of a tile.
+    """
+    index = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    channels = Channels(index, index < n_channels, n_channels)
+    kind = n_samples.to(tl.int64) * n_channels
+    first = tl.load(moments_ptr + index, mask=channels.in_range, other=0.0)
+    shift = tl.zeros([BLOCK_K, BLOCK_C], COMPUTE)
+    m2 = tl.zeros([BLOCK_K, BLOCK_C], COMPUTE)
+    for start in range(0, n_samples, BLOCK_K):
+        samples = start + tl.arange(0, BLOCK_K)[:, None]
+        there = (samples < n_samples) & channels.in_range
+        slots = moments_ptr + samples.to(tl.int64) * n_channels + index
+        delta = tl.load(slots, mask=there, other=0.0) - first + tl.load(slots + kind, mask=there, other=0.0)
+        shift += tl.where(there, delta, 0.0)
+        m2 += tl.load(slots + 2 * kind, mask=there, other=0.0)
+    mean = first + tile_sum(shift, 0) / to_float(n_samples, COMPUTE)
+    var = tile_sum(m2, 0) / to_float(n_samples, COMPUTE) / to_float(n_positions - 1, COMPUTE)
+    factor = factor_of(momentum, momentum_rest, None, False, COMPUTE)
+    move_running(running_mean_ptr, channels, mean, factor)
+    move_running(running_var_ptr, channels, var, factor)

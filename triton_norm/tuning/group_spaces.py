@@ -156,3 +156,9 @@ def gradient(work: GradientWork, gpu: Gpu) -> Space:
 def groups_backward(gpu: Gpu) -> Space:
     """Returns the configs of the launch that combines sums over channels."""
     return space_of("groups_backward_kernel", "", [config(4, BLOCK_K=8, BLOCK_C=1024 if gpu.interpreted else 128)])
+
+
+@remembered
+def move_by_samples(gpu: Gpu) -> Space:
+    """Returns the configs of the launch that updates InstanceNorm's running statistics."""
+    return space_of("move_by_samples_kernel", "", [config(4, BLOCK_K=8, BLOCK_C=1024 if gpu.interpreted else 128)])
