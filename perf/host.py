@@ -31,6 +31,8 @@ Call = Callable[[], object]
 
 SHAPE = (8, 1024)
 IMAGES = (8, 64, 16, 16)
+# Channels of a group of a GroupNorm.
+GROUP = 4
 SAMPLES = (2, 4, 1024)
 # Batches, and calls in each: the shorter a batch, the more of them run undisturbed on a busy machine.
 BATCHES, CALLS = 300, 20
@@ -74,6 +76,21 @@ def cases() -> Iterator[Case]:
     yield from _cases_of("batch_norm", batch_norm, (images, *torch.randn(2, IMAGES[1])), dy)
     yield from _cases_of_module(triton_norm.BatchNorm2d(IMAGES[1]), images, dy)
     yield from _cases_of_module(triton_norm.BatchNorm2d(IMAGES[1]).eval(), images, dy, " in evaluation")
+    yield from _of_samples(images, dy)
+
+
+def _of_samples(images: Tensor, dy: Tensor) -> Iterator[Case]:
+    """Yields GroupNorm and InstanceNorm, the latter with running statistics, too."""
+    channels, n_groups = IMAGES[1], IMAGES[1] // GROUP
+
+    def group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return triton_norm.group_norm(x, n_groups, weight, bias)
+
+    yield from _cases_of("group_norm", group_norm, (images, *torch.randn(2, channels)), dy)
+    yield from _cases_of_module(triton_norm.GroupNorm(n_groups, channels), images, dy)
+    yield from _cases_of_module(triton_norm.InstanceNorm2d(channels, affine=True), images, dy)
+    tracking = triton_norm.InstanceNorm2d(channels, affine=True, track_running_stats=True)
+    yield from _cases_of_module(tracking, images, dy, " with running statistics")
 
 
 def _gated_and_modulated() -> Iterator[Case]:
