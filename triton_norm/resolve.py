@@ -82,7 +82,7 @@ def check_modulated(function: str, tensors: ModulatedTensors, options: Modulated
     scale_offset = float(offset) if per_head else 1.0
     spec = ModulatedSpec._make((call.spec, gate_activation, gate_first, product_dtype, scale_offset, per_head))
     reason = call.reason or dispatch.unserved(tensors, columns=call.spec.n_cols)
-    return call._replace(spec=spec, reason=reason or modulation.beyond(tensors, spec))
+    return call._replace(spec=spec, reason=reason)
 
 
 def batch_norm_spec(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> BatchNormSpec:

@@ -90,6 +90,32 @@ def test_a_sample_does_not_depend_on_the_others(n_tokens, gate_first, lengths, n
         assert same(of(samples), [tensor[samples] for tensor in whole])
 
 
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("n_cols", [17, 32, 75])
+def test_long_rows_in_pieces(n_cols, gate_first, numbers, device, guard):
+    """A sample has the same bits in every batch, and the same launches: one forward, and three backward."""
+    numbers(interpreted_tile_elements=32, multiprocessors=3, modulated_split_rows=2, backward_span_bytes=64)
+    shapes = {name: (4, n_cols) for name in OUTER}
+    case = Modulated(
+        "layer_norm", (4, 5, n_cols), 1, dict.fromkeys(NAMES, torch.float32), shapes, gate_first=gate_first
+    )
+    tensors = case.drawn(device)
+
+    def of(samples):
+        with triton_norm.backend("triton"):
+            return case.run({name: t if name in SHARED else t[samples] for name, t in tensors.items()})
+
+    whole = of(slice(None))
+    case.check(tensors, whole)
+    if guard is not None:
+        kernels = [launch.kernel for launch in guard.launches]
+        backward = ("row_sums", "backward", "backward_finalise")
+        assert kernels == [f"modulated_{name}_kernel" for name in ("forward", *backward)]
+    part = of(slice(1, 3))
+    own = [name for name in whole if name[1:] not in SHARED]
+    assert same([part[name] for name in own], [whole[name][1:3] for name in own])
+
+
 def test_more_programs_than_one_share_a_sample(numbers, device, guard):
     """Three programs do, of which two begin behind the first row of their sample."""
     numbers(interpreted_tile_elements=256, multiprocessors=3, modulated_split_rows=16)

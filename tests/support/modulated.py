@@ -25,6 +25,12 @@ CUTS: dict[str, dict[str, int]] = {
     "whole": {},
     "rows": {"interpreted_tile_elements": 16, "multiprocessors": 3, "modulated_split_rows": 1},
     "splits": {"interpreted_tile_elements": 128, "multiprocessors": 2, "modulated_split_rows": 2},
+    "pieces": {
+        "interpreted_tile_elements": 32,
+        "multiprocessors": 4,
+        "modulated_split_rows": 2,
+        "backward_span_bytes": 64,
+    },
 }
 """Numbers with which small inputs are cut up as large ones are on a GPU."""
 

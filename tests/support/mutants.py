@@ -356,25 +356,39 @@ modulated.gate_of
 modulated.gate_backward
     gated rows | value | 1.0 + z * (1.0 - sigmoid) -> 1.0 + z * sigmoid
     gated rows, sigmoid | value | dgate *= sigmoid * (1.0 - sigmoid) -> dgate *= sigmoid
-modulated.load_modulation
-    modulated rows | value | numbers * vecs * V -> numbers * 0
-modulated.modulated_forward_kernel
-    gated rows | bounds | row_mask = rows < n_rows -> row_mask = rows <= n_rows
-    gated rows, gate first | value | and not GATE_FIRST ->
+modulated.load_total
+    modulated rows | value | wide *= load_modulation( -> wide += load_modulation(
+    modulated rows, rounded total | value | total = wide.to(total_rows.dtype.scalar.element_ty) -> total = wide
+modulated.gated_first
     gated rows, gate first | value | v *= gate_of -> v += gate_of
+modulated.modulate
+    modulated rows | value | y.dtype) + SCALE_OFFSET -> y.dtype)
+    modulated rows | value | y += load_modulation( -> y *= load_modulation(
+modulated.gated_last
+    gated rows, gate first | value | and not GATE_FIRST ->
+    rounded product | different | rounded(y, PRODUCT) -> y
+modulated.modulated_forward_kernel
+    modulated rows | value | numbers * scale_vecs * V -> numbers * 0
+    gated rows | bounds | row_mask = rows < n_rows -> row_mask = rows <= n_rows
     modulated rows | unwritten | tl.store(statistics_ptr + rows, moments.mean, mask=row_mask) -> pass
     modulated rows | value | rows // n_tokens % n_modulations -> rows % n_modulations
     weights of heads | bounds | rows // n_tokens % n_modulations -> rows // n_tokens
-    modulated rows | value | wide *= load_modulation( -> wide += load_modulation(
-    modulated rows | value | COMPUTE) + SCALE_OFFSET -> COMPUTE)
-    modulated rows | value | y += load_modulation( -> y *= load_modulation(
-    modulated rows, rounded total | value | total = wide.to(total_ptr.dtype.element_ty) -> total = wide
-    rounded product | different | rounded(y, PRODUCT) -> y
     far modulations | overflow | rows = tl.program_id(0).to(tl.int64) * BLOCK_M -> rows = tl.program_id(0) * BLOCK_M
-modulated_backward.sums_of_kind
-    modulated rows | race | + tl.program_id(0)) -> )
-    modulated rows | race | tl.num_programs(0).to(tl.int64) * KIND -> KIND
+    long rows | value | merge(to_float(start -> merge(to_float(start * 0
+    long gated rows | value | moments.m2 + of_piece.m2 -> of_piece.m2
+    long rows | unwritten | range(0, last + 1, BLOCK_N) -> range(BLOCK_N, last + 1, BLOCK_N)
+modulated_backward.load_row_sums
+    long rows | value | ptr + n_rows + rows -> ptr + rows
+modulated_backward.modulated_row_sums_kernel
+    long gated rows | bounds | row_mask = rows < n_rows -> row_mask = rows <= n_rows
+    long rows | value | wdy_sums += wdy -> wdy_sums = wdy
+    long rows | value | wdy_x_hat_sums += -> wdy_x_hat_sums =
+    long rows | value | wdy *= gate -> pass
+    long rows, gate first | value | v *= gate -> pass
+    long rows | value | V, COMPUTE) + SCALE_OFFSET -> V, COMPUTE)
 modulated_backward.modulated_backward_kernel
+    long rows | race | program % n_pieces * BLOCK_N -> program * 0
+    long rows | race | program = program // n_pieces -> program = program * 0
     modulated rows | value | numbers = modulation\n -> numbers = 0 * modulation\n
     modulated rows | race | split = split % n_splits -> split = split * 0
     modulated rows | unwritten | n_splits.to(tl.int64) * BLOCK_M): -> (n_splits + 1).to(tl.int64) * BLOCK_M):
@@ -393,16 +407,18 @@ modulated_backward.modulated_backward_kernel
     modulated rows | value | dtotal *= load_modulation( -> dtotal += load_modulation(
     modulated rows, gate first | value | gate_backward(dtotal * total, -> gate_backward(dtotal * v,
     modulated rows, gate first | value | dtotal *= gate_of(z, sigmoid, GATE) -> pass
+    modulated rows | race | X_HAT_SUMS * n_programs + program -> X_HAT_SUMS * n_programs
+    modulated rows | race | DY_SUMS * n_programs -> DY_SUMS
     rounded product | different | rounded(ungated, PRODUCT) -> ungated
     far modulations | overflow | (split // n_splits).to(tl.int64) -> (split // n_splits)
-modulated_backward.add_sums
+modulated_finalise.add_sums
     modulated rows | value | (rows < n_sums) -> (rows < n_sums - 1)
     modulated rows | value | (first + rows) * n_cols -> rows * n_cols
-modulated_backward.add_modulated_sums
+modulated_finalise.add_modulated_sums
     modulated rows | value | scale.to(COMPUTE) + OFFSET -> scale.to(COMPUTE)
     modulated rows | bounds | rows // n_splits * scale_vecs -> rows * scale_vecs
     modulated rows | value | (rows < n_sums) -> (rows < n_sums - 1)
-modulated_backward.modulated_backward_finalise_kernel
+modulated_finalise.modulated_backward_finalise_kernel
     modulated rows | value | dscale += dy * load_columns( -> dscale += 0 * load_columns(
     modulated rows | value | dscale *= load_columns( -> dscale += 0 * load_columns(
     modulated rows, weight offset | value | WEIGHT_OFFSET, dscale.dtype -> 0.0, dscale.dtype

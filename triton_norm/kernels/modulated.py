@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from triton_norm.kernels.exponentials import exp
-from triton_norm.kernels.moments import moments_of, to_float
-from triton_norm.kernels.rows import Axes, RowStrides, at, normalize, rounded, row_offsets
+from triton_norm.kernels.moments import Moments, merge, moments_of, to_float
+from triton_norm.kernels.rows import Axes, RowStrides, at, centred_on, normalize, rounded, row_offsets
 
 
 @triton.jit
@@ -50,17 +50,65 @@ def gate_backward(dgate, z, sigmoid, GATE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, offsets, cols, mask, V: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns a tile of rows that no other program reads, in COMPUTE."""
-    return tl.load(at(ptr + offsets, cols, V), mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+def load_rows(rows_ptr, cols, mask, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """Returns columns of rows [M, 1] that no other program reads, in COMPUTE."""
+    return tl.load(at(rows_ptr, cols, V), mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
 
 
 @triton.jit
-def load_modulation(ptr, numbers, vecs, cols, mask, V: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns rows of a modulation by their numbers [M, 1], row stride vecs · V. Many programs read them."""
-    return tl.load(at(ptr + numbers * vecs * V, cols, V), mask=mask, other=0.0, eviction_policy="evict_last").to(
-        COMPUTE
-    )
+def load_modulation(rows_ptr, cols, mask, V: tl.constexpr, COMPUTE: tl.constexpr):
+    """Returns columns of a modulation's rows [M, 1], in COMPUTE. Many programs read them."""
+    return tl.load(at(rows_ptr, cols, V), mask=mask, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+
+
+@triton.jit
+def load_total(
+    x_rows, residual_rows, residual_gate_rows, total_rows, cols, mask, V: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """Returns x; or with a residual residual + residual_gate · x, rounded once to total's type and stored."""
+    total = tl.load(at(x_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
+    if residual_rows is not None:
+        WIDE: tl.constexpr = tl.float64 if residual_rows.dtype.scalar.element_ty == tl.float64 else COMPUTE
+        wide = total.to(WIDE)
+        if residual_gate_rows is not None:
+            wide *= load_modulation(residual_gate_rows, cols, mask, V, WIDE)
+        wide += load_rows(residual_rows, cols, mask, V, WIDE)
+        total = wide.to(total_rows.dtype.scalar.element_ty)
+        tl.store(at(total_rows, cols, V), total, mask=mask)
+    return total
+
+
+@triton.jit
+def gated_first(
+    total, gate_rows, cols, mask, GATE: tl.constexpr, GATE_FIRST: tl.constexpr, V: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """Returns total · f(gate) if GATE_FIRST, else total; in COMPUTE."""
+    v = total.to(COMPUTE)
+    if GATE_FIRST:
+        z = load_rows(gate_rows, cols, mask, V, COMPUTE)
+        v *= gate_of(z, sigmoid_of(z, GATE), GATE)
+    return v
+
+
+@triton.jit
+def modulate(y, scale_rows, shift_rows, cols, mask, SCALE_OFFSET: tl.constexpr, V: tl.constexpr):
+    """Returns y · (scale + SCALE_OFFSET) + shift. Either may be None."""
+    if scale_rows is not None:
+        y *= load_modulation(scale_rows, cols, mask, V, y.dtype) + SCALE_OFFSET
+    if shift_rows is not None:
+        y += load_modulation(shift_rows, cols, mask, V, y.dtype)
+    return y
+
+
+@triton.jit
+def gated_last(
+    y, gate_rows, cols, mask, PRODUCT: tl.constexpr, GATE: tl.constexpr, GATE_FIRST: tl.constexpr, V: tl.constexpr
+):
+    """Returns y, rounded to PRODUCT, times f(gate); or y if GATE_FIRST or without a gate."""
+    if gate_rows is not None and not GATE_FIRST:
+        z = load_rows(gate_rows, cols, mask, V, y.dtype)
+        y = rounded(y, PRODUCT) * gate_of(z, sigmoid_of(z, GATE), GATE)
+    return y
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_inner", "n_middle", "n_tokens", "n_modulations"])
@@ -104,13 +152,17 @@ def modulated_forward_kernel(
     GATE_FIRST: tl.constexpr,
     V: tl.constexpr,
     COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Computes y for every row, and with a residual total, rounded to its type. The module has the formula.
 
-    Grid: cdiv(n_rows, BLOCK_M). A program has whole rows in registers.
-    Bytes: reads x, residual and gate, and writes y and total, once.
+    A program has whole rows in registers if WHOLE. Otherwise it has BLOCK_N columns at a time, first for the moments,
+    and then, backwards, for y.
+
+    Grid: cdiv(n_rows, BLOCK_M).
+    Bytes: reads x, residual and gate, and writes y and total, once. Unless WHOLE, reads x, or total, and gate again.
 
     Args:
         x_ptr, residual_ptr, gate_ptr: [n_rows, n_cols], row strides *_vecs · V; the latter two may be None.
@@ -131,36 +183,66 @@ def modulated_forward_kernel(
     mask = row_mask & (cols < n_cols)
     numbers = rows // n_tokens % n_modulations
     axes = Axes(n_inner, n_middle)
-    x_rows = row_offsets(rows, RowStrides(x_row_vecs, x_middle_vecs, x_outer_vecs), axes, V)
-    total = tl.load(at(x_ptr + x_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
+    x_rows = x_ptr + row_offsets(rows, RowStrides(x_row_vecs, x_middle_vecs, x_outer_vecs), axes, V)
+    y_rows = y_ptr + rows * n_cols
+    swept_rows = x_rows
+    residual_rows = residual_ptr
+    residual_gate_rows = residual_gate_ptr
+    total_rows = total_ptr
+    gate_rows = gate_ptr
+    scale_rows = scale_ptr
+    shift_rows = shift_ptr
     if residual_ptr is not None:
-        WIDE: tl.constexpr = tl.float64 if residual_ptr.dtype.element_ty == tl.float64 else COMPUTE
         residual_strides = RowStrides(residual_row_vecs, residual_middle_vecs, residual_outer_vecs)
-        wide = total.to(WIDE)
-        if residual_gate_ptr is not None:
-            wide *= load_modulation(residual_gate_ptr, numbers, residual_gate_vecs, cols, mask, V, WIDE)
-        wide += load_rows(residual_ptr, row_offsets(rows, residual_strides, axes, V), cols, mask, V, WIDE)
-        total = wide.to(total_ptr.dtype.element_ty)
-        tl.store(at(total_ptr + rows * n_cols, cols, V), total, mask=mask)
-    v = total.to(COMPUTE)
-    gate_rows = rows
+        residual_rows = residual_ptr + row_offsets(rows, residual_strides, axes, V)
+        total_rows = total_ptr + rows * n_cols
+        swept_rows = total_rows
+    if residual_gate_ptr is not None:
+        residual_gate_rows = residual_gate_ptr + numbers * residual_gate_vecs * V
     if gate_ptr is not None:
-        gate_rows = row_offsets(rows, RowStrides(gate_row_vecs, gate_middle_vecs, gate_outer_vecs), axes, V)
-    if GATE_FIRST:
-        z = load_rows(gate_ptr, gate_rows, cols, mask, V, COMPUTE)
-        v *= gate_of(z, sigmoid_of(z, GATE), GATE)
-    centred, moments = moments_of(v, mask, to_float(n_cols, COMPUTE), 1, CENTRED)
-    rstd = tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + EPS)
-    y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
+        gate_strides = RowStrides(gate_row_vecs, gate_middle_vecs, gate_outer_vecs)
+        gate_rows = gate_ptr + row_offsets(rows, gate_strides, axes, V)
     if scale_ptr is not None:
-        y *= load_modulation(scale_ptr, numbers, scale_vecs, cols, mask, V, COMPUTE) + SCALE_OFFSET
+        scale_rows = scale_ptr + numbers * scale_vecs * V
     if shift_ptr is not None:
-        y += load_modulation(shift_ptr, numbers, shift_vecs, cols, mask, V, COMPUTE)
-    if gate_ptr is not None and not GATE_FIRST:
-        z = load_rows(gate_ptr, gate_rows, cols, mask, V, COMPUTE)
-        y = rounded(y, PRODUCT) * gate_of(z, sigmoid_of(z, GATE), GATE)
-    tl.store(at(y_ptr + rows * n_cols, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
+        shift_rows = shift_ptr + numbers * shift_vecs * V
+    total = load_total(x_rows, residual_rows, residual_gate_rows, total_rows, cols, mask, V, COMPUTE)
+    v = gated_first(total, gate_rows, cols, mask, GATE, GATE_FIRST, V, COMPUTE)
+    count = to_float(n_cols if WHOLE else tl.minimum(n_cols, BLOCK_N), COMPUTE)
+    centred, moments = moments_of(v, mask, count, 1, CENTRED)
+    if not WHOLE:
+        for start in range(BLOCK_N, n_cols, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)[None, :]
+            mask = row_mask & (cols < n_cols)
+            total = load_total(x_rows, residual_rows, residual_gate_rows, total_rows, cols, mask, V, COMPUTE)
+            v = gated_first(total, gate_rows, cols, mask, GATE, GATE_FIRST, V, COMPUTE)
+            count = to_float(tl.minimum(n_cols - start, BLOCK_N), COMPUTE)
+            _, of_piece = moments_of(v, mask, count, 1, CENTRED)
+            if CENTRED:
+                moments = merge(to_float(start, COMPUTE), moments, count, of_piece)
+            else:
+                moments = Moments(moments.mean, moments.mean_lo, moments.m2 + of_piece.m2)
+    rstd = tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + EPS)
     if statistics_ptr is not None:
         if CENTRED:
             tl.store(statistics_ptr + rows, moments.mean, mask=row_mask)
         tl.store(statistics_ptr + (n_rows if CENTRED else 0) + rows, rstd, mask=row_mask)
+    if WHOLE:
+        y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
+        y = modulate(y, scale_rows, shift_rows, cols, mask, SCALE_OFFSET, V)
+        y = gated_last(y, gate_rows, cols, mask, PRODUCT, GATE, GATE_FIRST, V)
+        tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        if residual_ptr is not None:
+            tl.debug_barrier()  # total is read by other threads than have stored it
+        last = (n_cols - 1) // BLOCK_N * BLOCK_N
+        for back in range(0, last + 1, BLOCK_N):  # the last pieces are still in cache
+            cols = last - back + tl.arange(0, BLOCK_N)[None, :]
+            mask = row_mask & (cols < n_cols)
+            total = tl.load(at(swept_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
+            v = gated_first(total, gate_rows, cols, mask, GATE, GATE_FIRST, V, COMPUTE)
+            centred = centred_on(v, moments, CENTRED)
+            y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
+            y = modulate(y, scale_rows, shift_rows, cols, mask, SCALE_OFFSET, V)
+            y = gated_last(y, gate_rows, cols, mask, PRODUCT, GATE, GATE_FIRST, V)
+            tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -14,11 +14,11 @@ from triton_norm.rows import fusible
 from triton_norm.rows.modulated_backward import (
     BackwardCall,
     Gradients,
-    ModulatedBackwardTensors,
     ModulatedGradients,
     modulated_backward_plan_of,
 )
 from triton_norm.rows.modulated_composed import composed, through_total
+from triton_norm.rows.modulated_launches import ModulatedBackwardTensors
 from triton_norm.rows.modulated_plan import Expanding, ModulatedPlan, modulated_plan_of
 from triton_norm.rows.modulation import Modulation, modulation_of, spread
 from triton_norm.rows.plan import Outputs, RowOutputs

@@ -1,67 +1,29 @@
-"""Plans and launches the backward of gated and modulated rows."""
+"""Plans and runs the backward of gated and modulated rows."""
 
-import functools
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_norm import plans
-from triton_norm.launch import Launch, Launcher
+from triton_norm.launch import Launch
 from triton_norm.library import contiguous
-from triton_norm.rows.layout import RowLayout, Types, given, layout_of, names, readable, types_of, vector_of
-from triton_norm.rows.modulated_plan import (
-    Modulations,
-    addresses_of,
-    constants_of,
-    form_of,
-    modulations_of,
-    outer,
-    places_of,
+from triton_norm.rows.layout import layout_of, readable, types_of
+from triton_norm.rows.modulated_launches import (
+    Form,
+    ModulatedBackwardTensors,
+    Sums,
+    backward_launcher,
+    finalise_launcher,
+    row_sums_launcher,
 )
+from triton_norm.rows.modulated_plan import addresses_of, modulations_of, places_of
 from triton_norm.rows.modulation import Modulation
-from triton_norm.specs import ModulatedSpec, ModulatedTensors, ModulatedWanted
-from triton_norm.tuning import modulated_spaces
-from triton_norm.tuning.configs import vector_width
-from triton_norm.tuning.limits import gpu_of
-from triton_norm.tuning.memory import remembered
-from triton_norm.tuning.modulated_spaces import ModulatedWork
+from triton_norm.specs import ModulatedSpec, ModulatedWanted
 
 Gradients = tuple[Tensor | None, ...]
 """The gradients are those of the fields of ModulatedTensors."""
-
-
-class ModulatedBackwardTensors(NamedTuple):
-    """Holds the tensors that the backward reads.
-
-    Args:
-        dy, dtotal: gradients of y and total, [*, *normalized_shape].
-        total: [*, *normalized_shape]; x without a residual.
-        x: [*, *normalized_shape]; None unless the gradient of residual_gate needs it.
-        weight, bias: [*normalized_shape], or None; bias is None unless the gradient of gate or scale needs it.
-        gate, scale, shift, residual_gate: as in ModulatedTensors; shift is None unless the gate's gradient needs it.
-        statistics: [2 · n_rows], mean and rstd; [n_rows], rstd, without means.
-    """
-
-    dy: Tensor
-    dtotal: Tensor | None
-    total: Tensor
-    x: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    gate: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-    residual_gate: Tensor | None
-    statistics: Tensor
-
-    @property
-    def inputs(self) -> ModulatedTensors:
-        """Returns the forward's tensors, with total as x."""
-        inner = self.weight, self.bias, self.gate, self.scale, self.shift, self.residual_gate
-        return ModulatedTensors(self.total, None, *inner)
 
 
 class BackwardCall(NamedTuple):
@@ -132,142 +94,37 @@ def _alike(tensors: Sequence[Tensor | None], shape: Any, dtype: torch.dtype) -> 
     return None
 
 
-@functools.cache
-def _kernels() -> Any:
-    from triton_norm.kernels import modulated_backward
-
-    return modulated_backward
-
-
-class Sums(NamedTuple):
-    """Tells which kinds of partial sums a backward computes.
-
-    Args:
-        x_hat: of dy · x_hat, for the gradients of weight and scale.
-        dy: of dy, for those of bias and shift.
-        residual_gate: of dtotal · x.
-    """
-
-    x_hat: bool
-    dy: bool
-    residual_gate: bool
-
-    @property
-    def places(self) -> dict[str, int | None]:
-        """Returns the kernels' constants: the place of each kind, None for one that is not computed."""
-        named = {f"{name.upper()}_SUMS": there for name, there in self._asdict().items()}
-        places = itertools.count()
-        return {name: next(places) if there else None for name, there in named.items()}
-
-
-@remembered
-def _backward_launcher(
-    spec: ModulatedSpec,
-    types: Types,
-    layout: RowLayout,
-    modulations: Modulations,
-    sums: Sums,
-    misaligned: int,
-    device: torch.device,
-) -> Launcher:
-    """Returns the launcher of a backward for this layout of its tensors.
-
-    Args:
-        types: of the fields of ModulatedBackwardTensors, and of the gradients dx, dresidual and dgate.
-        layout: of total, dy, dtotal, x and gate.
-    """
-    *read, dx, dresidual, dgate = types
-    dy, dtotal, total, x, _, _, gate, scale, shift, residual_gate, compute = read
-    n_cols, gpu = spec.rows.n_cols, gpu_of(device)
-    assert compute is not None
-    extents = n_cols | modulations.extents
-    for strides in layout.strides:
-        extents |= 0 if strides is None else strides.extents
-    swept = dy, dtotal, total, x, gate
-    itemsizes = [dtype.itemsize for dtype in given((*swept, scale, shift, residual_gate, dx, dresidual, dgate))]
-    vector = vector_of(misaligned, extents, itemsizes)
-    form = form_of(spec, ModulatedBackwardTensors._fields, tuple(read))
-    work = ModulatedWork(n_cols, names(swept), form, sum(sums), modulations.summed)
-    total_strides, dy_strides, dtotal_strides, x_strides, gate_strides = layout.strides
-    return Launcher(
-        _kernels().modulated_backward_kernel,
-        modulated_spaces.modulated_backward(work, gpu),
-        device,
-        functools.partial(_n_programs, summed=modulations.summed, n_cols=n_cols, gpu=gpu),
-        (
-            *(n_cols // vector, layout.n_inner, layout.n_middle),
-            *outer(dy_strides, vector),
-            *outer(dtotal_strides, vector),
-            *outer(total_strides, vector),
-            *outer(x_strides, vector),
-            *outer(gate_strides, vector),
-            *modulations.over(vector),
-        ),
-        SUMMED=modulations.summed,
-        **sums.places,
-        **constants_of(spec, compute, gate is not None, vector),
-    )
-
-
-def _n_programs(
-    config: Mapping[str, Any],
-    n_rows: int,
-    n_tokens: int,
-    n_modulations: int,
-    *,
-    summed: bool,
-    n_cols: int,
-    gpu: Any,
-) -> int:
-    if not summed:
-        return modulated_spaces.modulated_backward_splits(config, n_rows, n_cols, False, gpu)
-    n_members = n_rows // n_modulations
-    return n_modulations * modulated_spaces.modulated_backward_splits(config, n_members, n_cols, True, gpu)
-
-
-@remembered
-def _finalise_launcher(
-    spec: ModulatedSpec, sums: Sums, compute: torch.dtype, scale_stride: int, has_parameters: bool, device: torch.device
-) -> Launcher:
-    """Returns the launcher of the kernel that finalises partial sums; scale_stride: elements between scale's rows."""
-    n_cols = spec.rows.n_cols
-    vector = vector_width(compute.itemsize, n_cols | scale_stride)
-
-    def n_programs(config: Mapping[str, Any], n_sums: int, n_splits: int, n_summed: int) -> int:
-        n_blocks: int = -(-n_cols // config["BLOCK_N"])
-        return n_blocks * (n_summed + has_parameters)
-
-    return Launcher(
-        _kernels().modulated_backward_finalise_kernel,
-        modulated_spaces.modulated_backward_finalise(gpu_of(device)),
-        device,
-        n_programs,
-        (n_cols // vector, scale_stride // vector),
-        WEIGHT_OFFSET=spec.rows.weight_offset,
-        SCALE_OFFSET=spec.scale_offset,
-        **sums.places,
-        V=vector,
-    )
-
-
 class _Backward:
     """Holds the launches of a backward for tensors of one alignment.
 
     Args:
         integers: n_rows, n_tokens and n_modulations.
-        n_kinds: number of kinds of partial sums.
-        n_cols: elements of a row of sums, of which each program leaves one of each kind.
     """
 
-    def __init__(self, launcher: Launcher, integers: tuple[int, int, int], n_kinds: int, n_cols: int) -> None:
-        candidates = [config.keywords for config in launcher.candidates]
-        self.launch, self.integers = Launch(launcher, *integers), integers
-        self._n_sums = n_kinds * n_cols * max(launcher.n_programs(config, *integers) for config in candidates)
+    def __init__(self, form: Form, integers: tuple[int, int, int]) -> None:
+        launcher = backward_launcher(form)
+        self.form, self.integers, self.launch = form, integers, Launch(launcher, *integers)
+        most = max(form.n_sums(config.keywords, *integers) for config in launcher.candidates)
+        self._n_sums = sum(form.sums) * form.spec.rows.n_cols * most
+        self._row_sums = None if form.work.is_whole else Launch(row_sums_launcher(form), *integers)
         self.finalise: Launch | None = None
 
     def sums(self, statistics: Tensor) -> Tensor | None:
         """Returns memory for the partial sums of all programs, or None if there are none."""
         return statistics.new_empty(self._n_sums) if self._n_sums else None
+
+    def row_sums(self, tensors: Sequence[Any]) -> Tensor | None:
+        """Returns the sums of each row that dx depends on, or None if programs have whole rows.
+
+        Args:
+            tensors: fields of ModulatedBackwardTensors.
+        """
+        if self._row_sums is None:
+            return None
+        dy, _, total, _, weight, _, gate, scale, _, _, statistics = tensors
+        found = torch.empty_like(statistics)
+        self._row_sums(dy, total, weight, gate, scale, statistics, found)
+        return found
 
 
 class ModulatedBackwardPlan:
@@ -294,6 +151,7 @@ class ModulatedBackwardPlan:
             summed and wanted.dresidual_gate_dtype is not None,
         )
         self._made: dict[int, _Backward] = {}
+        self._aligned: _Backward | None = None
 
     def _readable(self, tensors: Sequence[Any]) -> list[Any]:
         """Returns tensors that the kernels can read. A hook may have restored them with other strides."""
@@ -321,15 +179,15 @@ class ModulatedBackwardPlan:
         _, _, _, _, weight, bias, _, scale, _, _, statistics = tensors
         of_rows, summed = (dx, dresidual, dgate), self._modulations.summed
         stored = (None, None, None) if summed else of_modulations
-        made, sums = self._made.get(0), None
+        made, sums = self._aligned, None
         if made is not None:  # tells by itself whether the tensors are aligned
             sums = made.sums(statistics)
-            if not made.launch.starts(*tensors, *of_rows, *stored, sums):
+            if not made.launch.starts(*tensors, *of_rows, *stored, None, sums):
                 made = None
         if made is None:
             made = self._made_for(tensors, of_rows)
             sums = made.sums(statistics)
-            made.launch(*tensors, *of_rows, *stored, sums)
+            made.launch(*tensors, *of_rows, *stored, made.row_sums(tensors), sums)
         if sums is not None:
             finalise = made.finalise or self._finalise(made, tensors)
             if summed:
@@ -347,26 +205,26 @@ class ModulatedBackwardPlan:
         misaligned = addresses_of(tensors, self._places)
         made = self._made.get(misaligned)
         if made is None:
-            (dy, *_), modulations = tensors, self._modulations
-            types = types_of((*tensors, *of_rows))
-            launcher = _backward_launcher(
-                self._spec, types, self._layout, modulations, self._sums, misaligned, dy.device
-            )
-            integers = self._n_rows, *modulations.numbers
-            made = self._made[misaligned] = _Backward(launcher, integers, sum(self._sums), self._spec.rows.n_cols)
+            dy, *_ = tensors
+            read, written = ModulatedBackwardTensors._make(types_of(tensors)), types_of(of_rows)
+            own = self._layout, self._modulations, self._sums
+            form = Form(self._spec, read, written, *own, misaligned, dy.device)
+            made = self._made[misaligned] = _Backward(form, (self._n_rows, *self._modulations.numbers))
+            if misaligned == 0 and form.work.is_whole:
+                self._aligned = made
         return made
 
     def _finalise(self, made: _Backward, tensors: Sequence[Any]) -> Launch:
         """Returns the launch that finalises the sums; their number follows from the first launch's config."""
         (*_, statistics), launcher, modulations = tensors, made.launch.launcher, self._modulations
         assert launcher.config is not None
-        n_sums = launcher.n_programs(launcher.config.keywords, *made.integers)
+        n_sums = made.form.n_sums(launcher.config.keywords, *made.integers)
         n_modulations = modulations.numbers.n_modulations if modulations.summed else 1
         *_, dscale, dshift, dresidual_gate = self._wanted
         stores = modulations.summed and any(dtype is not None for dtype in (dscale, dshift, dresidual_gate))
         has_parameters = self._wanted.dweight_dtype is not None or self._wanted.dbias_dtype is not None
         scale_stride, _, _ = modulations.strides
-        finaliser = _finalise_launcher(
+        finaliser = finalise_launcher(
             self._spec, self._sums, statistics.dtype, scale_stride, has_parameters, statistics.device
         )
         made.finalise = Launch(finaliser, n_sums, n_sums // n_modulations, n_modulations if stores else 0)

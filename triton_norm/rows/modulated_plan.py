@@ -31,7 +31,7 @@ from triton_norm.specs import ModulatedSpec, ModulatedTensors, RowTensors
 from triton_norm.tuning import modulated_spaces
 from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
 from triton_norm.tuning.memory import remembered
-from triton_norm.tuning.modulated_spaces import ModulatedWork
+from triton_norm.tuning.modulated_spaces import ModulatedWork, most_columns
 
 
 class Modulations(NamedTuple):
@@ -122,7 +122,9 @@ def _forward_launcher(
     swept = x, residual, gate, y, total
     vector = vector_of(misaligned, extents, [dtype.itemsize for dtype in given((*swept, scale, shift, residual_gate))])
     x_strides, residual_strides, gate_strides = layout.strides
-    work = ModulatedWork(n_cols, names(swept), form_of(spec, ModulatedTensors._fields, tuple(inputs)))
+    gpu = gpu_of(device)
+    form, span = form_of(spec, ModulatedTensors._fields, tuple(inputs)), most_columns(compute.itemsize, gpu)
+    work = ModulatedWork(n_cols, names(swept), form, span)
 
     def n_programs(config: Mapping[str, Any], n_rows: int, n_tokens: int, n_modulations: int) -> int:
         programs: int = -(-n_rows // config["BLOCK_M"])
@@ -130,7 +132,7 @@ def _forward_launcher(
 
     return Launcher(
         _kernel(),
-        modulated_spaces.modulated_forward(work, gpu_of(device)),
+        modulated_spaces.modulated_forward(work, gpu),
         device,
         n_programs,
         (
@@ -141,6 +143,7 @@ def _forward_launcher(
             *modulations.over(vector),
         ),
         EPS=spec.rows.eps,
+        WHOLE=work.is_whole,
         **constants_of(spec, compute, gate is not None, vector),
     )
 

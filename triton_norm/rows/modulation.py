@@ -10,7 +10,6 @@ from triton_norm.plain import collapsed_stride, holds
 from triton_norm.reference import outer_shape
 from triton_norm.rows.layout import first_column_axis
 from triton_norm.specs import ModulatedSpec, ModulatedTensors
-from triton_norm.tuning.limits import limits_in_force
 
 
 class Modulation(NamedTuple):
@@ -29,13 +28,6 @@ def _compute_dtype(tensors: ModulatedTensors, spec: ModulatedSpec) -> torch.dtyp
     """Returns the type that the kernels compute in: float64 if x or total is."""
     total = None if tensors.residual is None else spec.rows.total_dtype or tensors.residual.dtype
     return torch.float64 if torch.float64 in (tensors.x.dtype, total) else torch.float32
-
-
-def beyond(tensors: ModulatedTensors, spec: ModulatedSpec) -> str | None:
-    """Returns why the kernels can't serve rows of this many columns, or None."""
-    n_cols = spec.rows.n_cols
-    most = limits_in_force().backward_span_bytes // _compute_dtype(tensors, spec).itemsize
-    return f"a row with a gate or a modulation has more than {most} columns" if holds(n_cols > most) else None
 
 
 def _named(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[str, tuple[Tensor, bool]]:

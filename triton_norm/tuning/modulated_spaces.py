@@ -17,6 +17,7 @@ class ModulatedWork(NamedTuple):
         types: names of dtypes: x, residual, gate and y in the forward; dy, dtotal, total, x and gate in the backward;
             those that are there.
         form: names the tensors that are there, and the order of gate and norm.
+        span: most columns that a program has at once; it has longer rows in pieces.
         n_sums: sums over rows that the backward has in registers; 0 in the forward.
         summed: programs share the rows of one modulation.
     """
@@ -24,12 +25,18 @@ class ModulatedWork(NamedTuple):
     n_cols: int
     types: tuple[str, ...]
     form: str
+    span: int
     n_sums: int = 0
     summed: bool = False
 
     @property
     def width(self) -> int:
-        return next_power_of_2(self.n_cols)
+        return next_power_of_2(min(self.n_cols, self.span))
+
+    @property
+    def is_whole(self) -> bool:
+        """Tells whether a program has whole rows."""
+        return self.n_cols <= self.span
 
     @property
     def crowded(self) -> bool:
@@ -37,8 +44,28 @@ class ModulatedWork(NamedTuple):
         return self.n_sums > 2 or (self.summed and " gate " in f" {self.form} ")
 
     @property
+    def packed(self) -> bool:
+        """Tells whether a crowded backward has a gate or a bias, too."""
+        return self.n_sums > 2 and not {"gate", "bias"}.isdisjoint(self.form.split())
+
+    @property
+    def backward_width(self) -> int:
+        """Returns the columns that a program of a backward has; half as many of long rows with much in registers."""
+        return self.width if self.is_whole or not self.crowded else self.width // 2
+
+    @property
     def key(self) -> str:
-        return f"columns {self.width}, {', '.join(self.types)}, {self.form}{', summed' if self.summed else ''}"
+        columns = f"columns {self.width}{'' if self.is_whole else ' at a time'}"
+        return f"{columns}, {', '.join(self.types)}, {self.form}{', summed' if self.summed else ''}"
+
+
+def most_columns(itemsize: int, gpu: Gpu) -> int:
+    """Returns the most columns that a program has at once.
+
+    Args:
+        itemsize: bytes of the type that is computed in.
+    """
+    return gpu.limits.backward_span_bytes // itemsize
 
 
 @remembered
@@ -61,22 +88,23 @@ def _backward_config(work: ModulatedWork, tile: int, per_thread: int, gpu: Gpu) 
     """Returns a config that limits registers a thread, so that all programs meant for a multiprocessor fit.
 
     Programs with several rows have addresses and statistics of each: at 8 registers an element they spilled 27 to 132
-    of them (bf16, 128 columns, sm_90). A crowded backward spilled 3 to 40 of those that do for the others.
+    of them (bf16, 128 columns, sm_90). A crowded backward spilled 3 to 40 of those that do for the others, and a packed
+    one 4 to 6 of those that do for crowded ones (bf16, 1152 columns, sm_80 and sm_100).
     """
-    threads, several = warps_for(tile, per_thread, gpu) * gpu.warp, tile > work.width
+    threads, several = warps_for(tile, per_thread, gpu) * gpu.warp, tile > work.backward_width
     share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread * (2 if several else 1)
     if work.crowded:
-        share = share * 3 // 2 if several else share * 9 // 8
+        share = share * 3 // 2 if several or work.packed else share * 9 // 8
     programs = max(1, REGISTERS_PER_SM // (threads * share))
     limit = min(REGISTERS_PER_SM // (threads * programs) // 8 * 8, MOST_REGISTERS_PER_THREAD)  # allocated by eights
-    blocks = {"BLOCK_M": tile // work.width, "BLOCK_N": work.width}
+    blocks = {"BLOCK_M": tile // work.backward_width, "BLOCK_N": work.backward_width}
     return config(threads // gpu.warp, maxnreg=limit if gpu.limits_registers else None, **blocks)
 
 
 @remembered
 def modulated_backward(work: ModulatedWork, gpu: Gpu) -> Space:
     """Returns the configs of a backward: few rows a program, or many where few programs share a modulation's rows."""
-    width = work.width
+    width = work.backward_width
     if gpu.interpreted:
         configs = [config(4, BLOCK_M=max(1, gpu.limits.interpreted_tile_elements // width), BLOCK_N=width)]
     else:
@@ -91,7 +119,7 @@ def modulated_backward(work: ModulatedWork, gpu: Gpu) -> Space:
 
 
 def modulated_backward_splits(config: Mapping[str, Any], n_members: int, n_cols: int, summed: bool, gpu: Gpu) -> int:
-    """Returns the number of programs that share the rows of one modulation, or all rows.
+    """Returns the number of programs that share the rows of one modulation, or all rows; of one piece of the columns.
 
     Programs of one modulation depend on its rows and the GPU alone: the sums of a sample have the same bits in every
     batch. Each has so many rows that writing and reading its sums is at most 5 % of the traffic.
@@ -104,6 +132,17 @@ def modulated_backward_splits(config: Mapping[str, Any], n_members: int, n_cols:
     if not summed:
         return most
     return max(1, min(most, n_members // gpu.limits.modulated_split_rows))
+
+
+@remembered
+def modulated_row_sums(work: ModulatedWork, gpu: Gpu) -> Space:
+    """Returns the configs of the kernel that sums the rows of a backward piece by piece."""
+    rows = max(1, gpu.limits.interpreted_tile_elements // work.width) if gpu.interpreted else 1
+    configs = [
+        config(4 if gpu.interpreted else warps_for(work.width, per_thread, gpu), BLOCK_M=rows, BLOCK_N=work.width)
+        for per_thread in (16, 8)
+    ]
+    return space_of("modulated_row_sums_kernel", work.key, configs)
 
 
 @remembered
