@@ -57,6 +57,7 @@ def forms() -> list[Form]:
         Form(model + "easyanimate.EasyAnimateLayerNormZero", both, parts=2),
         Form(model + "flux3.Flux3AdaLayerNorm"),
         Form(model + "glm_image.GlmImageAdaLayerNormZero", both, parts=2),
+        Form(model + "mochi.MochiRMSNormZero", (WIDTH, 4 * COLUMNS)),
     ]
     continuous = norm + "AdaLayerNorm", norm + "LuminaLayerNorm", model + "cogview4.CogView4AdaLayerNorm"
     for path in (*continuous, model + "glm_image.GlmImageAdaLayerNorm"):

@@ -52,6 +52,7 @@ class Adaptive(NamedTuple):
             conditioning is [B, n_chunks, D].
         casts: the activated conditioning is cast to x's dtype.
         casts_norm: the norm's result is cast to x's dtype.
+        widens: x and the chunks are cast to float32 before the norm, and its modulated result to x's dtype.
         axis: axis of the projected conditioning that is split into chunks.
         expands: a chunk [B, D] modulates all rows of a sample.
         expands_results: the chunks that are returned are [B, 1, D].
@@ -67,6 +68,7 @@ class Adaptive(NamedTuple):
     projection: str | None = "linear"
     casts: bool = False
     casts_norm: bool = False
+    widens: bool = False
     axis: int = 1
     expands: bool = True
     expands_results: bool = False
@@ -123,6 +125,7 @@ ADAPTIVE = {
     ),
     "transformers.transformer_glm_image.GlmImageAdaLayerNormContinuous": _CONTINUOUS._replace(activation=None),
     "transformers.transformer_glm_image.GlmImageAdaLayerNormZero": _COGVIEW_4,
+    "transformers.transformer_mochi.MochiRMSNormZero": Adaptive("emb", 4, (Modulated(0, None), 1, 2, 3), widens=True),
 }
 """Each key is file.Class, of diffusers.models.file."""
 
@@ -277,9 +280,13 @@ class AdaptiveNorm:
         inner = _inner(getattr(self, part.norm), x)
         if inner is None or not (_fits(scale, x) and _fits(shift, x)):
             return None
+        if adaptive.widens and torch.float64 in (x.dtype, scale.dtype):
+            return None
         out_dtype = torch.promote_types(x.dtype if adaptive.casts_norm else inner.dtype, scale.dtype)
         if shift is not None:
             out_dtype = torch.promote_types(out_dtype, shift.dtype)
+        if adaptive.widens:
+            out_dtype = x.dtype
         options = ModulatedOptions._make(
             (RowOptions._make((inner.shape, inner.eps, None, 0.0, None, out_dtype)), "silu", False, None, False)
         )
@@ -298,14 +305,14 @@ class AdaptiveNorm:
         normalized: dict[tuple[str, str | None], Tensor] = {}  # two results may share a norm
 
         def composed(part: Modulated) -> Tensor:
-            key = part.norm, part.x
+            key, x = (part.norm, part.x), self._x(part, arguments)
             if key not in normalized:
-                x = self._x(part, arguments)
-                y: Tensor = getattr(self, part.norm)(x)
+                y: Tensor = getattr(self, part.norm)(x.float() if adaptive.widens else x)
                 normalized[key] = y.to(x.dtype) if adaptive.casts_norm else y
             scale, shift = self._modulation(part, chunks, adaptive)
-            scaled: Tensor = normalized[key] * (1 + scale)
-            return scaled if shift is None else scaled + shift
+            scaled: Tensor = normalized[key] * (1 + (scale.float() if adaptive.widens else scale))
+            modulated = scaled if shift is None else scaled + shift
+            return modulated.to(x.dtype) if adaptive.widens else modulated
 
         results = []
         for result in adaptive.results:
