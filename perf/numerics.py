@@ -30,7 +30,7 @@ from perf.ops import (
 )
 from perf.points import Point, Workload
 from perf.records import Numerics, Ulps, in_a_line, made
-from triton_norm import launch
+from triton_norm import launch, trials
 
 Draw = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]
 
@@ -132,6 +132,7 @@ def _kernels_as_on_a_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(triton_norm.backend("triton"))
         stack.enter_context(mock.patch.object(launch, "search", lambda kernel, space, *arguments: space.configs[0]))
+        stack.enter_context(mock.patch.object(trials, "fastest", lambda space, *arguments: space.configs[0]))
         if not has_gpu():
             from triton_norm.testing.interpreter import correct_rounding, fast_launches
 

@@ -57,6 +57,13 @@ def _make_lock() -> None:
 
 
 _make_lock()
+
+
+def starting() -> threading.RLock:
+    """Returns the lock of the thread that searches, compiles or interprets."""
+    return _starting
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_make_lock)
 
@@ -229,7 +236,7 @@ def bind(run, count, function, metadata, behind):
     return bind
 
 
-_UNUSABLE = OSError, ValueError, TypeError, LookupError
+UNUSABLE = OSError, ValueError, TypeError, LookupError
 """Triton raises these errors if a file of its cache can't be written, or has unexpected content."""
 
 _CACHING = {"triton.compiler.compiler", "triton.runtime.cache", "triton.runtime.build"}
@@ -238,7 +245,7 @@ _CACHING = {"triton.compiler.compiler", "triton.runtime.cache", "triton.runtime.
 _told: list[BaseException] = []
 
 
-def _tell_of_cache(error: BaseException) -> None:
+def tell_of_cache(error: BaseException) -> None:
     """Warns once in a process."""
     if not _told:
         _told.append(error)
@@ -261,7 +268,7 @@ def _with_a_cache(kernel: Any, act: Callable[[], T]) -> T:
     """
     try:
         return act()
-    except (*_UNUSABLE, RuntimeError) as error:
+    except (*UNUSABLE, RuntimeError) as error:
         if _CACHING.isdisjoint(frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise
         from triton import knobs
@@ -271,10 +278,10 @@ def _with_a_cache(kernel: Any, act: Callable[[], T]) -> T:
             with knobs.cache.scope():
                 knobs.cache.dir = _folder()
                 found = act()
-        except (*_UNUSABLE, RuntimeError):
+        except (*UNUSABLE, RuntimeError):
             kernel.device_caches.clear()
             raise error from None
-        _tell_of_cache(error)
+        tell_of_cache(error)
         return found
 
 
@@ -289,11 +296,11 @@ def _hooks() -> tuple[Sequence[Any], Sequence[Any]]:
 _told_of_clusters: list[BaseException] = []
 
 
-def _tell_of_cluster(n_blocks: int, error: BaseException) -> None:
+def tell_of_cluster(which: str, error: BaseException) -> None:
     """Warns once in a process."""
     if not _told_of_clusters:
         _told_of_clusters.append(error)
-        message = f"triton_norm: a config of {n_blocks} blocks could not be launched as a cluster, and is left out"
+        message = f"triton_norm: {which} could not be launched as a cluster, and is left out"
         warnings.warn(f"{message}: {error!r}", stacklevel=2)
 
 
@@ -306,7 +313,7 @@ def _without_failed_clusters(bench: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if config.num_ctas == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            _tell_of_cluster(config.num_ctas, error)
+            tell_of_cluster(f"a config of {config.num_ctas} blocks", error)
             return [float("inf")] * 3
 
     return measure
@@ -365,9 +372,9 @@ def search(
 
     try:
         return best(kept=True)
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         found = best(kept=False)
-        _tell_of_cache(error)
+        tell_of_cache(error)
         return found
     finally:
         for name in zeros:

@@ -21,6 +21,7 @@ FLOORS = (
     ("specs", "plain", "activations", "overrides", "symbolic", "captures"),
     ("plans", "reference", "shares", "checks", "checks_rows"),
     ("launch", "library", "saved"),
+    ("trials",),
     ("rows", "channels"),
     ("sync",),
     ("dispatch",),

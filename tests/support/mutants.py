@@ -145,6 +145,8 @@ moments.centre
 moments.moments_of
     off-centre sums | value | tile_sum(centred * centred, AXIS) -> tile_sum(x * x, AXIS) - count * mean * mean
     off-centre flat | off-centre | tile_sum(centred * centred, AXIS) -> tile_sum(x * x, AXIS) - count * mean * mean
+moments.moments_of_tiles
+    clusters | value | tl.where(masks[place], tiles -> tl.where(masks[place] | True, tiles
 moments.scaled_from
     off-centre last, two launches | off-centre | x * 0.25 - shift * 0.25 -> x * 0.25 - shift * 0.0
 moments.take_in
@@ -220,7 +222,9 @@ channels.channels_forward_kernel
     last, two launches | race | arrive(sync_ptr, block) == n_splits - 1 -> arrive(sync_ptr, block) == n_splits - 2
     running statistics, two launches | barrier | tl.debug_barrier() -> pass
     flat | race | wait(sync_ptr, block, n_splits + 1) -> wait(sync_ptr, block, n_splits)
-    last | unwritten | for swept in range(0, end - first, T) -> for swept in range(0, end - first - T, T)
+    last | unwritten | else end - first, T) -> else end - first - T, T)
+    clusters | value | raw = tiles[TILES - 1 - place] -> raw = tiles[place]
+    clusters | race | if block == 0: -> if block >= 0:
     whole tiles | unwritten | (end - 1 - first) // T * T -> (end - first) // T * T
     folded | value | if not TOGETHER or swept > 0 -> if not TOGETHER
     off-centre flat | off-centre | (raw.to(COMPUTE) - mean) - mean_lo -> raw.to(COMPUTE) - mean

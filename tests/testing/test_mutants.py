@@ -21,7 +21,7 @@ from support.row_norms import LAYER_NORM, RMS_NORM, Norm
 from triton_norm.channels import layout, plan, running
 from triton_norm.specs import BatchNormSpec, BatchNormTensors
 from triton_norm.tuning.configs import config
-from triton_norm.tuning.limits import INTERPRETED
+from triton_norm.tuning.limits import INTERPRETED, ByKind
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the guards are the interpreter's")
@@ -264,6 +264,15 @@ def same_statistics(moved: tuple[torch.Tensor, ...], exact: nn.Module, tolerance
         assert torch.allclose(actual.double(), expected, rtol=tolerance, atol=tolerance), "moved otherwise"
 
 
+def clusters(numbers, monkeypatch) -> None:
+    """Two tiles a channel, of which the second is not full; two channels."""
+    few = ByKind(flat=8, last=8, folded=0)
+    numbers(most_blocks=8, cluster_least_bytes=0, cluster_elements=few, thread_resident_bytes=ByKind(32, 32, 32))
+    drawn((3, 2, 20, 20), "flat", "cpu").against_oracle()
+    count, x = torch.tensor(0), torch.randn(3, 2, 20, 20)
+    triton_norm.batch_norm(x, torch.zeros(2), torch.ones(2), training=True, num_batches_tracked=count)
+
+
 def bits(numbers, monkeypatch) -> None:
     """One for each element, which is 1 where y is not 0; the last block's lanes are whole bytes and half idle."""
     call = drawn((3, 24, 3, 5), "last", "cpu", residual=torch.float32, activation="relu")
@@ -327,6 +336,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "far rows": far_rows,
     "rows along axes": rows_along_axes,
     "long sums": long_sums,
+    "clusters": clusters,
     "weight offset": weight_offset,
     "rounded x_hat": rounded_x_hat,
     "expanded rows": expanded_rows,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triton_norm import activations, plans
 from triton_norm.channels.group_layout import Groups, as_readable, copies, dtypes_of, groups_of, kind_of, shape_of
-from triton_norm.channels.launches import Launches, Step, Types
+from triton_norm.channels.launches import Forms, Launches, Step, Types
 from triton_norm.channels.plan import Allocation, Gradients
 from triton_norm.channels.whole_groups import Gradient, gradient_launch
 from triton_norm.launch import Launch, Launcher, zeros
@@ -22,6 +22,7 @@ from triton_norm.library import contiguous
 from triton_norm.reference import compute_dtype
 from triton_norm.specs import GroupNormSpec, Phase, Wanted
 from triton_norm.tuning import group_spaces
+from triton_norm.tuning.channel_spaces import Plan
 from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
 from triton_norm.tuning.memory import remembered
 
@@ -44,7 +45,7 @@ class GroupBackwardTensors(NamedTuple):
 
 
 @remembered
-def _backward_steps(groups: Groups, spec: GroupNormSpec, phase: Phase, constant: bool) -> list[Step]:
+def _backward_forms(groups: Groups, spec: GroupNormSpec, phase: Phase, constant: bool) -> Forms:
     activations.check(spec.activation)
     _, _, per_group, _ = groups.shape
     read = groups.by_channel()
@@ -52,14 +53,16 @@ def _backward_steps(groups: Groups, spec: GroupNormSpec, phase: Phase, constant:
     assert x is not None and dy is not None
     waits = phase is Phase.FUSED and per_group == 1 and not constant
     streamed = 0 if residual is None else residual.itemsize
-    launches = Launches("channels_backward_kernel", read, x.itemsize + dy.itemsize if waits else 0, streamed)
-    apart = phase is Phase.FUSED and per_group > 1 and not constant
+    resident = x.itemsize + dy.itemsize if waits else 0
+    launches = Launches("channels_backward_kernel", read, resident, streamed, activation=spec.activation)
     x_type, dy_type, residual_type = groups.types
-    return [
-        launches.step(
+
+    def step(one: Phase, plan: Plan | None = None) -> Step:
+        return launches.step(
             one,
             (dy_type, x_type, residual_type),
             launches.scalars(),
+            plan,
             DY_SPREAD=int(launches.layout.spread(dy)),
             EPS=spec.eps,
             LOCAL=False,
@@ -69,8 +72,10 @@ def _backward_steps(groups: Groups, spec: GroupNormSpec, phase: Phase, constant:
             ACTIVATION=spec.activation,
             SLOPE=spec.slope,
         )
-        for one in ([Phase.REDUCE, Phase.APPLY] if apart else launches.phases(phase, constant))
-    ]
+
+    by_group = phase is Phase.FUSED and per_group > 1 and not constant
+    apart = [step(one) for one in ([Phase.REDUCE, Phase.APPLY] if by_group else launches.phases(phase, constant))]
+    return launches.with_clusters(apart, lambda plan: step(Phase.FUSED, plan))
 
 
 @functools.cache
@@ -184,24 +189,28 @@ class GroupBackwardPlan:
         dy, x, residual, *others = tensors
         dx, _, dweight, dbias = found
         groups = groups_of(self._kind, self._spec.n_groups, (x, dy, residual), (*others, *found))
-        launches: Gradient | list[Step] | None = None if dx is None else gradient_launch(groups, self._spec)
+        in_registers = None if dx is None else gradient_launch(groups, self._spec)
         n_samples, n_groups, per_group, n_positions = self._shape
         n_rows, n_means = n_samples, 0
-        if isinstance(launches, Gradient):
-            n_rows = launches.n_rows
-        else:
-            n_means = 0 if dx is None or per_group == 1 else n_samples * n_groups
-            launches = _backward_steps(groups, self._spec, self._phase, self._constant)
+        if in_registers is not None:
+            n_rows = in_registers.n_rows
+        elif dx is not None and per_group > 1:
+            n_means = n_samples * n_groups
         combine = None
         if n_means or dweight is not None or dbias is not None:
             weight, *_ = others
             compute = self._like.dtype
             needs = (dweight is not None or n_means > 0, dbias is not None or n_means > 0)
             sums = [compute if one else None for one in needs]
-            read = (None if weight is None else weight.dtype, compute) if n_means else (None, compute)
-            types = *sums, *read, compute if n_means else None, *dtypes_of((dweight, dbias))
+            inputs = (None if weight is None else weight.dtype, compute) if n_means else (None, compute)
+            types = *sums, *inputs, compute if n_means else None, *dtypes_of((dweight, dbias))
             launcher = _combining_launcher(types, self._n_channels, per_group, groups.device)
             combine = Launch(launcher, per_group * n_positions, n_rows, n_means)
+        launches: Gradient | list[Step] | None = in_registers
+        if launches is None:
+            read = GroupBackwardTensors._make(tensors)
+            forms = _backward_forms(groups, self._spec, self._phase, self._constant)
+            launches = forms.chosen(dy.device, lambda steps: self._by_channel(steps, combine, read, found))
         self._launches[key] = launches, combine
         return launches, combine
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from triton_norm import activations, plans
 from triton_norm.channels.group_layout import Groups, as_readable, copies, groups_of, kind_of, shape_of
-from triton_norm.channels.launches import Launches, Read, Step
+from triton_norm.channels.launches import Forms, Launches, Read, Step
 from triton_norm.channels.layout import dense_like, is_dense
 from triton_norm.channels.whole_groups import forward_launch
 from triton_norm.launch import Launch, zeros
 from triton_norm.library import contiguous
 from triton_norm.reference import compute_dtype
 from triton_norm.specs import GroupNormSpec, Inputs, Phase
+from triton_norm.tuning.channel_spaces import Plan
 from triton_norm.tuning.limits import VECTOR_BYTES
 from triton_norm.tuning.memory import remembered
 
@@ -29,37 +30,36 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """The gradients are dx, dresidual, dweight and dbias."""
 
 
-def _forward_launches(read: Read, waits: bool, curved: bool) -> Launches:
+def _forward_launches(read: Read, waits: bool, activation: str | None) -> Launches:
     x, residual = read.placements
     assert x is not None
     # By columns an activation takes the registers of a residual: sm_80 and sm_100 spilled a few for SiLU.
-    adds = residual is not None or (curved and waits and read.kind == "folded")
-    return Launches("channels_forward_kernel", read, x.itemsize if waits else 0, adds=adds)
+    adds = residual is not None or (activation is not None and waits and read.kind == "folded")
+    return Launches("channels_forward_kernel", read, x.itemsize if waits else 0, adds=adds, activation=activation)
 
 
 @remembered
-def _forward_steps(groups: Groups, spec: GroupNormSpec) -> list[Step]:
+def _forward_forms(groups: Groups, spec: GroupNormSpec) -> Forms:
     activations.check(spec.activation)
     _, _, per_group, _ = groups.shape
-    by_channel, curved = groups.by_channel(), spec.activation is not None
-    fused = _forward_launches(
-        by_channel if per_group == 1 else groups.by_group(applies=True), waits=True, curved=curved
-    )
+    by_channel = groups.by_channel()
+    whole = by_channel if per_group == 1 else groups.by_group(applies=True)
+    fused = _forward_launches(whole, waits=True, activation=spec.activation)
     launches = [(fused, phase) for phase in fused.phases(Phase.FUSED)]
     if len(launches) > 1:
+        reduced = by_channel if per_group == 1 else groups.by_group()
         launches = [
-            (
-                _forward_launches(by_channel if per_group == 1 else groups.by_group(), waits=False, curved=curved),
-                Phase.REDUCE,
-            ),
-            (_forward_launches(by_channel, waits=False, curved=curved), Phase.APPLY),
+            (_forward_launches(reduced, waits=False, activation=spec.activation), Phase.REDUCE),
+            (_forward_launches(by_channel, waits=False, activation=spec.activation), Phase.APPLY),
         ]
     x_type, residual_type = groups.types
-    return [
-        made.step(
+
+    def step(made: Launches, phase: Phase, plan: Plan | None = None) -> Step:
+        return made.step(
             phase,
             (x_type, residual_type) if phase.applies else (x_type,),
             (0.0, 0.0, *made.scalars(), made.parameter_runs),
+            plan,
             EPS=spec.eps,
             CUMULATIVE=False,
             LOCAL=False,
@@ -68,8 +68,9 @@ def _forward_steps(groups: Groups, spec: GroupNormSpec) -> list[Step]:
             ACTIVATION=spec.activation,
             SLOPE=spec.slope,
         )
-        for made, phase in launches
-    ]
+
+    apart = [step(made, phase) for made, phase in launches]
+    return fused.with_clusters(apart, lambda plan: step(fused, Phase.FUSED, plan))
 
 
 class GroupForwardPlan:
@@ -100,6 +101,7 @@ class GroupForwardPlan:
         if self._copies:
             x, weight, bias = as_readable(x, self._kind), contiguous(weight), contiguous(bias)
             residual = None if residual is None else as_readable(residual, self._kind)
+        tensors = x, residual, weight, bias
         statistics = self._like.new_empty(3 * self._n_groups)
         added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
         key = x.data_ptr() % VECTOR_BYTES, added, moments is None
@@ -107,20 +109,31 @@ class GroupForwardPlan:
         if launches is None:
             others = y, weight, bias, statistics, moments
             groups = groups_of(self._kind, self._spec.n_groups, (x, residual), others)
-            launches = forward_launch(groups, self._spec) or _forward_steps(groups, self._spec)
+            whole = forward_launch(groups, self._spec)
+            if whole is None:
+                forms = _forward_forms(groups, self._spec)
+                launches = forms.chosen(x.device, lambda steps: self._run(steps, tensors, y, (statistics, moments)))
+            else:
+                launches = whole
             self._launches[key] = launches
         if isinstance(launches, Launch):
             launches(x, residual, y, weight, bias, statistics, moments)
-            return y, statistics
-        for step in launches:
+        else:
+            self._run(launches, tensors, y, (statistics, moments))
+        return y, statistics
+
+    def _run(
+        self, steps: list[Step], tensors: Sequence[Any], y: Tensor, statistics: tuple[Tensor, Tensor | None]
+    ) -> None:
+        x, residual, weight, bias = tensors
+        left, moments = statistics
+        for step in steps:
             partials = sync = None
             if step.partials:
                 partials = self._like.new_empty(3 * step.partials * self._n_groups)
                 sync = zeros(step.n_counts, x.device)
             applied = (residual, y, None, weight, bias) if step.applies else (None,) * 5
-            left = moments if step.reduces else None
-            step.launch(x, *applied, statistics, left, None, None, None, partials, sync)
-        return y, statistics
+            step.launch(x, *applied, left, moments if step.reduces else None, None, None, None, partials, sync)
 
 
 def group_forward_plan_of(spec: GroupNormSpec, tensors: Inputs) -> GroupForwardPlan:

@@ -2,18 +2,21 @@
 
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from triton_norm import trials
 from triton_norm.activations import has_side
 from triton_norm.channels.layout import Layout, Placement, layout_of
 from triton_norm.launch import INT32_END, Launch, Launcher
 from triton_norm.library import name_of, triton_dtype
 from triton_norm.specs import Phase
-from triton_norm.tuning import channel_spaces
-from triton_norm.tuning.channel_spaces import ChannelWork, Plan, SharedChannels
+from triton_norm.tuning import channel_clusters, channel_spaces
+from triton_norm.tuning.channel_clusters import Clusters
+from triton_norm.tuning.channel_spaces import BACKWARD, ChannelWork, Plan, SharedChannels
+from triton_norm.tuning.configs import Space
 from triton_norm.tuning.limits import gpu_of
 
 Types = tuple[torch.dtype | None, ...]
@@ -66,6 +69,7 @@ class Step(NamedTuple):
     Args:
         partials: number of splits whose partial results need workspace; 0 if there is a single split.
         n_counts: number of int32 zeros needed if programs wait or count.
+        alone: one program has all of its channels, and leaves nothing for other launches or programs.
     """
 
     launch: Launch
@@ -73,6 +77,32 @@ class Step(NamedTuple):
     applies: bool
     partials: int
     n_counts: int
+    alone: bool
+
+    @property
+    def space(self) -> Space:
+        return self.launch.launcher.space
+
+
+class Forms(NamedTuple):
+    """Holds two ways to launch one part of the work, and the space of the choice between them, None if there is one.
+
+    Args:
+        apart: the steps without clusters.
+        clusters: the step whose programs are clusters with whole channels, if any.
+    """
+
+    apart: list[Step]
+    clusters: list[Step] | None = None
+    space: Space | None = None
+
+    def chosen(self, device: torch.device, run: Callable[[list[Step]], None]) -> list[Step]:
+        """Returns the steps that are chosen. A search runs each way many times."""
+        if self.space is None or self.clusters is None:
+            return self.apart
+        ways = {channel_clusters.APART: self.apart, channel_clusters.CLUSTERS: self.clusters}
+        runs = {way: functools.partial(run, ways[way]) for way in self.space.configs}
+        return ways[trials.choose(self.space, _kernel(self.space.kernel), device, runs)]
 
 
 @functools.cache
@@ -96,9 +126,16 @@ class Launches:
     """Prepares the launches of one kernel for one layout; arguments as in tuning.channel_spaces.SharedChannels."""
 
     def __init__(
-        self, kernel: str, read: Read, resident_bytes: int, streamed_bytes: float = 0.0, adds: bool = False
+        self,
+        kernel: str,
+        read: Read,
+        resident_bytes: int,
+        streamed_bytes: float = 0.0,
+        adds: bool = False,
+        activation: str | None = None,
     ) -> None:
         self._kernel, self._read, self._resident_bytes, self._adds = kernel, read, resident_bytes, adds
+        self._curved = _is_curved(activation)
         gpu = gpu_of(read.device)
         self._n_instances, per_parameter, apart = 1, None, []
         if read.instances is not None:
@@ -120,10 +157,13 @@ class Launches:
             streamed_bytes=streamed_bytes,
             adds=adds,
             run=self._lanes_run(),
+            curved=self._curved,
         )
         plan_fused = channel_spaces.plan_channels if read.instances is None else channel_spaces.plan_groups
         plan = plan_fused(self._shared, gpu) if resident_bytes else None
         self._plan: Plan = plan or channel_spaces.plan_channels_apart(self._shared, gpu)
+        is_group = read.instances is not None
+        self._clusters: Clusters | None = channel_clusters.plan_clusters(self._shared, kernel, is_group, gpu)
 
     def _lanes_run(self) -> int | None:
         """Returns the elements of an access with a common weight and bias, or None if each channel has its own.
@@ -153,20 +193,12 @@ class Launches:
         vecs = ((stride or 0) // (self.layout.vector if spread else 1) for stride, spread in pairs)
         return self.layout.n_blocks, *vecs
 
-    def step(self, phase: Phase, swept: Types, scalars: Sequence[float | None], **constants: Any) -> Step:
-        """Returns the launch of one phase.
-
-        Args:
-            swept: dtypes of the tensors of x's shape that it reads.
-            scalars, constants: arguments of the kernel.
-        """
-        layout, plan, n_groups = self.layout, self._plan, self._shared.n_groups
-        instances, n_blocks = self._read.instances, self._n_instances * layout.n_blocks
-        n_splits = -(-n_groups // plan.groups_per_split)
-        role = "waits" if plan.tile else "reduces" if phase.reduces else "applies"
+    def _space(self, phase: Phase, plan: Plan, swept: Types) -> Space:
+        layout, gpu = self.layout, gpu_of(self._read.device)
+        fused = "clusters" if plan.tiles else "waits"
         work = ChannelWork(
             self._kernel,
-            role,
+            fused if plan.tile else "reduces" if phase.reduces else "applies",
             self._read.kind,
             layout.lanes,
             layout.vector,
@@ -176,11 +208,30 @@ class Launches:
             resident_bytes=self._resident_bytes,
             adds=self._adds and phase.applies,
             run=self._shared.run,
-            curved=_is_curved(constants["ACTIVATION"]) and (phase.applies or self._kernel == channel_spaces.BACKWARD),
+            curved=self._shared.curved and (phase.applies or self._kernel == BACKWARD),
+            tiles=plan.tiles,
         )
+        return channel_clusters.clusters(work, gpu) if plan.tiles else channel_spaces.channels(work, gpu)
+
+    def step(
+        self, phase: Phase, swept: Types, scalars: Sequence[float | None], plan: Plan | None = None, **constants: Any
+    ) -> Step:
+        """Returns the launch of one phase.
+
+        Args:
+            swept: dtypes of the tensors of x's shape that it reads.
+            scalars, constants: arguments of the kernel.
+            plan: that of clusters; None: the plan without clusters.
+        """
+        plan = plan or self._plan
+        layout, n_groups = self.layout, self._shared.n_groups
+        instances, n_blocks = self._read.instances, self._n_instances * layout.n_blocks
+        n_splits = -(-n_groups // plan.groups_per_split)
+        if self._kernel != BACKWARD:
+            constants["TILES"] = plan.tiles
         launcher = Launcher(
             _kernel(self._kernel),
-            channel_spaces.channels(work, gpu_of(self._read.device)),
+            self._space(phase, plan, swept),
             self._read.device,
             functools.partial(_n_programs, n_blocks),
             scalars,
@@ -198,7 +249,15 @@ class Launches:
         )
         partials = n_splits if phase.reduces and n_splits > 1 else 0
         launch = Launch(launcher, n_groups, plan.groups_per_split)
-        return Step(launch, phase.reduces, phase.applies, partials, 2 + n_blocks)
+        alone = phase is Phase.FUSED and n_splits == 1 and not layout.fold
+        return Step(launch, phase.reduces, phase.applies, partials, 2 + n_blocks, alone)
+
+    def with_clusters(self, apart: list[Step], make: Callable[[Plan], Step]) -> Forms:
+        """Returns these steps, and the step of clusters that `make` prepares, if these launches have any."""
+        if self._clusters is None:
+            return Forms(apart)
+        step = make(self._clusters.plan)
+        return Forms(apart, [step], channel_clusters.forms(step.space, len(apart), self._clusters.portable))
 
 
 def _n_programs(n_blocks: int, config: Any, n_groups: int, groups_per_split: int) -> int:

@@ -1,18 +1,19 @@
 """Plans and launches BatchNorm's forward and backward, and allocates their outputs and workspace."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_norm import activations, plans
-from triton_norm.channels.launches import Launches, Read, Step, Types, in_two_floats
+from triton_norm.channels.launches import Forms, Launches, Read, Step, Types, in_two_floats
 from triton_norm.channels.layout import as_readable, dense_like, empty_bits, is_dense, kind_of, reads
 from triton_norm.launch import zeros
 from triton_norm.library import contiguous
 from triton_norm.reference import compute_dtype
 from triton_norm.specs import BatchNormSpec, BatchNormTensors, Phase, Wanted
+from triton_norm.tuning.channel_spaces import Plan
 from triton_norm.tuning.limits import VECTOR_BYTES
 from triton_norm.tuning.memory import remembered
 
@@ -65,19 +66,25 @@ def _types(tensors: Sequence[Tensor | None]) -> Types:
 
 
 @remembered
-def _forward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
+def _forward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms:
     activations.check(spec.activation)
     x, residual = read.placements
     assert x is not None
     launches = Launches(
-        "channels_forward_kernel", read, x.itemsize if part.phase is Phase.FUSED else 0, adds=residual is not None
+        "channels_forward_kernel",
+        read,
+        x.itemsize if part.phase is Phase.FUSED else 0,
+        adds=residual is not None,
+        activation=spec.activation,
     )
     scalars = *in_two_floats(spec.momentum or 0.0), *launches.scalars(), launches.parameter_runs
-    return [
-        launches.step(
+
+    def step(phase: Phase, plan: Plan | None = None) -> Step:
+        return launches.step(
             phase,
             read.swept if phase.applies else (read.x,),
             scalars,
+            plan,
             EPS=spec.eps,
             CUMULATIVE=spec.momentum is None,
             LOCAL=part.local,
@@ -86,8 +93,11 @@ def _forward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
             ACTIVATION=spec.activation,
             SLOPE=spec.slope,
         )
-        for phase in launches.phases(part.phase)
-    ]
+
+    apart = [step(phase) for phase in launches.phases(part.phase)]
+    if spec.momentum is None:  # all programs read the counter before it moves, and a barrier is one block's own
+        return Forms(apart)
+    return launches.with_clusters(apart, lambda plan: step(Phase.FUSED, plan))
 
 
 class ForwardPlan:
@@ -104,12 +114,19 @@ class ForwardPlan:
         self._steps: dict[Any, list[Step]] = {}
 
     def __call__(
-        self, tensors: Sequence[Any], statistics: Tensor | None, moments: Tensor | None = None
+        self,
+        tensors: Sequence[Any],
+        statistics: Tensor | None,
+        moments: Tensor | None = None,
+        steps: list[Step] | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns y, if the part applies, and bits, if it has any.
 
         If the part reduces, fills `statistics`, and `moments` unless None, and updates the running statistics.
         Otherwise normalizes by `statistics`, or by the running ones if that is None.
+
+        Args:
+            steps: the launches of a trial; None: those that are chosen.
         """
         part, given = self._part, tensors
         if self._copies:
@@ -121,16 +138,17 @@ class ForwardPlan:
         bits = None if part.bits_kind is None else empty_bits(x, part.bits_kind)
         added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
         key = x.data_ptr() % VECTOR_BYTES, added, moments is None
-        steps = self._steps.get(key)
+        steps = steps or self._steps.get(key)
         if steps is None:
             others = _types((weight, bias, running_mean, running_var, counter, statistics, moments, bits))
-            steps = self._steps[key] = self._prepare(x, residual, others)
+            forms = self._prepare(x, residual, others)
+            steps = self._steps[key] = forms.chosen(x.device, self._trial(tensors, statistics, moments))
         for step in steps:
             reduces, partials, sync = step.reduces, None, None
             count = counter if reduces else None
             if step.partials:
                 partials = self._like.new_empty(3 * step.partials * self._shape[1])
-            if step.partials or count is not None:
+            if step.partials or (count is not None and self._spec.momentum is None):
                 sync = zeros(step.n_counts, x.device)
             swept = (residual, y, bits, weight, bias) if step.applies else _NOTHING_SWEPT
             running = (running_mean, running_var) if reduces or statistics is None else (None, None)
@@ -140,6 +158,18 @@ class ForwardPlan:
                 _copy_back(BatchNormTensors._make(given), BatchNormTensors._make(tensors))
         return y, bits
 
+    def _trial(
+        self, tensors: Sequence[Any], statistics: Tensor | None, moments: Tensor | None
+    ) -> Callable[[list[Step]], None]:
+        """Returns the function that launches steps to measure their times. It moves copies."""
+
+        def run(steps: list[Step]) -> None:
+            *others, running_mean, running_var, counter = tensors
+            moved = (None if tensor is None else tensor.clone() for tensor in (running_mean, running_var, counter))
+            self((*others, *moved), statistics, moments, steps)
+
+        return run
+
     def _readable(self, tensors: BatchNormTensors) -> BatchNormTensors:
         x, residual, weight, bias, running_mean, running_var, counter = tensors
         added = None if residual is None else as_readable(residual, self._kind).tensor
@@ -147,14 +177,14 @@ class ForwardPlan:
         read = as_readable(x, self._kind).tensor, added, contiguous(weight), contiguous(bias), *running, counter
         return BatchNormTensors._make(read)
 
-    def _prepare(self, x: Tensor, residual: Tensor | None, others: Types) -> list[Step]:
+    def _prepare(self, x: Tensor, residual: Tensor | None, others: Types) -> Forms:
         placements = (
             as_readable(x, self._kind).placement,
             None if residual is None else as_readable(residual, self._kind).placement,
         )
         swept = _types((x, residual))
         read = Read(self._shape, self._kind, placements, x.dtype, swept, others, x.device)
-        return _forward_steps(read, self._spec, self._part)
+        return _forward_forms(read, self._spec, self._part)
 
 
 def _copy_back(given: BatchNormTensors, moved: BatchNormTensors) -> None:
@@ -239,18 +269,21 @@ class Allocation:
 
 
 @remembered
-def _backward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
+def _backward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms:
     activations.check(spec.activation)
     x, dy, residual = read.placements
     assert x is not None and dy is not None
     waits = part.phase is Phase.FUSED and not part.constant
     streamed = (0 if residual is None else residual.itemsize) + (0 if part.bits_kind is None else 1 / 8)
-    launches = Launches("channels_backward_kernel", read, x.itemsize + dy.itemsize if waits else 0, streamed)
-    return [
-        launches.step(
+    resident = x.itemsize + dy.itemsize if waits else 0
+    launches = Launches("channels_backward_kernel", read, resident, streamed, activation=spec.activation)
+
+    def step(phase: Phase, plan: Plan | None = None) -> Step:
+        return launches.step(
             phase,
             read.swept,
             launches.scalars(),
+            plan,
             DY_SPREAD=int(launches.layout.spread(dy)),
             EPS=spec.eps,
             LOCAL=part.local,
@@ -260,8 +293,9 @@ def _backward_steps(read: Read, spec: BatchNormSpec, part: Part) -> list[Step]:
             ACTIVATION=spec.activation,
             SLOPE=spec.slope,
         )
-        for phase in launches.phases(part.phase, part.constant)
-    ]
+
+    apart = [step(phase) for phase in launches.phases(part.phase, part.constant)]
+    return launches.with_clusters(apart, lambda plan: step(Phase.FUSED, plan))
 
 
 class BackwardPlan:
@@ -282,24 +316,28 @@ class BackwardPlan:
         self._copies = drops or not (are_read and adds and others_are_contiguous)
         self._steps: dict[Any, list[Step]] = {}
 
-    def __call__(self, tensors: Sequence[Any], means: Tensor | None = None) -> Gradients:
+    def __call__(
+        self, tensors: Sequence[Any], means: Tensor | None = None, steps: list[Step] | None = None
+    ) -> Gradients:
         """Returns the gradients that are wanted.
 
         Args:
             means: [2, C], of dz and of dz · x_hat · rstd: written if the part only reduces, read if it only applies.
+            steps: the launches of a trial; None: those that are chosen.
         """
         if self._copies:
             tensors = self._readable(BackwardTensors._make(tensors))
         dy, x, residual, bits, weight, bias, statistics, running_mean, running_var = tensors
         found = dx, dresidual, dweight, dbias = self._allocate(x, weight)
-        if self._has_means:
-            means = self._like.new_empty(2 * self._shape[1])
         added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
         key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added, means is None
-        steps = self._steps.get(key)
+        steps = steps or self._steps.get(key)
         if steps is None:
             others = _types((bits, weight, bias, statistics, running_mean, running_var, *found, means))
-            steps = self._steps[key] = self._prepare((x, dy, residual), others)
+            forms = self._prepare((x, dy, residual), others)
+            steps = self._steps[key] = forms.chosen(x.device, lambda steps: self._try(steps, tensors))
+        if self._has_means and not steps[0].alone:
+            means = self._like.new_empty(2 * self._shape[1])
         inputs = dy, x, residual, bits
         parameters = weight, bias, statistics, running_mean, running_var
         for step in steps:
@@ -311,6 +349,9 @@ class BackwardPlan:
             summed = (dweight, dbias) if step.reduces else (None, None)
             step.launch(*inputs, *stored, *parameters, *summed, means, partials, sync)
         return found
+
+    def _try(self, steps: list[Step], tensors: Sequence[Any]) -> None:
+        self(tensors, None, steps)
 
     def _readable(self, tensors: BackwardTensors) -> BackwardTensors:
         """Returns tensors that the kernels can read. A hook may have restored them with other strides."""
@@ -325,7 +366,7 @@ class BackwardPlan:
         )
         return BackwardTensors._make((*swept, contiguous(bits), *map(contiguous, of_channels)))
 
-    def _prepare(self, sweeps: Sequence[Any], others: Types) -> list[Step]:
+    def _prepare(self, sweeps: Sequence[Any], others: Types) -> Forms:
         x, dy, residual = sweeps
         placement = None if residual is None else as_readable(residual, self._kind).placement
         placements = (
@@ -335,7 +376,7 @@ class BackwardPlan:
         )
         swept = _types((dy, x, residual))
         read = Read(self._shape, self._kind, placements, x.dtype, swept, others, x.device)
-        return _backward_steps(read, self._spec, self._part)
+        return _backward_forms(read, self._spec, self._part)
 
 
 def backward_plan_of(spec: BatchNormSpec, wanted: Wanted, part: Part, tensors: BackwardTensors) -> BackwardPlan:

@@ -16,6 +16,7 @@ from triton_norm.kernels.moments import (
     merge_all,
     merge_places,
     moments_of,
+    moments_of_tiles,
     scaled_from,
     take_in,
     to_float,
@@ -139,6 +140,7 @@ def channels_forward_kernel(
     RUN: tl.constexpr,
     APPLY: tl.constexpr,
     SHARED: tl.constexpr,
+    TILES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     V: tl.constexpr,
@@ -188,6 +190,7 @@ def channels_forward_kernel(
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = STATISTICS and APPLY
     IN_PLACES: tl.constexpr = AXIS == 0 and not FOLD and not TOGETHER  # column sums are slow: one, at the end
+    COUNTS_LAST: tl.constexpr = CUMULATIVE and num_batches_tracked_ptr is not None  # every program reads the count
     n_splits = tl.cdiv(n_groups, groups_per_split).to(tl.int32)
     n_blocks = tl.num_programs(0) // n_splits
     if TOGETHER and SHARED:
@@ -218,18 +221,27 @@ def channels_forward_kernel(
             mean = tl.zeros([T, LANES], COMPUTE)
             m2 = tl.zeros([T, LANES], COMPUTE)
             shift = zero
-        for start in range(first, end, T):
-            mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
-            raw = tl.load(tile_at(x, start, layout, TILE), mask=mask, other=0.0)
-            seen = to_float(start - first, COMPUTE)
-            count = to_float(tl.minimum(end - start, T), COMPUTE) * lanes_per_channel
-            if IN_PLACES:
-                if start == first:
-                    _, shift, _ = centre(raw.to(COMPUTE), mask, count, AXIS)
-                mean, m2 = take_in(scaled_from(raw.to(COMPUTE), shift), mask, T / (seen + T), mean, m2)
-            else:
-                _, of_tile = moments_of(raw.to(COMPUTE), mask, count, AXIS, CENTRED=True)
-                moments = merge(seen * lanes_per_channel, moments, count, of_tile)
+        if TILES:
+            tiles = ()
+            masks = ()
+            for place in tl.static_range(TILES):
+                mask = ((place * T + tl.arange(0, T))[:, None] < end) & lanes.in_range
+                tiles += (tl.load(tile_at(x, place * T, layout, TILE), mask=mask, other=0.0),)
+                masks += (mask,)
+            moments = moments_of_tiles(tiles, masks, to_float(end, COMPUTE) * lanes_per_channel, AXIS)
+        else:
+            for start in range(first, end, T):
+                mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
+                raw = tl.load(tile_at(x, start, layout, TILE), mask=mask, other=0.0)
+                seen = to_float(start - first, COMPUTE)
+                count = to_float(tl.minimum(end - start, T), COMPUTE) * lanes_per_channel
+                if IN_PLACES:
+                    if start == first:
+                        _, shift, _ = centre(raw.to(COMPUTE), mask, count, AXIS)
+                    mean, m2 = take_in(scaled_from(raw.to(COMPUTE), shift), mask, T / (seen + T), mean, m2)
+                else:
+                    _, of_tile = moments_of(raw.to(COMPUTE), mask, count, AXIS, CENTRED=True)
+                    moments = merge(seen * lanes_per_channel, moments, count, of_tile)
         if IN_PLACES:
             counts = tl.cdiv(tl.maximum(end - first - tl.arange(0, T)[:, None], 0), T)
             moments = merge_places(to_float(counts, COMPUTE), mean, m2, shift)
@@ -259,11 +271,15 @@ def channels_forward_kernel(
                 factor = factor_of(momentum, momentum_rest, num_batches_tracked_ptr, CUMULATIVE, COMPUTE)
                 move_running(running_mean_ptr, channels, moments.mean, factor)
                 move_running(running_var_ptr, channels, moments.m2 / to_float(total - 1, COMPUTE), factor)
-            tl.debug_barrier()
+            if SHARED or FOLD or COUNTS_LAST:
+                tl.debug_barrier()
             if SHARED and APPLY:
                 arrive(sync_ptr, block)
-            elif SHARED or num_batches_tracked_ptr is not None:
+            elif SHARED or COUNTS_LAST:
                 close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
+            elif num_batches_tracked_ptr is not None:
+                if block == 0:
+                    tl.store(num_batches_tracked_ptr, tl.load(num_batches_tracked_ptr) + 1)
         if SHARED and APPLY:
             wait(sync_ptr, block, n_splits + 1)
             if arrive(sync_ptr, block) == 2 * n_splits:
@@ -286,22 +302,26 @@ def channels_forward_kernel(
         if instance_blocks is not None:
             y_ptr += instance_offset(instance, y_strides.sample * (n_groups // groups_per_sample), V)
         y = view_of(y_ptr, y_strides, columns, lanes, TILE)
-        for swept in range(0, end - first, T):
-            start = last - swept
-            mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
-            if not TOGETHER or swept > 0:
-                raw = tl.load(tile_at(x, start, layout, TILE), mask=mask, other=0.0)
-            if RUN is not None:
-                own = parameters_of(start, inside, columns, lanes, parameter_runs, layout, TILE, RUN)
-                scale = rstd * load_parameter(weight_ptr, own, 1.0, COMPUTE)
-                bias = load_parameter(bias_ptr, own, 0.0, COMPUTE)
-            z = ((raw.to(COMPUTE) - mean) - mean_lo) * scale + bias
-            if residual_ptr is not None:
-                residual_strides = Strides(residual_sample_vecs, residual_group_vecs, residual_channel_vecs)
-                residual = view_of(residual_ptr, residual_strides, columns, lanes, TILE)
-                z += tl.load(tile_at(residual, start, layout, TILE), mask=mask, other=0.0).to(COMPUTE)
-            if bits_ptr is not None:
-                places, within = bytes_of(bits_ptr, start, end, block, layout, TILE)
-                tl.store(places, pack(side_of_zero(z, ACTIVATION) & mask, bits_per_byte(LANES, AXIS)), mask=within)
-            activated = activate(z, ACTIVATION, SLOPE)
-            tl.store(tile_at(y, start, layout, TILE), activated.to(y_ptr.dtype.element_ty), mask=mask)
+        for place in tl.static_range(TILES if TILES else 1):
+            # A tile of several has a loop of its own: without one, an epilogue's registers for all tiles were spilled.
+            for swept in range(place * T, tl.minimum(end, place * T + T) if TILES else end - first, T):
+                start = last - swept
+                mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
+                if TILES:
+                    raw = tiles[TILES - 1 - place]
+                elif not TOGETHER or swept > 0:
+                    raw = tl.load(tile_at(x, start, layout, TILE), mask=mask, other=0.0)
+                if RUN is not None:
+                    own = parameters_of(start, inside, columns, lanes, parameter_runs, layout, TILE, RUN)
+                    scale = rstd * load_parameter(weight_ptr, own, 1.0, COMPUTE)
+                    bias = load_parameter(bias_ptr, own, 0.0, COMPUTE)
+                z = ((raw.to(COMPUTE) - mean) - mean_lo) * scale + bias
+                if residual_ptr is not None:
+                    residual_strides = Strides(residual_sample_vecs, residual_group_vecs, residual_channel_vecs)
+                    residual = view_of(residual_ptr, residual_strides, columns, lanes, TILE)
+                    z += tl.load(tile_at(residual, start, layout, TILE), mask=mask, other=0.0).to(COMPUTE)
+                if bits_ptr is not None:
+                    places, within = bytes_of(bits_ptr, start, end, block, layout, TILE)
+                    tl.store(places, pack(side_of_zero(z, ACTIVATION) & mask, bits_per_byte(LANES, AXIS)), mask=within)
+                activated = activate(z, ACTIVATION, SLOPE)
+                tl.store(tile_at(y, start, layout, TILE), activated.to(y_ptr.dtype.element_ty), mask=mask)

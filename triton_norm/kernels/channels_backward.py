@@ -154,7 +154,8 @@ def channels_backward_kernel(
         dx_ptr, dresidual_ptr: dense, in x's layout; or None.
         weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, running_mean_ptr, running_var_ptr: [n_channels], or None.
         statistics_ptr: [3, n_channels]: mean, mean_lo and rstd; None to use the running ones.
-        means_ptr: [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd; None if APPLY does not need them.
+        means_ptr: [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd; None if APPLY does not need them, unused if
+            both halves are one program's, unless FOLD.
         partials_ptr: workspace [2, n_splits, n_channels], used if SHARED.
         sync_ptr: 2 + n_blocks zeros.
         DY_SPREAD: 0 if dy is one element expanded over a channel's lanes, else 1.
@@ -165,6 +166,7 @@ def channels_backward_kernel(
     """
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = REDUCE and APPLY and not CONSTANT
+    ALONE: tl.constexpr = TOGETHER and not (SHARED or FOLD)  # a program computes the means that it needs itself
     NEEDS_Z: tl.constexpr = ACTIVATION is not None and bits_ptr is None
     WEIGHTED: tl.constexpr = BY_COLUMN or (PER_STATISTIC is not None and PER_STATISTIC > 1)
     NEEDS_X: tl.constexpr = REDUCE or not CONSTANT or NEEDS_Z
@@ -295,11 +297,13 @@ def channels_backward_kernel(
             else:
                 comes_last: tl.constexpr = True
             if comes_last:
+                left_ptr = None if ALONE else means_ptr
                 if BY_COLUMN:
-                    finalise_sums(sums, channel_rstd, None, None, means_ptr, channels, total, LOCAL)
+                    finalise_sums(sums, channel_rstd, None, None, left_ptr, channels, total, LOCAL)
                 else:
-                    finalise_sums(sums, channel_rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total, LOCAL)
-                tl.debug_barrier()
+                    finalise_sums(sums, channel_rstd, dweight_ptr, dbias_ptr, left_ptr, channels, total, LOCAL)
+                if SHARED or FOLD:
+                    tl.debug_barrier()
                 if SHARED and TOGETHER:
                     arrive(sync_ptr, block)
                 elif SHARED:
@@ -308,7 +312,11 @@ def channels_backward_kernel(
                 wait(sync_ptr, block, n_splits + 1)
                 if arrive(sync_ptr, block) == 2 * n_splits:
                     close(sync_ptr, block, n_blocks, None)
-            if TOGETHER:
+            if ALONE:
+                share = 1.0 / to_float(total, COMPUTE)
+                mean_dz = sums.dz * share
+                slope = sums.dz_centred * rstd * share * rstd
+            elif TOGETHER:
                 mean_dz = tl.load(means_ptr + normalized.index, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
                 slopes = means_ptr + normalized.n_channels + normalized.index
                 slope = tl.load(slopes, mask=lanes.in_range, other=0.0, cache_modifier=".cg")

@@ -63,10 +63,12 @@ class Plan(NamedTuple):
     Args:
         tile: elements that stay resident in registers while a program waits; 0 if none waits.
         groups_per_split: groups of each program.
+        tiles: tiles that a program has in registers, if it is a cluster with a whole block of channels; else 0.
     """
 
     tile: int
     groups_per_split: int
+    tiles: int = 0
 
 
 class SharedChannels(NamedTuple):
@@ -83,6 +85,7 @@ class SharedChannels(NamedTuple):
         streamed_bytes: bytes an element of the tensors that are streamed twice.
         adds: the forward adds a residual.
         run: elements of an access with a common weight and bias, if blocks have whole groups of a GroupNorm; else None.
+        curved: as in ChannelWork.
     """
 
     kind: str
@@ -95,6 +98,7 @@ class SharedChannels(NamedTuple):
     streamed_bytes: float = 0
     adds: bool = False
     run: int | None = None
+    curved: bool = False
 
 
 def plan_channels_apart(work: SharedChannels, gpu: Gpu) -> Plan:
@@ -179,13 +183,14 @@ class ChannelWork(NamedTuple):
 
     Args:
         kernel: name of the kernel.
-        role: "waits" (fused), "reduces" or "applies".
+        role: "waits" (fused), "clusters" (fused, without waiting), "reduces" or "applies".
         kind, lanes, vector, adds, run: as in SharedChannels.
         width: channels of a block.
         types: names of the dtypes of the inputs of x's shape.
-        resident: elements of the resident tile, or 0.
+        resident: elements of a resident tile, or 0.
         resident_bytes: bytes an element of the resident tile.
         curved: an activation is computed whose derivative is not a constant on each side of 0, which takes registers.
+        tiles: resident tiles of a cluster, or 0.
     """
 
     kernel: str
@@ -200,13 +205,16 @@ class ChannelWork(NamedTuple):
     adds: bool = False
     curved: bool = False
     run: int | None = None
+    tiles: int = 0
 
     def merged(self, limits: Limits) -> int:
         return max(16, min(128, limits.merged_elements // self.width))
 
     def key(self, limits: Limits) -> str:
         named = f"{self.role}, {self.kind}, {self.lanes} lanes by {self.vector}, {', '.join(self.types)}"
-        if self.resident:
+        if self.tiles:
+            named += f", {self.tiles} tiles of {self.resident}"
+        elif self.resident:
             named += f", {self.resident} held"
         if self.curved:
             named += ", curved"
