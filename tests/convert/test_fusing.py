@@ -312,6 +312,7 @@ def _failing(self: Any, x: Tensor) -> Tensor:
             _failing,
             "its version of BasicBlock could not be tried on small tensors, and raised ValueError: patched",
         ),
+        (nn.ReLU, _failing, "its version of ReLU raised ValueError on a few numbers"),
         (BasicBlock, _renamed, "its version of BasicBlock takes other arguments"),
         (nn.ReLU, lambda self, x: x, "its version of ReLU computes something else than the one that is known"),
     ],
@@ -325,6 +326,13 @@ def test_a_patched_class_is_skipped(cls, forward, reason, monkeypatch):
     assert report.skipped == {"0": f"bn1 + relu: {reason}; bn2 + shortcut + relu: {reason}"}
     assert type(model[0]) is before
     assert type(model[0].bn1) is tn.BatchNorm2d
+
+
+def test_modules_that_lack_parts_of_their_class_are_left():
+    model = nn.Sequential(BasicBlock(2, 2), OwnBlock(2, 2))
+    del model[0].relu, model[1].bn2
+    report = tn.convert(model, fuse=True)
+    assert (report.fused, report.skipped, len(report.converted)) == ({}, {}, 3)
 
 
 def test_modules_that_are_skipped_and_why():

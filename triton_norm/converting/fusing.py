@@ -76,7 +76,10 @@ def plan(module: nn.Module, becomes: Mapping[nn.Module, type[nn.Module]]) -> Pla
     if listed is None or issubclass(cls, Fused):
         return found
     fusible: Any = _fusible(listed)
-    joins = fusible.joins(module)
+    try:
+        joins = fusible.joins(module)
+    except AttributeError:  # the module lacks parts of its class, or of the class above it
+        return found
     shared = any(join.residual is not None and join.norm in set(join.residual.modules()) for join in joins)
     for join in joins:
         # Running statistics would move in another order.
