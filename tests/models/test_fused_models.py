@@ -144,3 +144,15 @@ def test_hooks_on_modules_that_are_passed_over(place, device):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
     assert len(seen[1]) == 1
+
+
+def test_a_sum_with_the_input_has_their_common_dtype(device):
+    """Under autocast the last norm's result is in half precision, and the input of the layer may be in float32."""
+    theirs = mobilenet_v2(padding=False).layer[1].to(device)
+    ours = copy.deepcopy(theirs)
+    assert "reduce_1x1.normalization + shortcut" in tn.convert(ours, fuse=True).fused[""]
+    x = torch.randn(2, next(theirs.parameters()).shape[1], 6, 6, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        expected, actual = theirs(x), ours(x)
+    assert actual.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=2.0**-5, atol=2.0**-5)
