@@ -99,8 +99,9 @@ def convert(
         exclude: modules to skip, selected likewise; wins over `include`.
         sync_batch_norm: converts BatchNorm1d to 3d, torch's and this library's, to SyncBatchNorm.
         process_group: group of these; None: all processes. A torch.nn.SyncBatchNorm keeps its own.
-        fuse: joins norms with what follows them in torch.nn.Sequential and the classes in `converting/fusing.py`,
-            which change their classes too: see docs/convert.md.
+        fuse: joins norms with what follows them in torch.nn.Sequential and the classes in `converting/fusing.py`, and
+            with additions before them in those of `converting/layer_lists.py`. These modules change their classes too:
+            see docs/convert.md.
 
     Returns:
         a `Report` of the modules converted, and of those skipped and why.

@@ -54,11 +54,15 @@ def _call(norm: Any, augend: Any, addend: Any) -> tuple[str, RowTensors, RowOpti
     if call is None or is_observed(norm) or norm._compiled_call_impl is not None:
         return None
     function, (_, _, weight, bias), options = call
-    if not ((weight is None or weight.__class__ in plain.TYPES) and (bias is None or bias.__class__ in plain.TYPES)):
+    if _overrides(weight) or _overrides(bias):
         return None
     if residual.dtype != x.dtype:
         options = options._replace(residual_dtype=x.dtype)
     return function, RowTensors._make((x, residual, weight, bias)), options
+
+
+def _overrides(parameter: Tensor | None) -> bool:
+    return parameter is not None and plain.is_subclass(parameter)
 
 
 def _row_call(norm: Any, x: Tensor) -> tuple[str, RowTensors, RowOptions] | None:
