@@ -150,7 +150,8 @@ def test_a_model_on_torchs_path(kind):
     before = [(name, type(module)) for name, module in model.named_modules()]
     ours = copy.deepcopy(model)
     report = tn.convert(ours, fuse=True)
-    assert report.skipped == {}
+    unlisted = {"embeddings": "addition + LayerNorm: BertEmbeddings is not on the list"}
+    assert report.skipped == (unlisted if kind == "bert" else {})
     assert sorted(report.fused.values()) == sorted(f"addition + {name}" for name in 2 * norms)
     assert all(isinstance(ours.get_submodule(name), cls) for name, cls in before)
     results, operators = [], []
@@ -423,6 +424,28 @@ def test_accelerates_hooks_on_a_layer(device):
         assert torch.equal(each(**inputs).logits, model(**inputs).logits)
         hooks.remove_hook_from_module(each, recurse=True)
         assert torch.equal(each(**inputs).logits, model(**inputs).logits)
+
+
+class Block(nn.Module):
+    """Adds and normalizes as a listed layer does."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.norm1, self.norm2 = nn.Linear(4, 4), norm, nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.mlp(x))
+        return self.norm2(x + self.mlp(x))
+
+
+def test_layers_that_are_not_listed_are_named():
+    model = nn.Sequential(Block(nn.LayerNorm(4)), Block(nn.GroupNorm(2, 4)), nn.TransformerEncoderLayer(4, 2))
+    report = tn.convert(model, fuse=True)
+    assert report.fused == {}
+    assert report.skipped["0"] == "addition + norm1: Block is not on the list"
+    assert "1" not in report.skipped
+    assert "addition + norm1: TransformerEncoderLayer is not on the list" in report.skipped["2"]
+    assert not any("not on the list" in text for text in tn.convert(nn.Sequential(*model)).skipped.values())
 
 
 def test_a_subclass_is_left():

@@ -73,8 +73,14 @@ def plan(module: nn.Module, becomes: Mapping[nn.Module, type[nn.Module]]) -> Pla
     cls = type(module)
     listed = cls if _fusible(cls) is not None else listed_base(cls)
     found = Plan([], [])
-    if listed is None or issubclass(cls, Fused):
+    if issubclass(cls, Fused):
         return found
+
+    def class_of(part: nn.Module) -> type[nn.Module]:
+        return becomes.get(part, type(part))
+
+    if listed is None:
+        return Plan([], layers.unlisted(module, class_of))
     fusible: Any = _fusible(listed)
     try:
         joins = fusible.joins(module)
@@ -83,9 +89,7 @@ def plan(module: nn.Module, becomes: Mapping[nn.Module, type[nn.Module]]) -> Pla
     shared = any(join.residual is not None and join.norm in set(join.residual.modules()) for join in joins)
     for join in joins:
         # Running statistics would move in another order.
-        reason = (
-            "the shortcut has the same norm" if shared else obstacle(join, lambda part: becomes.get(part, type(part)))
-        )
+        reason = "the shortcut has the same norm" if shared else obstacle(join, class_of)
         if reason is None:
             found.joined.append(join.parts)
         else:

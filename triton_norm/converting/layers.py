@@ -7,6 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -54,6 +55,21 @@ def _joins(module: nn.Module) -> list[Join]:
     ]
 
 
+def unlisted(module: nn.Module, class_of: Callable[[nn.Module], type[Any]]) -> list[str]:
+    """Lists norms that take the sum of an addition in a module whose class is not listed, and says so.
+
+    Args:
+        class_of: returns the class that a module will have after the conversion.
+    """
+    cls: Any = type(module)
+    norms = {name for name, part in module._modules.items() if part is not None and sums.is_row_norm(class_of(part))}
+    rewritten = _rewritten(cls.forward) if norms and isinstance(cls.forward, FunctionType) else ""
+    if isinstance(rewritten, str):
+        return []
+    listed = [name for name in dict.fromkeys(rewritten.norms) if name in norms]
+    return [f"addition + {name}: {cls.__name__} is not on the list" for name in listed]
+
+
 def mismatch(module: nn.Module) -> str | None:
     """Returns why a layer of a listed class, of the installed version of its package, can't be fused, or None.
 
@@ -82,7 +98,7 @@ def mismatch(module: nn.Module) -> str | None:
     return None if tried else f"its version of {cls.__name__} could not be tried on a few numbers"
 
 
-_rewritten = functools.cache(additions.rewritten)
+_rewritten = functools.lru_cache(maxsize=512)(additions.rewritten)
 
 
 class _Part(nn.Module):
