@@ -25,7 +25,17 @@ from perf import traffic, workloads
 chosen = [each for each in workloads.GATED_OR_MODULATED_SLICES if list(each.shape) in json.loads(sys.argv[1])]
 found = traffic.records(workloads.layer_bars(chosen, workloads.GATED_OR_MODULATED_OPS, dtypes=("bf16",)))
 """
+LONG = """
+from perf import resources, workloads
+from perf.points import Workload
+
+chosen = [Workload("gated", "", (64, 16384), ""), Workload("modulated", "", (2, 32, 16384), "")]
+points = workloads.layer_bars(chosen, workloads.GATED_OR_MODULATED_OPS, dtypes=("bf16",))
+found = resources.records(points, [sys.argv[1]])
+"""
 MOST_OVER_FLOOR = {"forward": 1.001, "backward": 1.05}
+# dweight takes once more the sums that dscale has taken, from cache.
+MOST_OVER_FLOOR_OF = {"rms_norm_modulated": {"forward": 1.001, "backward": 1.055}}
 # Registers that a kernel may spill, by the type of x. With the gate first or a gated residual, the backward in fp32
 # needs up to 3 more than the limit at which a multiprocessor has enough programs.
 MOST_SPILLED = {"bf16": 0, "fp32": 3}
@@ -65,6 +75,22 @@ def test_machine_code(target, dtypes, which):
 
 
 @pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("sm_80", "sm_100"))]
+)
+def test_machine_code_of_long_rows(target):
+    """No kernel spills, accesses move 16 bytes, and a backward has a launch for the sums of rows."""
+    compiled = records(LONG, target)
+    found = {f"{r['op']} {r['mode']}, {r['kernel']}": wanting(r, 128) for r in compiled}
+    assert {name: faults for name, faults in found.items() if faults} == {}
+    kernels = {}
+    for record in compiled:
+        kernels.setdefault((record["op"], record["mode"]), []).append(record["kernel"])
+    backward = [f"modulated_{name}_kernel" for name in ("row_sums", "backward", "backward_finalise")]
+    for (op, mode), launched in kernels.items():
+        assert launched == (["modulated_forward_kernel"] if mode == "forward" else backward), op
+
+
+@pytest.mark.parametrize(
     "shapes",
     [
         [[512, 4, 128], [1, 333, 1536]],
@@ -82,6 +108,6 @@ def test_bytes(shapes):
     over = {
         f"{r['op']} {r['mode']} {layout_text(r)}": streamed(r)
         for r in counted
-        if not 1 <= streamed(r) <= MOST_OVER_FLOOR[r["mode"]]
+        if not 1 <= streamed(r) <= MOST_OVER_FLOOR_OF.get(r["op"], MOST_OVER_FLOOR)[r["mode"]]
     }
     assert over == {}
