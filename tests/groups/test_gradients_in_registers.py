@@ -1,6 +1,7 @@
 """The backward that reads x and dy once: programs that have several groups, and programs that share one and wait."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -40,6 +41,9 @@ CASES = {  # name: shape, groups, tile, programs that share a group; of rows, a 
     "features": ((50, 24), 8, 128, 1),
     "channels": ((5, 7, 4, 4), 7, 64, 1),  # InstanceNorm's
     "one group": ((3, 4, 8, 8), 1, 256, 1),
+    "channels of odd length": ((5, 8, 3, 3), 8, 256, 1),  # their first and last accesses have other groups' elements
+    "odd parts of a channel": ((2, 4, 9, 13), 2, 64, 4),  # of 117 positions, which begin within an access
+    "odd channels": ((2, 3, 5, 5), 1, 128, 1),  # samples of 75 elements: one-element accesses
     "rows of a few groups": ((2, 12, 9, 7), 4, 512, 4),  # 12 of 32 columns, at most 16 rows a program
     "rows of several blocks": ((2, 150, 4, 3), 30, 256, 3),  # 8 · 5 of 64 columns, the last block less
     "rows of one group": ((2, 64, 5, 5), 2, 256, 4),
@@ -98,10 +102,11 @@ def test_activations_and_residuals(case, activation, residual, use, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", ["samples", "strided"])
-def test_strides_and_types(layout, dtype, use, device):
+@pytest.mark.parametrize("shape", [(3, 12, 6, 6), (2, 16, 7, 5)], ids=str)
+def test_strides_and_types(shape, layout, dtype, use, device):
     use(128)
     with interleaved():
-        checked(drawn((3, 12, 6, 6), device, dtype, layout, residual=True), 2)
+        checked(drawn(shape, device, dtype, layout, residual=True), 2)
 
 
 @pytest.mark.parametrize("needs", [(0,), (0, 1), (0, 2), (0, 3), (0, 1, 2, 3)], ids=str)
@@ -137,9 +142,41 @@ def test_x_and_dy_are_read_once(case, use, guard, device):
     inputs = drawn(shape, device, torch.bfloat16, layout_of(case))
     with interleaved():
         differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
-    launched, size = gradient_of(guard, case), inputs.x.numel() * inputs.x.itemsize
-    assert launched.bytes("load", "x_ptr") == launched.bytes("load", "dy_ptr") == size
-    assert launched.bytes("store", "dx_ptr") == size
+    launched, itemsize = gradient_of(guard, case), inputs.x.itemsize
+    loaded = shape[0] * elements_loaded(shape[1], math.prod(shape[2:])) if case not in LAST else inputs.x.numel()
+    assert launched.bytes("load", "x_ptr") == launched.bytes("load", "dy_ptr") == loaded * itemsize
+    assert launched.bytes("store", "dx_ptr") == inputs.x.numel() * itemsize
+
+
+def elements_loaded(n_channels, n_positions):
+    """Returns the elements of the accesses that read a sample's channels, of 8 bytes at least if sizes allow."""
+    vector = math.gcd(n_positions, 8)
+    if vector < 4:
+        vector = min(math.gcd(n_channels * n_positions, 8), 1 << n_positions.bit_length() - 1)
+    starts = range(0, n_channels * n_positions, n_positions)
+    return sum(vector * (-(-(start + n_positions) // vector) - start // vector) for start in starts)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_channel_does_not_see_its_neighbours(value, use, device):
+    """They share accesses, where the number of positions is odd."""
+    shape, n_groups, tile, _ = CASES["channels of odd length"]
+    use(tile)
+    inputs = drawn(shape, device, residual=True)
+    others = [place for place in range(shape[1]) if place != 3]
+
+    def results(**changed):
+        leaves = inputs._replace(**changed)
+        return differentiated(norm(n_groups, "silu"), leaves.leaves(), (leaves.dy,))
+
+    expected = results()
+    for name in ("x", "residual", "dy"):
+        spoilt = getattr(inputs, name).clone()
+        spoilt[:, 3] = value
+        found = results(**{name: spoilt})
+        for one, other in ((found.dx, expected.dx), (found.dresidual, expected.dresidual)):
+            assert torch.equal(one[:, others], other[:, others]), name
+        assert torch.equal(found.dweight[others], expected.dweight[others]), name
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])

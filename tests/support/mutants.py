@@ -280,6 +280,13 @@ groups_backward.rows_of
     groups | different | exists & (vec < channel_vecs) -> exists & (vec < channel_vecs - 1)
 groups_backward.pointers_to
     groups | different | rows.sample.to(tl.int64) * sample_vecs -> rows.sample.to(tl.int64) * 0
+windows.in_window
+    odd channels | different | (place >= first) & -> (place >= 0) &
+    odd channels | different | (place < end) -> (place < end - 1)
+windows.store_window
+    shared groups | race | (vec * V >= first) & -> (vec >= 0) &
+    shared groups | race | (vec * V + V <= end) -> (vec * V < end)
+    odd channels | different | & (is_whole == 0) -> & (is_whole == 2)
 groups_backward.load_gradient
     groups, expanded | different | rows.index.to(tl.int64) * channel_stride -> rows.index.to(tl.int64) * 0
     groups, expanded | different | tl.where(rows.in_range, of_channels, 0.0) -> tl.where(rows.exists, of_channels, 0.0)

@@ -372,6 +372,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "instances": instances,
     "instances apart": _of(groups, n_groups=4, shape=(9, 4, 3, 7), tile=4),
     "groups of rows": _of(groups, last=True, shape=(9, 4, 2, 3)),
+    "odd channels": _of(groups, shape=(9, 8, 3, 3), n_groups=8),
     "groups, expanded": _of(groups, shape=(2, 4, 3, 7), expanded=True),
     "parts of channels": _of(groups, shape=(2, 4, 6, 10), tile=32),
     "shared rows of groups": _of(groups, last=True, n_groups=4, shape=(2, 12, 9, 7), tile=512),

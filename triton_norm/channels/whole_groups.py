@@ -16,7 +16,7 @@ from triton_norm.specs import GroupNormSpec, Phase
 from triton_norm.tuning import group_spaces
 from triton_norm.tuning.configs import next_power_of_2
 from triton_norm.tuning.group_spaces import WholeWork
-from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
+from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of, limits_in_force
 from triton_norm.tuning.memory import remembered
 
 
@@ -139,6 +139,9 @@ def _by_channel(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
     assert x_slices is not None and dy_slices is not None
     strides = [slices.sample_stride for slices in _spread(groups)]
     vector = vector_of(_placements(groups), n_positions, *strides)
+    if vector * groups.itemsize < limits_in_force().narrow_access_bytes:  # windows are wider
+        widest = vector_of(_placements(groups), n_groups * per_group * n_positions, *strides)
+        vector = min(widest, 1 << n_positions.bit_length() - 1)
     x_type, dy_type, residual_type = groups.types
     types = tuple(name_of(dtype) for dtype in (dy_type, x_type, residual_type) if dtype is not None)
     gpu = gpu_of(groups.device)
@@ -149,19 +152,20 @@ def _by_channel(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
         return None
     x, dy, residual = (_strides(slices, vector)[0] for slices in groups.slices)
     dy_channel = None if dy_slices.spread else dy_slices.channel_stride
-    n_members = work.members
+    n_members, size = work.members, n_positions if work.windows else n_positions // vector
     launcher = Launcher(
         _kernel("groups_fused_backward_kernel"),
         group_spaces.gradient(work, gpu),
         groups.device,
         lambda config, count: count * n_members if n_members > 1 else -(-count // config["M"]),
-        (n_groups, per_group, n_members, work.chunks, n_positions // vector, x, dy, dy_channel, residual),
+        (n_groups, per_group, n_members, work.chunks, size, x, dy, dy_channel, residual),
         ACTIVATION=spec.activation,
         SLOPE=spec.slope,
         PEERS=next_power_of_2(n_members),
         V=vector,
         R=work.channels,
         W=work.accesses,
+        WINDOWS=work.windows,
         COMPUTE=triton_dtype(torch.float64 if x_type == torch.float64 else torch.float32),
     )
     teams, partials = n_samples * n_groups, 2 * n_members if n_members > 1 else 0

@@ -9,6 +9,7 @@ from triton_norm.kernels.activations import activate_backward
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.tiles import Channels, aligned, load_parameter, load_statistics
+from triton_norm.kernels.windows import in_window, store_window
 
 
 class Rows(NamedTuple):
@@ -19,8 +20,10 @@ class Rows(NamedTuple):
         index: the channel among those of its sample.
         exists: mask of the channels that exist.
         row: the channel's row of the sums over positions.
-        vec: [1, W, 1], positions divided by V.
-        in_range: [n, W, 1], mask of the elements that exist.
+        start: the channel's first access in its sample.
+        first, end: the channel's elements, from the start of its first access.
+        vec: [1, W, 1], the accesses of a channel.
+        in_range: [n, W, 1], mask of the accesses that exist.
     """
 
     group: tl.tensor
@@ -28,6 +31,9 @@ class Rows(NamedTuple):
     index: tl.tensor
     exists: tl.tensor
     row: tl.tensor
+    start: tl.tensor
+    first: tl.tensor
+    end: tl.tensor
     vec: tl.tensor
     in_range: tl.tensor
 
@@ -40,10 +46,12 @@ def rows_of(
     groups_per_sample,
     per_group,
     n_chunks,
-    channel_vecs,
+    channel_size,
     M: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
+    V: tl.constexpr,
+    WINDOWS: tl.constexpr,
 ):
     """Returns the channels of the M groups of a block, R of each, which are those of a member of the group's team.
 
@@ -57,18 +65,39 @@ def rows_of(
     exists = (group < n_groups) & (channel < per_group)
     sample = group // groups_per_sample
     index = (group - sample * groups_per_sample) * per_group + channel
-    return Rows(group, sample, index, exists, sample * n_chunks + chunk, vec, exists & (vec < channel_vecs))
+    if WINDOWS:
+        place = index.to(tl.int64) * channel_size
+        start = place // V
+        first = (place - start * V).to(tl.int32)
+        end = first + channel_size
+        in_range = exists & (vec * V < end)
+    else:
+        start = index.to(tl.int64) * channel_size
+        first = row * 0
+        end = first + channel_size * V
+        in_range = exists & (vec < channel_size)
+    return Rows(group, sample, index, exists, sample * n_chunks + chunk, start, first, end, vec, in_range)
 
 
 @triton.jit
-def pointers_to(ptr, rows, sample_vecs, channel_vecs, V: tl.constexpr):
+def pointers_to(ptr, rows, sample_vecs, V: tl.constexpr):
     """Returns the pointers [n, W, V] to the elements of a tensor whose samples have this stride, times V."""
-    channel = rows.sample.to(tl.int64) * sample_vecs + rows.index.to(tl.int64) * channel_vecs
+    channel = rows.sample.to(tl.int64) * sample_vecs + rows.start
     return aligned(ptr + (channel + rows.vec) * V + tl.arange(0, V)[None, None, :], V)
 
 
 @triton.jit
-def load_gradient(ptr, rows, sample_stride, channel_stride, channel_vecs, V: tl.constexpr):
+def store(ptr, values, rows, sample_vecs, V: tl.constexpr, WINDOWS: tl.constexpr):
+    """Stores the values [n, W, V] of channels in a dense tensor whose samples have this stride, times V."""
+    pointers, values = pointers_to(ptr, rows, sample_vecs, V), values.to(ptr.dtype.element_ty)
+    if WINDOWS:
+        store_window(pointers, values, rows.vec, rows.first, rows.end, rows.in_range, V)
+    else:
+        tl.store(pointers, values, mask=rows.in_range)
+
+
+@triton.jit
+def load_gradient(ptr, rows, sample_stride, channel_stride, V: tl.constexpr):
     """Returns dy, [n, W, V].
 
     Args:
@@ -76,7 +105,7 @@ def load_gradient(ptr, rows, sample_stride, channel_stride, channel_vecs, V: tl.
             former is divided by V, and the latter is None.
     """
     if channel_stride is None:
-        dy = tl.load(pointers_to(ptr, rows, sample_stride, channel_vecs, V), mask=rows.in_range, other=0.0)
+        dy = tl.load(pointers_to(ptr, rows, sample_stride, V), mask=rows.in_range, other=0.0)
     else:
         channels = rows.sample.to(tl.int64) * sample_stride + rows.index.to(tl.int64) * channel_stride
         of_channels = tl.load(ptr + channels, mask=rows.exists, other=0.0)
@@ -123,7 +152,7 @@ def groups_fused_backward_kernel(
     per_group,
     n_members,
     n_chunks,
-    channel_vecs,
+    channel_size,
     x_sample_vecs,
     dy_sample_vecs,
     dy_channel_stride,
@@ -134,6 +163,7 @@ def groups_fused_backward_kernel(
     V: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
+    WINDOWS: tl.constexpr,
     COMPUTE: tl.constexpr,
     M: tl.constexpr,
 ):
@@ -144,7 +174,8 @@ def groups_fused_backward_kernel(
     n_chunks parts of a channel. They leave each other their sums, and wait.
 
     Grid: cdiv(n_groups, M), or n_groups · n_members.
-    Bytes: reads x, dy and residual once, and writes dx and dresidual once.
+    Bytes: reads x, dy and residual once, and writes dx and dresidual once. With WINDOWS, neighbouring channels read
+    the access that has elements of both.
 
     Args:
         dy_ptr, x_ptr, residual_ptr: samples of dense channels, with strides *_sample_vecs · V; residual may be None.
@@ -156,32 +187,38 @@ def groups_fused_backward_kernel(
         partials_ptr: workspace [2, n_members, n_groups], used if PEERS > 1.
         sync_ptr: 2 + n_groups zeros, used if PEERS > 1.
         per_group: channels of a group.
-        channel_vecs: positions of a channel, divided by V.
+        channel_size: positions of a channel, divided by V unless WINDOWS.
         PEERS: the least power of two that is not less than n_members.
         R: channels of a group, or of a member's part of it, padded to a power of two.
         W: accesses that read a channel, or a chunk of it, padded to a power of two.
+        WINDOWS: positions are no multiple of V, and channels are read as windows; those of a sample are.
     """
     if PEERS > 1:
         block, member = take_place(sync_ptr, n_members)
     else:
         block = tl.program_id(0)
         member = block * 0
-    rows = rows_of(block, member, n_groups, groups_per_sample, per_group, n_chunks, channel_vecs, M, R, W)
+    rows = rows_of(block, member, n_groups, groups_per_sample, per_group, n_chunks, channel_size, M, R, W, V, WINDOWS)
     mask = rows.in_range
-    dz = load_gradient(dy_ptr, rows, dy_sample_vecs, dy_channel_stride, channel_vecs, V).to(COMPUTE)
-    x = tl.load(pointers_to(x_ptr, rows, x_sample_vecs, channel_vecs, V), mask=mask, other=0.0).to(COMPUTE)
+    dz = load_gradient(dy_ptr, rows, dy_sample_vecs, dy_channel_stride, V).to(COMPUTE)
+    x = tl.load(pointers_to(x_ptr, rows, x_sample_vecs, V), mask=mask, other=0.0).to(COMPUTE)
+    own = mask
+    if WINDOWS:
+        own = mask & in_window(rows.vec, rows.first, rows.end, V)
     groups = Channels(rows.group, rows.exists, n_groups)
     mean, mean_lo, rstd = load_statistics(statistics_ptr, None, None, groups, 0.0, COMPUTE)
     n_channels = groups_per_sample * per_group
     channels = Channels(rows.index, rows.exists, n_channels)
     weight = load_parameter(weight_ptr, channels, 1.0, COMPUTE)
-    centred = tl.where(mask, (x - mean) - mean_lo, 0.0)
+    centred = tl.where(own, (x - mean) - mean_lo, 0.0)
     if ACTIVATION is not None:
         z = centred * (rstd * weight) + load_parameter(bias_ptr, channels, 0.0, COMPUTE)
         if residual_ptr is not None:
-            residual = pointers_to(residual_ptr, rows, residual_sample_vecs, channel_vecs, V)
+            residual = pointers_to(residual_ptr, rows, residual_sample_vecs, V)
             z += tl.load(residual, mask=mask, other=0.0).to(COMPUTE)
         dz = activate_backward(dz, z, ACTIVATION, SLOPE)
+    if WINDOWS:
+        dz = tl.where(own, dz, 0.0)
     sum_dz = tile_sum(dz, None)
     sum_dz_centred = tile_sum(dz * centred, None)
     slots = rows.row.to(tl.int64) * n_channels + rows.index
@@ -203,15 +240,14 @@ def groups_fused_backward_kernel(
         of_dz_centred = sum_members(team + kind, n_members, n_groups, PEERS)
         if arrive(sync_ptr, block) == 2 * n_members - 1:
             close(sync_ptr, block, n_groups, None)
-    share = 1.0 / to_float(per_group * channel_vecs * V, COMPUTE)
+    share = 1.0 / to_float(per_group * channel_size * (1 if WINDOWS else V), COMPUTE)
     mean_dz = to_channels(of_dz * share, M, R)
     slope = to_channels(of_dz_centred * share, M, R) * rstd * rstd
     dx = (dz * weight - mean_dz - centred * slope) * rstd
-    sample_vecs = tl.full([], n_channels, tl.int64) * channel_vecs
-    tl.store(pointers_to(dx_ptr, rows, sample_vecs, channel_vecs, V), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    sample_vecs = tl.full([], n_channels, tl.int64) * channel_size // (V if WINDOWS else 1)
+    store(dx_ptr, dx, rows, sample_vecs, V, WINDOWS)
     if dresidual_ptr is not None:
-        dresidual = pointers_to(dresidual_ptr, rows, sample_vecs, channel_vecs, V)
-        tl.store(dresidual, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        store(dresidual_ptr, dz, rows, sample_vecs, V, WINDOWS)
 
 
 @triton.jit

@@ -84,6 +84,7 @@ class GradientWork(NamedTuple):
         vector: elements of an access.
         types: names of the dtypes of the inputs of x's shape.
         curved: an activation is computed, which takes registers.
+        windows: a channel begins and ends within accesses.
     """
 
     members: int
@@ -93,6 +94,7 @@ class GradientWork(NamedTuple):
     vector: int
     types: tuple[str, ...]
     curved: bool
+    windows: bool = False
 
     @property
     def elements(self) -> int:
@@ -102,6 +104,8 @@ class GradientWork(NamedTuple):
     def key(self) -> str:
         role = "waits" if self.members > 1 else "alone"
         named = f"{role}, {self.channels} channels of {self.accesses} by {self.vector}, {', '.join(self.types)}"
+        if self.windows:
+            named += ", windows"
         return f"{named}, curved" if self.curved else named
 
 
@@ -117,6 +121,9 @@ def gradient_work(
         itemsize: bytes of an element of x and one of dy together.
     """
     per_group, n_positions = shape
+    windows = n_positions % vector > 0
+    if windows:  # the first access may begin with all but one element of another channel
+        n_positions += vector - 1
     most = gpu.limits.interpreted_tile_elements
     if not gpu.interpreted:
         most = min(gpu.limits.whole_group_elements, gpu.limits.resident_bytes.flat // itemsize)
@@ -132,7 +139,7 @@ def gradient_work(
     members = -(-per_group // channels) * chunks
     if members > gpu.most_peers:
         return None
-    return GradientWork(members, chunks, channels, accesses, vector, types, curved)
+    return GradientWork(members, chunks, channels, accesses, vector, types, curved, windows)
 
 
 @remembered
@@ -143,7 +150,8 @@ def gradient(work: GradientWork, gpu: Gpu) -> Space:
         tiles = (gpu.limits.interpreted_tile_elements,) if work.members == 1 else tiles
         configs = [config(4, M=max(1, tile // work.elements)) for tile in tiles]
         return space_of("groups_fused_backward_kernel", work.key, configs)
-    per_thread = 8 if work.vector == 1 else 16
+    # Narrow accesses need more addresses: windows by 4 with SiLU spilled 3 registers with 16 elements a thread.
+    per_thread = 8 if work.vector == 1 or (work.windows and work.vector <= 4) else 16
     configs = [
         _config_of(tile, per_thread, work, gpu)
         for tile in tiles
