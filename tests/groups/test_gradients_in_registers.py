@@ -9,7 +9,7 @@ import torch
 import triton_norm
 from support.activations import SIDED
 from support.channel_norms import share
-from support.group_calls import away_from_the_kink, checked, drawn, laid
+from support.group_calls import away_from_the_kink, checked, drawn, elements_loaded, laid
 from support.oracle import differentiated
 from support.turns import backwards, one_of_each, shuffled
 from triton_norm.channels import group_backward
@@ -146,15 +146,6 @@ def test_x_and_dy_are_read_once(case, use, guard, device):
     loaded = shape[0] * elements_loaded(shape[1], math.prod(shape[2:])) if case not in LAST else inputs.x.numel()
     assert launched.bytes("load", "x_ptr") == launched.bytes("load", "dy_ptr") == loaded * itemsize
     assert launched.bytes("store", "dx_ptr") == inputs.x.numel() * itemsize
-
-
-def elements_loaded(n_channels, n_positions):
-    """Returns the elements of the accesses that read a sample's channels, of 8 bytes at least if sizes allow."""
-    vector = math.gcd(n_positions, 8)
-    if vector < 4:
-        vector = min(math.gcd(n_channels * n_positions, 8), 1 << n_positions.bit_length() - 1)
-    starts = range(0, n_channels * n_positions, n_positions)
-    return sum(vector * (-(-(start + n_positions) // vector) - start // vector) for start in starts)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

@@ -1,12 +1,14 @@
 """Groups of which a program has several, whole in registers: layouts, sizes, a sample's independence, and launches."""
 
+import math
+
 import pytest
 import torch
 
 import triton_norm
 from support.activations import SIDED
 from support.gpus import H100, with_numbers
-from support.group_calls import away_from_the_kink, checked, drawn, laid
+from support.group_calls import away_from_the_kink, checked, drawn, elements_loaded, laid
 from triton_norm.tuning import group_spaces
 from triton_norm.tuning.group_spaces import WholeWork
 from triton_norm.tuning.limits import INTERPRETED
@@ -28,6 +30,7 @@ CASES = {  # name: shape, groups, layout
     "sequences": ((4, 24, 6), 4, "first"),
     "volumes": ((2, 12, 3, 3, 4), 3, "first"),
     "channels": ((5, 24, 4, 4), 24, "first"),  # InstanceNorm's
+    "channels of odd length": ((5, 24, 7, 7), 24, "first"),  # begin and end within accesses
     "rows": ((3, 24, 5, 3), 3, "last"),  # 15 rows of eight channels
     "a few rows": ((3, 12, 2, 2), 2, "last"),  # narrower accesses
     "one position": ((5, 32, 1, 1), 8, "last"),
@@ -49,7 +52,9 @@ def test_matches_fp64(case, guard, device):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("case", ["a weight for each access", "a weight for each element", "rows"])
+@pytest.mark.parametrize(
+    "case", ["a weight for each access", "a weight for each element", "channels of odd length", "rows"]
+)
 def test_activations_and_residuals(case, activation, residual, device):
     shape, n_groups, layout = CASES[case]
     inputs = drawn(shape, device, layout=layout, residual=residual)
@@ -59,7 +64,8 @@ def test_activations_and_residuals(case, activation, residual, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", ["samples", "strided", "last"])
 def test_strides_and_types(layout, dtype, device):
-    checked(drawn((3, 16, 7, 7), device, dtype, layout, residual=True), 2)
+    for n_groups in (2, 16):
+        checked(drawn((3, 16, 7, 7), device, dtype, layout, residual=True), n_groups)
 
 
 @pytest.mark.parametrize("parameters", ["weight", "bias", "neither"])
@@ -87,7 +93,9 @@ def test_x_is_read_once_and_no_program_has_a_single_small_group(case, guard, dev
     x = drawn(shape, device, torch.bfloat16, layout).x
     y = triton_norm.group_norm(x, n_groups)
     (launched,) = guard.launches
-    assert launched.bytes("load", "x_ptr") == x.numel() * x.itemsize
+    of_odd_length = case == "channels of odd length"
+    loaded = shape[0] * elements_loaded(shape[1], math.prod(shape[2:])) if of_odd_length else x.numel()
+    assert launched.bytes("load", "x_ptr") == loaded * x.itemsize
     assert launched.bytes("store", "y_ptr") == y.numel() * y.itemsize
 
 

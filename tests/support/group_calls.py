@@ -76,3 +76,12 @@ def away_from_the_kink(inputs, n_groups):
     z = F.group_norm(x, n_groups, weight, bias)
     z = z if residual is None else z + residual
     return inputs._replace(dy=torch.where(z.abs() < 1e-3, 0.0, dy))
+
+
+def elements_loaded(n_channels, n_positions):
+    """Returns the elements of the accesses that read a sample's channels, of 8 bytes at least if sizes allow."""
+    vector = math.gcd(n_positions, 8)
+    if vector < 4:
+        vector = min(math.gcd(n_channels * n_positions, 8), 1 << n_positions.bit_length() - 1)
+    starts = range(0, n_channels * n_positions, n_positions)
+    return sum(vector * (-(-(start + n_positions) // vector) - start // vector) for start in starts)

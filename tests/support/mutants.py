@@ -256,9 +256,10 @@ tiles.of_instance
     groups apart | bounds | index // PER_STATISTIC -> index
     instances apart | race | channels.index + instance * channels.n_channels -> channels.index
 groups.elements_of
-    groups | bounds | (group < n_groups) & -> (group < n_groups + 1) &
-    groups | bounds | (vec < n_rows * row_vecs) -> (vec <= n_rows * row_vecs)
-    groups of rows | different | vec // row_vecs, vec -> 0 * vec, vec
+    groups | bounds | exists = group < n_groups -> exists = group < n_groups + 1
+    groups | bounds | (vec < n_rows * row_size) -> (vec <= n_rows * row_size)
+    groups of rows | different | row = vec // row_size -> row = 0 * vec
+    odd channels | different | (place - start * V) -> (0 * place)
 groups.pointers_to
     groups | different | elements.sample.to(tl.int64) * sample_vecs -> elements.sample.to(tl.int64) * 0
     groups of rows | different | elements.row.to(tl.int64) * position_vecs -> elements.row.to(tl.int64) * 0

@@ -43,6 +43,15 @@ def _placements(groups: Groups) -> list[Placement]:
     return [Placement._make(slices[:-1]) for slices in _spread(groups)]
 
 
+def _vector_of(groups: Groups, length: int, n_parts: int, *strides: int) -> int:
+    """Returns the elements of an access to parts of samples, of this length each. It divides the length, or those that
+    do are narrow, and the parts are read as windows."""
+    vector = vector_of(_placements(groups), length, *strides)
+    if vector * groups.itemsize >= limits_in_force().narrow_access_bytes:
+        return vector
+    return min(vector_of(_placements(groups), n_parts * length, *strides), 1 << length.bit_length() - 1)
+
+
 @remembered
 def forward_launch(groups: Groups, spec: GroupNormSpec) -> Launch | None:
     """Returns the launch that computes all groups, or None if they are too large, or better read by columns."""
@@ -52,24 +61,31 @@ def forward_launch(groups: Groups, spec: GroupNormSpec) -> Launch | None:
     strides = [slices.sample_stride for slices in _spread(groups)]
     if in_rows:
         strides += [slices.position_stride for slices in _spread(groups)]
-    vector = vector_of(_placements(groups), columns, *strides)
+    vector = (
+        _vector_of(groups, columns, n_groups, *strides)
+        if per_group == 1
+        else vector_of(_placements(groups), columns, *strides)
+    )
+    windows = columns % vector > 0
     if in_rows and (per_group == 1 or (vector * groups.itemsize < VECTOR_BYTES and groups.by_group().kind == "folded")):
         return None
     per_parameter = 1 if groups.kind == "last" else n_positions
-    run = 1 if per_parameter % vector else vector
+    run = 1 if per_parameter % vector and not windows else vector
+    size = columns if windows else columns // vector
     x_type, _ = groups.types
     work = WholeWork(
-        next_power_of_2(rows * columns // vector),
+        next_power_of_2(-(-(columns + vector - 1) // vector) if windows else rows * columns // vector),
         vector,
         run,
         types=tuple(name_of(dtype) for dtype in groups.types if dtype is not None),
         curved=spec.activation is not None,
+        windows=windows,
     )
     gpu = gpu_of(groups.device)
     if not group_spaces.fits(work, gpu):
         return None
     x, residual = (_strides(slices, vector) for slices in groups.slices)
-    geometry = n_groups, rows, columns // vector, per_parameter // run, n_groups * per_group
+    geometry = n_groups, rows, size, size if windows else per_parameter // run, n_groups * per_group
     launcher = Launcher(
         _kernel("groups_forward_kernel"),
         group_spaces.whole(work, gpu),
@@ -82,6 +98,7 @@ def forward_launch(groups: Groups, spec: GroupNormSpec) -> Launch | None:
         V=vector,
         RUN=run,
         T=work.accesses,
+        WINDOWS=windows,
         COMPUTE=triton_dtype(torch.float64 if x_type == torch.float64 else torch.float32),
     )
     return Launch(launcher, n_samples * n_groups)
@@ -138,10 +155,7 @@ def _by_channel(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
     x_slices, dy_slices, _ = groups.slices
     assert x_slices is not None and dy_slices is not None
     strides = [slices.sample_stride for slices in _spread(groups)]
-    vector = vector_of(_placements(groups), n_positions, *strides)
-    if vector * groups.itemsize < limits_in_force().narrow_access_bytes:  # windows are wider
-        widest = vector_of(_placements(groups), n_groups * per_group * n_positions, *strides)
-        vector = min(widest, 1 << n_positions.bit_length() - 1)
+    vector = _vector_of(groups, n_positions, n_groups * per_group, *strides)
     x_type, dy_type, residual_type = groups.types
     types = tuple(name_of(dtype) for dtype in (dy_type, x_type, residual_type) if dtype is not None)
     gpu = gpu_of(groups.device)

@@ -13,6 +13,7 @@ from triton_norm.kernels.activations import activate
 from triton_norm.kernels.channels import factor_of, finalise_statistics, move_running
 from triton_norm.kernels.moments import moments_of, tile_sum, to_float
 from triton_norm.kernels.tiles import Channels, aligned, load_parameter
+from triton_norm.kernels.windows import in_window, store_window
 
 
 class Elements(NamedTuple):
@@ -21,7 +22,9 @@ class Elements(NamedTuple):
     Args:
         group, sample, within: [M, 1, 1]: a group's index, its sample, and its index in the sample.
         row, column: [1, T, 1]: the row of a group, and the place in it, divided by V.
-        in_range: [M, T, 1], mask of the elements that exist.
+        start: [M, 1, 1]: the group's first access in a row of its sample.
+        first, end: [M, 1, 1]: the group's elements, from the start of its first access.
+        in_range: [M, T, 1], mask of the accesses that exist.
     """
 
     group: tl.tensor
@@ -29,33 +32,62 @@ class Elements(NamedTuple):
     within: tl.tensor
     row: tl.tensor
     column: tl.tensor
+    start: tl.tensor
+    first: tl.tensor
+    end: tl.tensor
     in_range: tl.tensor
 
 
 @triton.jit
-def elements_of(block, n_groups, groups_per_sample, n_rows, row_vecs, M: tl.constexpr, T: tl.constexpr):
-    """Returns the elements of the M groups of a block, of n_rows · row_vecs · V elements each."""
+def elements_of(
+    block,
+    n_groups,
+    groups_per_sample,
+    n_rows,
+    row_size,
+    M: tl.constexpr,
+    T: tl.constexpr,
+    V: tl.constexpr,
+    WINDOWS: tl.constexpr,
+):
+    """Returns the elements of the M groups of a block, of n_rows · row_size accesses each, or elements if WINDOWS."""
     group = block * M + tl.arange(0, M)[:, None, None]
+    exists = group < n_groups
     vec = tl.arange(0, T)[None, :, None]
-    in_range = (group < n_groups) & (vec < n_rows * row_vecs)
     sample = group // groups_per_sample
-    return Elements(group, sample, group - sample * groups_per_sample, vec // row_vecs, vec % row_vecs, in_range)
+    within = group - sample * groups_per_sample
+    start = within.to(tl.int64) * row_size
+    if WINDOWS:
+        place = start
+        start = place // V
+        first = (place - start * V).to(tl.int32)
+        end = first + row_size
+        row = vec * 0
+        column = vec
+        in_range = exists & (vec * V < end)
+    else:
+        first = group * 0
+        end = first + row_size * V
+        row = vec // row_size
+        column = vec % row_size
+        in_range = exists & (vec < n_rows * row_size)
+    return Elements(group, sample, within, row, column, start, first, end, in_range)
 
 
 @triton.jit
-def pointers_to(ptr, elements, sample_vecs, position_vecs, row_vecs, V: tl.constexpr):
+def pointers_to(ptr, elements, sample_vecs, position_vecs, V: tl.constexpr):
     """Returns the pointers [M, T, V] to elements of a tensor whose samples and rows have these strides, times V."""
-    group = elements.sample.to(tl.int64) * sample_vecs + elements.within.to(tl.int64) * row_vecs
+    group = elements.sample.to(tl.int64) * sample_vecs + elements.start
     element = elements.row.to(tl.int64) * position_vecs + elements.column
     return aligned(ptr + (group + element) * V + tl.arange(0, V)[None, None, :], V)
 
 
 @triton.jit
-def channels_in(elements, row_vecs, parameter_runs, n_channels, V: tl.constexpr, RUN: tl.constexpr):
+def channels_in(elements, row_size, parameter_runs, n_channels, V: tl.constexpr, RUN: tl.constexpr):
     """Returns the channels of elements, [M, T, 1] if RUN = V, or [M, T, V] if RUN = 1; see `parameters_of`."""
     RUNS: tl.constexpr = V // RUN
     run = elements.column * RUNS + tl.arange(0, RUNS)[None, None, :]
-    index = elements.within * (row_vecs * RUNS // parameter_runs) + run // parameter_runs
+    index = elements.within * (row_size * RUNS // parameter_runs) + run // parameter_runs
     return Channels(index, elements.in_range, n_channels)
 
 
@@ -71,7 +103,7 @@ def groups_forward_kernel(
     n_groups,
     groups_per_sample,
     n_rows,
-    row_vecs,
+    row_size,
     parameter_runs,
     n_channels,
     x_sample_vecs,
@@ -84,40 +116,51 @@ def groups_forward_kernel(
     V: tl.constexpr,
     RUN: tl.constexpr,
     T: tl.constexpr,
+    WINDOWS: tl.constexpr,
     COMPUTE: tl.constexpr,
     M: tl.constexpr,
 ):
     """Computes y = f((x − mean) · rstd · weight + bias + residual), and the statistics of the groups.
 
     Grid: cdiv(n_groups, M). A program has M groups.
-    Bytes: reads x and residual once, and writes y once.
+    Bytes: reads x and residual once, and writes y once. With WINDOWS, neighbouring groups read the access that has
+    elements of both.
 
     Args:
         x_ptr, residual_ptr: n_groups / groups_per_sample samples, whose strides are *_sample_vecs · V; residual may be
-            None. A group is n_rows rows of row_vecs · V elements, with strides *_row_vecs · V.
+            None. A group is n_rows rows of row_size · V elements, with strides *_row_vecs · V.
         y_ptr: dense, in x's layout.
         weight_ptr, bias_ptr: [n_channels], or None.
         statistics_ptr: [3, n_groups]: mean, mean_lo and rstd.
         moments_ptr: [3, n_groups]: mean, mean_lo and M2; or None.
         parameter_runs, RUN: as in channels_forward_kernel.
         T: accesses of V elements that hold a group.
+        WINDOWS: groups are single channels of row_size elements, no multiple of V; a sample's elements are.
     """
-    elements = elements_of(tl.program_id(0), n_groups, groups_per_sample, n_rows, row_vecs, M, T)
+    elements = elements_of(tl.program_id(0), n_groups, groups_per_sample, n_rows, row_size, M, T, V, WINDOWS)
     mask = elements.in_range
-    x = tl.load(pointers_to(x_ptr, elements, x_sample_vecs, x_row_vecs, row_vecs, V), mask=mask, other=0.0)
-    total = n_rows * row_vecs * V
-    centred, moments = moments_of(x.to(COMPUTE), mask, to_float(total, COMPUTE), None, CENTRED=True)
+    x = tl.load(pointers_to(x_ptr, elements, x_sample_vecs, x_row_vecs, V), mask=mask, other=0.0)
+    own = mask
+    if WINDOWS:
+        own = mask & in_window(elements.column, elements.first, elements.end, V)
+        x = tl.where(own, x, 0.0)
+    total = n_rows * row_size * (1 if WINDOWS else V)
+    centred, moments = moments_of(x.to(COMPUTE), own, to_float(total, COMPUTE), None, CENTRED=True)
     groups = Channels(elements.group, elements.group < n_groups, n_groups)
     rstd = finalise_statistics(moments, statistics_ptr, moments_ptr, groups, total, EPS, LOCAL=False)
-    channels = channels_in(elements, row_vecs, parameter_runs, n_channels, V, RUN)
+    channels = channels_in(elements, row_size, parameter_runs, n_channels, V, RUN)
     scale = rstd * load_parameter(weight_ptr, channels, 1.0, COMPUTE)
     z = centred * scale + load_parameter(bias_ptr, channels, 0.0, COMPUTE)
     if residual_ptr is not None:
-        residual = pointers_to(residual_ptr, elements, residual_sample_vecs, residual_row_vecs, row_vecs, V)
+        residual = pointers_to(residual_ptr, elements, residual_sample_vecs, residual_row_vecs, V)
         z += tl.load(residual, mask=mask, other=0.0).to(COMPUTE)
-    y_row_vecs = tl.full([], row_vecs, tl.int64) * groups_per_sample
-    y = pointers_to(y_ptr, elements, y_row_vecs * n_rows, y_row_vecs, row_vecs, V)
-    tl.store(y, activate(z, ACTIVATION, SLOPE).to(y_ptr.dtype.element_ty), mask=mask)
+    y_row_vecs = tl.full([], row_size, tl.int64) * groups_per_sample // (V if WINDOWS else 1)
+    pointers = pointers_to(y_ptr, elements, y_row_vecs * n_rows, y_row_vecs, V)
+    y = activate(z, ACTIVATION, SLOPE).to(y_ptr.dtype.element_ty)
+    if WINDOWS:
+        store_window(pointers, y, elements.column, elements.first, elements.end, mask, V)
+    else:
+        tl.store(pointers, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_positions", "n_channels", "n_samples", "momentum", "momentum_rest"])

@@ -20,6 +20,7 @@ class WholeWork(NamedTuple):
         run: elements of an access with a common weight and bias.
         types: names of the dtypes of the inputs of x's shape.
         curved: an activation is computed, which takes registers.
+        windows: a group begins and ends within accesses.
     """
 
     accesses: int
@@ -27,6 +28,7 @@ class WholeWork(NamedTuple):
     run: int
     types: tuple[str, ...]
     curved: bool
+    windows: bool = False
 
     @property
     def elements(self) -> int:
@@ -35,6 +37,8 @@ class WholeWork(NamedTuple):
     @property
     def key(self) -> str:
         named = f"{self.elements} elements by {self.vector}, weights by {self.run}, {', '.join(self.types)}"
+        if self.windows:
+            named += ", windows"
         return f"{named}, curved" if self.curved else named
 
 
@@ -60,7 +64,7 @@ def whole(work: WholeWork, gpu: Gpu) -> Space:
         groups = max(1, gpu.limits.interpreted_tile_elements // work.elements)
         return space_of("groups_forward_kernel", work.key, [config(4, M=groups)])
     per_threads: tuple[int, ...] = _PER_THREAD
-    if work.curved or len(work.types) > 1 or work.run < work.vector:
+    if work.curved or work.windows or len(work.types) > 1 or work.run < work.vector:
         per_threads = per_threads[:1]
     if work.vector == 1:  # each element needs an address: with 16 a thread a few registers were spilled
         per_threads = (per_threads[0] // 2,)
