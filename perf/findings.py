@@ -139,6 +139,15 @@ def access_bits(record: Resources) -> int:
     return max(map(int, {**record["loads"], **record["stores"]}), default=128)
 
 
+def form_text(record: Resources) -> str:
+    """Returns how many blocks or programs share a row or channel, if its config tells; records before clusters do not
+    have their blocks."""
+    n_blocks, n_peers = record.get("blocks", 1), record["config"].get("PEERS", 1)
+    if n_blocks > 1:
+        return f"cluster of {n_blocks}, {record['clusters']} at once"
+    return f"{n_peers} peers" if n_peers > 1 else "one block"
+
+
 def ulps_of(record: Numerics, output: str) -> Ulps:
     return record["y"] if output == "y" else record["dx"]
 

@@ -130,6 +130,8 @@ class Code(TypedDict, total=False):
         accesses: the same by argument, "load" and "store"; empty where arguments can't be told apart.
         atomics: types of the elements of atomics in global memory.
         resident_warps: warps that a multiprocessor holds at once, of `possible_warps`, and what it is `limited_by`.
+        blocks: blocks of a program; several are a cluster.
+        clusters: programs that the GPU holds at once, if its parts are no smaller than a cluster.
     """
 
     registers: int
@@ -143,6 +145,8 @@ class Code(TypedDict, total=False):
     resident_warps: int
     possible_warps: int
     limited_by: str
+    blocks: int
+    clusters: int
     accesses: dict[str, dict[str, dict[Any, int]]]
     atomics: list[str]
 

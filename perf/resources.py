@@ -24,6 +24,7 @@ from perf.records import Code, Refused, Resources, in_a_line, made, task_name
 from triton_norm.launch import COMPILE_OPTIONS
 from triton_norm.testing.stub_driver import as_on_gpu
 from triton_norm.tuning import choices
+from triton_norm.tuning.channel_clusters import APART, CLUSTERS
 from triton_norm.tuning.configs import Config, Space
 from triton_norm.tuning.limits import Gpu, most_blocks_of
 
@@ -107,6 +108,8 @@ def inspect(compiled: Sequence[Any], target: Target) -> list[Code]:
         resident, limit = occupancy(target, record["registers"], shared, warps)
         record |= {"shared_bytes": shared, "warps": warps, "resident_warps": resident}
         record |= {"possible_warps": target.warps, "limited_by": limit}
+        n_blocks = kernel.metadata.num_ctas
+        record |= {"blocks": n_blocks, "clusters": resident // warps * target.multiprocessors // n_blocks}
         text = kernel.asm.get("ptx")
         record["accesses"] = ptx.accesses(text, kernel.src.signature) if text else {}
         record["atomics"] = ptx.atomics(text) if text else []
@@ -152,12 +155,19 @@ class Launch:
 
 
 @contextmanager
-def compiling_for(target: Target) -> Iterator[list[Launch]]:
-    """Lists every launch made inside, to be compiled for the target before the end; none is run."""
+def compiling_for(target: Target, clusters: bool | None = None) -> Iterator[list[Launch]]:
+    """Lists every launch made inside, to be compiled for the target before the end; none is run.
+
+    Args:
+        clusters: whether channels are launched as clusters, where they can be; None: where this is the best guess.
+    """
     launches: list[Launch] = []
     spaces: dict[int, Space] = {}
+    forms = None if clusters is None else CLUSTERS if clusters else APART
 
     def choose_first(space: Space, _: object) -> Config:
+        if forms is not None and forms in space.configs:
+            return forms
         spaces[id(space.configs[0])] = space
         return space.configs[0]
 
@@ -176,13 +186,13 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
 
 
 @contextmanager
-def launches_of(point: Point, target: Target) -> Iterator[list[Launch]]:
+def launches_of(point: Point, target: Target, clusters: bool | None = None) -> Iterator[list[Launch]]:
     """Lists the launches of one op's pass in one direction, in order, to be compiled before the end."""
     inputs = make_inputs(point, "cpu", blank=True)
     forward = bind(point, OPS, inputs)
     assert forward is not None
     call = candidate("triton_norm", point, forward, inputs)
-    with compiling_for(target) as launches:
+    with compiling_for(target, clusters) as launches:
         state = call.prepare()
         launches.clear()
         call.run(state)
@@ -190,11 +200,21 @@ def launches_of(point: Point, target: Target) -> Iterator[list[Launch]]:
 
 
 def compile_point(point: Point, target: Target, every_config: bool = False) -> list[tuple[Launch, Any]]:
-    """Returns the launches of one op's pass in one direction, in order, and their kernels."""
-    with launches_of(point, target) as launches:
-        if every_config:
-            launches[:] = [replace(launch, config=config) for launch in launches for config in launch.space.configs]
-        return [(launch, launch.compile()) for launch in launches]
+    """Returns the launches of one op's pass in one direction, in order, and their kernels.
+
+    Args:
+        every_config: also the launches that a search would try.
+    """
+    compiled: dict[Any, tuple[Launch, Any]] = {}
+    for clusters in (False, True) if every_config else (None,):
+        with launches_of(point, target, clusters) as launches:
+            for place, launch in enumerate(launches):
+                for config in launch.space.configs if every_config else [launch.config]:
+                    key = place, launch.kernel.__name__, launch.space, config
+                    if key not in compiled:
+                        one = replace(launch, config=config)
+                        compiled[key] = one, one.compile()
+    return list(compiled.values())
 
 
 def _some(points: Sequence[Point], target: Target, known: dict[str, Code], every_config: bool) -> Iterator[Resources]:
@@ -232,4 +252,7 @@ def line(record: Resources) -> str:
     name = f"{record['target']} {record['kernel']} of {task_name(record)}"
     if record["status"] != "ok":
         return f"{name}: {record['status']}, {record['message']}"
-    return f"{name}: {record['registers']} registers, {record['spill_stores']} spilled, loads {record['loads']}"
+    code = f"{record['registers']} registers, {record['spill_stores']} spilled, loads {record['loads']}"
+    if record["blocks"] > 1:
+        code += f", {record['blocks']} blocks a cluster, {record['clusters']} clusters at once"
+    return f"{name}: {code}"

@@ -23,7 +23,7 @@ from perf.measure import Stopped, Timer, time_interleaved
 from perf.ops import triton_norm_functions
 from perf.points import Point
 from perf.records import in_a_line
-from triton_norm import launch
+from triton_norm import launch, trials
 from triton_norm.tuning.choices import begun_anew, choose_only
 from triton_norm.tuning.configs import Config, Space
 
@@ -128,6 +128,22 @@ class Launch:
         return Candidate(name, self.zero, lambda _: self.start(config))
 
 
+class Ways:
+    """Ways to run a call, which can be run again: see `trials.fastest`."""
+
+    def __init__(self, runs: Mapping[Config, Callable[[], None]], used: Config) -> None:
+        self.used, self._runs = used, runs
+
+    def zero(self) -> None:
+        """Does nothing: a way makes its own workspace."""
+
+    def start(self, config: Config) -> None:
+        self._runs[config]()
+
+    def candidate(self, name: str, config: Config) -> Candidate:
+        return Candidate(name, self.zero, lambda _: self.start(config))
+
+
 class Tuner:
     """Times what the calls of points launch. `trials`: by kernel and key; `keys`: those of each point so far."""
 
@@ -136,14 +152,15 @@ class Tuner:
         self.keys: dict[Point, list[Key]] = {}
         self._timer, self._gpu = timer, gpu
         self._point: Point | None = None
-        self._launches: dict[Key, Launch] = {}
+        self._launches: dict[Key, Launch | Ways] = {}
         self._timed: set[tuple[Any, ...]] = set()
 
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Lets the library know no choice but those that are in force here, and ask for every other one."""
         search = mock.patch.object(launch, "search", self._search)
-        with triton_norm.backend("triton"), begun_anew(folder=None), search:
+        fastest = mock.patch.object(trials, "fastest", self._fastest)
+        with triton_norm.backend("triton"), begun_anew(folder=None), search, fastest:
             yield
 
     @property
@@ -161,17 +178,24 @@ class Tuner:
     ) -> Config:
         """Returns the best config so far that works for this launch. It is timed after the call: a backward
         pass runs in a thread of torch's, where nothing interrupts it."""
+        return self._first(space, lambda config: Launch(kernel, n_programs, arguments, constants, config))
+
+    def _fastest(self, space: Space, kernel: Any, gpu: str, runs: Mapping[Config, Callable[[], None]]) -> Config:
+        """Returns the best way so far that works, as `_search` does."""
+        return self._first(space, lambda way: Ways(runs, way))
+
+    def _first(self, space: Space, make: Callable[[Config], Launch | Ways]) -> Config:
         key = space.kernel, space.key
         trial = self.trials.setdefault(key, Trial(space))
         best = trial.choice
         for config in dict.fromkeys([*([] if best is None else [best]), *trial.working]):
-            made = Launch(kernel, n_programs, arguments, constants, config)
+            made = make(config)
             if self._works(trial, made, config):
                 self._launches.setdefault(key, made)
                 return config
         raise RuntimeError(f"no config of {space.kernel} works for {space.key or 'any columns'}")
 
-    def _works(self, trial: Trial, made: Launch, config: Config) -> bool:
+    def _works(self, trial: Trial, made: Launch | Ways, config: Config) -> bool:
         made.zero()
         try:
             made.start(config)
@@ -209,7 +233,7 @@ class Tuner:
         assert forward is not None
         return candidate("triton_norm", point, forward, inputs)
 
-    def _time(self, key: Key, made: Launch) -> dict[Config, float]:
+    def _time(self, key: Key, made: Launch | Ways) -> dict[Config, float]:
         trial = self.trials[key]
         able = [config for config in trial.working if self._works(trial, made, config)]
         if not able:

@@ -15,6 +15,7 @@ from perf.findings import (
     access_bits,
     columns_of,
     counted,
+    form_text,
     is_worse,
     layout_text,
     ulps_of,
@@ -43,7 +44,8 @@ CODE_NOTE = (
     "Kernels compiled with the launch that this library chooses where nothing was measured yet, and disassembled: "
     "registers a thread · bytes of the widest access to global memory, and of the narrowest to x, y and their like "
     "where that is less · warps that a multiprocessor holds at once, of those that it could (darker ground: more) · "
-    "stores and loads of spilled registers. Marked where one of them falls short."
+    "blocks of a cluster, if programs are clusters · stores and loads of spilled registers. Marked where one of them "
+    "falls short."
 )
 PARTS = {
     "x, residual, dy loaded": ("loaded", ("bulk",), BLUE),
@@ -172,6 +174,7 @@ def machine_code(findings: Findings) -> list[Block]:
             **columns_of(r),
             "loads": Cell(widths(r["loads"]), access_bits(r) < NARROW_BITS),
             "stores": widths(r["stores"]),
+            "form": form_text(r),
             "warps": r["warps"],
             "registers": r["registers"],
             "spilled": Cell(_spills(r), r["spill_stores"] > 0),
@@ -203,7 +206,8 @@ def _by_target(compiled: Sequence[Resources]) -> Table:
         widest, narrowest = max(map(int, {**r["loads"], **r["stores"]}), default=0) // 8, access_bits(r) // 8
         width = f"{widest}" if narrowest >= widest else f"{widest}/{narrowest}"
         spills = f" · {_spills(r)} spills" if r["spill_stores"] else ""
-        text = f"{r['registers']} · {width} · {r['resident_warps']}/{r['possible_warps']}{spills}"
+        cluster = f" · {r['blocks']} blocks" if r.get("blocks", 1) > 1 else ""
+        text = f"{r['registers']} · {width} · {r['resident_warps']}/{r['possible_warps']}{cluster}{spills}"
         warn = r["spill_stores"] > 0 or access_bits(r) < NARROW_BITS or _warn_of_warps(r)
         return Cell(text, warn, r["resident_warps"] / r["possible_warps"])
 

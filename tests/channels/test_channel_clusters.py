@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import triton_norm
+from support import host_mutants
 from support.channel_norms import drawn, running_statistics
 from support.gpus import H100, changed, with_numbers
 from support.spaces import unknown_gpu
 from triton_norm.channels.launches import Launches
-from triton_norm.tuning import choices
-from triton_norm.tuning.channel_clusters import APART, CLUSTERS, clusters, forms, plan_clusters
+from triton_norm.tuning import channel_clusters, choices
+from triton_norm.tuning.channel_clusters import APART, CLUSTERS, clusters
 from triton_norm.tuning.channel_spaces import BACKWARD, ChannelWork, SharedChannels
 from triton_norm.tuning.limits import INTERPRETED, ByKind
 
@@ -75,45 +76,67 @@ def work_of(kernel, kind, elements, n_blocks=256, **others):
 
 def launch_of(work, kernel, is_group=False, gpu=WITH_CLUSTERS):
     """Returns the blocks of each config, and whether clusters are the best guess; None if there are no clusters."""
-    found = plan_clusters(work, kernel, is_group, gpu)
+    found = channel_clusters.plan_clusters(work, kernel, is_group, gpu)
     if found is None:
         return None
     plan = found.plan
     assert plan.groups_per_split == work.n_groups
     assert plan.tile * plan.tiles >= work.n_groups * work.lanes > plan.tile * (plan.tiles - 1)
     one = ChannelWork(kernel, "clusters", work.kind, work.lanes, 8, 1, ("bfloat16",), plan.tile, work.resident_bytes)
-    space = clusters(one._replace(run=work.run, curved=work.curved, tiles=plan.tiles), gpu)
+    space = clusters(one._replace(run=work.run, curved=work.curved, tiles=plan.tiles, streams=work.streams), gpu)
     for config in space.configs:
         assert config["T"] * work.lanes == plan.tile
         assert 4 <= config.num_warps <= 16
         assert config.maxnreg * 32 * config.num_warps <= 64 * 1024
-    return [config.num_ctas for config in space.configs], forms(space, 2, found.portable).configs[0] == CLUSTERS
+    return [config.num_ctas for config in space.configs], channel_clusters.forms(space, 2, found.portable).configs[
+        0
+    ] == CLUSTERS
 
 
-@pytest.mark.parametrize(
-    ("kernel", "kind", "elements", "expected"),
-    [
-        (FORWARD, "flat", 8_000, None),  # less than 16 KiB
-        (FORWARD, "flat", 12_544, ([2], True)),  # in four warps each
-        (FORWARD, "flat", 50_176, ([2, 4], True)),  # 14 × 14 × 256
-        (FORWARD, "flat", 200_704, ([8], True)),  # 28 × 28 × 256
-        (FORWARD, "flat", 229_376, ([8], True)),  # 56 elements a thread
-        (FORWARD, "flat", 229_384, ([16], False)),
-        (FORWARD, "flat", 401_408, ([16], False)),  # 28 × 28 × 512
-        (FORWARD, "flat", 802_816, None),
-        (FORWARD, "last", 3_136, ([8], True)),  # 14 × 14 × 16
-        (FORWARD, "last", 6_272, ([16], False)),
-        (FORWARD, "folded", 12_544, None),  # statistics of its channels would go through memory
-        (BACKWARD, "flat", 131_072, ([8], True)),
-        (BACKWARD, "flat", 131_080, ([16], False)),
-        (BACKWARD, "flat", 401_408, None),
-        (BACKWARD, "last", 2_048, ([8], True)),
-    ],
-)
+SIZES = [
+    (FORWARD, "flat", 8_000, None),  # less than 16 KiB
+    (FORWARD, "flat", 12_544, ([2], True)),  # in four warps each
+    (FORWARD, "flat", 50_176, ([2, 4], True)),  # 14 × 14 × 256
+    (FORWARD, "flat", 200_704, ([8], True)),  # 28 × 28 × 256
+    (FORWARD, "flat", 229_376, ([8], True)),  # 56 elements a thread
+    (FORWARD, "flat", 229_384, ([16], False)),
+    (FORWARD, "flat", 401_408, ([16], False)),  # 28 × 28 × 512
+    (FORWARD, "flat", 802_816, None),
+    (FORWARD, "last", 3_136, ([8], True)),  # 14 × 14 × 16
+    (FORWARD, "last", 6_272, ([16], False)),
+    (FORWARD, "folded", 12_544, None),  # statistics of its channels would go through memory
+    (BACKWARD, "flat", 131_072, ([8], True)),
+    (BACKWARD, "flat", 131_080, ([16], False)),
+    (BACKWARD, "flat", 401_408, None),
+    (BACKWARD, "last", 2_048, ([8], True)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "kind", "elements", "expected"), SIZES)
 def test_blocks_of_a_channel(kernel, kind, elements, expected):
     work = work_of(kernel, kind, elements)
     assert launch_of(work, kernel) == expected
     assert launch_of(work, kernel, gpu=H100) is None
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        ("plan_clusters", "gpu.most_blocks == 1", "gpu.most_blocks == 0"),  # where there are no clusters
+        ("plan_clusters", "blocks > 2 * gpu.most_blocks", "blocks > 4 * gpu.most_blocks"),  # past 16 blocks
+        ("plan_clusters", "blocks <= gpu.most_blocks", "True"),  # 16 first
+        ("plan_clusters", 'work.kind != "folded" and', ""),
+        ("forms", "if portable", "if not portable"),
+    ],
+    ids=lambda mutant: f"{mutant[0]}: {mutant[1]} -> {mutant[2]}",
+)
+def test_wrong_choices_are_caught(mutant):
+    def check():
+        for size in SIZES:
+            test_blocks_of_a_channel(*size)
+
+    with host_mutants.mutated(channel_clusters, *mutant), pytest.raises((AssertionError, ZeroDivisionError)):
+        check()
 
 
 def test_few_channels_fill_half_of_a_gpu_or_are_small():

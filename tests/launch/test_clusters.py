@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import triton_norm
-from support import processes
+from support import host_mutants, processes
 from support.gpus import H100, changed
 from triton_norm import launch
 from triton_norm.rows import plan
-from triton_norm.tuning import choices, limits
+from triton_norm.tuning import choices, limits, row_spaces
 from triton_norm.tuning.configs import Config, config, space_of
-from triton_norm.tuning.limits import Gpu, assumed, most_blocks_of
+from triton_norm.tuning.limits import Gpu, assumed
 from triton_norm.tuning.row_spaces import RowWork, rows_backward, rows_backward_programs, rows_forward
 
 triton = pytest.importorskip("triton")
@@ -39,26 +39,26 @@ def clusters(configs: tuple[Config, ...]) -> list[int]:
     return [candidate.num_ctas for candidate in configs if candidate.num_ctas > 1]
 
 
-@pytest.mark.parametrize(
-    ("version", "capability", "blocks"),
-    [
-        ("3.9.0", (9, 0), 8),
-        ("3.9.0+git1", (10, 3), 8),
-        ("3.10.0", (9, 0), 8),
-        ("4.0.0", (10, 0), 8),
-        ("3.8.0", (9, 0), 1),
-        ("3.7.1", (10, 0), 1),
-        ("3.9.0", (8, 9), 1),
-        ("3.9.0", (12, 0), 1),  # Triton's own predicate leaves it out
-        ("3.9.0", None, 1),
-    ],
-)
+OFFERED = [
+    ("3.9.0", (9, 0), 8),
+    ("3.9.0+git1", (10, 3), 8),
+    ("3.10.0", (9, 0), 8),
+    ("4.0.0", (10, 0), 8),
+    ("3.8.0", (9, 0), 1),
+    ("3.7.1", (10, 0), 1),
+    ("3.9.0", (8, 9), 1),
+    ("3.9.0", (12, 0), 1),  # Triton's own predicate leaves it out
+    ("3.9.0", None, 1),
+]
+
+
+@pytest.mark.parametrize(("version", "capability", "blocks"), OFFERED)
 def test_where_clusters_are_offered(version, capability, blocks, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     monkeypatch.setattr(limits, "INTERPRETED", False)
-    assert most_blocks_of.__wrapped__(capability) == blocks
+    assert limits.most_blocks_of.__wrapped__(capability) == blocks
     monkeypatch.setattr(limits, "INTERPRETED", True)
-    assert most_blocks_of.__wrapped__(capability) == 1
+    assert limits.most_blocks_of.__wrapped__(capability) == 1
 
 
 def test_no_cluster_where_there_are_none():
@@ -95,6 +95,36 @@ def test_a_cluster_has_a_whole_row():
                 assert candidate.keywords.get("PIECES", 1) == 1
                 assert 1 <= candidate.num_warps <= 32
                 assert candidate.keywords["num_ctas"] == candidate.num_ctas
+
+
+CHOICE_MUTANTS = [
+    (limits, "most_blocks_of", "capability[0] not in CLUSTER_GENERATIONS", "capability[0] < 8"),  # below 9.0
+    (limits, "most_blocks_of", ">= CLUSTERS_SINCE", ">= (3, 8)"),
+    (limits, "most_blocks_of", "return PORTABLE_BLOCKS", "return 2 * PORTABLE_BLOCKS"),
+    (limits, "most_blocks_of", " or INTERPRETED", ""),
+    (row_spaces, "_with_clusters", "2 * gpu.most_blocks", "4 * gpu.most_blocks"),  # past 16 blocks
+    (row_spaces, "_with_clusters", "portable + others + larger", "larger + portable + others"),
+    (row_spaces, "_with_clusters", "gpu.most_blocks == 1", "gpu.most_blocks == 0"),
+]
+
+
+@pytest.mark.parametrize("mutant", CHOICE_MUTANTS, ids=lambda mutant: f"{mutant[1]}: {mutant[2]} -> {mutant[3]}")
+def test_wrong_choices_are_caught(mutant, monkeypatch):
+    module, *_ = mutant
+
+    def check():
+        if module is limits:
+            for version, capability, blocks in OFFERED:
+                test_where_clusters_are_offered(version, capability, blocks, monkeypatch)
+        else:
+            test_no_cluster_where_there_are_none()
+            test_rows_that_one_block_can_not_hold_begin_with_a_cluster()
+
+    with monkeypatch.context() as patch:
+        monkeypatch = patch
+        check()
+        with host_mutants.mutated(*mutant), pytest.raises(AssertionError):
+            check()
 
 
 def test_clusters_of_a_backward_are_as_many_as_run_at_once():
@@ -159,53 +189,125 @@ def test_a_chosen_cluster_takes_no_workspace(device, monkeypatch):
 
 
 COMPILE = """
+import json, sys
 from dataclasses import replace
 
 import torch
+import triton_norm
 from perf import ptx
 from perf.resources import TARGETS, compiling_for, inspect
-from triton_norm import layer_norm, rms_norm
 
-target, *columns = sys.argv[1:]
-for function in (layer_norm, rms_norm):
+target, *named = sys.argv[1:]
+target = TARGETS[target]
+
+def tensors(dtype, *shapes, last=False):
+    for shape in shapes:
+        x = torch.empty(shape, dtype=dtype)
+        yield (x.contiguous(memory_format=torch.channels_last) if last else x).requires_grad_()
+
+def tell(call, name, clusters=True):
+    with compiling_for(target, clusters) as launches:
+        y = call()
+        forward = len(launches)
+        y.backward(torch.empty_like(y))
+        counts = forward, len(launches) - forward
+        kept = [
+            replace(one, config=config)
+            for one in launches
+            for config in one.space.configs
+            if (config.num_ctas > 1) == clusters
+        ]
+        kernels = [one.compile() for one in kept]
+        for one, kernel, code in zip(kept, kernels, inspect(kernels, target), strict=True):
+            told = {name: code[name] for name in ("spill_stores", "accesses", "atomics", "blocks", "clusters")}
+            told |= {"kernel": one.kernel.__name__, "name": name, "launches": counts}
+            told |= {"tiles": one.constants.get("TILES")}
+            told |= {"loaded_back": ptx.loaded_back(kernel.asm["ptx"], kernel.src.signature)}
+            print(json.dumps({**told, "barriers": kernel.asm["ptx"].count("barrier.cluster")}))
+"""
+
+OF_ROWS = """
+for norm in (triton_norm.layer_norm, triton_norm.rms_norm):
     for dtype in (torch.bfloat16, torch.float32):
-        for n in map(int, columns):
-            x, weight = (torch.empty(shape, dtype=dtype).requires_grad_() for shape in ((4, n), (n,)))
-            with compiling_for(TARGETS[target]) as launches:
-                y = function(x, (n,), weight)
-                y.backward(torch.empty_like(y))
-                forward, backward, *_ = launches
-                kept = [
-                    replace(one, config=config)
-                    for one in (forward, backward)
-                    for config in one.space.configs
-                    if config.num_ctas > 1
-                ]
-                kernels = [one.compile() for one in kept]
-                for one, kernel, code in zip(kept, kernels, inspect(kernels, TARGETS[target]), strict=True):
-                    told = {name: code[name] for name in ("spill_stores", "accesses", "atomics")}
-                    named = {"kernel": one.kernel.__name__, "columns": n, "blocks": one.config.num_ctas}
-                    barriers = kernel.asm["ptx"].count("barrier.cluster")
-                    print(json.dumps({**named, "dtype": str(dtype), "barriers": barriers, **told}))
+        for n in map(int, named):
+            x, weight = tensors(dtype, (4, n), (n,))
+            tell(lambda: norm(x, (n,), weight), f"{norm.__name__} {dtype} {n}")
+"""
+
+OF_CHANNELS = """
+def batch_norm(dtype, *shape, last=False, activation=None, residual=False, clusters=True):
+    x, added = tensors(dtype, shape, shape, last=last)
+    mean, var, count = torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)
+    weight, bias = tensors(torch.float32, shape[1:2], shape[1:2])
+    fused = {"activation": activation, "residual": added if residual else None}
+    name = f"{dtype} {shape} {last} {activation} {residual}"
+    statistics = mean, var, weight, bias, True
+    tell(lambda: triton_norm.batch_norm(x, *statistics, num_batches_tracked=count, **fused), name, clusters)
+
+half = torch.bfloat16
+batch_norm(half, 256, 256, 14, 14)  # 50,176 elements a channel
+batch_norm(half, 256, 256, 28, 28)  # 200,704
+batch_norm(half, 512, 128, 28, 28)  # 401,408
+batch_norm(half, 128, 64, 32, 32, activation="relu", residual=True)  # 131,072
+batch_norm(torch.float32, 64, 256, 28, 28)
+batch_norm(half, 64, 256, 28, 28, activation="gelu", residual=True)
+batch_norm(half, 8, 256, 14, 14, last=True, activation="relu", residual=True)
+x, weight, bias = tensors(half, (8, 320, 64, 64), (320,), (320,))
+for n in (32, 64):  # elements of an access have one weight, or each its own
+    tell(lambda: triton_norm.group_norm(x, n, weight, bias, activation="silu"), f"{n} groups")
+x, weight, bias = tensors(half, (8, 32, 256, 256), (32,), (32,))
+tell(lambda: triton_norm.instance_norm(x, weight=weight, bias=bias), "instances")
+batch_norm(half, 32, 64, 7, 7, clusters=False)
 """
 
 
+def compiled(code, *arguments):
+    printed = processes.output("-c", COMPILE + code, *arguments)
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def check(record):
+    """Asserts that a cluster does not spill, wait by atomics, or load behind a barrier what it has stored: a barrier of
+    one block does not order another's stores before it."""
+    assert (record["spill_stores"], record["atomics"], record["loaded_back"]) == (0, [], []), record
+    assert record["barriers"] > 0, record
+    assert 1 < record["blocks"] * record["clusters"] <= 148 * 32, record
+
+
+@pytest.mark.long
 @pytest.mark.unguarded
 @pytest.mark.skipif(not HAS_CLUSTERS, reason="Triton 3.9 is the first with clusters")
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_compiled_clusters(target):
-    """No cluster spills, waits by atomics, or loads through an argument that it has stored to: a barrier of one block
-    does not order another's stores before it."""
-    printed = processes.output("-c", f"import json, sys\n{COMPILE}", target, "16384", "65536", "131072")
-    records = [json.loads(line) for line in printed.splitlines()]
+def test_compiled_rows(target):
+    records = compiled(OF_ROWS, target, "8192", "16384", "65536", "131072")
     assert {record["kernel"] for record in records} == {"rows_forward_kernel", "rows_backward_kernel"}
     for record in records:
-        where = [record[name] for name in ("kernel", "dtype", "columns", "blocks")]
-        assert (record["spill_stores"], record["atomics"]) == (0, []), where
-        assert record["barriers"] > 0, where
-        for name, access in record["accesses"].items():
-            assert not ("load" in access and "store" in access), (name, where)
-        assert set(record["accesses"]["x"]["load"]) == {"128"}, where
+        check(record)
+        assert set(record["accesses"]["x"]["load"]) == {"128"}, record
+
+
+@pytest.mark.long
+@pytest.mark.unguarded
+@pytest.mark.skipif(not HAS_CLUSTERS, reason="Triton 3.9 is the first with clusters")
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_compiled_channels(target):
+    """Each is one launch, whose forward loads x in one place. Accesses are of 16 bytes but for 14 × 14 positions."""
+    *records, forward, backward = compiled(OF_CHANNELS, target)
+    for record in records:
+        check(record)
+        x = record["accesses"]["x"]["load"]
+        assert set(x) == {"64" if "14, 14" in record["name"] and "False" in record["name"] else "128"}, record
+        if record["kernel"] == "channels_forward_kernel":
+            assert x == record["accesses"]["y"]["store"], record
+            assert sum(x.values()) == record["tiles"], record
+            assert record["launches"][0] == 1
+    of = {(record["kernel"], record["name"], record["blocks"]) for record in records}
+    assert {kernel for kernel, *_ in of} == {"channels_forward_kernel", "channels_backward_kernel"}
+    first = [record["blocks"] for record in records if record["kernel"] == "channels_forward_kernel"]
+    assert {2, 4, 8, 16} <= set(first)
+    # One block's folded statistics and means do go through memory.
+    assert "statistics" in forward["loaded_back"]
+    assert "means" in backward["loaded_back"]
 
 
 OVER_A_STUB = """

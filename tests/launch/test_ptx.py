@@ -28,6 +28,27 @@ def test_accesses_by_argument():
     }
 
 
+BARRIER = "    bar.sync 0;\n"
+LOAD, STORE = "ld.global.b32 { %r2 }, [ %rd1 + 0 ];\n", "@%p1 st.global.b32 [ %rd1 + 0 ], { %r2 };\n"
+
+
+def test_what_is_stored_before_a_barrier_and_loaded_behind_it():
+    """Also through an address that has been in shared memory, behind a cluster's barrier, and in a loop."""
+    for text, expected in (
+        (STORE + BARRIER + LOAD, ["x"]),
+        (STORE + "barrier.cluster.arrive.aligned;\n" + LOAD, ["x"]),
+        (STORE + LOAD + BARRIER, []),
+        (LOAD + BARRIER + STORE, []),
+        ("$L__1:\n" + LOAD + BARRIER + STORE + "@%p2 bra $L__1;\n", []),
+        ("$L__1:\n" + LOAD + STORE + BARRIER + "@%p2 bra \t$L__1;\n", ["x"]),
+        (KERNEL + BARRIER + LOAD, []),
+        (BARRIER + STORE + BARRIER + KERNEL, ["x"]),
+        (STORE.replace("%rd1", "%rd7") + BARRIER + LOAD.replace("%rd1", "%rd7"), [ptx.UNKNOWN]),
+    ):
+        declared = "ld.param.b64 %rd1, [kernel_param_0];\n"
+        assert ptx.loaded_back(declared + text, SIGNATURE) == expected, text
+
+
 def test_atomics_by_type():
     assert ptx.atomics(KERNEL) == ["u32"]
     for kind, added in (("f32", "add.f32"), ("bf16", "add.noftz.bf16"), ("f16x2", "add.noftz.f16x2")):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from perf import report, workloads
+from perf import findings, report, workloads
 from perf.page.blocks import Cell, Paragraph, Section, Table, render
 from support import processes, results
 from support.patience import LIMIT_S, until
@@ -261,3 +261,11 @@ def test_without_scripts_all_is_there_and_nothing_that_needs_them(driver, writte
         assert len(find(driver, "tbody tr")) > 100
     finally:
         driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_the_form_of_a_launch():
+    """Records that are older than clusters lack their blocks."""
+    record = results.resources()
+    assert findings.form_text(record) == "one block"
+    assert findings.form_text(record | {"config": {"PEERS": 4}}) == "4 peers"
+    assert findings.form_text(record | {"blocks": 8, "clusters": 16}) == "cluster of 8, 16 at once"

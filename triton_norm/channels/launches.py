@@ -210,6 +210,7 @@ class Launches:
             run=self._shared.run,
             curved=self._shared.curved and (phase.applies or self._kernel == BACKWARD),
             tiles=plan.tiles,
+            streams=plan.tiles > 0 and self._shared.streams,
         )
         return channel_clusters.clusters(work, gpu) if plan.tiles else channel_spaces.channels(work, gpu)
 

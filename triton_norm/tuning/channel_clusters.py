@@ -35,8 +35,8 @@ def _of_thread(work: SharedChannels | ChannelWork, backward: bool, gpu: Gpu) -> 
     """Returns the elements of a tile that a thread has, and the most tiles that fit into its registers."""
     if backward:
         per_thread = gpu.limits.thread_resident_bytes.of(work.kind) // work.resident_bytes
-        # A derivative of z takes registers: channels-first, GELU's spilled 21.
-        per_thread //= 2 if work.curved and work.kind == "flat" else 1
+        # A derivative of z takes registers: channels-first GELU's spilled 21, and channels-last ReLU's one (sm_100).
+        per_thread //= 2 if (work.curved if work.kind == "flat" else work.streams) else 1
         return 1 << per_thread.bit_length() - 1, 1
     # A weight for each element takes registers, and a residual beside a GELU: 56 elements a thread spilled one.
     few = work.run == 1 or (work.curved and work.adds)

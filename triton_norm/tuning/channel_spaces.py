@@ -100,6 +100,10 @@ class SharedChannels(NamedTuple):
     run: int | None = None
     curved: bool = False
 
+    @property
+    def streams(self) -> bool:
+        return self.streamed_bytes > 0
+
 
 def plan_channels_apart(work: SharedChannels, gpu: Gpu) -> Plan:
     """Returns the plan of launches whose programs don't wait for each other.
@@ -191,6 +195,7 @@ class ChannelWork(NamedTuple):
         resident_bytes: bytes an element of the resident tile.
         curved: an activation is computed whose derivative is not a constant on each side of 0, which takes registers.
         tiles: resident tiles of a cluster, or 0.
+        streams: a cluster reads a residual or bits in each sweep.
     """
 
     kernel: str
@@ -206,6 +211,7 @@ class ChannelWork(NamedTuple):
     curved: bool = False
     run: int | None = None
     tiles: int = 0
+    streams: bool = False
 
     def merged(self, limits: Limits) -> int:
         return max(16, min(128, limits.merged_elements // self.width))
@@ -216,6 +222,8 @@ class ChannelWork(NamedTuple):
             named += f", {self.tiles} tiles of {self.resident}"
         elif self.resident:
             named += f", {self.resident} held"
+        if self.streams:
+            named += ", streamed"
         if self.curved:
             named += ", curved"
         if self.run is not None:

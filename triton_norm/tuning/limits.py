@@ -64,6 +64,8 @@ class Limits:
     cluster_backward_elements: int = 8 * 1024
     # Rows from this size on may have clusters beside programs of one block, counted in the widest stored type.
     cluster_least_bytes: int = 16 * 1024
+    # Rows of at most this many columns may be prefetched by a backward's clusters.
+    cluster_prefetched_columns: int = 16 * 1024
     # A thread of a cluster has at most this many elements of a channel in the forward: 48 channels-last spilled 10
     # registers, and 64 channels-first 16 (sm_90, Triton 3.9).
     cluster_elements: ByKind = ByKind(flat=56, last=32, folded=0)

@@ -52,7 +52,10 @@ def _cluster_forward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config]:
     n_warps = row_bytes // limits.cluster_thread_bytes // gpu.warp // blocks
     if row_bytes < limits.cluster_least_bytes or n_warps * gpu.warp > MOST_THREADS:
         return []
-    return [config(n_warps, num_ctas=blocks, BLOCK_M=1, BLOCK_N=work.width, **_shared(work.width, work.width, 1))]
+    # Without a limit the assembler spilled a register of RMSNorm to fit more warps (8192 columns, sm_100).
+    limit = REGISTERS_PER_SM // MOST_THREADS
+    shared = _shared(work.width, work.width, 1)
+    return [config(n_warps, maxnreg=limit, num_ctas=blocks, BLOCK_M=1, BLOCK_N=work.width, **shared)]
 
 
 def _with_clusters(
@@ -155,7 +158,8 @@ def _shared_rows_backward(work: RowWork, span: int, gpu: Gpu) -> list[Config]:
 def _clusters_backward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config]:
     """Returns configs of programs that have whole rows in the registers of a cluster's blocks.
 
-    Threads have 16 elements, or 8: 16 in each of 1024 threads would spill 12 to 30 registers.
+    Threads have 16 elements, or 8: 16 in each of 1024 threads would spill 12 to 30 registers. Two stages load the next
+    row while the sums of this one are on their way between the blocks.
     """
     blocks = min(most_blocks, max(2, work.width // gpu.limits.cluster_backward_elements))
     elements = work.width // blocks
@@ -169,11 +173,13 @@ def _clusters_backward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config
             BLOCK_M=1,
             BLOCK_N=work.width,
             PEERS=1,
-            STAGES=1,
+            STAGES=stages,
             HOLD_WEIGHT=True,
         )
         for per_thread, most_threads in ((16, MOST_THREADS // 2), (8, MOST_THREADS))
+        for stages in (1, 2)
         if elements <= most_threads * per_thread
+        if stages == 1 or work.width <= gpu.limits.cluster_prefetched_columns
     ]
 
 
