@@ -214,6 +214,34 @@ def test_bytes():
     assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)
 
 
+CLUSTERS = """
+from dataclasses import replace
+
+from perf import traffic
+from perf.points import MODES, Point, Workload
+from triton_norm.testing.stub_driver import H100
+
+gpu = replace(H100, most_blocks=8)
+images = Workload("channels", "", (4, 2, 64, 64), ""), Workload("channels", "", (64, 32, 4, 4), "", "channels_last")
+points = [
+    Point(op, mode, "bf16", image) for op in ("batch_norm", "batch_norm_add_relu") for image in images for mode in MODES
+]
+points += [Point("layer_norm", "forward", "bf16", Workload("rows", "", (2, 65536), ""))]
+found = [traffic.count(point, gpu) for point in points]
+"""
+
+
+def test_bytes_of_clusters():
+    """A program is a cluster: the interpreter ignores its number of blocks. Each reads once, and exchanges nothing."""
+    for record in records(CLUSTERS, TRITON_INTERPRET="1"):
+        assert record["status"] == "ok", record["message"]
+        (launch,) = record["launches"]
+        assert launch["programs"] == {"contiguous": 2, "channels_last": 1}.get(record["layout"], 2), record
+        assert sum(record["bytes"]["partials"].values()) <= 16, record  # the count of batches
+        assert 1 <= findings.uncached(record) <= BAR, named(record)
+        assert record["again"]["bulk"] == 0, named(record)
+
+
 def test_launches_of_a_training_step_and_of_evaluation(monkeypatch):
     """Forward one or two, backward one or two: one where the programs of a channel wait for each other."""
     from perf import resources
