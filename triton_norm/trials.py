@@ -1,5 +1,6 @@
 """Chooses between ways to run a call that differ in more than the config of one kernel, by their times."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -27,7 +28,9 @@ def choose(space: Space, kernel: Any, device: torch.device, runs: Runs) -> Confi
         chosen = choices.chosen(space, gpu)
         if chosen is None:
             assert gpu is not None
-            chosen = fastest(space, kernel, gpu, runs)
+            # Times are taken on the current device's stream, whichever device the tensors are on.
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                chosen = fastest(space, kernel, gpu, runs)
             choices.choose(space, gpu, chosen)
         return chosen
 
