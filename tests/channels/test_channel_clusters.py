@@ -1,5 +1,8 @@
 """Clusters with whole channels in registers: their results, interpreted, and where they are offered and chosen."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,10 +11,12 @@ from support import host_mutants
 from support.channel_norms import drawn, running_statistics
 from support.gpus import H100, changed, with_numbers
 from support.spaces import unknown_gpu
+from triton_norm import launch, trials
 from triton_norm.channels.launches import Launches
 from triton_norm.tuning import channel_clusters, choices
 from triton_norm.tuning.channel_clusters import APART, CLUSTERS, clusters
 from triton_norm.tuning.channel_spaces import BACKWARD, ChannelWork, SharedChannels
+from triton_norm.tuning.configs import space_of
 from triton_norm.tuning.limits import INTERPRETED, ByKind
 
 pytest.importorskip("triton")
@@ -239,3 +244,44 @@ def test_the_faster_form_is_chosen_and_moves_statistics_once(times_ms, faster, m
     noted.clear()
     again, _ = searched(monkeypatch, tmp_path, (9.0, 9.0))  # in another process: by the file on disk
     assert (again, noted[-1]) == ([], faster)
+
+
+def timed_with(run, monkeypatch, folder):
+    """Returns the fastest of two forms, of which that of clusters is run by this function."""
+    import triton.testing
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    monkeypatch.setattr(launch, "_told_of_clusters", [])
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, **_: 1.0)
+    kernel = SimpleNamespace(cache_key="of no kernel", __name__="kernel")
+    space = channel_clusters.forms(space_of("kernel", "key", ()), 2, True)
+    return trials.fastest(space, kernel, "of this test", {CLUSTERS: run, APART: lambda: None})
+
+
+def refusing():
+    raise RuntimeError("refused")
+
+
+def test_clusters_that_fail_are_left_out_with_one_warning(monkeypatch, tmp_path):
+    with pytest.warns(UserWarning, match="whole channels could not be launched as a cluster.*refused") as told:
+        assert timed_with(refusing, monkeypatch, tmp_path) == APART
+    assert len(told) == 1
+    assert timed_with(refusing, monkeypatch, tmp_path) == APART  # from disk, without a trial
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"fastest": {"CLUSTERS": 2}}', '{"fastest": 3}'])
+def test_a_damaged_file_of_times_is_measured_anew(content, monkeypatch, tmp_path):
+    assert timed_with(lambda: None, monkeypatch, tmp_path) == CLUSTERS
+    (file,) = tmp_path.rglob("*.form.json")
+    file.write_text(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert timed_with(refusing, monkeypatch, tmp_path) == APART
+
+
+def test_no_memory_is_an_error(monkeypatch, tmp_path):
+    def run():
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        timed_with(run, monkeypatch, tmp_path)
