@@ -34,7 +34,7 @@ def test_running_statistics(shape, layout, momentum, path, device):
 
 
 def test_one_launch_moves_the_running_statistics(guard, device):
-    """Of more samples than it adds at a time, whose means are large and equal."""
+    """Checks more samples than it adds at a time, whose means are large and equal."""
     x = drawn((20, 6, 5), device)[0]
     x = x - x.mean(2, keepdim=True).double().float() + 12345.0
     ours, theirs = statistics(device), statistics(device, torch.float64)

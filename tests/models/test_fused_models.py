@@ -147,7 +147,7 @@ def test_hooks_on_modules_that_are_passed_over(place, device):
 
 
 def test_a_sum_with_the_input_has_their_common_dtype(device):
-    """Under autocast the last norm's result is in half precision, and the input of the layer may be in float32."""
+    """The last norm's result is in half precision under autocast, and the input of the layer may be in float32."""
     theirs = mobilenet_v2(padding=False).layer[1].to(device)
     ours = copy.deepcopy(theirs)
     assert "reduce_1x1.normalization + shortcut" in tn.convert(ours, fuse=True).fused[""]
