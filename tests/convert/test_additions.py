@@ -115,6 +115,12 @@ class Separate:
         y = self.norm(x)
         return total + y
 
+    def another_tensor_behind_a_copy(self, x):
+        total = x + self.mix(x)
+        residual = total
+        y = self.norm(x)
+        return residual + y
+
     def a_name_of_another(self, x):
         total = x + self.mix(x)
         total = x
