@@ -197,3 +197,14 @@ def test_compile_trace_and_export(path, device):
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     for run in (compiled, torch.jit.trace(ours, x), torch.export.export(ours, (x,)).module()):
         torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_all_modules_see_no_trial():
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, y: seen.append(module))
+    try:
+        report = tn.convert(made(ACTIVATED))
+    finally:
+        handle.remove()
+    assert report.skipped == {"": "a hook of torch.nn on all modules is set"}
+    assert seen == []
