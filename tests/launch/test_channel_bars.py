@@ -33,6 +33,7 @@ SPILLING = {
         _SPILLS.format("batch_norm_add_relu", "32×2048×7×7 NCHW"),
         _SPILLS.format("batch_norm_add_relu", "4096×1000"),
     },
+    "3.9.0": {_SPILLS.format("batch_norm_add_relu", "32×128×28×28 NHWC")},
 }
 """Kernels that spill in the config that is tried first, by versions of Triton that the choices were not made with."""
 KERNELS = {"channels_forward_kernel", "channels_backward_kernel"}
