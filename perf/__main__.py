@@ -221,10 +221,10 @@ def tune_launches(args: argparse.Namespace) -> int:
     from triton_norm.tuning.choices import TUNED
 
     seconds = float("inf") if args.seconds is None else args.seconds
-    found = tune.run(options.points_of(args), TUNED, args.out, seconds, say, fresh=args.fresh)
-    if found.get("stopped") == "interrupted":
+    result = tune.run(options.points_of(args), TUNED, args.out, seconds, say, fresh=args.fresh)
+    if result.get("stopped") == "interrupted":
         return INTERRUPTED
-    return int(bool(found.get("stopped") or found.get("problems")))
+    return int(bool(result.get("stopped") or result.get("problems")))
 
 
 def _tell(kind: str, records: Iterable[Outcome], line: Callable[[Any], str], as_json: bool) -> int:

@@ -117,8 +117,8 @@ def bind(point: Point, functions: Functions, inputs: Inputs) -> Forward | None:
         "groups": (point.workload.num_groups, *parameters, EPS),
         "instances": (None, None, *parameters, True, MOMENTUM, EPS),
     }
-    given = *tensors, *arguments[op.family]
-    return lambda: function(*given)
+    positional = *tensors, *arguments[op.family]
+    return lambda: function(*positional)
 
 
 @dataclass(frozen=True)

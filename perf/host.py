@@ -24,7 +24,7 @@ import triton_norm
 from perf.records import Host, in_a_line, made
 from triton_norm.rows import operator
 from triton_norm.rows.backward import RowBackwardTensors
-from triton_norm.specs import RowSpec, RowTensors, Wanted
+from triton_norm.specs import GradientDtypes, RowSpec, RowTensors
 from triton_norm.testing import stub_driver
 
 Call = Callable[[], object]
@@ -144,7 +144,7 @@ def _operators(name: str, x: Tensor, weights: Tensor, dy: Tensor) -> Iterator[Ca
     weight, bias = (*weights, None)[:2]
     spec = RowSpec(SHAPE[1], 1e-5, 0.0, name == "layer_norm")
     tensors = RowTensors(x, None, weight, bias)
-    gradients = Wanted(x.dtype, None, x.dtype, None if bias is None else x.dtype)
+    gradients = GradientDtypes(x.dtype, None, x.dtype, None if bias is None else x.dtype)
 
     def both() -> None:
         with torch.no_grad():

@@ -160,8 +160,8 @@ def measure(point: Point, data: str, n: int) -> dict[str, Ulps]:
         ours = _call(triton_norm_functions(), point, there)
     theirs = _call(torch_functions(), point, there)
     return {
-        name: {"triton_norm": error(ours[name], wanted), "torch": error(theirs[name], wanted)}
-        for name, wanted in exact.items()
+        name: {"triton_norm": error(ours[name], reference), "torch": error(theirs[name], reference)}
+        for name, reference in exact.items()
     }
 
 

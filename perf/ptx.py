@@ -98,7 +98,7 @@ def loaded_back(ptx: str, signature: Mapping[str, str]) -> list[str]:
     pointers, origins = _pointers(signature), _origins(ptx)
     since_barrier: set[str] = set()
     before_barrier: set[str] = set()
-    found: set[str] = set()
+    result: set[str] = set()
     for line in _gone_through(ptx.splitlines()):
         if _BARRIER.search(line):
             before_barrier |= since_barrier
@@ -107,8 +107,8 @@ def loaded_back(ptx: str, signature: Mapping[str, str]) -> list[str]:
             if kind == "store":
                 since_barrier.add(name)
             elif name in before_barrier:
-                found.add(name)
-    return sorted(found)
+                result.add(name)
+    return sorted(result)
 
 
 def atomics(ptx: str) -> list[str]:

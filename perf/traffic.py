@@ -206,17 +206,17 @@ def slice_of(gpu: Gpu, multiprocessors: int) -> Gpu:
     Cache and the limits in bytes of all programs shrink alike. All programs of the slice may share a row or channel,
     as fewer than a third of the whole GPU's may.
     """
-    share, limits = multiprocessors / gpu.multiprocessors, gpu.limits
-    if share == 1:
+    fraction, limits = multiprocessors / gpu.multiprocessors, gpu.limits
+    if fraction == 1:
         return gpu
     return replace(
         gpu,
         multiprocessors=multiprocessors,
-        l2_bytes=int(gpu.l2_bytes * share),
+        l2_bytes=int(gpu.l2_bytes * fraction),
         limits=replace(
             limits,
-            one_launch_bytes=int(limits.one_launch_bytes * share),
-            small_bytes=int(limits.small_bytes * share),
+            one_launch_bytes=int(limits.one_launch_bytes * fraction),
+            small_bytes=int(limits.small_bytes * fraction),
             sms_per_peer=1,
         ),
     )

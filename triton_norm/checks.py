@@ -108,14 +108,14 @@ def has_shape_of_input(function: str, name: str, tensor: Tensor, x: Tensor) -> N
     matches_input(function, name, tensor, x)
 
 
-def batch_norm(given: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> None:
+def batch_norm(bundle: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> None:
     """Checks batch_norm's arguments, torch's as torch does. Also rejects running statistics whose elements share memory
     or would become NaN, and a counter that can't count.
 
     Args:
         whole: x is the whole batch; otherwise it may have one value a channel.
     """
-    x, residual, weight, bias, running_mean, running_var, num_batches_tracked = given
+    x, residual, weight, bias, running_mean, running_var, num_batches_tracked = bundle
     training, momentum, eps, activation, negative_slope = options
     is_tensor("batch_norm", "input", x, optional=False)
     tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
@@ -222,9 +222,9 @@ def _check_values_per_channel(x: Tensor, training: bool, eps: float, whole: bool
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
 
 
-def group_norm(given: Inputs, options: GroupNormOptions) -> int:
+def group_norm(bundle: Inputs, options: GroupNormOptions) -> int:
     """Checks group_norm's arguments, torch's as torch does. Returns the number of groups."""
-    x, residual, weight, bias = given
+    x, residual, weight, bias = bundle
     num_groups, eps, activation, negative_slope = options
     is_tensor("group_norm", "input", x, optional=False)
     is_tensor("group_norm", "weight", weight)
@@ -270,10 +270,10 @@ def _one_per_channel(function: str, name: str, tensor: Tensor | None, x: Tensor)
     matches_input(function, name, tensor, x)
 
 
-def instance_norm(given: BatchNormTensors, options: InstanceNormOptions) -> None:
+def instance_norm(bundle: BatchNormTensors, options: InstanceNormOptions) -> None:
     """Checks instance_norm's arguments, torch's as torch does. Also rejects running statistics whose elements share
     memory or would become NaN."""
-    x, residual, weight, bias, running_mean, running_var, _ = given
+    x, residual, weight, bias, running_mean, running_var, _ = bundle
     use_input_stats, momentum, eps, activation, negative_slope = options
     is_tensor("instance_norm", "input", x, optional=False)
     tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}

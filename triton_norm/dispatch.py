@@ -218,9 +218,9 @@ def instead_of(
         fused: values of the keyword-only arguments of `function`, in order.
     """
     options = dict(zip(function.__kwdefaults__, fused, strict=True))
-    found = overrides.taker(function, torch_function, tensors, options)
-    if found is None:
+    result = overrides.taker(function, torch_function, tensors, options)
+    if result is None:
         return None
-    who, instead = found
+    who, instead = result
     goes_to_triton(who)
     return instead

@@ -30,11 +30,11 @@ from triton_norm.specs import (
 
 def _named(function: Any, arguments: tuple[Any, ...], named_arguments: dict[str, Any]) -> dict[str, Any]:
     try:
-        given = inspect.signature(function).bind(*arguments, **named_arguments)
+        bound = inspect.signature(function).bind(*arguments, **named_arguments)
     except TypeError as error:
         raise TypeError(f"{function.__name__}(): {error}") from None
-    given.apply_defaults()
-    return given.arguments
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _unsavable(inputs: dict[str, Tensor | None], parameters: Iterable[Tensor | None]) -> list[str]:
@@ -190,5 +190,5 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
     explain_call = getattr(target, "explain_call", None) if isinstance(target, nn.Module) else None
     if explain_call is None:
         raise TypeError(f"explain(): expected a function or module of triton_norm, but got {target!r}")
-    found: Explanation = explain_call(*args, **kwargs)
-    return found
+    result: Explanation = explain_call(*args, **kwargs)
+    return result

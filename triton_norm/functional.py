@@ -284,8 +284,8 @@ def batch_norm(
 def _taken_batch_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     input, residual, weight, bias, running_mean, running_var, counter = tensors
     training, momentum, eps, activation, negative_slope = options
-    given = input, residual, weight, bias, running_mean, running_var
-    instead = instead_of(batch_norm, F.batch_norm, given, (counter, residual, activation, negative_slope))
+    arguments = input, residual, weight, bias, running_mean, running_var
+    instead = instead_of(batch_norm, F.batch_norm, arguments, (counter, residual, activation, negative_slope))
     if instead is None:
         return normalize_channels(tensors, options)
     named = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}

@@ -200,8 +200,8 @@ def instance_norm(
 def _taken_instance_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     input, residual, weight, bias, running_mean, running_var, _ = tensors
     use_input_stats, momentum, eps, *fused = options
-    given = input, residual, running_mean, running_var, weight, bias
-    instead = instead_of(instance_norm, F.instance_norm, given, (residual, *fused))
+    arguments = input, residual, running_mean, running_var, weight, bias
+    instead = instead_of(instance_norm, F.instance_norm, arguments, (residual, *fused))
     if instead is None:
         return normalize_instances(tensors, options)
     named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}

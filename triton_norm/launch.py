@@ -86,13 +86,13 @@ def zeros(n: int, device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(n, dtype=torch.int32, device=device)
     stream = current_stream(index)
-    kept = _zeros.get((index, stream))
-    if kept is None or kept.numel() < n:
+    facts = _zeros.get((index, stream))
+    if facts is None or facts.numel() < n:
         size = next_power_of_2(max(n, LEAST_ZEROS))
         if len(_zeros) >= MOST_STREAMS:
             _zeros.clear()  # safe: a stream's memory is reused on that stream alone, after its kernels
-        kept = _zeros[index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
-    return kept
+        facts = _zeros[index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+    return facts
 
 
 def start(kernel: Any, count: int, arguments: Sequence[Any], constants: Mapping[str, Any], config: Config) -> Any:
@@ -277,12 +277,12 @@ def _with_a_cache(kernel: Any, act: Callable[[], T]) -> T:
         try:
             with knobs.cache.scope():
                 knobs.cache.dir = _folder()
-                found = act()
+                result = act()
         except (*UNUSABLE, RuntimeError):
             kernel.device_caches.clear()
             raise error from None
         tell_of_cache(error)
-        return found
+        return result
 
 
 @functools.cache
@@ -340,42 +340,42 @@ def search(
 
     timed = functools.partial(do_bench, warmup=SEARCH_WARMUP_MS, rep=SEARCH_MS)
     candidates = [_for_triton(config) for config in space.configs]
-    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    named_arguments = dict(zip(kernel.arg_names, arguments, strict=False))
     for name in MOVED:
-        if given.get(name) is not None:
-            given[name] = given[name].clone()
-    zeros = [name for name in ("sync_ptr",) if given.get(name) is not None]
+        if named_arguments.get(name) is not None:
+            named_arguments[name] = named_arguments[name].clone()
+    zeros = [name for name in ("sync_ptr",) if named_arguments.get(name) is not None]
 
     def known(chosen: Any) -> Config:
         own = chosen.num_warps, chosen.num_stages, chosen.maxnreg, chosen.num_ctas
         keywords = configs.config(*own, **chosen.kwargs).keywords
-        found = space.find(keywords)
-        if found is None:
+        result = space.find(keywords)
+        if result is None:
             raise ValueError(f"{keywords} is none of the configs of {space.kernel}")
-        return found
+        return result
 
-    def best(kept: bool) -> Config:
-        options: dict[str, Any] = {"do_bench": timed, "cache_results": kept, "reset_to_zero": zeros}
+    def best(facts: bool) -> Config:
+        options: dict[str, Any] = {"do_bench": timed, "cache_results": facts, "reset_to_zero": zeros}
         tuner: Any = triton.autotune(candidates, key=[], **options)(kernel)
         look_up = tuner.check_disk_cache
 
         def check_disk_cache(*arguments: Any) -> Any:
-            found = look_up(*arguments)
+            result = look_up(*arguments)
             for chosen in tuner.cache.values():  # launched next
                 known(chosen)
-            return found
+            return result
 
         tuner.check_disk_cache = check_disk_cache
         tuner._bench = _without_failed_clusters(tuner._bench)
-        tuner[lambda meta: (n_programs(meta),)](*given.values(), **constants, **COMPILE_OPTIONS)
+        tuner[lambda meta: (n_programs(meta),)](*named_arguments.values(), **constants, **COMPILE_OPTIONS)
         return known(tuner.best_config)
 
     try:
-        return best(kept=True)
+        return best(facts=True)
     except UNUSABLE as error:
-        found = best(kept=False)
+        result = best(facts=False)
         tell_of_cache(error)
-        return found
+        return result
     finally:
         for name in zeros:
-            given[name].zero_()
+            named_arguments[name].zero_()

@@ -66,8 +66,8 @@ def operator(schema: str, implementation: Function, fake: Function, derivative: 
     n_inputs = len(defined._schema.arguments)
 
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        found = tuple(derivative.backward(ctx, *gradients))
-        return found + (None,) * (n_inputs - len(found))
+        result = tuple(derivative.backward(ctx, *gradients))
+        return result + (None,) * (n_inputs - len(result))
 
     torch.library.register_autograd(full_name, backward, setup_context=derivative.setup, lib=_LIBRARY)
     return defined
@@ -84,10 +84,10 @@ def _without_gradient(defined: Any) -> Function:
                 if tensor.requires_grad and torch.is_grad_enabled():
                     raise RuntimeError(f"{defined.name()}(): {name} requires grad, and can't be moved")
         with torch._C._AutoDispatchBelowAutograd():
-            found = defined(*arguments)
+            result = defined(*arguments)
         written = [tensor for place in places for tensor in arguments[place]]
         torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
-        return found
+        return result
 
     return call
 

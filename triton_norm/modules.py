@@ -308,8 +308,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         negative_slope: float = 0.01,
     ) -> Explanation:
         whole = not self.training or distributed.shared_by(self.process_group) is None
-        found = self._explained(self._call(input, residual, activation, negative_slope), whole)
-        return found if whole else dataclasses.replace(found, function="sync_batch_norm")
+        result = self._explained(self._call(input, residual, activation, negative_slope), whole)
+        return result if whole else dataclasses.replace(result, function="sync_batch_norm")
 
     def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
         """Yields as torch.nn.Module's, but nothing to the check by which DistributedDataParallel refuses

@@ -67,7 +67,7 @@ def taker(
 
 def _are_defaults(function: Any, options: dict[str, Any]) -> bool:
     for name, default in function.__kwdefaults__.items():
-        given = options[name]
-        if given is not default and not (type(given) is type(default) and given == default):
+        value = options[name]
+        if value is not default and not (type(value) is type(default) and value == default):
             return False
     return True

@@ -103,14 +103,14 @@ def find(key: Any, tensors: Sequence[Tensor | None]) -> Any:
     if _dispatch_modes() or forward_ad._current_level >= 0:
         return None
     try:
-        pick, kept = _plans[key, tensors[0].shape]  # type: ignore[union-attr]
+        pick, plans = _plans[key, tensors[0].shape]  # type: ignore[union-attr]
         there = pick(tensors)
         for tensor in there:
             if tensor.is_nested:  # the check in C++ must not ask for its strides
                 return None
     except _NOT_KEPT:
         return None
-    for check, plan in kept:
+    for check, plan in plans:
         if check(*there):
             return plan
     return None
@@ -133,7 +133,7 @@ def keep(key: Any, tensors: Sequence[Tensor | None], plan: Any) -> None:
     there = pick(tensors)
     if len(_plans) >= MOST_KEYS:
         _plans.clear()
-    _, kept = _plans.setdefault((key, there[0].shape), (pick, []))
-    if len(kept) >= MOST_FORMS:
-        kept.clear()
-    kept.append(((FormsOfDTensors if distributed else forms_of)(*there).check, plan))
+    _, plans = _plans.setdefault((key, there[0].shape), (pick, []))
+    if len(plans) >= MOST_FORMS:
+        plans.clear()
+    plans.append(((FormsOfDTensors if distributed else forms_of)(*there).check, plan))

@@ -231,8 +231,8 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
         moved = []
         for running, batch, factor, least in ((running_mean, mean, 1.0, 1), (running_var, var, unbiased, 2)):
             wide = running.to(torch.promote_types(running.dtype, mean.dtype))
-            share = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
-            now = (1.0 - share) * wide + share * factor * batch.view(running.shape)
+            fraction = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
+            now = (1.0 - fraction) * wide + fraction * factor * batch.view(running.shape)
             moved.append(now if is_known else torch.where(n >= least, now, wide))
         check_writable(running_mean, running_var)
         running_mean.copy_(moved[0])  # nothing can fail from here on
@@ -287,7 +287,7 @@ def gradients(
     function: Callable[..., Any],
     inputs: Sequence[Tensor | None],
     dy: Any,
-    wanted: Sequence[bool],
+    needs: Sequence[bool],
     may_be_unused: bool = False,
 ) -> list[Tensor | None]:
     """Returns the gradients of function(*inputs) for the inputs that are wanted, None for the others.
@@ -302,7 +302,7 @@ def gradients(
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        targets = [view for view, asked in zip(views, wanted, strict=True) if asked and view is not None]
+        targets = [view for view, needed in zip(views, needs, strict=True) if needed and view is not None]
         y = function(*views)
-        found = iter(torch.autograd.grad(y, targets, dy, create_graph=differentiable, allow_unused=may_be_unused))
-    return [next(found) if asked and view is not None else None for view, asked in zip(views, wanted, strict=True)]
+        gradients = iter(torch.autograd.grad(y, targets, dy, create_graph=differentiable, allow_unused=may_be_unused))
+    return [next(gradients) if needed and view is not None else None for view, needed in zip(views, needs, strict=True)]

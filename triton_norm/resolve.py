@@ -134,7 +134,7 @@ def check_instance_norm(tensors: BatchNormTensors, options: InstanceNormOptions)
 
 def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> Call:
     """Resolves a call of layer_norm or rms_norm, and caches it unless the key is None."""
-    return _kept(key, tensors, options, lambda: check_rows(function, tensors, options), plan_of)
+    return _cached(key, tensors, options, lambda: check_rows(function, tensors, options), plan_of)
 
 
 def modulated(key: Any, function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Call:
@@ -143,17 +143,19 @@ def modulated(key: Any, function: str, tensors: ModulatedTensors, options: Modul
     def plan_of(spec: Any, tensors: ModulatedTensors) -> Any:
         return modulated_plan_of(spec, tensors) if modulation.spread(tensors, spec) is tensors else Expanding(spec)
 
-    return _kept(key, tensors, options.rows, lambda: check_modulated(function, tensors, options), plan_of)
+    return _cached(key, tensors, options.rows, lambda: check_modulated(function, tensors, options), plan_of)
 
 
 def batch_norm(key: Any, tensors: BatchNormTensors, options: BatchNormOptions) -> Call:
     """Resolves a call of batch_norm and caches it, as `rows`."""
-    return _kept(_kept_key(key, tensors), tensors, options, lambda: check_batch_norm(tensors, options), BatchNormPlan)
+    return _cached(
+        _cached_key(key, tensors), tensors, options, lambda: check_batch_norm(tensors, options), BatchNormPlan
+    )
 
 
 def group_norm(key: Any, tensors: Inputs, options: GroupNormOptions) -> Call:
     """Resolves a call of group_norm and caches it, as `rows`."""
-    return _kept(key, tensors, options, lambda: check_group_norm(tensors, options), GroupNormPlan)
+    return _cached(key, tensors, options, lambda: check_group_norm(tensors, options), GroupNormPlan)
 
 
 def instance_norm(key: Any, tensors: BatchNormTensors, options: InstanceNormOptions) -> Call:
@@ -166,16 +168,18 @@ def instance_norm(key: Any, tensors: BatchNormTensors, options: InstanceNormOpti
         tracks = tensors.running_mean is not None
         return GroupNormPlan(spec, inputs, InstanceStatistics(tensors, float(options.momentum)) if tracks else None)
 
-    return _kept(_kept_key(key, tensors), tensors, options, lambda: check_instance_norm(tensors, options), plan_of)
+    return _cached(_cached_key(key, tensors), tensors, options, lambda: check_instance_norm(tensors, options), plan_of)
 
 
-def _kept_key(key: Any, tensors: BatchNormTensors) -> Any:
+def _cached_key(key: Any, tensors: BatchNormTensors) -> Any:
     """Returns the key, or None for running statistics that require grad: these raise while gradients are recorded."""
     running = tensors.running_mean, tensors.running_var
     return None if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in running) else key
 
 
-def _kept(key: Any, tensors: Any, options: Any, check: Callable[[], Call], plan_of: Callable[[Any, Any], Any]) -> Call:
+def _cached(
+    key: Any, tensors: Any, options: Any, check: Callable[[], Call], plan_of: Callable[[Any, Any], Any]
+) -> Call:
     with symbolic.untraced():
         call = check()
     if dispatch.unserved_now() is not None or captures.is_intercepted(*tensors):

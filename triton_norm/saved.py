@@ -23,7 +23,7 @@ class Parameter(NamedTuple):
     shape: torch.Size
 
 
-class Kept(NamedTuple):
+class ForwardFacts(NamedTuple):
     """Holds facts of a forward that its backward needs beside the saved tensors; equal for calls of one kind.
 
     Args:
@@ -53,30 +53,30 @@ def _parameter(tensor: Tensor | None) -> Parameter | None:
     return None if tensor is None else Parameter(tensor.dtype, tensor.shape)
 
 
-def kept_of(saved: Iterable[Tensor | None] | None, inputs: Sequence[Tensor | None]) -> Kept:
+def facts_of(saved: Iterable[Tensor | None] | None, inputs: Sequence[Tensor | None]) -> ForwardFacts:
     """Returns the facts of a forward for its backward. saved: the saved tensors, None while tracing."""
     x, residual, weight, bias = inputs
     assert x is not None
     forms = None if saved is None else tuple(map(form_of, saved))
     dresidual = None if residual is None else residual.dtype
-    return Kept(forms, x.dtype, dresidual, _parameter(weight), _parameter(bias))
+    return ForwardFacts(forms, x.dtype, dresidual, _parameter(weight), _parameter(bias))
 
 
-def check_restored(kept: Any, kind: Any, tensors: Sequence[Tensor | None]) -> None:
+def check_restored(facts: Any, kind: Any, tensors: Sequence[Tensor | None]) -> None:
     """Checks the saved tensors that a backward receives.
 
     Args:
-        kept: facts of the forward; its `forms` are those of the tensors that were saved.
+        facts: those of the forward; its `forms` are those of the tensors that were saved.
         kind: the NamedTuple that they were saved as.
 
     Raises:
         RuntimeError: a hook restored a tensor of another dtype, shape or device: its values may be wrong, and kernels
             compiled for the original would read past its end. Other strides are valid.
     """
-    if kept.forms is not None:
-        for tensor, form in zip(tensors, kept.forms, strict=True):
+    if facts.forms is not None:
+        for tensor, form in zip(tensors, facts.forms, strict=True):
             if tensor is not None and (tensor.dtype, tensor.shape, tensor.device) != form:
-                raise RuntimeError(_changed(kind, tensors, kept.forms))
+                raise RuntimeError(_changed(kind, tensors, facts.forms))
 
 
 def _changed(kind: Any, tensors: Sequence[Tensor | None], forms: Sequence[Form | None]) -> str:
@@ -109,11 +109,11 @@ def needs_torch(gradients: Iterable[Tensor | None], saved: Iterable[Tensor | Non
     return any(tensor is not None and (type(tensor) not in TYPES or tensor.is_neg()) for tensor in saved)
 
 
-def bias_like(x: Tensor, kept: Kept) -> Tensor | None:
+def bias_like(x: Tensor, facts: ForwardFacts) -> Tensor | None:
     """Returns zeros for a bias that was not saved, or None without a bias: no gradient depends on its values."""
-    if kept.bias is None:
+    if facts.bias is None:
         return None
-    dtype, shape = kept.bias
+    dtype, shape = facts.bias
     return torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=True)
 
 

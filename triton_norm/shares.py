@@ -11,7 +11,7 @@ from torch import Tensor
 
 from triton_norm import activations, reference
 from triton_norm.activations import activate
-from triton_norm.specs import Epilogue, Formula, Inputs, Wanted
+from triton_norm.specs import Epilogue, Formula, GradientDtypes, Inputs
 
 
 def _axes(x: Tensor) -> tuple[int, ...]:
@@ -60,15 +60,15 @@ def merge(
     counted = [number + 1 for number in counter]
     moved = []
     if running:
-        share = 1.0 / counted[0].to(gathered.dtype) if momentum is None else gathered.new_full((), momentum)
+        fraction = 1.0 / counted[0].to(gathered.dtype) if momentum is None else gathered.new_full((), momentum)
         unbiased = m2 / (total - 1).clamp_min(1)
         for statistic, batch, least in zip(running, (mean, unbiased), (1, 2), strict=True):
             wide = statistic.to(torch.promote_types(statistic.dtype, gathered.dtype))
-            now = (1.0 - share) * wide + share * batch.view(statistic.shape)
+            now = (1.0 - fraction) * wide + fraction * batch.view(statistic.shape)
             moved.append(torch.where(total >= least, now, wide))
     merged = torch.cat((mean.flatten(), rest.flatten(), torch.rsqrt(m2 / divisor + eps), total.view(1)))
-    for kept, now in zip((*running, *counter), (*moved, *counted), strict=True):
-        kept.copy_(now)  # nothing can fail from here on
+    for statistic_, now in zip((*running, *counter), (*moved, *counted), strict=True):
+        statistic_.copy_(now)  # nothing can fail from here on
     return merged
 
 
@@ -100,7 +100,7 @@ def _gradient_of_z(dy: Tensor, x_hat: Tensor, inputs: Inputs, epilogue: Epilogue
 
 
 def sums(
-    dy: Tensor, inputs: Inputs, merged: Tensor, wanted: Wanted, epilogue: Epilogue
+    dy: Tensor, inputs: Inputs, merged: Tensor, gradient_dtypes: GradientDtypes, epilogue: Epilogue
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Returns dweight and dbias [C] of this process's part, None if their dtype is, and (Σ dz, Σ dz · x_hat · rstd),
     [2C]. `gradient` needs the latter summed over all processes."""
@@ -110,8 +110,8 @@ def sums(
     dbias = dz.sum(_axes(x))
     dweight = (dz * centred).sum(_axes(x)) * rstd.flatten()
     typed = (
-        None if dtype is None else found.to(dtype)
-        for found, dtype in ((dweight, wanted.dweight_dtype), (dbias, wanted.dbias_dtype))
+        None if dtype is None else gradient.to(dtype)
+        for gradient, dtype in ((dweight, gradient_dtypes.dweight_dtype), (dbias, gradient_dtypes.dbias_dtype))
     )
     return *typed, torch.cat((dbias, dweight * rstd.flatten()))  # type: ignore[return-value]
 

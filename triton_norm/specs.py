@@ -236,7 +236,7 @@ class Phase(enum.Enum):
         return self is not Phase.REDUCE
 
 
-class Wanted(NamedTuple):
+class GradientDtypes(NamedTuple):
     """Holds the dtypes of the gradients that a backward has to compute; None for the others."""
 
     dx_dtype: torch.dtype | None
@@ -245,7 +245,7 @@ class Wanted(NamedTuple):
     dbias_dtype: torch.dtype | None
 
 
-class ModulatedWanted(NamedTuple):
+class ModulatedGradientDtypes(NamedTuple):
     """Holds the dtypes of the gradients of ModulatedTensors that a backward has to compute; None for the others."""
 
     dx_dtype: torch.dtype | None

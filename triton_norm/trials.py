@@ -50,19 +50,19 @@ def fastest(space: Space, kernel: Any, gpu: str, runs: Runs) -> Config:
         stored = manager.get_file(file)
         if stored is not None:
             with open(stored) as times:
-                found = space.find(json.load(times)["fastest"])
-            if found is not None:
-                return found
+                result = space.find(json.load(times)["fastest"])
+            if result is not None:
+                return result
     except launch.UNUSABLE as error:
         launch.tell_of_cache(error)
     times_ms = {way: _time(way, run) for way, run in runs.items()}
-    found = min(times_ms, key=times_ms.__getitem__)
-    told = {"fastest": found.keywords, "times_ms": [[way.keywords, time] for way, time in times_ms.items()]}
+    result = min(times_ms, key=times_ms.__getitem__)
+    told = {"fastest": result.keywords, "times_ms": [[way.keywords, time] for way, time in times_ms.items()]}
     try:
         manager.put(json.dumps(told), file, binary=False)
     except launch.UNUSABLE as error:
         launch.tell_of_cache(error)
-    return found
+    return result
 
 
 def _time(way: Config, run: Callable[[], None]) -> float:

@@ -172,19 +172,19 @@ def test_torchs_path_takes_the_same_mixtures_of_types(dtype, parameters, trainin
     """torch refuses some; the kernels don't, so the path around them must not either."""
     x = torch.randn(4, 6, 5, device=device).to(dtype)
     weight, bias = torch.randn(2, 6, device=device).to(parameters)
-    found = {}
+    result = {}
     for name in ("torch", "auto"):
         mean, var = torch.zeros(6, device=device, dtype=parameters), torch.ones(6, device=device, dtype=parameters)
         with triton_norm.backend(name):
             y = triton_norm.batch_norm(x, mean, var, weight, bias, training)
             z = triton_norm.layer_norm(x.mT, (6,), weight, bias)
         assert y.dtype == z.dtype == dtype
-        found[name] = (y, z, mean, var)
+        result[name] = (y, z, mean, var)
     tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
-    torch.testing.assert_close(found["auto"][:2], found["torch"][:2], **tolerance)
+    torch.testing.assert_close(result["auto"][:2], result["torch"][:2], **tolerance)
     eps = max(torch.finfo(parameters).eps, torch.finfo(torch.float32).eps)  # batch statistics are computed in fp32
     tolerance = {"rtol": 4 * eps, "atol": 4 * eps}
-    torch.testing.assert_close(found["auto"][2:], found["torch"][2:], **tolerance)
+    torch.testing.assert_close(result["auto"][2:], result["torch"][2:], **tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's rms_norm, on CUDA

@@ -171,17 +171,17 @@ WRITTEN = [path for folder in FOLDERS for path in sorted((TESTS.parent / folder)
 
 def docstrings(source: Path) -> list[str]:
     """Returns the docstrings of a file, and the strings below its constants."""
-    found = []
+    result = []
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             lines = [line.value for line in node.body if isinstance(line, ast.Expr)]
-            found += [line.value for line in lines if isinstance(line, ast.Constant) and isinstance(line.value, str)]
-    return [text.strip() for text in found]
+            result += [line.value for line in lines if isinstance(line, ast.Constant) and isinstance(line.value, str)]
+    return [text.strip() for text in result]
 
 
 @pytest.mark.parametrize("source", WRITTEN, ids=lambda path: path.relative_to(TESTS.parent).as_posix())
 def test_docstrings_begin_with_a_verb_or_their_subject(source):
     """Returns, Launches, Validates: not a preposition, nor a word that relates to what is not there."""
-    found = docstrings(source)
-    assert [text for text in found if text.split()[0].strip(",:;.") in NO_BEGINNING] == []
-    assert [text for text in found if text.startswith("The same")] == []
+    result = docstrings(source)
+    assert [text for text in result if text.split()[0].strip(",:;.") in NO_BEGINNING] == []
+    assert [text for text in result if text.startswith("The same")] == []

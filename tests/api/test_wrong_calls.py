@@ -299,8 +299,8 @@ def test_a_number_in_a_tensor_is_read_each_time():
     eps, offset = torch.tensor(0.5), torch.tensor(1.0)
     for value in (0.5, 8.0):
         eps.fill_(value), offset.fill_(value)
-        found = triton_norm.layer_norm(X, (4,), ONES, None, eps, weight_offset=offset)
-        torch.testing.assert_close(found, F.layer_norm(X, (4,), ONES + value, None, value))
+        result = triton_norm.layer_norm(X, (4,), ONES, None, eps, weight_offset=offset)
+        torch.testing.assert_close(result, F.layer_norm(X, (4,), ONES + value, None, value))
 
 
 CONV, NORM, LINEAR = nn.Conv2d(3, 6, 1).eval(), triton_norm.BatchNorm2d(6).eval(), nn.Linear(3, 6).eval()

@@ -9,7 +9,7 @@ from triton_norm import activations, reference
 from triton_norm.activations import ACTIVATIONS
 from triton_norm.channels import plan, running
 from triton_norm.channels.plan import BackwardTensors, Part
-from triton_norm.specs import BatchNormSpec, BatchNormTensors, Phase, Wanted
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, GradientDtypes, Phase
 from triton_norm.sync import operator as synchronized
 
 NAMES = pytest.mark.parametrize("name", ACTIVATIONS)
@@ -37,8 +37,8 @@ def test_what_has_a_side_needs_no_more(name):
         with pytest.raises(ValueError, match="needs more than the side of 0"):
             activations.gradient_by_side(dy, z > 0, name, 0.2)
     else:
-        found = activations.gradient_by_side(dy, side(z), name, 0.2)
-        assert torch.equal(found, activations.gradient(dy, z, name, 0.2))
+        result = activations.gradient_by_side(dy, side(z), name, 0.2)
+        assert torch.equal(result, activations.gradient(dy, z, name, 0.2))
 
 
 @NAMES
@@ -47,13 +47,13 @@ def test_the_kernels_know_every_entry(name, poison, device):
     """And compute it where the table does, at hard values too. In fp32 torch's GELU of ∞ is NaN on the CPU."""
     x = torch.linspace(-3, 3, 24, device=device).view(6, 4).requires_grad_()
     bias = torch.tensor([0.0, 1.0, poison, -30.0], device=device)
-    found = []
+    result = []
     for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
         with triton_norm.backend(backend):
             y = triton_norm.batch_norm(x.to(dtype), None, None, None, bias, True, activation=name)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-        found.append((y.float(), dx if name in SIDED else dx[:, :2]))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5, equal_nan=True)
+        result.append((y.float(), dx if name in SIDED else dx[:, :2]))
+    torch.testing.assert_close(*result, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_an_unknown_one_is_an_error_wherever_it_arrives(device):
@@ -62,7 +62,10 @@ def test_an_unknown_one_is_an_error_wherever_it_arrives(device):
     statistics = merged[:-1].view(3, -1)
     spec, tensors = BatchNormSpec(True, 0.1, 1e-5, "tanhh", 0.0), BatchNormTensors(x)
     nothing = (None,) * 2
-    requested, read = Wanted(x.dtype, None, None, None), BackwardTensors(x, x, *nothing, *nothing, statistics, *nothing)
+    requested, read = (
+        GradientDtypes(x.dtype, None, None, None),
+        BackwardTensors(x, x, *nothing, *nothing, statistics, *nothing),
+    )
     forward_op, backward_op = torch.ops.triton_norm.batch_norm_forward, torch.ops.triton_norm.batch_norm_backward
     apply_op, sums_op = torch.ops.triton_norm.sync_batch_norm_apply, torch.ops.triton_norm.sync_batch_norm_sums
     calls = [

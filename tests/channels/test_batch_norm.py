@@ -30,8 +30,8 @@ def is_laid_out(dtype, fused, layout, training):
 )
 def test_matches_fp64(dtype, activation, residual, kind, shape, training, device):
     call = drawn(shape, kind, device, dtype, training=training, residual=residual, activation=activation)
-    found = call.against_oracle()
-    for tensor in (found.y, found.dx, found.dresidual):
+    result = call.against_oracle()
+    for tensor in (result.y, result.dx, result.dresidual):
         assert tensor is None or tensor.stride() == call.x.stride()
 
 
@@ -67,8 +67,8 @@ TYPES += [(HALF, torch.float32), (torch.float32, torch.float16), (torch.float64,
 @pairwise({"dtype, residual": TYPES, "kind": KINDS, "activation": ACTIVATIONS})
 def test_a_residual_of_the_same_type_or_another(activation, kind, dtype, residual, device):
     """Results are rounded once, after the activation."""
-    found = drawn(SPLIT[kind][0], kind, device, dtype, residual=residual, activation=activation).against_oracle()
-    assert (found.y.dtype, found.dx.dtype, found.dresidual.dtype) == (dtype, dtype, residual)
+    result = drawn(SPLIT[kind][0], kind, device, dtype, residual=residual, activation=activation).against_oracle()
+    assert (result.y.dtype, result.dx.dtype, result.dresidual.dtype) == (dtype, dtype, residual)
 
 
 @pairwise(
@@ -85,8 +85,8 @@ def test_parameters_of_another_type(dtype, parameters, activation, backend, trai
     call = call.of(weight=torch.randn(6, device=device).to(parameters), bias=call.bias.to(parameters))
     call = call.away_from_the_kink()
     with triton_norm.backend(backend):
-        found = call.against_oracle()
-    assert (found.y.dtype, found.dweight.dtype, found.dbias.dtype) == (dtype, parameters, parameters)
+        result = call.against_oracle()
+    assert (result.y.dtype, result.dweight.dtype, result.dbias.dtype) == (dtype, parameters, parameters)
 
 
 @MODES

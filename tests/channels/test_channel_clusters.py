@@ -81,10 +81,10 @@ def work_of(kernel, kind, elements, n_blocks=256, **others):
 
 def launch_of(work, kernel, is_group=False, gpu=WITH_CLUSTERS):
     """Returns the blocks of each config, and whether clusters are the best guess; None if there are no clusters."""
-    found = channel_clusters.plan_clusters(work, kernel, is_group, gpu)
-    if found is None:
+    result = channel_clusters.plan_clusters(work, kernel, is_group, gpu)
+    if result is None:
         return None
-    plan = found.plan
+    plan = result.plan
     assert plan.groups_per_split == work.n_groups
     assert plan.tile * plan.tiles >= work.n_groups * work.lanes > plan.tile * (plan.tiles - 1)
     one = ChannelWork(kernel, "clusters", work.kind, work.lanes, 8, 1, ("bfloat16",), plan.tile, work.resident_bytes)
@@ -93,7 +93,7 @@ def launch_of(work, kernel, is_group=False, gpu=WITH_CLUSTERS):
         assert config["T"] * work.lanes == plan.tile
         assert 4 <= config.num_warps <= 16
         assert config.maxnreg * 32 * config.num_warps <= 64 * 1024
-    return [config.num_ctas for config in space.configs], channel_clusters.forms(space, 2, found.portable).configs[
+    return [config.num_ctas for config in space.configs], channel_clusters.forms(space, 2, result.portable).configs[
         0
     ] == CLUSTERS
 
@@ -166,13 +166,13 @@ def test_half_types_and_groups(name, numbers, taken, guard, device):
         "group_norm": lambda norms, x, w, b: norms.group_norm(x, 2, w, b),
         "instance_norm": lambda norms, x, w, b: norms.instance_norm(x, weight=w, bias=b),
     }[name]
-    found, exact = ([], [])
-    for norms, dtype, results in ((triton_norm, None, found), (torch.nn.functional, torch.float64, exact)):
+    result, exact = ([], [])
+    for norms, dtype, results in ((triton_norm, None, result), (torch.nn.functional, torch.float64, exact)):
         leaves = [tensor.to(dtype or tensor.dtype).requires_grad_() for tensor in (x, weight, bias)]
         y = call(norms, *leaves)
         results += [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
     # y and dx are rounded to bfloat16 once; of 2176 terms in fp32 the sums' errors are smaller.
-    for one, other in zip(found, exact, strict=True):
+    for one, other in zip(result, exact, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=2e-3 if one.dim() == 1 else 2**-9)
     assert taken
     assert FORWARD in guard.kernels

@@ -38,7 +38,7 @@ def state(module):
 def test_checkpoints_move_both_as_often(use_reentrant, norm_dtype, momentum, path, device):
     """torch counts before it normalizes. A checkpoint that need not be whole ends its second forward as soon as what it
     needs has been saved, and must not have moved the statistics, and not yet counted, by then."""
-    found = []
+    result = []
     for library in (nn, triton_norm):
         torch.manual_seed(0)
         linear = nn.Linear(3, 4, device=device, dtype=torch.float64)
@@ -49,8 +49,8 @@ def test_checkpoints_move_both_as_often(use_reentrant, norm_dtype, momentum, pat
         with triton_norm.backend(path):
             y = checkpoint(nn.Sequential(linear, norm), x, use_reentrant=use_reentrant)
             y.pow(3).sum().backward()
-        found.append({"x": x.grad, **{name: buffer.double() for name, buffer in norm.named_buffers()}})
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+        result.append({"x": x.grad, **{name: buffer.double() for name, buffer in norm.named_buffers()}})
+    torch.testing.assert_close(*result, rtol=1e-5, atol=1e-5)
 
 
 @pairwise({"counter": COUNTERS, "momentum": [0.1, None], "backend": ["triton", "torch"]})
@@ -139,7 +139,7 @@ def test_what_torch_refuses_leaves_neither_moved(monkeypatch, device):
 )
 def test_mutation_of_saved_tensors(activation, statistics, path, device):
     """A mode of torch's that follows what is written, and keeps what was saved."""
-    found = []
+    result = []
     for library in (nn, triton_norm):
         module = library.BatchNorm1d(3, track_running_stats=statistics != "untracked", device=device)
         if statistics == "without a counter":
@@ -153,8 +153,8 @@ def test_mutation_of_saved_tensors(activation, statistics, path, device):
                 y = module(h, activation=activation)
             h.add_(1)
             y.pow(3).sum().backward()
-        found.append({"dx": x.grad, **state(module)})
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        result.append({"dx": x.grad, **state(module)})
+    torch.testing.assert_close(*result, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])

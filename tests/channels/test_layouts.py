@@ -39,9 +39,9 @@ def test_memory_formats_are_the_inputs(dy_format, shape, memory_format, training
     module._check_input_dim = lambda input: None
     y = module(x, residual=residual, activation="relu")
     dx, dresidual = torch.autograd.grad(y, (x, residual), dy)
-    for found in (y, dx, dresidual):
-        assert found.is_contiguous(memory_format=memory_format)
-        assert found.is_contiguous() == x.is_contiguous()
+    for result in (y, dx, dresidual):
+        assert result.is_contiguous(memory_format=memory_format)
+        assert result.is_contiguous() == x.is_contiguous()
 
 
 def test_channels_last_sequences_stay_so(device):

@@ -99,8 +99,8 @@ def searched(timings, monkeypatch, tmp_path):
     """A GPU that nothing is known of: each launch is searched for between two configs; returns the launches timed."""
 
     def two(space):
-        (found, *_) = space.configs
-        return dataclasses.replace(space, configs=(found, dataclasses.replace(found, num_warps=2 * found.num_warps)))
+        (result, *_) = space.configs
+        return dataclasses.replace(space, configs=(result, dataclasses.replace(result, num_warps=2 * result.num_warps)))
 
     channels = channel_spaces.channels
     monkeypatch.setattr(channel_spaces, "channels", lambda work, gpu: two(channels(work, gpu)))

@@ -171,14 +171,14 @@ def test_resident_elements_are_read_once_and_others_twice(kind, pieces, use, gua
     size = call.x.numel() * call.x.itemsize
     read = size * (2 * pieces - 1) // pieces
     with interleaved():
-        found = call.run()
+        result = call.run()
     forward, backward = guard.launches
     assert forward.bytes("load", "x_ptr") == read
     assert forward.bytes("store", "y_ptr") == size
     assert backward.bytes("load", "x_ptr") == backward.bytes("load", "dy_ptr") == read
     assert backward.bytes("store", "dx_ptr") == size
     assert guard.stored(call.x) == guard.stored(call.dy) == 0
-    call.check(found)
+    call.check(result)
 
 
 @pytest.mark.parametrize("kind", ["flat", "folded"])  # channels-last, two launches sum in places

@@ -154,16 +154,16 @@ def run_joint(program: ExportedProgram, inputs: Batch) -> dict[str, Tensor]:
     signature, given = program.graph_signature, iter(inputs)
     state = {**program.state_dict, **program.constants}
     arguments = [next(given) if spec.target is None else state[spec.target] for spec in signature.input_specs]
-    names, found = iter(("x", "residual")), {}
+    names, result = iter(("x", "residual")), {}
     for spec, tensor in zip(signature.output_specs, program.graph_module(*arguments), strict=True):
         target = str(spec.target).removeprefix("module.")
         if spec.kind.name == "GRADIENT_TO_USER_INPUT":  # which are in order, by names of no placeholder
-            found[f"gradient of {next(names)} 0"] = tensor.detach()
+            result[f"gradient of {next(names)} 0"] = tensor.detach()
         elif spec.kind.name == "GRADIENT_TO_PARAMETER":
-            found[f"gradient of {target} 0"] = tensor.detach()
+            result[f"gradient of {target} 0"] = tensor.detach()
         elif spec.kind.name == "BUFFER_MUTATION":
-            found[target] = tensor.detach()
-    return found
+            result[target] = tensor.detach()
+    return result
 
 
 @RECORDING

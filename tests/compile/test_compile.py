@@ -35,13 +35,13 @@ class Network(nn.Module):
 
 def trained(model: nn.Module, run: nn.Module, batches: list[Tensor]) -> list[Tensor]:
     """Outputs, gradients and state after a step on each batch."""
-    found = []
+    result = []
     for x in batches:
         leaf = x.clone().requires_grad_()
         y = run(leaf)
         y.square().sum().backward()
-        found += [y.detach(), leaf.grad]
-    return found + [p.grad for p in model.parameters()] + [b.clone() for b in model.buffers()]
+        result += [y.detach(), leaf.grad]
+    return result + [p.grad for p in model.parameters()] + [b.clone() for b in model.buffers()]
 
 
 @pytest.mark.parametrize("backend", ["triton", "auto"])
@@ -67,8 +67,8 @@ def test_inductor_agrees_with_eager(device):
     eager = Network().to(device)
     compiled = copy.deepcopy(eager)
     batches = [torch.randn(n, 4, 3, 6, device=device) for n in (2, 3)]
-    found = trained(compiled, torch.compile(compiled, fullgraph=True), batches)
-    torch.testing.assert_close(found, trained(eager, eager, batches), rtol=1e-4, atol=1e-5)
+    result = trained(compiled, torch.compile(compiled, fullgraph=True), batches)
+    torch.testing.assert_close(result, trained(eager, eager, batches), rtol=1e-4, atol=1e-5)
 
 
 def test_the_backend_is_guarded(device):

@@ -90,9 +90,9 @@ def compiled(function, norm, tensors, training, **options):
     """Returns the code of the forward, and in training of the backward, and what they give."""
     with generated() as codes, torch.set_grad_enabled(training):
         run = torch.compile(lambda *given: function(norm, *given), fullgraph=True, **options)
-        found = stepped(run, tensors, training)
+        result = stepped(run, tensors, training)
     assert len(codes) == 1 + training
-    return codes, found
+    return codes, result
 
 
 def assert_as_exact(actual, torchs, exact):
@@ -155,16 +155,16 @@ def test_sizes_that_change_are_compiled_once_more(function, device):
     for norm in (triton_norm, F):
         with generated() as codes:
             run = torch.compile(lambda *given, norm=norm: function(norm, *given), fullgraph=True)
-            found = {n: stepped(run, tensors, True) for n, tensors in leaves.items()}
+            result = {n: stepped(run, tensors, True) for n, tensors in leaves.items()}
         counts[norm] = [launches(code) for code in codes]
         if norm is triton_norm:
             assert [operators(code) for code in codes] == [set(), {"rows_backward"}] * 2
-            ours = found
+            ours = result
     assert len(counts[triton_norm]) == len(counts[F]) == 4
     assert all(mine <= torchs for mine, torchs in zip(counts[triton_norm], counts[F], strict=True))
     for n, tensors in leaves.items():
         wide = [tensor.double() for tensor in tensors]
-        assert_as_exact(ours[n], found[n], stepped(lambda *given: function(F, *given), wide, True))
+        assert_as_exact(ours[n], result[n], stepped(lambda *given: function(F, *given), wide, True))
 
 
 def test_what_a_half_s_statistics_are_of_is_what_the_backward_reads(device):
@@ -245,11 +245,11 @@ def trained(model, run, tensors, differentiated):
     """Outputs, gradients if `differentiated`, and statistics after a step of `run`: the model, or made of it."""
     leaves = [tensor.detach().requires_grad_(differentiated) for tensor in tensors]
     y = run(*leaves)
-    found = [y.detach()]
+    result = [y.detach()]
     if differentiated:
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
-        found += torch.autograd.grad(y, [*leaves, *model.parameters()], dy)
-    return found + [buffer.clone() for buffer in model.buffers() if buffer.is_floating_point()]
+        result += torch.autograd.grad(y, [*leaves, *model.parameters()], dy)
+    return result + [buffer.clone() for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_backend_triton_keeps_the_operators(training, device):
 @pytest.mark.parametrize(("policy", "called"), [("", set()), (", kernels forced", {"rows_forward"})])
 def test_perf_times_both(policy, called, device):
     """Also where another contender's scope asks for the kernels alone."""
-    (contender,) = (found for found in contenders.CONTENDERS if found.name == f"triton_norm, compiled{policy}")
+    (contender,) = (result for result in contenders.CONTENDERS if result.name == f"triton_norm, compiled{policy}")
     x, weight = drawn([(6, N), (N,)], torch.float32, device)
     with triton_norm.backend("triton"), generated() as codes:
         contender.load()["rms_norm"](x, (N,), weight, 1e-6)
@@ -308,14 +308,14 @@ def test_perf_times_both(policy, called, device):
 
 def code_of(function) -> list[str]:
     """The function's tokens but for its docstring and comments. ast writes the same otherwise in each Python."""
-    found = []
+    result = []
     for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(function)).readline):
-        is_docstring = token.type == tokenize.STRING and found[-1] == "INDENT"
+        is_docstring = token.type == tokenize.STRING and result[-1] == "INDENT"
         if token.type in (tokenize.INDENT, tokenize.DEDENT):
-            found.append(tokenize.tok_name[token.type])
+            result.append(tokenize.tok_name[token.type])
         elif token.string.strip() and token.type != tokenize.COMMENT and not is_docstring:
-            found.append(token.string)
-    return found
+            result.append(token.string)
+    return result
 
 
 DIGESTS = {2: "0e60d8a70df13f01"}

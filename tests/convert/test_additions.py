@@ -156,23 +156,23 @@ def methods(cls):
 
 @methods(Joined)
 def test_joined_additions_compute_and_call_the_same(method):
-    found = rewritten(method)
+    result = rewritten(method)
     x = torch.arange(1.0, 4.0)
     expected, calls, none = calls_of(method, x)
-    actual, made, n_joined = calls_of(found.forward, x)
+    actual, made, n_joined = calls_of(result.forward, x)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert (made, none) == (calls, 0)
-    assert len(found.norms) == int(method.__name__[-1])
+    assert len(result.norms) == int(method.__name__[-1])
     assert n_joined >= 1
-    assert inspect.signature(found.forward) == inspect.signature(method)
+    assert inspect.signature(result.forward) == inspect.signature(method)
 
 
 @methods(Separate)
 def test_what_is_left(method):
-    found = rewritten(method)
-    assert found.norms == ()
+    result = rewritten(method)
+    assert result.norms == ()
     x = torch.arange(1.0, 4.0)
-    assert calls_of(found.forward, x)[1:] == (calls_of(method, x)[1], 0)
+    assert calls_of(result.forward, x)[1:] == (calls_of(method, x)[1], 0)
 
 
 def test_the_norms_result_is_freed_when_its_user_has_it():
@@ -246,14 +246,14 @@ class Decorated:
 
 
 def test_decorators_are_called_as_before():
-    found = rewritten(Decorated.forward)
-    for forward in (Decorated.forward, found.forward):
+    result = rewritten(Decorated.forward)
+    for forward in (Decorated.forward, result.forward):
         y, calls, _ = calls_of(
             lambda module, x, forward=forward: forward(module, x, times=2, factor=1.0), torch.ones(2)
         )
         assert (y.tolist(), len(calls)) == ([24.0, 24.0], 2)
         assert not forward(Parts(), torch.ones(2, requires_grad=True)).requires_grad
-    assert found.forward.__wrapped__.__wrapped__ is not Decorated.forward.__wrapped__.__wrapped__
+    assert result.forward.__wrapped__.__wrapped__ is not Decorated.forward.__wrapped__.__wrapped__
 
 
 @pytest.mark.parametrize(

@@ -159,10 +159,10 @@ def fused_prepared_quantized(model: nn.Module, x: Tensor, converted: str) -> dic
         assert list(tn.convert(prepared).converted) == ["conv.bn"]
     prepared(x).sum().backward()
     norm = prepared.conv.bn
-    found = {"counter": norm.num_batches_tracked, "mean": norm.running_mean, "dweight": norm.weight.grad}
+    result = {"counter": norm.num_batches_tracked, "mean": norm.running_mean, "dweight": norm.weight.grad}
     quantized = quantization.convert(prepared.eval())
     assert type(quantized.conv) is torch.ao.nn.intrinsic.quantized.ConvReLU2d
-    return {**found, "y": prepared(x).detach(), "quantized weight": quantized.conv.weight().dequantize()}
+    return {**result, "y": prepared(x).detach(), "quantized weight": quantized.conv.weight().dequantize()}
 
 
 @QUANTIZED
@@ -211,9 +211,9 @@ def test_the_fusion_of_torch_fx(reverted, model, device):
 
 def test_torchs_own_conversion_to_sync_batch_norm_goes_by_isinstance(model):
     tn.convert(model)
-    found = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert type(found.norm) is nn.SyncBatchNorm
-    assert list(tn.convert(found).converted) == ["norm"]
+    result = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(result.norm) is nn.SyncBatchNorm
+    assert list(tn.convert(result).converted) == ["norm"]
 
 
 @pytest.mark.parametrize("path", ["triton", "torch"])

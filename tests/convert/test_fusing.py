@@ -125,7 +125,7 @@ def test_steps_are_as_exact_as_those_of_the_parts(name, training, device):
     expected, actual = trained(theirs, x), trained(ours, x)
     assert actual.keys() == exact.keys()
     for key, tensor in exact.items():
-        error, of_parts = ((found[key].double() - tensor).abs().max() for found in (actual, expected))
+        error, of_parts = ((result[key].double() - tensor).abs().max() for result in (actual, expected))
         assert error <= 2 * of_parts + 64 * 2.0**-24 * tensor.abs().max(), key
 
 
@@ -138,7 +138,7 @@ def test_half_precision_is_rounded_less_often(name, training, device):
     exact = copy.deepcopy(models[0]).double()(x.double())
     expected, actual = (model(x) for model in models)
     assert actual.dtype == expected.dtype
-    error, of_parts = ((found.double() - exact).abs().max() for found in (actual, expected))
+    error, of_parts = ((result.double() - exact).abs().max() for result in (actual, expected))
     assert error <= 2 * of_parts + 2.0**-8 * exact.abs().max()
 
 

@@ -164,10 +164,10 @@ def test_a_channel_does_not_see_its_neighbours(value, use, device):
     for name in ("x", "residual", "dy"):
         spoilt = getattr(inputs, name).clone()
         spoilt[:, 3] = value
-        found = results(**{name: spoilt})
-        for one, other in ((found.dx, expected.dx), (found.dresidual, expected.dresidual)):
+        result = results(**{name: spoilt})
+        for one, other in ((result.dx, expected.dx), (result.dresidual, expected.dresidual)):
             assert torch.equal(one[:, others], other[:, others]), name
-        assert torch.equal(found.dweight[others], expected.dweight[others]), name
+        assert torch.equal(result.dweight[others], expected.dweight[others]), name
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
@@ -220,8 +220,8 @@ def test_the_bits_do_not_depend_on_the_programs_order(case, use, device):
         expected = differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,)).tensors()
     for how in ADVERSE:
         with interleaved(**how):
-            found = differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,)).tensors()
-        assert all(map(torch.equal, found, expected)), how
+            result = differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,)).tensors()
+        assert all(map(torch.equal, result, expected)), how
 
 
 def test_places_by_program_id_hang_where_tickets_do_not(use, monkeypatch, device):
@@ -279,11 +279,11 @@ def test_far_samples(use, device):
         return x.copy_(torch.randn(2, 8, 4))
 
     x, dy = far(), far()
-    found, expected = (
+    result, expected = (
         differentiated(norm(2), (one, None, None, None), (other,)).dx
         for one, other in ((x, dy), (x.contiguous(), dy.contiguous()))
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("members", [1, 4])

@@ -51,12 +51,12 @@ KERNELS = {
 def test_machine_code(target, dtypes, which):
     """No kernel spills, and each access to x, y and their like moves 16 bytes."""
     compiled = records(RESOURCES, target, json.dumps(dtypes), which)
-    found = {
+    result = {
         f"{r['op']} {r['mode']} {r['dtype']} {layout_text(r)}, {r['kernel']}": wanting(r, 128)
         for r in compiled
         if r["status"] != "ok" or r["kernel"] in KERNELS
     }
-    assert {name: faults for name, faults in found.items() if faults} == {}
+    assert {name: faults for name, faults in result.items() if faults} == {}
     assert {("x", "load"), ("dy", "load"), ("y", "store"), ("dx", "store")} < moved(compiled)
     launches = {}
     for record in compiled:

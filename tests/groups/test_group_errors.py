@@ -187,8 +187,8 @@ def test_statistics_have_no_gradient(name, uses_input, backend):
 def test_eps_is_any_number(eps, backend):
     x = torch.randn(2, 3, 4)
     with triton_norm.backend(backend):
-        found = triton_norm.group_norm(x, 3, eps=eps), triton_norm.instance_norm(x, eps=eps)
-    torch.testing.assert_close(found, (F.group_norm(x, 3, eps=eps), F.instance_norm(x, eps=eps)), equal_nan=True)
+        result = triton_norm.group_norm(x, 3, eps=eps), triton_norm.instance_norm(x, eps=eps)
+    torch.testing.assert_close(result, (F.group_norm(x, 3, eps=eps), F.instance_norm(x, eps=eps)), equal_nan=True)
 
 
 @pytest.mark.parametrize("number", [3, np.int64(3), torch.tensor(3)])

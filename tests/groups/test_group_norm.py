@@ -36,14 +36,14 @@ def assert_as_fp64(name: str, activation: str | None, inputs: list[Tensor | None
     """y and all gradients are those of torch in fp64; returns them."""
     wide = [None if tensor is None else tensor.double().contiguous() for tensor in inputs]
     expected = stepped(theirs(name, activation), wide, dy.double().contiguous())
-    found = stepped(ours(name, activation), inputs, dy)
+    result = stepped(ours(name, activation), inputs, dy)
     given = [tensor for tensor in inputs if tensor is not None]
-    for one, exact, like in zip(found, expected, (inputs[0], *given), strict=True):
+    for one, exact, like in zip(result, expected, (inputs[0], *given), strict=True):
         assert one.dtype == like.dtype
         scaled = exact.abs().max().clamp(min=1.0)
         eps = max((like.dtype, compute_dtype(inputs[0])), key=lambda dtype: torch.finfo(dtype).eps)
         torch.testing.assert_close(one.double() / scaled, exact / scaled, **tolerance(eps))
-    return found
+    return result
 
 
 @PATHS
@@ -184,8 +184,8 @@ def test_second_derivatives(name, adds, activation, path, device):
     there = [tensor for tensor in inputs if tensor is not None]
 
     def function(*leaves: Tensor) -> Tensor:
-        found = iter(leaves)
-        return ours(name, activation)(*(None if tensor is None else next(found) for tensor in inputs))
+        result = iter(leaves)
+        return ours(name, activation)(*(None if tensor is None else next(result) for tensor in inputs))
 
     with triton_norm.backend(path):
         assert torch.autograd.gradcheck(function, there, fast_mode=True)
@@ -210,8 +210,8 @@ def test_transforms_go_to_torch(name, transform, path, device):
     apply = TRANSFORMS[transform]
     expected = apply(lambda x: CALLS[name](F, x, weight, bias))(x)
     with triton_norm.backend(path):
-        found = apply(lambda x: CALLS[name](triton_norm, x, weight, bias))(x)
-    torch.testing.assert_close(found, expected)
+        result = apply(lambda x: CALLS[name](triton_norm, x, weight, bias))(x)
+    torch.testing.assert_close(result, expected)
     with triton_norm.backend("triton"), pytest.raises(RuntimeError, match="can't serve this call"):
         apply(lambda x: CALLS[name](triton_norm, x, weight, bias))(x)
 
@@ -310,8 +310,8 @@ def test_under_a_checkpoint(name, path, device):
     dy = torch.randn_like(inputs[0])
     with triton_norm.backend(path):
         expected = stepped(ours(name, "silu"), inputs, dy)
-        found = stepped(lambda *leaves: checkpoint(ours(name, "silu"), *leaves, use_reentrant=False), inputs, dy)
-    torch.testing.assert_close(found, expected)
+        result = stepped(lambda *leaves: checkpoint(ours(name, "silu"), *leaves, use_reentrant=False), inputs, dy)
+    torch.testing.assert_close(result, expected)
 
 
 @EVERY_CALL

@@ -50,10 +50,10 @@ def test_functions(name, dtype, path, device):
         call = sample.input, sample.args, sample.kwargs
         expected = stepped(theirs, *call)
         with triton_norm.backend(path):
-            found = stepped(ours, *call)
+            result = stepped(ours, *call)
             served = triton_norm.explain(ours, sample.input, *sample.args, **sample.kwargs).backend
         assert served == ("triton" if path == "auto" and sample.input.numel() else "torch")
-        torch.testing.assert_close(found, expected, equal_nan=True, **TOLERANCE[dtype])
+        torch.testing.assert_close(result, expected, equal_nan=True, **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -78,11 +78,11 @@ def test_layers(name, training, dtype, path, device):
         ours = copy.deepcopy(theirs)
         triton_norm.convert(ours)
         assert type(ours) is getattr(triton_norm, name.removeprefix("nn."))
-        (x,), found = given.forward_input.args, {}
+        (x,), result = given.forward_input.args, {}
         for library, module in (("ours", ours), ("theirs", theirs)):
             with triton_norm.backend(path):
-                found[library] = stepped(module, x, (), {}, [*module.parameters(), *module.buffers()])
-        torch.testing.assert_close(found["ours"], found["theirs"], **TOLERANCE[dtype])
+                result[library] = stepped(module, x, (), {}, [*module.parameters(), *module.buffers()])
+        torch.testing.assert_close(result["ours"], result["theirs"], **TOLERANCE[dtype])
 
 
 def test_constructors():

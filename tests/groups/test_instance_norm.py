@@ -109,13 +109,13 @@ def test_the_running_statistics_are_batch_norms(path, device):
     x, residual, weight, bias = (tensor.requires_grad_() for tensor in inputs)
     own = {"residual": residual, "activation": "silu"}
     with triton_norm.backend(path):
-        found = triton_norm.instance_norm(x, *statistics(device), weight, bias, use_input_stats=False, **own)
+        result = triton_norm.instance_norm(x, *statistics(device), weight, bias, use_input_stats=False, **own)
         expected = triton_norm.batch_norm(x, *statistics(device), weight, bias, **own)
         explained = triton_norm.explain(
             triton_norm.instance_norm, x, *statistics(device), weight, bias, use_input_stats=False, **own
         )
-    assert torch.equal(found, expected)
-    gradients = (torch.autograd.grad(y.cos().sum(), inputs) for y in (found, expected))
+    assert torch.equal(result, expected)
+    gradients = (torch.autograd.grad(y.cos().sum(), inputs) for y in (result, expected))
     assert all(map(torch.equal, *gradients))
     assert (explained.function, explained.backend) == ("instance_norm", "triton" if path == "auto" else "torch")
 

@@ -32,9 +32,9 @@ SIZES = [
 def test_matches_fp64(shape, n_groups, layout, device):
     if layout == "last" and len(shape) < 4:
         pytest.skip("no such memory format")
-    found = checked(drawn(shape, device, layout=layout), n_groups)
+    result = checked(drawn(shape, device, layout=layout), n_groups)
     memory_format = CHANNELS_LAST[len(shape)] if layout == "last" else torch.contiguous_format
-    for tensor in (found.y, found.dx):
+    for tensor in (result.y, result.dx):
         assert tensor.is_contiguous(memory_format=memory_format)
 
 
@@ -61,11 +61,11 @@ def test_gelu(activation, layout, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_types(dtype, n_groups, layout, device):
     inputs = drawn((2, 6, 4, 5), device, dtype, layout)
-    found = checked(inputs, n_groups)
-    assert {tensor.dtype for tensor in found.tensors()} == {dtype}
+    result = checked(inputs, n_groups)
+    assert {tensor.dtype for tensor in result.tensors()} == {dtype}
     wide = torch.float32 if dtype != torch.float32 else torch.float64
-    found = checked(inputs._replace(weight=inputs.weight.to(wide), bias=None), n_groups)
-    assert (found.y.dtype, found.dweight.dtype) == (dtype, wide)
+    result = checked(inputs._replace(weight=inputs.weight.to(wide), bias=None), n_groups)
+    assert (result.y.dtype, result.dweight.dtype) == (dtype, wide)
 
 
 @pytest.mark.parametrize("needs", [(0,), (2,), (3,), (0, 3), (1,), (2, 3)], ids=str)
@@ -119,8 +119,8 @@ def test_a_sample_does_not_depend_on_the_others(channels, n_groups, layout, devi
         def norm(x, _, w, b):
             return triton_norm.group_norm(x, n_groups, w, b, activation="silu")
 
-        found = differentiated(norm, (x, None, inputs.weight, inputs.bias), (dy,))
-        return found.y, found.dx
+        result = differentiated(norm, (x, None, inputs.weight, inputs.bias), (dy,))
+        return result.y, result.dx
 
     for whole, alone in zip(results(slice(None)), results(slice(3, 4)), strict=True):
         assert torch.equal(whole[3:4], alone)

@@ -158,8 +158,8 @@ def test_a_sample_does_not_depend_on_the_others(case, use, device):
         x, dy = (laid(tensor[samples], layout) for tensor in (inputs.x, inputs.dy))
         leaves = x, None, inputs.weight, inputs.bias
         with interleaved():
-            found = differentiated(lambda x, _, w, b: triton_norm.group_norm(x, n_groups, w, b), leaves, (dy,))
-        return found.y, found.dx
+            result = differentiated(lambda x, _, w, b: triton_norm.group_norm(x, n_groups, w, b), leaves, (dy,))
+        return result.y, result.dx
 
     whole = results(slice(None))
     for samples in (slice(3, 4), slice(1, 4)):

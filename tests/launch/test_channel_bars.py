@@ -165,9 +165,9 @@ def inspected(target, ops, dtypes, shapes=()):
         for op in ops for dtype in dtypes for mode in MODES for last in (True, False)
     }  # fmt: skip
     wrong = {named(record): ", ".join(wanting(record, widest(record))) for record in compiled}
-    found = {name: what for name, what in wrong.items() if what}
+    result = {name: what for name, what in wrong.items() if what}
     spilling = SPILLING.get(triton.__version__, frozenset())
-    assert found.keys() == spilling & wrong.keys(), "\n".join(map(": ".join, found.items()))
+    assert result.keys() == spilling & wrong.keys(), "\n".join(map(": ".join, result.items()))
     return compiled
 
 
@@ -188,7 +188,7 @@ def excess(record):
     """
     if record["status"] != "ok":
         return [record["message"]]
-    found = []
+    result = []
     floor = record["floor_bytes"] if len(record["launches"]) == 1 else record["apart_floor_bytes"]
     partials = sum(record["bytes"]["partials"].values())
     statistics = sum(record["bytes"]["statistics"].values()) - sum(record["footprint"]["statistics"].values())
@@ -196,13 +196,13 @@ def excess(record):
     moved_bytes = findings.uncached(record) * record["floor_bytes"]
     over = round(moved_bytes / floor - exchanged, 9)  # a ratio of 1 may be off by roundoff
     if not 1 <= over <= BAR:
-        found.append(f"{over:.4f} of the floor of {len(record['launches'])} launches")
+        result.append(f"{over:.4f} of the floor of {len(record['launches'])} launches")
     if not exchanged <= EXCHANGED:
-        found.append(f"{exchanged:.4f} of that floor are exchanged")
+        result.append(f"{exchanged:.4f} of that floor are exchanged")
     cache = H100.l2_bytes * record["multiprocessors"] / H100.multiprocessors
     if record["again_bytes"] and in_flight(record) * H100.limits.cache_bytes_per_reread_byte > cache:
-        found.append(f"{in_flight(record)} bytes are read again at once")
-    return found
+        result.append(f"{in_flight(record)} bytes are read again at once")
+    return result
 
 
 def test_bytes():

@@ -69,14 +69,14 @@ def test_rows_that_one_block_can_not_hold_begin_with_a_cluster():
     """Asserts that a first choice has at most 8 blocks, a last candidate 16, and a short row no cluster."""
     seen = set()
     for row_bytes, space in spaces(WITH_CLUSTERS):
-        found = clusters(space.configs)
-        seen.update(found)
-        assert all(blocks in (2, 4, 8, 16) for blocks in found), space
+        result = clusters(space.configs)
+        seen.update(result)
+        assert all(blocks in (2, 4, 8, 16) for blocks in result), space
         assert space.configs[0].num_ctas <= 8
         if row_bytes < 16 * 1024:
-            assert found == []
-        if 16 in found:
-            assert set(found) == {16}
+            assert result == []
+        if 16 in result:
+            assert set(result) == {16}
             assert space.configs[-1].num_ctas == 16
     assert seen == {2, 4, 8, 16}
     first = {

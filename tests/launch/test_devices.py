@@ -240,7 +240,7 @@ def two_gpus() -> None:
 def test_modules_on_two_gpus(current):
     """Either device gives the same bits, whichever is current."""
     two_gpus()
-    found = []
+    result = []
     for index in (0, 1):
         torch.manual_seed(0)
         model = nn.Sequential(triton_norm.BatchNorm1d(96), triton_norm.LayerNorm(96), triton_norm.RMSNorm(96))
@@ -251,8 +251,8 @@ def test_modules_on_two_gpus(current):
                 y = model(x)
                 gradients = torch.autograd.grad(y, [x, *model.parameters()], y.detach().cos())
             assert torch.cuda.current_device() == current
-        found.append([tensor.cpu() for tensor in (y.detach(), *gradients, *model.buffers())])
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+        result.append([tensor.cpu() for tensor in (y.detach(), *gradients, *model.buffers())])
+    torch.testing.assert_close(*result, rtol=0, atol=0)
 
 
 @pytest.mark.gpu

@@ -56,24 +56,24 @@ def plain_of(case):
 
 def ratios(records):
     """Returns each case's ratio and what was seen of it, of the cases that are held to that."""
-    found = {}
+    result = {}
     for case, record in records.items():
         plain = records.get(plain_of(case))
         if plain is not None and record["bare_us"] is None:
-            found[case] = record["call_us"] / plain["call_us"], MODULATED_FORWARD
+            result[case] = record["call_us"] / plain["call_us"], MODULATED_FORWARD
         elif plain is not None:
             over_bare, plain_over_bare = (each["call_us"] / each["bare_us"] for each in (record, plain))
-            found[case] = over_bare / plain_over_bare, MODULATED
+            result[case] = over_bare / plain_over_bare, MODULATED
         elif record["bare_us"] is not None:
             function, module = BARE[family(case)]
             seen = TRACKING if STATISTICS in case else function if "_" in case else module
-            found[case] = record["call_us"] / record["bare_us"], seen
+            result[case] = record["call_us"] / record["bare_us"], seen
         elif case.endswith("operators forward and backward"):
-            found[case] = record["call_us"] / records[record["direct"]]["call_us"], OPERATORS
+            result[case] = record["call_us"] / records[record["direct"]]["call_us"], OPERATORS
         elif case in ("layer_norm forward", "rms_norm forward", "batch_norm forward", "group_norm forward"):
             seen = CHANNELS_FORWARD if family(case) == "channels" else ROWS_FORWARD
-            found[case] = record["library_us"] / record["torch_us"], seen
-    return found
+            result[case] = record["library_us"] / record["torch_us"], seen
+    return result
 
 
 def too_slow(records):

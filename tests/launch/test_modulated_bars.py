@@ -61,11 +61,11 @@ def without_few_spills(record):
 def test_machine_code(target, dtypes, which):
     """No kernel in bf16 spills, each access to x, y and their like moves 16 bytes, and a backward is two launches."""
     compiled = records(RESOURCES, target, json.dumps(dtypes), which)
-    found = {
+    result = {
         f"{r['op']} {r['mode']} {r['dtype']} {layout_text(r)}, {r['kernel']}": wanting(without_few_spills(r), 128)
         for r in compiled
     }
-    assert {name: faults for name, faults in found.items() if faults} == {}
+    assert {name: faults for name, faults in result.items() if faults} == {}
     assert BULK["forward"] | BULK["backward"] <= {name for name, _ in moved(compiled)}
     launches = {}
     for record in compiled:
@@ -80,8 +80,8 @@ def test_machine_code(target, dtypes, which):
 def test_machine_code_of_long_rows(target):
     """No kernel spills, accesses move 16 bytes, and a backward has a launch for the sums of rows."""
     compiled = records(LONG, target)
-    found = {f"{r['op']} {r['mode']}, {r['kernel']}": wanting(r, 128) for r in compiled}
-    assert {name: faults for name, faults in found.items() if faults} == {}
+    result = {f"{r['op']} {r['mode']}, {r['kernel']}": wanting(r, 128) for r in compiled}
+    assert {name: faults for name, faults in result.items() if faults} == {}
     kernels = {}
     for record in compiled:
         kernels.setdefault((record["op"], record["mode"]), []).append(record["kernel"])

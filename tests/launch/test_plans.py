@@ -14,7 +14,7 @@ from support.launchers import made_launchers
 from triton_norm import plans
 from triton_norm.rows import operator
 from triton_norm.rows.backward import RowBackwardTensors
-from triton_norm.specs import RowSpec, RowTensors, Wanted
+from triton_norm.specs import GradientDtypes, RowSpec, RowTensors
 
 FORMS = [plans.FormsInPython, plans.forms_of]
 X, WEIGHT = torch.randn(4, 6), nn.Parameter(torch.randn(6))
@@ -134,7 +134,7 @@ def row_operators(x, weight, bias):
     call = operator.ForwardCall(RowTensors(x, None, weight, bias), True, spec)
     with torch.no_grad():
         y, _, statistics = operator.forward_op(call)
-        requested = Wanted(x.dtype, None, weight.dtype, bias.dtype)
+        requested = GradientDtypes(x.dtype, None, weight.dtype, bias.dtype)
         read = RowBackwardTensors(y, None, x, weight, statistics)
         operator.backward_op(operator.BackwardCall(read, requested, spec))
 
@@ -176,19 +176,19 @@ LAUNCHING = {*map(str, (PACKAGE / "launch.py", *(PACKAGE / "kernels").iterdir(),
 
 def functions_of(call) -> list[str]:
     """Returns the library's functions that a call runs, in order, but for what launching takes."""
-    found = []
+    result = []
 
     def note(frame, event, argument):
         path = frame.f_code.co_filename
         if event == "call" and path.startswith(OWN) and path not in LAUNCHING:
-            found.append(f"{path.removeprefix(OWN)} {frame.f_code.co_name}")
+            result.append(f"{path.removeprefix(OWN)} {frame.f_code.co_name}")
 
     sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return found
+    return result
 
 
 NORMS = {

@@ -83,8 +83,8 @@ def test_machine_code_with_x_hat_rounded():
     pytest.importorskip("triton")
     compiled = records(f"COLUMNS = {ROUNDED_COLUMNS}{ROUNDED}", "sm_90")
     assert {record["shape"][-1] for record in compiled} == set(ROUNDED_COLUMNS)
-    found = [f"{named(record)}: {', '.join(wanting(record, 128))}" for record in compiled if wanting(record, 128)]
-    assert not found, "\n".join(found)
+    result = [f"{named(record)}: {', '.join(wanting(record, 128))}" for record in compiled if wanting(record, 128)]
+    assert not result, "\n".join(result)
 
 
 def bar(record):
@@ -110,9 +110,9 @@ def test_bytes(dtype, columns):
     counted = records(f"COLUMNS = {columns}{TRAFFIC}", dtype, TRITON_INTERPRET="1")
     assert {record["shape"][-1] for record in counted} == set(columns)
     assert [f"{named(record)}: {record['message']}" for record in counted if record["status"] != "ok"] == []
-    found = [
+    result = [
         f"{named(record)}: {findings.streamed(record):.3f} of the floor"
         for record in counted
         if not 1 <= findings.streamed(record) <= bar(record)
     ]
-    assert not found, "\n".join(found)
+    assert not result, "\n".join(result)

@@ -185,13 +185,13 @@ def test_training_in_a_stream_for_each_thread():
         stream.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(stream):
             for _ in range(50):
-                found = results(module, x)
+                result = results(module, x)
         stream.synchronize()
-        return [*found, *module.buffers()]
+        return [*result, *module.buffers()]
 
     expected = [steps(x) for x in inputs]
-    for found, exact in zip(at_once([functools.partial(steps, x) for x in inputs]), expected, strict=True):
-        assert_same(found, exact)
+    for result, exact in zip(at_once([functools.partial(steps, x) for x in inputs]), expected, strict=True):
+        assert_same(result, exact)
 
 
 NOTED = """

@@ -29,15 +29,15 @@ NORMS = (triton_norm.LayerNorm, (5, 24)), (triton_norm.RMSNorm, (3, 24)), (trito
 
 def forward_and_backward() -> list[np.ndarray]:
     """Returns the results of a module of each kind, on inputs that are the same in every process."""
-    found = []
+    result = []
     for norm, shape in NORMS:
         module = norm(24)
         x = torch.sin(torch.arange(float(np.prod(shape)))).view(shape).requires_grad_()
         with triton_norm.backend("triton"):
             y = module(x)
         gradients = torch.autograd.grad(y, [x, *module.parameters()], y.detach().cos())
-        found += [tensor.numpy() for tensor in (y.detach(), *gradients, *module.buffers())]
-    return found
+        result += [tensor.numpy() for tensor in (y.detach(), *gradients, *module.buffers())]
+    return result
 
 
 def send(sender: Connection) -> None:

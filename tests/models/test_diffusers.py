@@ -88,11 +88,11 @@ def test_types_are_promoted_as_in_torch(device):
         emb = torch.randn(2, width, device=device)
         inputs = (x, emb) if form is rms else (x, None, None, None, emb)
         with tn.backend("triton"):
-            found = ours(*inputs)
+            result = ours(*inputs)
         expected = theirs(*inputs)
-        found, expected = (found[0], expected[0]) if isinstance(found, tuple) else (found, expected)
-        assert found.dtype == expected.dtype == SINGLE
-        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+        result, expected = (result[0], expected[0]) if isinstance(result, tuple) else (result, expected)
+        assert result.dtype == expected.dtype == SINGLE
+        torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("form", [ZERO, FORMS[4], FORMS[7], FORMS[10]], ids=str)
@@ -132,9 +132,9 @@ def test_other_shapes_are_torchs(device):
     for wrong, named in (((), {}), ((x,) * 6, {}), ((x,), {"x": x}), ((x,), {"nonsense": x})):
         with pytest.raises(TypeError) as expected:
             theirs(*wrong, **named)
-        with pytest.raises(TypeError) as found:
+        with pytest.raises(TypeError) as result:
             ours(*wrong, **named)
-        assert str(found.value) == str(expected.value)
+        assert str(result.value) == str(expected.value)
 
 
 NORMS = [

@@ -118,11 +118,11 @@ def test_a_model_and_its_report():
         }.items()
     }
     inputs = drawn | {"timestep": torch.rand(2), "img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3)}
-    found = [model(**inputs).sample]
-    found.append(torch.autograd.grad(found[0].square().mean(), model.x_embedder.weight)[0])
+    result = [model(**inputs).sample]
+    result.append(torch.autograd.grad(result[0].square().mean(), model.x_embedder.weight)[0])
     report = tn.convert(model)
     y = model(**inputs).sample
-    agree([y, torch.autograd.grad(y.square().mean(), model.x_embedder.weight)[0]], found, SINGLE)
+    agree([y, torch.autograd.grad(y.square().mean(), model.x_embedder.weight)[0]], result, SINGLE)
     adaptive = [name for name, change in report.converted.items() if "AdaLayerNorm" in change]
     assert adaptive == [
         "transformer_blocks.0.norm1",

@@ -72,7 +72,7 @@ def test_a_fused_model_is_as_exact_as_the_converted_one(name, device):
     of_exact = stepped(exact, x.double())
     assert actual.keys() == expected.keys()
     for key, tensor in of_exact.items():
-        error, of_parts = ((found[key].double() - tensor).abs().max() for found in (actual, expected))
+        error, of_parts = ((result[key].double() - tensor).abs().max() for result in (actual, expected))
         assert error <= 2 * of_parts + 64 * 2.0**-24 * tensor.abs().max(), key
 
 

@@ -137,14 +137,14 @@ def test_the_kernels_compute_the_same(path, x_dtype, dtype, device, guard):
     theirs = made(class_at(path)).to(device, dtype)
     ours = converted(theirs)
     x, dy = (3 * torch.randn(2, 2, 5, COLUMNS, device=device)).to(x_dtype)
-    found = []
+    result = []
     for module, backend in ((ours, "triton"), (theirs, "torch")):
         leaf = x.clone().requires_grad_()
         with tn.backend(backend):
             y = module(leaf)
         grads = torch.autograd.grad(y, [leaf, *module.parameters()], dy.to(y.dtype))
-        found.append((y, *grads))
-    (y, *grads), (expected, *expected_grads) = found
+        result.append((y, *grads))
+    (y, *grads), (expected, *expected_grads) = result
     bits_agree(y, expected)
     assert guard is None or len(guard.launches) >= 2
     # In torch the gradient is rounded to x_hat's type on its way, and each row's dweight before they are summed.

@@ -95,13 +95,13 @@ def test_the_kernels_compute_the_same(path, options, x_dtype, dtype, device, gua
     theirs = made(path, options, dtype, device)
     ours = converted(theirs)
     x, gate, dy = drawn(x_dtype, device)
-    found = []
+    result = []
     for module, backend in ((ours, "triton"), (theirs, "torch")):
         leaves = x.clone().requires_grad_(), gate.detach().requires_grad_()
         with tn.backend(backend):
             y = module(*leaves)
-        found.append((y, *torch.autograd.grad(y, [*leaves, module.weight], dy.to(y.dtype))))
-    (y, *grads), (expected, *expected_grads) = found
+        result.append((y, *torch.autograd.grad(y, [*leaves, module.weight], dy.to(y.dtype))))
+    (y, *grads), (expected, *expected_grads) = result
     assert y.dtype == expected.dtype
     if y.dtype != SINGLE:
         assert (y == expected).double().mean() > 0.98
@@ -133,9 +133,9 @@ def test_other_calls_go_to_its_own_forward(path, options, device):
     for wrong in ((), (x, gate, gate)):
         with pytest.raises(TypeError) as expected:
             theirs(*wrong)
-        with pytest.raises(TypeError) as found:
+        with pytest.raises(TypeError) as result:
             ours(*wrong)
-        assert str(found.value) == str(expected.value)
+        assert str(result.value) == str(expected.value)
 
 
 def test_copies_pickles_and_reverts():

@@ -80,10 +80,10 @@ BLOCKS: dict[str, Callable[[nn.Module], nn.ModuleList]] = {
 def checkpointed_step(model: nn.Module, inputs: dict[str, Tensor], name: str, use_reentrant: bool) -> dict[str, Tensor]:
     for block in BLOCKS[name](model):
         block.forward = functools.partial(_recomputed, block.forward, use_reentrant)
-    found = step(model, inputs, hidden_states=False)
+    result = step(model, inputs, hidden_states=False)
     for block in BLOCKS[name](model):
         del block.forward
-    return found
+    return result
 
 
 def _recomputed(forward: Callable[..., Any], use_reentrant: bool, *inputs: Any, **named: Any) -> Any:
@@ -97,8 +97,8 @@ def test_blocks_that_are_computed_again(name: str, use_reentrant: bool, device: 
     convert(model)
     again = copy.deepcopy(model)
     with tn.backend("triton"):
-        found = checkpointed_step(again, inputs, name, use_reentrant)
-        assert_same_step(found, step(model, inputs, hidden_states=False))
+        result = checkpointed_step(again, inputs, name, use_reentrant)
+        assert_same_step(result, step(model, inputs, hidden_states=False))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -138,10 +138,10 @@ def types_of(model: nn.Module, take: Callable[[nn.Module], Any]) -> tuple[Types,
         types[name] = given[0].dtype, y.dtype
 
     hooks = [norm.register_forward_hook(functools.partial(record, name)) for name, norm in norms_of(model).items()]
-    found = take(model)
+    result = take(model)
     for hook in hooks:
         hook.remove()
-    return types, found
+    return types, result
 
 
 def autocast_step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def test_half_precision_has_the_dtype_of_the_class(path, weight_dtype, device):
     exact = copy.deepcopy(theirs).double()(x.double())
     actual = ours(x)
     assert actual.dtype == expected.dtype
-    error, of_theirs = ((found.double() - exact).abs().max() for found in (actual, expected))
+    error, of_theirs = ((result.double() - exact).abs().max() for result in (actual, expected))
     assert error <= 2 * of_theirs + 2.0**-8 * exact.abs().max()
 
 

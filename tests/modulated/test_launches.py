@@ -23,16 +23,16 @@ def drawn(shape, lengths, names, device="cpu", dtype=torch.float32):
     """Returns the tensors of these names, which require gradients."""
     *_, n_cols = shape
     own = {name: (*lengths, n_cols) for name in OUTER} | {"weight": (n_cols,), "bias": (n_cols,)}
-    found = {name: torch.randn(own.get(name, shape), device=device).to(dtype) for name in names}
-    return {name: tensor.requires_grad_() for name, tensor in found.items()}
+    result = {name: torch.randn(own.get(name, shape), device=device).to(dtype) for name in names}
+    return {name: tensor.requires_grad_() for name, tensor in result.items()}
 
 
 def called(tensors):
     """Returns y, and total if there is a residual, of layer_norm if there is a bias, else of rms_norm."""
     function = triton_norm.layer_norm if "bias" in tensors else triton_norm.rms_norm
     x, named = tensors["x"], {name: tensor for name, tensor in tensors.items() if name != "x"}
-    found = function(x, x.shape[-1:], **named)
-    return found if isinstance(found, tuple) else (found,)
+    result = function(x, x.shape[-1:], **named)
+    return result if isinstance(result, tuple) else (result,)
 
 
 GATED = ("x", "weight", "gate")
@@ -180,10 +180,10 @@ def test_sums_are_a_small_part_of_the_traffic(names, shape, n_programs, n_sums):
         outputs = called(tensors)
         gradients = [torch.empty_like(y) for y in outputs]
         made.clear()
-        found = torch.autograd.grad(outputs, list(tensors.values()), gradients)
-        workspace = sum(made.values()) - sum(made.get(address(tensor), 0) for tensor in set(found))
+        result = torch.autograd.grad(outputs, list(tensors.values()), gradients)
+        workspace = sum(made.values()) - sum(made.get(address(tensor), 0) for tensor in set(result))
     assert workspace == n_sums * n_programs * n_cols * 4
-    like_x = [tensor for tensor in (*tensors.values(), *outputs[1:], *gradients, *found) if tensor.shape == shape]
+    like_x = [tensor for tensor in (*tensors.values(), *outputs[1:], *gradients, *result) if tensor.shape == shape]
     read_again = [tensors["residual"]] if "residual" in tensors else []  # total is read in place of the residual
     floor = (len(like_x) - len(read_again)) * n_samples * n_tokens * n_cols * 2
     assert 1 < (floor + 2 * workspace) / floor <= 1.05
@@ -239,11 +239,13 @@ def test_machine_code():
     for record in compiled:
         if record["kernel"] == FINALISE:
             continue
-        found = wanting(record, 128)
+        result = wanting(record, 128)
         for name, narrowest in WIDE.items():
             widths = {int(width) for kind in record["accesses"].get(name, {}).values() for width in kind}
-            found += [f"{name} of {sorted(widths)} bits"] if min(widths, default=128) < narrowest else []
-        wrong[f"{record['call']}, {record['kernel']}"] = found
-    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(found)}" for name, found in wrong.items() if found)
+            result += [f"{name} of {sorted(widths)} bits"] if min(widths, default=128) < narrowest else []
+        wrong[f"{record['call']}, {record['kernel']}"] = result
+    assert not any(wrong.values()), "\n".join(
+        f"{name}: {', '.join(result)}" for name, result in wrong.items() if result
+    )
     touched = {(name, kind) for record in compiled for name, access in record["accesses"].items() for kind in access}
     assert {("gate", "load"), ("scale", "load"), ("dgate", "store"), ("dresidual", "store")} < touched

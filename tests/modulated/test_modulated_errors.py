@@ -206,14 +206,14 @@ def test_rows_that_are_longer_than_a_program_holds(dtype, total, most, function,
         assert triton_norm.explain(call, x, (n,), **options).backend == "triton"
         leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
         with triton_norm.backend("triton"):
-            found = call(leaf, (n,), **options)
+            result = call(leaf, (n,), **options)
         with triton_norm.backend("torch"):
             theirs = call(exact, (n,), **options)
-        found, theirs = (y if total is None else y[0] for y in (found, theirs))
+        result, theirs = (y if total is None else y[0] for y in (result, theirs))
         dy = torch.randn_like(x)
-        (dx,), (exact_dx,) = torch.autograd.grad(found, leaf, dy), torch.autograd.grad(theirs, exact, dy.double())
+        (dx,), (exact_dx,) = torch.autograd.grad(result, leaf, dy), torch.autograd.grad(theirs, exact, dy.double())
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-        for ours, right in ((found, theirs), (dx, exact_dx)):
+        for ours, right in ((result, theirs), (dx, exact_dx)):
             torch.testing.assert_close(ours, right.to(dtype), rtol=tolerance, atol=tolerance)
 
 

@@ -62,8 +62,8 @@ def trained(run, module, *batch):
 def test_a_block_trains_as_its_composition(path):
     ours, theirs = blocks()
     with triton_norm.backend(path):
-        found = trained(ours, ours, *inputs_of(0))
-    torch.testing.assert_close(found, trained(theirs, theirs, *inputs_of(0)), **CLOSE)
+        result = trained(ours, ours, *inputs_of(0))
+    torch.testing.assert_close(result, trained(theirs, theirs, *inputs_of(0)), **CLOSE)
 
 
 def inputs_of(seed, *sizes):
@@ -85,8 +85,8 @@ def test_inductor_with_changing_sizes(backend):
             if place == 2:
                 before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             batch = inputs_of(place, *size)
-            found, expected = trained(compiled, ours, *batch), trained(theirs, theirs, *batch)
-            torch.testing.assert_close(found, expected, **CLOSE)
+            result, expected = trained(compiled, ours, *batch), trained(theirs, theirs, *batch)
+            torch.testing.assert_close(result, expected, **CLOSE)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
@@ -102,8 +102,8 @@ def test_inductor_fuses_a_gated_norm_with_its_neighbours(gate_first, training):
 
     tensors = [torch.randn(16, 64), torch.randn(64), torch.randn(16, 64)]
     with generated() as codes:
-        found = stepped(torch.compile(function, fullgraph=True), tensors, training)
-    torch.testing.assert_close(found, stepped(function, tensors, training), **CLOSE)
+        result = stepped(torch.compile(function, fullgraph=True), tensors, training)
+    torch.testing.assert_close(result, stepped(function, tensors, training), **CLOSE)
     forward, *backward = codes
     assert (launches(forward), operators(forward)) == (1, set())
     assert [operators(code) for code in backward] == [{"modulated_rows_backward"}] * training
@@ -169,11 +169,11 @@ def test_autocast(function, dtype, path, device):
     x, gate, scale = torch.randn(3, 2, 4, 8, device=device).to(dtype).unbind()
     norm = getattr(triton_norm, function)
     with triton_norm.backend(path), torch.autocast(device, dtype=torch.bfloat16):
-        found, plain = norm(x, (8,), gate=gate, scale=scale), norm(x, (8,))
-    assert found.dtype == plain.dtype
+        result, plain = norm(x, (8,), gate=gate, scale=scale), norm(x, (8,))
+    assert result.dtype == plain.dtype
     exact = norm(x.double(), (8,), gate=gate.double(), scale=scale.double())
-    tolerance = {"rtol": 1e-2, "atol": 1e-2} if found.dtype == torch.bfloat16 else CLOSE
-    torch.testing.assert_close(found.double(), exact, **tolerance)
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if result.dtype == torch.bfloat16 else CLOSE
+    torch.testing.assert_close(result.double(), exact, **tolerance)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
@@ -211,10 +211,10 @@ def test_derivatives_of_operators(name, saves, gate_first, centred):
         y = (norm * (weight + 0.5) + bias) * (1 + scale[:, None]) + shift[:, None]
         return y if gate_first else y * F.silu(gate), total
 
-    found, expected = ours(*leaves), theirs(*leaves)
-    torch.testing.assert_close(found, expected, **EXACT)
+    result, expected = ours(*leaves), theirs(*leaves)
+    torch.testing.assert_close(result, expected, **EXACT)
     dys = [torch.randn_like(y).requires_grad_() for y in expected]
-    first = [torch.autograd.grad(y, leaves, dys, create_graph=True) for y in (found, expected)]
+    first = [torch.autograd.grad(y, leaves, dys, create_graph=True) for y in (result, expected)]
     torch.testing.assert_close(*first, **EXACT)
     second = [
         torch.autograd.grad(
@@ -246,15 +246,15 @@ def test_partly_frozen_tensors(frozen, path, device):
     """The gradients that are left have the bits that they have beside all others."""
     op = MODULATED[3]
     tensors = dict(zip(("x", "residual", "weight", "bias", *MODULATIONS), op.drawn(device), strict=True))
-    found = []
+    result = []
     for cold in ((), frozen):
         leaves = {name: tensor.detach().requires_grad_(name not in cold) for name, tensor in tensors.items()}
         with triton_norm.backend(path):
             outputs = op.ours(*leaves.values())
         warm = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         gradients = torch.autograd.grad([y.sin().sum() for y in outputs], list(warm.values()))
-        found.append(dict(zip(warm, gradients, strict=True)))
-    whole, part = found
+        result.append(dict(zip(warm, gradients, strict=True)))
+    whole, part = result
     for name, gradient in part.items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-6, atol=1e-6)
 
@@ -269,8 +269,8 @@ def test_layers_take_all_by_keyword(kind, device):
     own = {"gate": gate, "gate_activation": "sigmoid", "product_dtype": torch.bfloat16, "scale": scale, "shift": shift}
     own |= {"residual": residual, "residual_gate": residual_gate, "weight_offset": 1.0, "out_dtype": torch.half}
     parameters = dict(layer.named_parameters())
-    for found, expected in zip(layer(x, **own), function(x, (8,), eps=layer.eps, **parameters, **own), strict=True):
-        assert torch.equal(found, expected)
+    for result, expected in zip(layer(x, **own), function(x, (8,), eps=layer.eps, **parameters, **own), strict=True):
+        assert torch.equal(result, expected)
 
 
 class Taking:
@@ -293,7 +293,7 @@ def test_each_tensor_may_take_the_call(name, path, device):
     tensor, others = (x if name == "gate" else own), ({"residual": x} if name == "residual_gate" else {})
     with triton_norm.backend("auto" if path == "triton" else path):
         expected = triton_norm.rms_norm(x, (8,), **{name: tensor}, **others)
-        kind, function, found = triton_norm.rms_norm(x, (8,), **{name: Taking(tensor)}, **others)
+        kind, function, result = triton_norm.rms_norm(x, (8,), **{name: Taking(tensor)}, **others)
         assert "Taking" in triton_norm.explain(triton_norm.rms_norm, x, (8,), **{name: Taking(tensor)}, **others).reason
     assert (kind, function) == ("taken", triton_norm.rms_norm)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)

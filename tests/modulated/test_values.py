@@ -24,13 +24,13 @@ def against_fp64(case, device, backend):
     memories = [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in storages.values()]
     before = [memory.clone() for memory in memories]
     with triton_norm.backend(backend):
-        found = case.run(tensors)
+        result = case.run(tensors)
     assert all(map(torch.equal, memories, before)), "an input has been written to"
-    assert found["y"].dtype == (case.out or tensors["x"].dtype)
-    assert found["y"].is_contiguous()
-    if found["total"] is not None:
-        Bound(case, tensors, None).check_total(found["total"])
-    case.check(tensors, found)
+    assert result["y"].dtype == (case.out or tensors["x"].dtype)
+    assert result["y"].is_contiguous()
+    if result["total"] is not None:
+        Bound(case, tensors, None).check_total(result["total"])
+    case.check(tensors, result)
 
 
 @examples(3)
@@ -82,8 +82,8 @@ def test_a_sample_does_not_depend_on_the_others(n_tokens, gate_first, lengths, n
     def of(samples):
         batch = {name: t if name in SHARED else t[samples] for name, t in tensors.items()}
         with triton_norm.backend("triton"):
-            found = case.run(batch)
-        return [tensor for name, tensor in found.items() if name[1:] not in SHARED]
+            result = case.run(batch)
+        return [tensor for name, tensor in result.items() if name[1:] not in SHARED]
 
     whole = of(slice(None))
     for samples in (slice(2, 3), slice(4, 7), slice(7, None)):
@@ -147,13 +147,13 @@ def test_gates_that_are_not_finite_or_far_from_zero(activation, gate_first, back
         options = {"gate_activation": activation, "gate_first": gate_first}
         return triton_norm.rms_norm(x, (4,), gate=gate, **options)
 
-    found = []
+    result = []
     with triton_norm.backend(backend):
         for function in (ours, composed):
             leaves = [tensor.clone().requires_grad_() for tensor in (x, gate)]
             y = function(*leaves)
-            found.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
-    for one, other in zip(*found, strict=True):
+            result.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    for one, other in zip(*result, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -180,9 +180,9 @@ def test_a_modulation_by_hand(backend, device):
     shift = torch.tensor([[10.0, 10.0], [20.0, 20.0]], device=device)
     gate = torch.tensor([2.0, 3.0], device=device).expand(2, 2, 2)
     with triton_norm.backend(backend):
-        found = triton_norm.layer_norm(x, (2,), eps=0.0, scale=scale, shift=shift, gate=gate, gate_activation=None)
+        result = triton_norm.layer_norm(x, (2,), eps=0.0, scale=scale, shift=shift, gate=gate, gate_activation=None)
         heads = triton_norm.layer_norm(x, (2,), eps=0.0, head_weight=scale, weight_offset=1.0, shift=shift)
     expected = torch.tensor([[[16.0, 39.0], [16.0, 39.0]], [[38.0, 60.0], [42.0, 60.0]]], device=device)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
     rows_of_heads = torch.tensor([[[8.0, 13.0], [9.0, 10.0]], [[18.0, 23.0], [21.0, 20.0]]], device=device)
     torch.testing.assert_close(heads, rows_of_heads)

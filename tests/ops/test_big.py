@@ -172,14 +172,14 @@ FILLED = 200  # positions, on either side of a place
 def positions_of(offsets: Iterable[int], shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     """Returns the place in its channel of each offset's element, or of the element before it."""
     n_samples, _, n_positions = shape
-    found = []
+    result = []
     for offset in offsets:
         sample = min(offset // strides[0], n_samples - 1)
         position = min(
             (offset - sample * strides[0]) % max(strides[1], strides[2] * n_positions) // strides[2], n_positions - 1
         )
-        found.append(sample * n_positions + position)
-    return found
+        result.append(sample * n_positions + position)
+    return result
 
 
 def typed_range(first: Any, end: Any, step: Any) -> Iterator[Any]:
@@ -308,9 +308,9 @@ def test_counts_too_large_for_the_kernels_go_to_torch(shape, why):
     with pytest.raises(RuntimeError, match=why):
         triton_norm.batch_norm(x, None, None, training=True)
     with triton_norm.backend("auto"):
-        found = triton_norm.explain(triton_norm.batch_norm, x, None, None, training=True)
-    assert found.backend == "torch"
-    assert why in found.reason
+        result = triton_norm.explain(triton_norm.batch_norm, x, None, None, training=True)
+    assert result.backend == "torch"
+    assert why in result.reason
 
 
 COMPILED = """
@@ -337,9 +337,9 @@ for shape in (2**31 + 5, 2), (5, 1, 2**30 - 1):
 
 
 def test_compiled_kernels_take_counts_past_32_bits():
-    found = [record for record in records(COMPILED) if "finalise" not in record[0]]
-    assert {kernel for kernel, _ in found} == {
+    result = [record for record in records(COMPILED) if "finalise" not in record[0]]
+    assert {kernel for kernel, _ in result} == {
         f"{family}_{way}_kernel" for family in ("rows", "channels") for way in ("forward", "backward")
     }
-    for _, signature in found:
+    for _, signature in result:
         assert signature.get("n_rows", signature.get("n_groups")) == "i64"

@@ -240,11 +240,11 @@ def calls() -> dict[str, tuple[Any, Sequence[Any]]]:
     rows_and_channels = operator_calls.of_rows_and_channels("cpu")
     synchronized = operator_calls.synchronized("cpu")
     ops = torch.ops.triton_norm
-    found = {name: (operator.default, given) for name, (operator, given) in rows_and_channels.items()}
+    result = {name: (operator.default, given) for name, (operator, given) in rows_and_channels.items()}
     for name, given in synchronized.items():
-        found[f"sync_batch_norm_{name}"] = getattr(ops, f"sync_batch_norm_{name.partition(',')[0]}").default, given
-    found[fusible.NAME] = DEFINED[fusible.NAME], found["rows_forward, training"][1]
-    return found
+        result[f"sync_batch_norm_{name}"] = getattr(ops, f"sync_batch_norm_{name.partition(',')[0]}").default, given
+    result[fusible.NAME] = DEFINED[fusible.NAME], result["rows_forward, training"][1]
+    return result
 
 
 UNDIFFERENTIATED = {"move_running_statistics", "sync_batch_norm_moments"}
@@ -267,8 +267,8 @@ def test_no_output_only_warns_of_its_derivative(name):
         else argument
         for argument, kind in zip(given, operator._schema.arguments, strict=True)
     ]
-    found = operator(*arguments)
-    outputs = [found] if isinstance(found, Tensor) else found
+    result = operator(*arguments)
+    outputs = [result] if isinstance(result, Tensor) else result
     differentiable = [output for output in outputs if output.requires_grad]
     assert all("NotImplemented" not in type(output.grad_fn).__name__ for output in differentiable)
     kind = operator._schema.name.partition("::")[2]

@@ -171,13 +171,13 @@ def tuned(folder: Path, search: Callable[..., Config]) -> Iterator[None]:
 
 def digests() -> dict[str, str]:
     """Returns a digest of all results of each step."""
-    found = {}
+    result = {}
     with triton_norm.backend("triton"):
         for name, step in STEPS.items():
             torch.manual_seed(0)
             data = b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in step("cpu")())
-            found[name] = hashlib.sha256(data).hexdigest()
-    return found
+            result[name] = hashlib.sha256(data).hexdigest()
+    return result
 
 
 ANOTHER_PROCESS = """

@@ -37,8 +37,8 @@ class Step:
         self.call, self.leaves, self.state = call, leaves, state
 
     def __call__(self) -> list[Tensor]:
-        found = self.call(*self.leaves)
-        outputs = found if isinstance(found, tuple) else (found,)
+        result = self.call(*self.leaves)
+        outputs = result if isinstance(result, tuple) else (result,)
         grads = torch.autograd.grad(outputs, self.leaves, [torch.ones_like(y) for y in outputs])
         return [*(y.detach() for y in outputs), *grads]
 

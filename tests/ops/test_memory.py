@@ -162,12 +162,12 @@ def test_without_gradients_nothing_is_saved(name, device):
 def test_only_saved_tensors_outlive_the_call(name, device):
     leaf = torch.randn(4, 8, device=device, requires_grad=True)
     x, residual = leaf.clone(), torch.randn(4, 8, device=device)
-    found = calls(device)[name](x, residual)
-    y, *total = found if isinstance(found, tuple) else (found,)
+    result = calls(device)[name](x, residual)
+    y, *total = result if isinstance(result, tuple) else (result,)
     made = {"x": x, "residual": residual, "y": y, "total": total[0] if total else None}
     memory = {what: StorageWeakRef(t.untyped_storage()) for what, t in made.items() if t is not None}
     graph = y.sum()  # which keeps no tensor of its own; a grad_fn alone would not keep its node's in every torch
-    del x, residual, found, y, total, made
+    del x, residual, result, y, total, made
     gc.collect()
     alive = {what for what, reference in memory.items() if not reference.expired()}
     assert graph.grad_fn is not None
@@ -199,9 +199,9 @@ def workspace() -> Iterator[Callable[[Sequence[Tensor]], int]]:
 
     def bytes_beside(left: Sequence[Tensor]) -> int:
         left_over = set(map(storage, left))
-        found = sum(t.untyped_storage().nbytes() for address, t in made.items() if address not in left_over)
+        result = sum(t.untyped_storage().nbytes() for address, t in made.items() if address not in left_over)
         made.clear()
-        return found
+        return result
 
     def note(tensor: Tensor) -> None:
         made[storage(tensor)] = tensor

@@ -87,9 +87,9 @@ def test_modules_too(module, device):
 
 def test_the_innermost_mode_comes_first(device):
     with Negated() as outer, Negated() as inner:
-        found = triton_norm.rms_norm(X.to(device), (2,))
+        result = triton_norm.rms_norm(X.to(device), (2,))
     assert len(outer.calls) == len(inner.calls) == 1
-    torch.testing.assert_close(found, F.rms_norm(X.to(device), (2,)))
+    torch.testing.assert_close(result, F.rms_norm(X.to(device), (2,)))
 
 
 class Wrapper:
@@ -141,8 +141,8 @@ def test_arguments_take_calls(name, position, kind, device):
 @EVERY_FUNCTION
 def test_a_subclass_without_a_protocol_goes_to_torch_as_before(name, device):
     (x, *rest), option = arguments_of(name, device)
-    found = getattr(triton_norm, name)(x.as_subclass(Plain), *rest, **option)
-    torch.testing.assert_close(torch.as_tensor(found), getattr(triton_norm, name)(x, *rest, **option))
+    result = getattr(triton_norm, name)(x.as_subclass(Plain), *rest, **option)
+    torch.testing.assert_close(torch.as_tensor(result), getattr(triton_norm, name)(x, *rest, **option))
 
 
 @pytest.mark.parametrize("how", ["context", "default"])

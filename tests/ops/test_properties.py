@@ -265,8 +265,8 @@ def test_inference_gives_the_bits_of_training_and_writes_no_statistics(device, g
     if guard is not None:
         guard.launches.clear()
     with torch.no_grad(), launched(case, *tensors):
-        found = case.ours(*tensors.leaves())
-    assert same(found if isinstance(found, tuple) else (found, None), training[:2])
+        result = case.ours(*tensors.leaves())
+    assert same(result if isinstance(result, tuple) else (result, None), training[:2])
     if guard is not None and not (isinstance(case, Channels) and case.training):
         assert not any("statistics_ptr" in launch.arguments for launch in guard.launches)
 
@@ -377,5 +377,5 @@ def test_a_sum_with_fp64_in_it_is_rounded_once(x, residual, total, backend, norm
     input = torch.tensor([[1.0, 0.1, -3.0, 2.0]], dtype=F64).to(device, x)
     added = torch.tensor([[2.0**-24 + 2.0**-40, 0.3, 2.0**-24, 1 / 3]], dtype=F64).to(device, residual)
     with triton_norm.backend(backend):
-        _, found = norm.ours((4,), residual=added, residual_dtype=total)(input)
-    assert torch.equal(found, (input.double() + added.double()).to(total))
+        _, result = norm.ours((4,), residual=added, residual_dtype=total)(input)
+    assert torch.equal(result, (input.double() + added.double()).to(total))

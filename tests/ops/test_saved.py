@@ -90,29 +90,29 @@ def test_the_largest_error_that_was_seen(device):
     """dx was off by 7.6 and dweight by 46: bits laid for channels last were read as if positions lay side by side."""
     module = triton_norm.BatchNorm2d(32, device=device)
     x, residual, dy = (channels_last(torch.randn(4, 32, 14, 14, device=device)) for _ in range(3))
-    found = []
+    result = []
     for hooks in (contextlib.nullcontext(), saved_tensors_hooks(lambda t: t, contiguous)):
         leaf = x.clone().requires_grad_()
         with triton_norm.backend("triton"), hooks:
             y = module(leaf, residual=residual, activation="relu")
-        found.append(torch.autograd.grad(y, (leaf, module.weight), dy))
-    torch.testing.assert_close(*found, **TOLERANCE)
+        result.append(torch.autograd.grad(y, (leaf, module.weight), dy))
+    torch.testing.assert_close(*result, **TOLERANCE)
 
 
 def test_layouts_of_one_shape_in_turn(device):
     """Calls of one kind remember what was saved; how many bytes the bits take depends on the layout too."""
     x, residual, dy = torch.randn(3, 3, 3, 4, 5, device=device)
     weight = torch.rand(3, device=device)
-    found = []
+    result = []
     for lay in (contiguous, channels_last, contiguous, channels_last):
         leaves = [lay(tensor).requires_grad_() for tensor in (x, residual)]
         with triton_norm.backend("triton"):
             y = triton_norm.batch_norm(
                 leaves[0], None, None, weight, training=True, residual=leaves[1], activation="relu"
             )
-        found.append(torch.autograd.grad(y, leaves, lay(dy)))
-    for gradients in found[1:]:
-        torch.testing.assert_close(gradients, found[0], **TOLERANCE)
+        result.append(torch.autograd.grad(y, leaves, lay(dy)))
+    for gradients in result[1:]:
+        torch.testing.assert_close(gradients, result[0], **TOLERANCE)
 
 
 @pytest.mark.parametrize("unpack", [contiguous, transposed], ids=lambda function: function.__name__)
@@ -120,12 +120,12 @@ def test_layouts_of_one_shape_in_turn(device):
 def test_second_derivatives_of_what_came_back_with_other_strides(op, unpack, device):
     tensors, dys = drawn(op, device, torch.float64)
     leaves = [tensor for tensor in tensors if tensor is not None]
-    found = []
+    result = []
     for hooks in (contextlib.nullcontext, lambda: saved_tensors_hooks(lambda tensor: tensor, unpack)):
         with triton_norm.backend("triton"):
             dx, *_ = gradients(op, tensors, dys, hooks, create_graph=True)
-        found.append(torch.autograd.grad(dx.square().sum(), leaves, allow_unused=True))
-    torch.testing.assert_close(*found, **EXACT)
+        result.append(torch.autograd.grad(dx.square().sum(), leaves, allow_unused=True))
+    torch.testing.assert_close(*result, **EXACT)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_forward_mode_over_the_backward(op, path, device):
     tensors, dys = drawn(op, device, torch.float64)
     leaves = [tensor for tensor in tensors if tensor is not None]
     tangents = [torch.randn_like(dy) for dy in dys]
-    found = []
+    result = []
     for function in (op.ours, op.theirs):
         with triton_norm.backend(path):
             outputs = function(*tensors)
@@ -166,9 +166,9 @@ def test_forward_mode_over_the_backward(op, path, device):
                     torch.autograd.grad(outputs, leaves, duals)
                 continue
             unpacked = map(forward_ad.unpack_dual, torch.autograd.grad(outputs, leaves, duals))
-            found.append([part for gradient in unpacked for part in (gradient.primal, gradient.tangent)])
-    if found:
-        torch.testing.assert_close(*found, **EXACT)
+            result.append([part for gradient in unpacked for part in (gradient.primal, gradient.tangent)])
+    if result:
+        torch.testing.assert_close(*result, **EXACT)
 
 
 def has_batches(op, how, path):
@@ -188,11 +188,11 @@ def test_batches_of_gradients(op, how, path, device):
             def vjp(*dys):
                 return torch.autograd.grad(outputs, leaves, dys, retain_graph=True)
 
-            found = torch.func.vmap(vjp)(*batches)
+            result = torch.func.vmap(vjp)(*batches)
         else:
-            found = torch.autograd.grad(outputs, leaves, batches, is_grads_batched=True, retain_graph=True)
+            result = torch.autograd.grad(outputs, leaves, batches, is_grads_batched=True, retain_graph=True)
         each = [torch.autograd.grad(outputs, leaves, dys, retain_graph=True) for dys in zip(*batches, strict=True)]
-    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*each, strict=True))), **EXACT)
+    torch.testing.assert_close(result, tuple(map(torch.stack, zip(*each, strict=True))), **EXACT)
 
 
 @PATHS
@@ -225,13 +225,13 @@ def test_gradcheck_of_batches_and_of_second_derivatives(op, path, device):
 )
 def test_vectorized_derivatives(module, function, path, device):
     x = torch.randn(3, 4, dtype=torch.float64, device=device)
-    found = []
+    result = []
     for library in (nn, triton_norm):
         norm = getattr(library, module)(4, device=device, dtype=torch.float64)
         of = getattr(torch.autograd.functional, function)
         with triton_norm.backend(path):
-            found.append(of(lambda x, norm=norm: norm(x).pow(3).sum(), x, vectorize=True))
-    torch.testing.assert_close(*found, **EXACT)
+            result.append(of(lambda x, norm=norm: norm(x).pow(3).sum(), x, vectorize=True))
+    torch.testing.assert_close(*result, **EXACT)
 
 
 def tensor_of(transform, x):

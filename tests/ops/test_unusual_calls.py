@@ -91,7 +91,7 @@ def test_transforms_and_forward_mode(op, device):
     def loss(function):
         return lambda x: sum(y.pow(3).sum() for y in function(x, *rest))
 
-    found = []
+    result = []
     for function in map(loss, (op.ours, op.theirs)):
         results = [torch.func.grad(function)(x), torch.func.vmap(function)(batch)]
         results.append(torch.func.jvp(function, (x,), (tangent,))[1])
@@ -99,5 +99,5 @@ def test_transforms_and_forward_mode(op, device):
             results.append(torch.func.hessian(function)(x))
         with forward_ad.dual_level():
             results.append(forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent)
-        found.append(results)
-    torch.testing.assert_close(*found)
+        result.append(results)
+    torch.testing.assert_close(*result)

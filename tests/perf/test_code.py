@@ -101,13 +101,13 @@ def test_hashes_are_stored_beside_versions(stored):
     import torch
     import triton
 
-    found = json.loads(stored.read_text())
-    assert (found["torch"], found["triton"]) == (torch.__version__, triton.__version__)
-    assert [list(kernels) for kernels in found["code"].values()] == [
+    result = json.loads(stored.read_text())
+    assert (result["torch"], result["triton"]) == (torch.__version__, triton.__version__)
+    assert [list(kernels) for kernels in result["code"].values()] == [
         ["0 rows_forward_kernel"],
         ["0 rows_backward_kernel", "1 rows_backward_finalise_kernel"],
     ]
-    hashes = [text for kernels in found["code"].values() for text in kernels.values()]
+    hashes = [text for kernels in result["code"].values() for text in kernels.values()]
     assert len(set(hashes)) == 3
     assert all(len(bytes.fromhex(text)) == 32 for text in hashes)
 
@@ -127,13 +127,13 @@ def test_other_code_is_noticed_where_it_is(stored):
 
 
 def test_kernels_that_are_new_or_gone_differ(stored, tmp_path):
-    found = json.loads(stored.read_text())
-    forward, backward = found["code"]
-    del found["code"][backward]["0 rows_backward_kernel"]
-    found["code"][forward]["1 another_kernel"] = "0" * 64
-    found["code"]["sm_90 rms_norm"] = {}
+    result = json.loads(stored.read_text())
+    forward, backward = result["code"]
+    del result["code"][backward]["0 rows_backward_kernel"]
+    result["code"][forward]["1 another_kernel"] = "0" * 64
+    result["code"]["sm_90 rms_norm"] = {}
     file = tmp_path / "code.json"
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(result))
     done = processes.run("-m", "perf", "code", *POINTS, "--compare", str(file))
     assert done.returncode == 1
     assert done.stdout.splitlines() == [

@@ -70,8 +70,8 @@ def test_equal_runs_pass(compared):
     [(11.0, 0.95, 1), (9.0, 0.95, 0), (10.4, 0.95, 0), (10.4, 1.0, 1), (8.0, 1.5, 1), (12.5, 0.8, 0), (12.5, 0.81, 1)],
 )
 def test_slower_than_the_threshold_fails_and_just_at_it_passes(us, fail_below, status, compared):
-    found, said, _ = compared(run(record()), run(record(us=us)), fail_below)
-    assert found == status
+    result, said, _ = compared(run(record()), run(record(us=us)), fail_below)
+    assert result == status
     assert f"{10 / us:.3f}" in said[1]
     assert ("BELOW" in said[1]) == bool(status)
 

@@ -76,9 +76,9 @@ def driver(tmp_path_factory):
     options.timeouts = dict.fromkeys(("script", "pageLoad"), int(1000 * LIMIT_S))
     service = Service(shutil.which("chromedriver"), popen_kw={"start_new_session": True})
     try:
-        found = webdriver.Chrome(options, service)
-        yield found
-        found.quit()
+        result = webdriver.Chrome(options, service)
+        yield result
+        result.quit()
     finally:
         processes.end(service.process)
 
@@ -86,13 +86,13 @@ def driver(tmp_path_factory):
 @pytest.fixture(scope="module")
 def written(driver, tmp_path_factory):
     """A report of made-up results."""
-    found = results.findings()
-    found.timed = [results.timing(workloads.points(dtypes=("bf16",), modes=("forward", "backward")))]
-    found.traffic = [results.traffic(), results.traffic(mode="backward")]
-    found.resources = [results.resources(), results.resources("sm_80", 12), results.resources("sm_100", 7)]
-    found.numerics = [results.numerics(), results.numerics("hard", 3.0, None)]
-    index = report.write(found, tmp_path_factory.mktemp("report"))
-    assert found.problems == []
+    result = results.findings()
+    result.timed = [results.timing(workloads.points(dtypes=("bf16",), modes=("forward", "backward")))]
+    result.traffic = [results.traffic(), results.traffic(mode="backward")]
+    result.resources = [results.resources(), results.resources("sm_80", 12), results.resources("sm_100", 7)]
+    result.numerics = [results.numerics(), results.numerics("hard", 3.0, None)]
+    index = report.write(result, tmp_path_factory.mktemp("report"))
+    assert result.problems == []
     return index
 
 
@@ -223,9 +223,9 @@ def test_the_table_of_every_point_sorts_and_filters(shown):
     names = [header.text.rstrip("▾▴") for header in table.find_elements("css selector", "th")]
     times, statuses = names.index("µs"), names.index("status")
     table.find_elements("css selector", "th button")[times].click()
-    found = [float(text.replace(",", "")) for text in column(shown, times, table) if text]
-    assert found == sorted(found)
-    assert len(found) < len(column(shown, times, table))
+    result = [float(text.replace(",", "")) for text in column(shown, times, table) if text]
+    assert result == sorted(result)
+    assert len(result) < len(column(shown, times, table))
     box = find(shown, "#speed .filter input")[-1]
     box.send_keys("RMSNorm outside")
     left = shown.execute_script("return Array.from(arguments[0].tBodies[0].rows).filter((row) => !row.hidden)", table)

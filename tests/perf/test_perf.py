@@ -341,8 +341,8 @@ def test_a_wrong_total_and_a_gradient_that_leaves_it_out_fail_the_gate(mode):
 
 def test_nan_never_passes_the_gate():
     wanted = {"y": torch.ones(4, dtype=torch.float64)}
-    found = {"y": torch.tensor([1.0, 1.0, math.nan, 1.0])}
-    assert gate.verdict(gate.errors(found, wanted), 1.0)
+    result = {"y": torch.tensor([1.0, 1.0, math.nan, 1.0])}
+    assert gate.verdict(gate.errors(result, wanted), 1.0)
 
 
 def test_traffic_of_layer_norm_reads_x_once_and_writes_y_once():
@@ -453,6 +453,6 @@ def test_interrupted_run_reports_what_is_done(tmp_path):
         _, errors = process.communicate()
         assert process.returncode == 130, errors
         assert not processes.running({process.pid})
-    found = read(path)
-    assert len(found.traffic) + len(found.resources) + len(found.numerics) > 0
+    result = read(path)
+    assert len(result.traffic) + len(result.resources) + len(result.numerics) > 0
     assert "interrupted" in (tmp_path / "out" / "index.html").read_text()

@@ -90,8 +90,8 @@ def test_the_latest_run_comes_first_and_each_gpu_has_one(project):
     for number, (gpu, date) in enumerate((("A", "2026-01-01"), ("B", "2026-01-03"), ("A", "2026-01-02"))):
         source = results.write(project / f"{number}.jsonl", timed(gpu, date))
         readme.store([source], project / "results")
-    found, _ = readme.load(project / "results")
-    assert [(run["environment"]["GPU"], run["environment"]["date"]) for run in found] == [
+    result, _ = readme.load(project / "results")
+    assert [(run["environment"]["GPU"], run["environment"]["date"]) for run in result] == [
         ("B", "2026-01-03"),
         ("A", "2026-01-02"),
     ]

@@ -41,13 +41,13 @@ def test_report_of_a_results_file_has_every_figure_and_nothing_outside(tmp_path)
     run = results.timing(workloads.points(dtypes=("bf16",), ops=ops))
     static = {"traffic": [results.traffic()], "resources": [results.resources()], "numerics": [results.numerics()]}
     source = results.write(tmp_path / "made-up.jsonl", run, **static)
-    found = results.findings()
-    report.load([source], found)
-    assert found.timed == [run]
+    result = results.findings()
+    report.load([source], result)
+    assert result.timed == [run]
     out = tmp_path / "report"
-    text = report.write(found, out).read_text()
+    text = report.write(result, out).read_text()
     shown = Page(text)
-    assert found.problems == []
+    assert result.problems == []
     assert [path.name for path in out.iterdir()] == ["index.html"]
     throughputs, shares, errors, anatomy = len(ops) * len(MODES), 1, 1, 1
     assert shown.counts["img"] == throughputs + shares + errors + anatomy
@@ -58,7 +58,7 @@ def test_report_of_a_results_file_has_every_figure_and_nothing_outside(tmp_path)
     assert "made-up GPU" in text
     assert "outside tolerance" in text
     assert text.count("<tr>") > len(run["records"])
-    assert not report.has_failed(found)
+    assert not report.has_failed(result)
 
 
 def test_a_run_with_few_facts_is_shown_too(tmp_path):
@@ -68,10 +68,10 @@ def test_a_run_with_few_facts_is_shown_too(tmp_path):
     run["steps"] = []
     for record in run["records"]:
         record.pop("kernels", None)
-    found = results.findings()
-    found.timed = [run]
-    text = report.write(found, tmp_path).read_text()
-    assert found.problems == []
+    result = results.findings()
+    result.timed = [run]
+    text = report.write(result, tmp_path).read_text()
+    assert result.problems == []
     assert slug("Whole models") not in Page(text).names
 
 
@@ -80,19 +80,19 @@ def test_a_picture_that_cannot_be_drawn_is_a_problem_on_the_page(tmp_path, monke
         raise OSError("no room in /a/folder/of/this/machine/file")
 
     monkeypatch.setattr(charts, "errors", fail)
-    found = results.findings()
-    found.numerics = [results.numerics()]
-    text = report.write(found, tmp_path).read_text()
+    result = results.findings()
+    result.numerics = [results.numerics()]
+    text = report.write(result, tmp_path).read_text()
     assert "the picture of the errors could not be drawn: OSError: no room in …/file" in text
     assert "normal" in text
-    assert report.has_failed(found)
+    assert report.has_failed(result)
 
 
 def test_the_page_tells_nothing_of_the_machine(tmp_path):
-    found = results.findings()
+    result = results.findings()
     message = f"error in {tmp_path}/a.py, (/usr/lib/b.so): 48/64 of x/y at ./c"
-    found.traffic = [results.traffic(), results.traffic() | {"status": "error", "message": message}]
-    text = report.write(found, tmp_path).read_text()
+    result.traffic = [results.traffic(), results.traffic() | {"status": "error", "message": message}]
+    text = report.write(result, tmp_path).read_text()
     assert "error in …/a.py, (…/b.so): 48/64 of x/y at ./c" in text
     assert str(tmp_path) not in text
     assert socket.gethostname() not in text or len(socket.gethostname()) < 6
@@ -110,10 +110,10 @@ def test_speedups_are_over_shared_points_only():
 
 def test_a_file_that_is_not_results_is_a_problem_not_a_crash(tmp_path):
     (tmp_path / "other.jsonl").write_text("[]\n")
-    found = results.findings()
-    report.load([tmp_path / "other.jsonl", tmp_path / "absent.jsonl"], found)
-    assert len(found.problems) == 2
-    assert report.has_failed(found)
+    result = results.findings()
+    report.load([tmp_path / "other.jsonl", tmp_path / "absent.jsonl"], result)
+    assert len(result.problems) == 2
+    assert report.has_failed(result)
 
 
 @pytest.mark.parametrize(
@@ -126,19 +126,19 @@ def test_numbers_on_axes(value, text):
 def test_the_report_says_what_is_less_exact_than_torch(tmp_path):
     easy, hard = results.numerics("easy", 0.501, 0.499), results.numerics("hard", 3.0, 0.5)
     easy["dx"], hard["dx"] = {"triton_norm": 1.0, "torch": 2.0}, {"triton_norm": 20.0, "torch": None}
-    found = results.findings()
-    found.numerics = [easy, hard]
-    worse, far = (cause.line for cause in shortfalls.shortfalls(found)["Exactness"])
+    result = results.findings()
+    result.numerics = [easy, hard]
+    worse, far = (cause.line for cause in shortfalls.shortfalls(result)["Exactness"])
     assert worse == (
         "RMSNorm bf16 y: less exact than torch on 1 of 2: 3.00 ulp where torch has 0.50 ulp (hard, 64 columns)"
     )
     assert far.startswith("RMSNorm bf16 dx: no worse than torch, and far from exact all the same: 20.00 ulp")
-    text = report.write(found, tmp_path).read_text()
+    text = report.write(result, tmp_path).read_text()
     Page(text)
     assert text.count('class="warn"') == 1
     assert "3 of 4" in text
     assert "not finite" in text
-    assert not report.has_failed(found)
+    assert not report.has_failed(result)
 
 
 def made(contender, median_us, shape=(65536, 1024), op="layer_norm", mode="forward", layout="contiguous", **more):
@@ -154,14 +154,14 @@ def run(*records, **more):
 
 
 def falling_short(*records, **more):
-    found = results.findings()
-    found.timed = [run(*records, **more)]
-    return {title: [cause.line for cause in causes] for title, causes in shortfalls.shortfalls(found).items()}
+    result = results.findings()
+    result.timed = [run(*records, **more)]
+    return {title: [cause.line for cause in causes] for title, causes in shortfalls.shortfalls(result).items()}
 
 
 def test_what_is_slower_than_others_falls_short_the_worst_first():
     small = (1024, 1024)
-    found = falling_short(
+    result = falling_short(
         made("triton_norm", 100.0),
         made("triton_norm", 10.0, small),
         made("triton_norm", 100.0, mode="backward"),
@@ -171,16 +171,16 @@ def test_what_is_slower_than_others_falls_short_the_worst_first():
         made("torch.compile", 9.6, small),
         made("Liger-Kernel", 9.4, small),
     )
-    assert found["Too slow against torch eager"] == [
+    assert result["Too slow against torch eager"] == [
         "LayerNorm backward bf16: geometric mean: 0.50× torch's speed where 2× is wanted (1 point)",
         "LayerNorm backward bf16: slower than torch on 1 of 1: 0.50× its speed (65536×1024)",
         "LayerNorm forward bf16: slower than torch on 1 of 1: 0.90× its speed (65536×1024)",
     ]
-    assert [line.partition(": ")[2] for line in found["Too slow against others"]] == [
+    assert [line.partition(": ")[2] for line in result["Too slow against others"]] == [
         "slower than Liger-Kernel up to 16 MiB on 1 of 1: 0.94× its speed (1024×1024)",
         "slower than torch.compile above 16 MiB on 1 of 1: 0.99× its speed (65536×1024)",
     ]
-    assert found["The timed run"] == ["QuACK: missing (no such module)"]
+    assert result["The timed run"] == ["QuACK: missing (no such module)"]
 
 
 @pytest.mark.parametrize(
@@ -217,18 +217,18 @@ def test_a_share_of_the_copy_bandwidth_below_its_bar_falls_short():
 def test_a_cause_is_told_once_for_all_inputs_alike():
     error = {"status": "error", "message": "made up"}
     steps = [{"model": "BERT", "dtype": "bf16", "contender": "triton_norm"} | error]
-    found = falling_short(
+    result = falling_short(
         made("torch", 1.0) | error,
         made("torch", 1.0, (65536, 2048)) | error,
         steps=steps,
         tests={"passed": False, "summary": "1 failed"},
         unreached=["a point"],
     )
-    assert found["Failed or outside our tolerance"] == [
+    assert result["Failed or outside our tolerance"] == [
         "triton_norm: made up (training step of BERT in bf16)",
         "torch: made up in 2 cases (LayerNorm forward 65536×1024 bf16)",
     ]
-    assert found["The timed run"][:2] == ["the tests did not pass: 1 failed", "1 point not reached in the time given"]
+    assert result["The timed run"][:2] == ["the tests did not pass: 1 failed", "1 point not reached in the time given"]
     counted = results.findings()
     shapes = [(32, 64, 8, 8), (32, 64, 16, 16)]
     counted.traffic = [

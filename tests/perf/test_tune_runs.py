@@ -114,14 +114,14 @@ def test_an_interrupted_run_leaves_what_is_done(unknown_gpu, monkeypatch, tmp_pa
 
 def test_a_run_that_is_killed_leaves_whole_files(unknown_gpu, tmp_path):
     """Both are whole after every point, long before the end."""
-    found = []
+    result = []
 
     def say(line):
         if line.startswith("[2/2]"):
-            found.append((json.loads(unknown_gpu.read_text()), json.loads((tmp_path / "tune.json").read_text())))
+            result.append((json.loads(unknown_gpu.read_text()), json.loads((tmp_path / "tune.json").read_text())))
 
     tune.run(ROWS, unknown_gpu.parent, tmp_path, 60.0, say, MadeUpTimes())
-    ((tuned_file, results),) = found
+    ((tuned_file, results),) = result
     assert tuned_file["choices"][FORWARD]
     assert results["reached"] == 1
 

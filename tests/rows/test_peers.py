@@ -108,6 +108,6 @@ def test_a_rows_peers_leave_most_multiprocessors_to_others(multiprocessors, comp
             row_spaces.rows_forward(work, gpu),
             row_spaces.rows_backward(work, gpu),
         ):
-            for found in space.configs:
-                assert found["PEERS"] * found.span >= n_cols
-                assert found["PEERS"] <= max(1, multiprocessors // gpu.limits.sms_per_peer)
+            for result in space.configs:
+                assert result["PEERS"] * result.span >= n_cols
+                assert result["PEERS"] <= max(1, multiprocessors // gpu.limits.sms_per_peer)

@@ -126,8 +126,8 @@ def test_gradients_of_both_orders(norm, affine, device):
     leaves = [leaf.requires_grad_() for leaf in (x, *parameters) if isinstance(leaf, Tensor)]
 
     def function(x, *given):
-        found = iter(given)
-        return norm.ours((2, 2))(x, *(next(found) if isinstance(p, Tensor) else None for p in parameters))
+        result = iter(given)
+        return norm.ours((2, 2))(x, *(next(result) if isinstance(p, Tensor) else None for p in parameters))
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)

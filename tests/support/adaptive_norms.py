@@ -37,7 +37,7 @@ class Form(NamedTuple):
 
 def forms() -> list[Form]:
     norm, model, both = "normalization.", "transformers.transformer_", (WIDTH, COLUMNS)
-    found = [
+    result = [
         Form(norm + "AdaLayerNorm"),
         Form(norm + "AdaLayerNorm", (COLUMNS, 4), {"norm_elementwise_affine": True}),
         Form(norm + "AdaLayerNorm", (WIDTH,), {"output_dim": 2 * COLUMNS, "chunk_dim": 1}),
@@ -62,8 +62,8 @@ def forms() -> list[Form]:
     continuous = norm + "AdaLayerNorm", norm + "LuminaLayerNorm", model + "cogview4.CogView4AdaLayerNorm"
     for path in (*continuous, model + "glm_image.GlmImageAdaLayerNorm"):
         for options in ({"norm_type": "layer_norm"}, {"norm_type": "rms_norm"}):
-            found.append(Form(path + "Continuous", (COLUMNS, WIDTH), options, casts=True))
-    return found
+            result.append(Form(path + "Continuous", (COLUMNS, WIDTH), options, casts=True))
+    return result
 
 
 FORMS = forms()

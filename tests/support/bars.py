@@ -25,22 +25,22 @@ def wanting(record, bits):
     """
     if record["status"] != "ok":
         return [record["message"]]
-    found = []
+    result = []
     if record["spill_stores"] or record["spill_loads"]:
-        found.append(f"{record['spill_stores']} registers are stored and {record['spill_loads']} loaded back")
+        result.append(f"{record['spill_stores']} registers are stored and {record['spill_loads']} loaded back")
     if not 0 < record["resident_warps"] <= record["possible_warps"]:
-        found.append(f"{record['resident_warps']} warps are resident")
+        result.append(f"{record['resident_warps']} warps are resident")
     if not_integers := [kind for kind in record["atomics"] if not re.fullmatch(r"[bsu]\d+", kind)]:
-        found.append(f"atomics of {not_integers}, whose order decides on the sum's bits")
+        result.append(f"atomics of {not_integers}, whose order decides on the sum's bits")
     for kind in ("load", "store") if record["accesses"] else ():
         widths = {name: set(access.get(kind, {})) for name, access in record["accesses"].items()}
         if set().union(*widths.values()) != set(record[f"{kind}s"]):
-            found.append(f"{kind}s of {widths} bits in PTX, of {record[f'{kind}s']} in machine code")
+            result.append(f"{kind}s of {widths} bits in PTX, of {record[f'{kind}s']} in machine code")
         others = {name: sorted(widths[name] - {str(bits)}) for name in widths if name in BULK}
-        found += [f"{kind}s of {name} of {other} bits" for name, other in others.items() if other]
-    return found
+        result += [f"{kind}s of {name} of {other} bits" for name, other in others.items() if other]
+    return result
 
 
-def moved(found):
+def moved(result):
     """Returns the arguments through which the kernels of all records load and store."""
-    return {(name, kind) for record in found for name, access in record["accesses"].items() for kind in access}
+    return {(name, kind) for record in result for name, access in record["accesses"].items() for kind in access}

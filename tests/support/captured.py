@@ -108,17 +108,17 @@ def trained(run: Callable[..., Tensor], state: nn.Module, data: Iterable[Batch])
         run: what was captured.
         state: the module that holds the parameters and buffers of `run`.
     """
-    found = {}
+    result = {}
     for step, batch in enumerate(data):
         leaves = [tensor.clone().requires_grad_() for tensor in batch]
         state.zero_grad()
         y = run(*leaves)
         y.sin().sum().backward()
-        found[f"y {step}"] = y.detach().clone()
+        result[f"y {step}"] = y.detach().clone()
         for name, leaf in (("x", leaves[0]), ("residual", leaves[1]), *state.named_parameters()):
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()  # of a branch not taken
-            found[f"gradient of {name} {step}"] = gradient
-    return found | {name: buffer.detach().clone() for name, buffer in state.named_buffers()}
+            result[f"gradient of {name} {step}"] = gradient
+    return result | {name: buffer.detach().clone() for name, buffer in state.named_buffers()}
 
 
 def assert_as_torchs(

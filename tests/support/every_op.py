@@ -74,11 +74,11 @@ class Op:
     def ours(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         function = getattr(triton_norm, self.function)
         if self.is_rows:
-            found = _rows(function, x, weight, bias, residual=residual)
+            result = _rows(function, x, weight, bias, residual=residual)
         else:
             options = {"residual": residual, "activation": self.activation}
-            found = _of_channels(function, self, x, weight, bias, **options)
-        return found if isinstance(found, tuple) else (found,)
+            result = _of_channels(function, self, x, weight, bias, **options)
+        return result if isinstance(result, tuple) else (result,)
 
     def theirs(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         function = getattr(F, self.function)
@@ -113,17 +113,17 @@ class ModulatedOp(Op):
         return "-".join(part for part in (super().__str__(), *self.modulations, order) if part)
 
     def drawn(self, device: str, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
-        found = super().drawn(device, dtype)
+        result = super().drawn(device, dtype)
         for name in MODULATIONS:
             shape = self.shape if name == "gate" else (*self.lengths, self.shape[-1])
             own = torch.randn(shape, dtype=dtype, device=device).requires_grad_()
-            found.append(own if name in self.modulations else None)
-        return found
+            result.append(own if name in self.modulations else None)
+        return result
 
     def ours(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *own: Any) -> Any:
         named = dict(zip(MODULATIONS, own, strict=True)) | {"gate_first": self.gate_first}
-        found = _rows(getattr(triton_norm, self.function), x, weight, bias, residual=residual, **named)
-        return found if isinstance(found, tuple) else (found,)
+        result = _rows(getattr(triton_norm, self.function), x, weight, bias, residual=residual, **named)
+        return result if isinstance(result, tuple) else (result,)
 
     def theirs(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *own: Any) -> Any:
         gate, *others = own

@@ -27,7 +27,7 @@ def checked(inputs, n_groups, activation=None, eps=1e-5):
     """Returns the results of a call, which it compares with fp64's."""
     x, residual, weight, bias, dy, _ = inputs
     options = {"activation": activation, "eps": eps}
-    found = differentiated(
+    result = differentiated(
         lambda x, r, w, b: triton_norm.group_norm(x, n_groups, w, b, residual=r, **options), inputs.leaves(), (dy,)
     )
     n_samples, n_channels = x.shape[:2]
@@ -55,13 +55,13 @@ def checked(inputs, n_groups, activation=None, eps=1e-5):
     if x.dtype == torch.float64:
         bound.growth *= 2  # the exact results are as inexact
     bound.check(
-        found._replace(
-            y=found.y.reshape(shape),
-            dx=found.dx.reshape(shape),
-            dresidual=None if residual is None else found.dresidual.reshape(shape),
+        result._replace(
+            y=result.y.reshape(shape),
+            dx=result.dx.reshape(shape),
+            dresidual=None if residual is None else result.dresidual.reshape(shape),
         )
     )
-    return found
+    return result
 
 
 def drawn(shape, device, dtype=torch.float32, layout="first", residual=False, affine=True, spread=3.0):

@@ -73,5 +73,5 @@ def stepped(function: Function, tensors: list[Tensor], training: bool) -> list[T
         return outputs
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
-    found = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
-    return [y.detach() for y in outputs] + [gradient for gradient in found if gradient is not None]
+    result = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+    return [y.detach() for y in outputs] + [gradient for gradient in result if gradient is not None]

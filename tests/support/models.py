@@ -274,12 +274,12 @@ def step(
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         outputs = (model if run is None else run)(**leaves, output_hidden_states=hidden_states)
         loss_of(outputs.logits).backward()
-    found = tensors_in("outputs", outputs)
-    found |= {f"gradient of {key}": leaf.grad for key, leaf in leaves.items() if leaf.requires_grad}
-    found |= {f"gradient of {key}": parameter.grad for key, parameter in model.named_parameters()}
+    result = tensors_in("outputs", outputs)
+    result |= {f"gradient of {key}": leaf.grad for key, leaf in leaves.items() if leaf.requires_grad}
+    result |= {f"gradient of {key}": parameter.grad for key, parameter in model.named_parameters()}
     optimizer.step()
-    found |= {f"state of {key}": tensor for key, tensor in model.state_dict().items()}
-    return {key: tensor.detach().clone() for key, tensor in found.items() if tensor is not None}
+    result |= {f"state of {key}": tensor for key, tensor in model.state_dict().items()}
+    return {key: tensor.detach().clone() for key, tensor in result.items() if tensor is not None}
 
 
 def widened(model: nn.Module) -> nn.Module:

@@ -121,16 +121,16 @@ class Modulated:
         generator = torch.Generator().manual_seed(self.seed)
         narrow = F16 in (*self.dtypes.values(), self.out, self.total)
         axes = tuple(range(self.n_outer, len(self.shape)))
-        found: Tensors = {"x": values(self.hard, self.shape, axes, generator, narrow)}
+        result: Tensors = {"x": values(self.hard, self.shape, axes, generator, narrow)}
         dtypes = self.dtypes | {"dy": self.out or self.dtypes["x"], "dtotal": self.total_dtype}
         for name, dtype in dtypes.items():
             if name != "x":
                 of_row = self.row if name in ("weight", "bias") else self.shape
                 shape = self.shapes.get(name, of_row)
-                found[name] = None if dtype is None else torch.randn(shape, generator=generator, dtype=F64)
+                result[name] = None if dtype is None else torch.randn(shape, generator=generator, dtype=F64)
         if self.dtypes["residual"] is None:
-            found["dtotal"] = None
-        return {name: self._placed(name, tensor, dtypes[name], device) for name, tensor in found.items()}
+            result["dtotal"] = None
+        return {name: self._placed(name, tensor, dtypes[name], device) for name, tensor in result.items()}
 
     def _placed(self, name: str, tensor: Tensor | None, dtype: Type, device: str) -> Tensor | None:
         if tensor is None:
@@ -151,8 +151,8 @@ class Modulated:
         options = {"weight_offset": self.offset, "x_hat_dtype": self.x_hat, "out_dtype": self.out}
         options |= {"product_dtype": self.product, "gate_first": self.gate_first}
         options |= {"gate_activation": self.gate_activation, "residual_dtype": self.total}
-        found = getattr(triton_norm, self.function)(tensors["x"], self.row, eps=self.eps, **named, **options)
-        return found if isinstance(found, tuple) else (found,)
+        result = getattr(triton_norm, self.function)(tensors["x"], self.row, eps=self.eps, **named, **options)
+        return result if isinstance(result, tuple) else (result,)
 
     def run(self, tensors: Tensors) -> Tensors:
         """Returns the outputs, and the gradients of the tensors that need one, as "d" and their name."""
@@ -172,13 +172,13 @@ class Modulated:
             gradients = torch.autograd.grad(
                 [y for y, _ in pairs], list(wanted.values()), [dy for _, dy in pairs], allow_unused=True
             )
-        found: Tensors = {"y": outputs[0].detach(), "total": outputs[1].detach() if len(outputs) > 1 else None}
-        return found | {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+        result: Tensors = {"y": outputs[0].detach(), "total": outputs[1].detach() if len(outputs) > 1 else None}
+        return result | {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
 
-    def check(self, tensors: Tensors, found: Tensors) -> None:
+    def check(self, tensors: Tensors, result: Tensors) -> None:
         """Asserts that results are within their bounds."""
-        exact, errors = Bound(self, tensors, found["total"]).results()
-        for name, actual in found.items():
+        exact, errors = Bound(self, tensors, result["total"]).results()
+        for name, actual in result.items():
             if actual is not None:
                 leaf = tensors.get(name[1:]) if name.startswith("d") else None
                 assert leaf is None or (actual.dtype, actual.shape) == (leaf.dtype, leaf.shape), name

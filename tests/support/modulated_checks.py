@@ -53,10 +53,10 @@ CALLS = {
 def check_call(name: str, numbers: Any, monkeypatch: Any) -> None:
     case = CALLS[name]
     tensors = case.drawn("cpu")
-    found = case.run(tensors)
-    if found["total"] is not None:
-        Bound(case, tensors, None).check_total(found["total"])
-    case.check(tensors, found)
+    result = case.run(tensors)
+    if result["total"] is not None:
+        Bound(case, tensors, None).check_total(result["total"])
+    case.check(tensors, result)
 
 
 def check_product(numbers: Any, monkeypatch: Any) -> None:
@@ -66,8 +66,8 @@ def check_product(numbers: Any, monkeypatch: Any) -> None:
     y = triton_norm.layer_norm(x, (40,), gate=leaf, gate_activation=None, product_dtype=BF16)
     rounded = F.layer_norm(x, (40,)).bfloat16().float()
     (dgate,) = torch.autograd.grad(y, leaf, dy)
-    for found, exact in ((y, rounded * gate), (dgate, rounded * dy)):
-        assert (~torch.isclose(found, exact, rtol=1e-6, atol=1e-6)).double().mean() < 0.01, "not close"
+    for result, exact in ((y, rounded * gate), (dgate, rounded * dy)):
+        assert (~torch.isclose(result, exact, rtol=1e-6, atol=1e-6)).double().mean() < 0.01, "not close"
 
 
 def reserved(n_rows: int, n_cols: int) -> torch.Tensor:

@@ -33,8 +33,8 @@ class Mutant:
 
     def source(self) -> str:
         source = inspect.getsource(self.target.fn)
-        found = source.count(self.old)
-        assert found == 1, f"{self.module}.{self.function} has {self.old!r} {found} times: write this mutant anew"
+        result = source.count(self.old)
+        assert result == 1, f"{self.module}.{self.function} has {self.old!r} {result} times: write this mutant anew"
         return source.replace(self.old, self.new)
 
 
@@ -57,15 +57,15 @@ def mutated(mutant: Mutant) -> Iterator[None]:
 
 def _read(table: str) -> list[Mutant]:
     """Below a line "module.function", lines "check | caught | old -> new", of which a long one is continued at ->."""
-    found, where = [], ""
+    result, where = [], ""
     for line in table.strip().replace("\n        ->", " ->").split("\n"):
         if not line.startswith(" "):
             where = line
             continue
         check, caught, edit = line.strip().split(" | ", 2)
         old, new = (text.strip().replace("\\n", "\n") for text in edit.split("->"))
-        found.append(Mutant(*where.split("."), check, caught, old, new))
-    return found
+        result.append(Mutant(*where.split("."), check, caught, old, new))
+    return result
 
 
 ROWS = _read(r"""
@@ -158,7 +158,7 @@ moments.merge_places
     last, two launches | value | 4.0 * (first + correction) -> 4.0 * correction
     last, two launches | value | m2 + delta * (delta * counts) -> m2 + delta * delta * 0.0
 moments.merge
-    long rows | value | delta * (delta * (count_a * share)) -> delta * (delta * (count_b * share))
+    long rows | value | delta * (delta * (count_a * fraction)) -> delta * (delta * (count_b * fraction))
     off-centre flat | off-centre | mean_lo = ((a.mean - mean) + step) + (a.mean_lo + -> mean_lo = (a.mean_lo +
 moments.merge_all
     last | value | sets.m2 + delta * (delta * counts) -> sets.m2 + delta * delta
@@ -304,14 +304,14 @@ groups_backward.groups_fused_backward_kernel
 groups_backward.sum_group
     groups apart | different | value *= tl.load(weight_ptr -> value += 0 * tl.load(weight_ptr
 groups_backward.add_rows
-    groups | different | found += tl.load( -> found = tl.load(
+    groups | different | total += tl.load( -> total = tl.load(
 groups_backward.groups_backward_kernel
     groups apart | different | slope * tl.load( -> slope + 0 * tl.load(
     groups apart | different | program % (n_channels // PER_GROUP) * PER_GROUP -> 0
 channels_backward.merge_sums
     flat | value | (splits < n_splits) & -> (splits < n_splits - 1) &
 channels_backward.finalise_sums
-    folded | value | dweight * share * rstd -> dweight * share
+    folded | value | dweight * fraction * rstd -> dweight * fraction
 activations.bytes_of
     bits, last | bounds | (column < layout -> (column <= layout
     flat, relu of a sum | race | block.to(tl.int64) * per_channel + first -> first

@@ -104,7 +104,7 @@ def running(known: set[int]) -> set[int]:
 
     One that has ended and that its parent has not asked for yet does not count.
     """
-    parents, found = {}, set()
+    parents, result = {}, set()
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent, _, session, *_ = file.read_text().rpartition(")")[2].split()
@@ -115,7 +115,7 @@ def running(known: set[int]) -> set[int]:
         number = int(file.parent.name)
         parents[number] = int(parent)
         if number in known or int(session) in known:
-            found.add(number)
-    while more := {number for number, parent in parents.items() if parent in known | found} - found:
-        found |= more
-    return found
+            result.add(number)
+    while more := {number for number, parent in parents.items() if parent in known | result} - result:
+        result |= more
+    return result

@@ -23,8 +23,8 @@ def first_of(space: MakesSpace, count: int) -> MakesSpace:
     """Returns a space of the first configs of another one."""
 
     def first(work: Any, gpu: Gpu) -> Space:
-        found = space(work, gpu)
-        return Space(found.kernel, found.key, found.configs[:count])
+        result = space(work, gpu)
+        return Space(result.kernel, result.key, result.configs[:count])
 
     return first
 

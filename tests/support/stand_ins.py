@@ -79,15 +79,15 @@ def flash_linear_attention():
     def layer_norm(x, weight, bias, residual=None, eps=1e-5, prenorm=False, residual_in_fp32=False, is_rms_norm=False):
         assert prenorm == (residual is not None)
         zero = torch.zeros_like(x) if residual is None else residual
-        found = layer_norm_of_sum(x, zero, weight, bias, eps)
-        return found if prenorm else found[0]
+        result = layer_norm_of_sum(x, zero, weight, bias, eps)
+        return result if prenorm else result[0]
 
     def rms_norm(x, weight, bias, residual=None, eps=1e-5, prenorm=False, residual_in_fp32=False):
         assert bias is None
         assert prenorm == (residual is not None)
         zero = torch.zeros_like(x) if residual is None else residual
-        found = rms_norm_of_sum(x, zero, weight, eps)
-        return found if prenorm else found[0]
+        result = rms_norm_of_sum(x, zero, weight, eps)
+        return result if prenorm else result[0]
 
     def rms_norm_gated(
         x, g, weight, bias, activation="swish", residual=None, prenorm=False, residual_in_fp32=False, eps=1e-6

@@ -228,8 +228,8 @@ def _penalized(function: Callable[..., Tensor], call: Call) -> list[Tensor | Non
     (dx,) = torch.autograd.grad(y, leaves[0], call.dy, create_graph=True)
     penalty = (y * call.dy).sum() + dx.square().sum()
     asked = [leaf for leaf in leaves if leaf is not None]
-    found = iter(torch.autograd.grad(penalty, asked, allow_unused=True))
-    return [None if leaf is None else next(found) for leaf in leaves]
+    result = iter(torch.autograd.grad(penalty, asked, allow_unused=True))
+    return [None if leaf is None else next(result) for leaf in leaves]
 
 
 def evaluation_exchanges_nothing(world: World) -> None:
@@ -306,15 +306,15 @@ def compiled(world: World, backend: str, lengths: tuple[int, ...]) -> None:
     run = torch.compile(block, fullgraph=True, backend=backend)
     for length in lengths:
         batch = torch.randn(world.size, length + world.rank, 6, 5, device=world.device)[world.rank]
-        found = []
+        result = []
         for module, function in ((eager, eager), (block, run)):
             module.zero_grad()
             x = batch.clone().requires_grad_()
             y = function(x)
             y.square().sum().backward()
             grads = [x.grad, *(parameter.grad for parameter in module.parameters())]
-            found.append([y.detach(), *grads, *module.buffers()])
-        for one, other in zip(*found, strict=True):
+            result.append([y.detach(), *grads, *module.buffers()])
+        for one, other in zip(*result, strict=True):
             if backend == "aot_eager" and dispatch.asked_for() == "triton":
                 assert torch.equal(one, other)
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

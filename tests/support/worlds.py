@@ -34,9 +34,9 @@ class World:
         return tensor.split(sizes[self.size])[self.rank]
 
     def everyones(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        result: list[Any] = [None] * self.size
+        dist.all_gather_object(result, value)
+        return result
 
 
 def start(

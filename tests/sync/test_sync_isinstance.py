@@ -165,8 +165,8 @@ class Counting(nn.Module):
         self.norm = tn.SyncBatchNorm(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = [module for module in self.modules() if isinstance(module, nn.SyncBatchNorm)]
-        return self.norm(x) * len(found) if isinstance(self.norm, nn.SyncBatchNorm) else x
+        result = [module for module in self.modules() if isinstance(module, nn.SyncBatchNorm)]
+        return self.norm(x) * len(result) if isinstance(self.norm, nn.SyncBatchNorm) else x
 
 
 @pytest.mark.unguarded

@@ -96,12 +96,12 @@ def users(tmp_path_factory) -> tuple[dict, dict]:
 def check(name: str, results: list[Tensor], inputs: list[Tensor]) -> None:
     x, weight, bias, dy = inputs
     y, dx, dweight, dbias = results
-    found = Results(y, None, dx, None, dweight, dbias)
+    result = Results(y, None, dx, None, dweight, dbias)
     if name == "batch_norm":
-        Call(x, None, weight, bias, dy).check(found)
+        Call(x, None, weight, bias, dy).check(result)
     else:
         norm = {"layer_norm": LAYER_NORM, "rms_norm": RMS_NORM}[name]
-        norm.check(found, x, weight, bias if norm.has_bias else None, dy)
+        norm.check(result, x, weight, bias if norm.has_bias else None, dy)
 
 
 @pytest.fixture

@@ -175,8 +175,8 @@ def long_sums(numbers, monkeypatch) -> None:
 def weight_offset(numbers, monkeypatch) -> None:
     small_rows(numbers)
     x, weight, _, dy = RMS_NORM.drawn((9, 40), 1, torch.float32, "cpu")
-    found = run(RMS_NORM.ours((40,), weight_offset=0.5), x, weight, None, dy)
-    RMS_NORM.check(found, x, weight.double() + 0.5, None, dy)
+    result = run(RMS_NORM.ours((40,), weight_offset=0.5), x, weight, None, dy)
+    RMS_NORM.check(result, x, weight.double() + 0.5, None, dy)
 
 
 def rounded_x_hat(numbers, monkeypatch) -> None:
@@ -277,8 +277,8 @@ def bits(numbers, monkeypatch) -> None:
     """One for each element, which is 1 where y is not 0; the last block's lanes are whole bytes and half idle."""
     call = drawn((3, 24, 3, 5), "last", "cpu", residual=torch.float32, activation="relu")
     spec = BatchNormSpec(True, 0.1, 1e-5, "relu")
-    y, _, found = plan.forward(spec, BatchNormTensors(*call.inputs()), "last")
-    assert torch.equal(layout.side_of_zero(found, call.x, "last"), y > 0), "other bits"
+    y, _, result = plan.forward(spec, BatchNormTensors(*call.inputs()), "last")
+    assert torch.equal(layout.side_of_zero(result, call.x, "last"), y > 0), "other bits"
 
 
 def far_from_zero(

@@ -142,5 +142,5 @@ def test_no_other_file_starts_processes_or_sets_limits():
         if file.name not in ("processes.py", "test_processes.py")
     ]
     assert files
-    found = {file.name: match[0] for file in files if (match := LIMIT_OF_ITS_OWN.search(file.read_text()))}
-    assert found == {}
+    result = {file.name: match[0] for file in files if (match := LIMIT_OF_ITS_OWN.search(file.read_text()))}
+    assert result == {}

@@ -17,7 +17,7 @@ from triton_norm.channels.plan import (
     forward_plan_of,
 )
 from triton_norm.channels.running import counts, move_op
-from triton_norm.saved import Kept, check_restored, is_unsavable, kept_of, needs_gradient
+from triton_norm.saved import ForwardFacts, check_restored, facts_of, is_unsavable, needs_gradient
 from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula, Inputs
 
 
@@ -34,7 +34,7 @@ class BatchNormPlan:
         saves_copies: autograd can save only a copy of x or residual.
         bits_kind: layout of the bits of a forward with gradients, or None.
         recomputes: the backward recomputes z, the activation's argument.
-        kept: facts for the backward, set by the first forward with gradients.
+        facts: those of the forward, for the backward, set by the first forward with gradients.
     """
 
     def __init__(self, spec: BatchNormSpec, tensors: BatchNormTensors) -> None:
@@ -43,7 +43,7 @@ class BatchNormPlan:
         self.spec = spec
         self.requires_grad = any(tensor is not None and tensor.requires_grad for tensor in inputs)
         self.bits_kind = bits_kind_of(tensors, spec)
-        self.kept: Kept | None = None
+        self.facts: ForwardFacts | None = None
         self.recomputes = spec.activation is not None and self.bits_kind is None
         self.saves_copies = savable(tensors, spec) is not tensors
         self._counts = not spec.training or counter is None or counts(x, counter)
@@ -79,9 +79,9 @@ class BatchNormPlan:
         if spec.momentum is None:  # to read the counter waits for the GPU
             spec = spec._replace(momentum=1.0 / float(counter + 1))
         uncounted = tensors._replace(num_batches_tracked=None)
-        found = BatchNormPlan(spec, uncounted).forward(uncounted, saves)
+        result = BatchNormPlan(spec, uncounted).forward(uncounted, saves)
         counter.add_(1)  # before a hook on saved tensors can raise
-        return found
+        return result
 
 
 def savable(tensors: BatchNormTensors, spec: BatchNormSpec) -> BatchNormTensors:
@@ -117,8 +117,8 @@ class BatchNormFunction(torch.autograd.Function):
         saved = x, *again, statistics, running_mean, running_var
         ctx.save_for_backward(*saved)
         ctx.plan = plan
-        if plan.kept is None:
-            plan.kept = kept_of(saved, (x, residual, weight, bias))
+        if plan.facts is None:
+            plan.facts = facts_of(saved, (x, residual, weight, bias))
         return y
 
     @staticmethod
@@ -129,10 +129,10 @@ class BatchNormFunction(torch.autograd.Function):
             backward = plans.find((plan, needs), tensors)
             if backward is not None:
                 return *backward(tensors), None, None, None, None
-        check_restored(plan.kept, Saved, saved)
-        ctx.kept, ctx.spec, ctx.bits_kind = plan.kept, plan.spec, plan.bits_kind
-        found = operator.gradients_of(ctx, Saved(*saved), dy)
-        return *found, None, None, None, None
+        check_restored(plan.facts, Saved, saved)
+        ctx.facts, ctx.spec, ctx.bits_kind = plan.facts, plan.spec, plan.bits_kind
+        result = operator.gradients_of(ctx, Saved(*saved), dy)
+        return *result, None, None, None, None
 
 
 # torch.autograd.Function.apply without its check for torch.func's transforms, which `dispatch` has made.

@@ -20,7 +20,7 @@ from triton_norm.channels.whole_groups import Gradient, gradient_launch
 from triton_norm.launch import Launch, Launcher, zeros
 from triton_norm.library import contiguous
 from triton_norm.reference import compute_dtype
-from triton_norm.specs import GroupNormSpec, Phase, Wanted
+from triton_norm.specs import GradientDtypes, GroupNormSpec, Phase
 from triton_norm.tuning import group_spaces
 from triton_norm.tuning.channel_spaces import Plan
 from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
@@ -100,15 +100,17 @@ def _combining_launcher(types: Types, n_channels: int, per_group: int, device: t
 class GroupBackwardPlan:
     """Runs the backward of all calls of one signature."""
 
-    def __init__(self, spec: GroupNormSpec, wanted: Wanted, tensors: GroupBackwardTensors) -> None:
+    def __init__(self, spec: GroupNormSpec, gradient_dtypes: GradientDtypes, tensors: GroupBackwardTensors) -> None:
         dy, x, residual, *others = tensors
         self._spec, self._kind = spec, kind_of(x)
         self._shape, self._like = shape_of(x, spec.n_groups), x.new_empty(0, dtype=compute_dtype(x))
         self._n_channels = x.shape[1]
-        self._allocate = Allocation(x, tensors.weight, wanted, self._kind)
-        self._constant = wanted.dx_dtype is None
-        reduces = not self._constant or wanted.dweight_dtype is not None or wanted.dbias_dtype is not None
-        applies = not self._constant or wanted.dresidual_dtype is not None
+        self._allocate = Allocation(x, tensors.weight, gradient_dtypes, self._kind)
+        self._constant = gradient_dtypes.dx_dtype is None
+        reduces = (
+            not self._constant or gradient_dtypes.dweight_dtype is not None or gradient_dtypes.dbias_dtype is not None
+        )
+        applies = not self._constant or gradient_dtypes.dresidual_dtype is not None
         self._phase = Phase.FUSED if reduces and applies else Phase.REDUCE if reduces else Phase.APPLY
         swept = [tensor for tensor in (x, residual) if tensor is not None]
         are_contiguous = all(tensor is None or tensor.is_contiguous() for tensor in others)
@@ -125,13 +127,13 @@ class GroupBackwardPlan:
         if self._copies:
             tensors = self._readable(GroupBackwardTensors._make(tensors))
         dy, x, residual, weight, _, statistics = tensors
-        found = dx, dresidual, dweight, dbias = self._allocate(x, weight)
+        result = dx, dresidual, dweight, dbias = self._allocate(x, weight)
         added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
         key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added
-        launches, combine = self._launches.get(key) or self._prepare(key, tensors, found)
+        launches, combine = self._launches.get(key) or self._prepare(key, tensors, result)
         if isinstance(launches, list):
-            self._by_channel(launches, combine, GroupBackwardTensors._make(tensors), found)
-            return found
+            self._by_channel(launches, combine, GroupBackwardTensors._make(tensors), result)
+            return result
         dweight_sums = dbias_sums = partials = sync = None
         n_sums = launches.n_rows * self._n_channels
         if dweight is not None:
@@ -143,7 +145,7 @@ class GroupBackwardPlan:
         launches(tensors, (dx, dresidual, dweight_sums, dbias_sums), (partials, sync))
         if combine is not None:
             combine(dweight_sums, dbias_sums, None, statistics, None, dweight, dbias)
-        return found
+        return result
 
     def _readable(self, tensors: GroupBackwardTensors) -> GroupBackwardTensors:
         """Returns tensors that the kernels can read. A hook may have restored them with other strides."""
@@ -153,11 +155,11 @@ class GroupBackwardPlan:
         return GroupBackwardTensors._make((*swept, *map(contiguous, others)))
 
     def _by_channel(
-        self, steps: list[Step], combine: Launch | None, tensors: GroupBackwardTensors, found: Gradients
+        self, steps: list[Step], combine: Launch | None, tensors: GroupBackwardTensors, result: Gradients
     ) -> None:
         """Fills the gradients by launches whose programs have a part of a channel."""
         dy, x, residual, weight, bias, statistics = tensors
-        dx, dresidual, dweight, dbias = found
+        dx, dresidual, dweight, dbias = result
         n_samples, n_groups, per_group, _ = self._shape
         n_channels = n_samples * self._n_channels
         by_group = per_group > 1 and dx is not None
@@ -183,12 +185,12 @@ class GroupBackwardPlan:
             combine(*combined)
 
     def _prepare(
-        self, key: Any, tensors: Sequence[Any], found: Gradients
+        self, key: Any, tensors: Sequence[Any], result: Gradients
     ) -> tuple[Gradient | list[Step], Launch | None]:
         """Returns the launches, and the one that combines the sums over channels, if any."""
         dy, x, residual, *others = tensors
-        dx, _, dweight, dbias = found
-        groups = groups_of(self._kind, self._spec.n_groups, (x, dy, residual), (*others, *found))
+        dx, _, dweight, dbias = result
+        groups = groups_of(self._kind, self._spec.n_groups, (x, dy, residual), (*others, *result))
         in_registers = None if dx is None else gradient_launch(groups, self._spec)
         n_samples, n_groups, per_group, n_positions = self._shape
         n_rows, n_means = n_samples, 0
@@ -210,16 +212,18 @@ class GroupBackwardPlan:
         if launches is None:
             read = GroupBackwardTensors._make(tensors)
             forms = _backward_forms(groups, self._spec, self._phase, self._constant)
-            launches = forms.chosen(dy.device, lambda steps: self._by_channel(steps, combine, read, found))
+            launches = forms.chosen(dy.device, lambda steps: self._by_channel(steps, combine, read, result))
         self._launches[key] = launches, combine
         return launches, combine
 
 
-def group_backward_plan_of(spec: GroupNormSpec, wanted: Wanted, tensors: GroupBackwardTensors) -> GroupBackwardPlan:
+def group_backward_plan_of(
+    spec: GroupNormSpec, gradient_dtypes: GradientDtypes, tensors: GroupBackwardTensors
+) -> GroupBackwardPlan:
     """Returns the plan of backwards of this signature, creating it if necessary."""
-    key = "group_norm", spec, wanted, *(tensor is None for tensor in tensors)
+    key = "group_norm", spec, gradient_dtypes, *(tensor is None for tensor in tensors)
     plan: GroupBackwardPlan | None = plans.find(key, tensors)
     if plan is None:
-        plan = GroupBackwardPlan(spec, wanted, tensors)
+        plan = GroupBackwardPlan(spec, gradient_dtypes, tensors)
         plans.keep(key, tensors, plan)
     return plan

@@ -12,23 +12,23 @@ from triton_norm.channels.group_backward import GroupBackwardTensors, group_back
 from triton_norm.channels.group_layout import kind_of
 from triton_norm.channels.group_plan import group_forward_plan_of
 from triton_norm.channels.layout import dense_like
-from triton_norm.channels.operator import Asked, PassesDy, composed_gradients, wanted_of
+from triton_norm.channels.operator import ComposedCall, PassesDy, composed_gradients, gradient_dtypes_of
 from triton_norm.channels.plan import Gradients, gradients
 from triton_norm.channels.running import InstanceStatistics
 from triton_norm.library import Derivative, recorded
 from triton_norm.saved import (
-    Kept,
+    ForwardFacts,
     Needs,
     Parameter,
     check_restored,
+    facts_of,
     is_unsavable,
-    kept_of,
     needs_gradient,
     needs_of,
     needs_torch,
     shaped,
 )
-from triton_norm.specs import GroupNormSpec, Inputs, Wanted
+from triton_norm.specs import GradientDtypes, GroupNormSpec, Inputs
 
 
 class ForwardCall(NamedTuple):
@@ -45,7 +45,7 @@ class ForwardCall(NamedTuple):
 
 class BackwardCall(NamedTuple):
     tensors: GroupBackwardTensors
-    wanted: Wanted
+    gradient_dtypes: GradientDtypes
     spec: GroupNormSpec
 
 
@@ -70,8 +70,8 @@ def _moments(x: Tensor, spec: GroupNormSpec) -> Tensor:
 def _forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
     x, spec = call.inputs.x, call.spec
     if x.numel() == 0:  # the number of samples was unknown while recording
-        y, *found = _fake_forward(call)
-        return y, *(None if tensor is None else tensor.zero_() for tensor in found)
+        y, *result = _fake_forward(call)
+        return y, *(None if tensor is None else tensor.zero_() for tensor in result)
     moments = _moments(x, spec) if call.has_moments else None
     y, statistics = group_forward_plan_of(spec, call.inputs)(call.inputs, moments)
     return y, statistics, moments
@@ -85,49 +85,51 @@ def _fake_forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
 
 def _backward(call: BackwardCall) -> Gradients:
     if call.tensors.x.numel() == 0:
-        found = _fake_backward(call)
-        return tuple(None if gradient is None else gradient.zero_() for gradient in found)  # type: ignore[return-value]
-    return group_backward_plan_of(call.spec, call.wanted, call.tensors)(call.tensors)
+        result = _fake_backward(call)
+        return tuple(None if gradient is None else gradient.zero_() for gradient in result)  # type: ignore[return-value]
+    return group_backward_plan_of(call.spec, call.gradient_dtypes, call.tensors)(call.tensors)
 
 
 def _fake_backward(call: BackwardCall) -> Gradients:
-    return gradients(call.tensors.x, call.wanted, kind_of(call.tensors.x))
+    return gradients(call.tensors.x, call.gradient_dtypes, kind_of(call.tensors.x))
 
 
-def _composed_gradients(spec: GroupNormSpec, kept: Kept, needs: Needs, dy: Tensor, saved: Any) -> list[Tensor | None]:
+def _composed_gradients(
+    spec: GroupNormSpec, facts: ForwardFacts, needs: Needs, dy: Tensor, saved: Any
+) -> list[Tensor | None]:
     """Returns the gradients of x, residual, weight and bias, composed of torch's functions."""
 
     def function(inputs: Inputs, activation: str | None) -> Tensor:
         return reference.group_norm(inputs, spec._replace(activation=activation, out_dtype=dy.dtype))
 
-    return composed_gradients(Asked(spec, None, kept, needs), dy, saved, function)
+    return composed_gradients(ComposedCall(spec, None, facts, needs), dy, saved, function)
 
 
 def _gradients(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Returns the gradients of x, residual, weight and bias, in the shape and dtype of each."""
-    kept: Kept = ctx.kept
+    facts: ForwardFacts = ctx.facts
     spec, needs = ctx.spec, needs_of(ctx)
-    intercepted = kept.forms is None or is_intercepted()
+    intercepted = facts.forms is None or is_intercepted()
     if needs_torch((dy,), saved, intercepted):
-        return tuple(_composed_gradients(spec, kept, needs, dy, saved))
-    wanted = wanted_of(kept, needs, spec.activation)
+        return tuple(_composed_gradients(spec, facts, needs, dy, saved))
+    gradient_dtypes = gradient_dtypes_of(facts, needs, spec.activation)
     tensors = GroupBackwardTensors(dy, *saved)
     passes = needs.residual and spec.activation is None
-    if all(dtype is None for dtype in wanted):
-        found: Gradients = None, None, None, None
+    if all(dtype is None for dtype in gradient_dtypes):
+        result: Gradients = None, None, None, None
     elif intercepted:
-        found = backward_op(BackwardCall(tensors, wanted, spec))
+        result = backward_op(BackwardCall(tensors, gradient_dtypes, spec))
     else:
-        plan: Any = group_backward_plan_of(spec, wanted, tensors)
-        if all(parameter is None or len(parameter.shape) == 1 for parameter in (kept.weight, kept.bias)):
-            assert kept.dresidual is not None or not passes
-            plans.keep((ctx.plan, ctx.needs_input_grad), tensors, PassesDy(plan, kept.dresidual) if passes else plan)  # type: ignore[arg-type]
-        found = plan(tensors)
-    dx, dresidual, dweight, dbias = found
+        plan: Any = group_backward_plan_of(spec, gradient_dtypes, tensors)
+        if all(parameter is None or len(parameter.shape) == 1 for parameter in (facts.weight, facts.bias)):
+            assert facts.dresidual is not None or not passes
+            plans.keep((ctx.plan, ctx.needs_input_grad), tensors, PassesDy(plan, facts.dresidual) if passes else plan)  # type: ignore[arg-type]
+        result = plan(tensors)
+    dx, dresidual, dweight, dbias = result
     if passes:
-        assert kept.dresidual is not None
-        dresidual = dy.to(kept.dresidual)
-    return dx, dresidual, shaped(dweight, kept.weight), shaped(dbias, kept.bias)
+        assert facts.dresidual is not None
+        dresidual = dy.to(facts.dresidual)
+    return dx, dresidual, shaped(dweight, facts.weight), shaped(dbias, facts.bias)
 
 
 def _for_backward(inputs: Sequence[Any], spec: GroupNormSpec, statistics: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,7 +144,7 @@ def _setup(ctx: Any, call: ForwardCall, results: tuple[Tensor | None, ...]) -> i
     _, statistics, _ = results
     assert statistics is not None
     ctx.save_for_backward(*_for_backward(call.inputs, call.spec, statistics))
-    ctx.kept, ctx.spec = kept_of(None, call.inputs), call.spec
+    ctx.facts, ctx.spec = facts_of(None, call.inputs), call.spec
     return 1
 
 
@@ -152,25 +154,29 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> Sequence[Tensor | None]:
 
 def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, ...]) -> int:
     ctx.save_for_backward(*call.tensors)
-    ctx.wanted, ctx.spec = call.wanted, call.spec
+    ctx.gradient_dtypes, ctx.spec = call.gradient_dtypes, call.spec
     return len(results)
 
 
 def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | None]:
-    read, wanted, spec = GroupBackwardTensors(*ctx.saved_tensors), ctx.wanted, ctx.spec
-    needs = Needs._make(dtype is not None for dtype in wanted)
-    there = [gradient for gradient, asked in zip(results, needs, strict=True) if asked]
-    of_bias = None if wanted.dbias_dtype is None else Parameter(wanted.dbias_dtype, torch.Size((read.x.shape[1],)))
-    kept = Kept(None, read.x.dtype, wanted.dresidual_dtype, None, of_bias)
+    read, gradient_dtypes, spec = GroupBackwardTensors(*ctx.saved_tensors), ctx.gradient_dtypes, ctx.spec
+    needs = Needs._make(dtype is not None for dtype in gradient_dtypes)
+    there = [gradient for gradient, needed in zip(results, needs, strict=True) if needed]
+    of_bias = (
+        None
+        if gradient_dtypes.dbias_dtype is None
+        else Parameter(gradient_dtypes.dbias_dtype, torch.Size((read.x.shape[1],)))
+    )
+    facts = ForwardFacts(None, read.x.dtype, gradient_dtypes.dresidual_dtype, None, of_bias)
 
     def function(
         dy: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         x, residual, weight, bias = reference.differentiable(x, residual, weight, bias)
-        found = _composed_gradients(spec, kept, needs, dy, Saved(x, residual, weight, bias, read.statistics))
+        result = _composed_gradients(spec, facts, needs, dy, Saved(x, residual, weight, bias, read.statistics))
         return tuple(
             gradient.to(dtype).view_as(like)
-            for gradient, dtype, like in zip(found, wanted, results, strict=True)
+            for gradient, dtype, like in zip(result, gradient_dtypes, results, strict=True)
             if gradient is not None and dtype is not None
         )
 
@@ -192,7 +198,7 @@ backward_op = recorded(
     "group_norm_backward",
     BackwardCall,
     4,
-    lambda call: [dtype is not None for dtype in call.wanted],
+    lambda call: [dtype is not None for dtype in call.gradient_dtypes],
     _backward,
     _fake_backward,
     Derivative(_setup_backward, _differentiate_backward),
@@ -205,7 +211,7 @@ class GroupNormPlan:
     Attributes:
         requires_grad: a tensor requires grad.
         saves_copies: autograd can save only a copy of x or residual.
-        kept: facts for the backward, set by the first forward with gradients.
+        facts: those of the forward, for the backward, set by the first forward with gradients.
         tracking: updates running statistics, if any.
     """
 
@@ -213,7 +219,7 @@ class GroupNormPlan:
         self.spec, self.forward, self.tracking = spec, group_forward_plan_of(spec, tensors), tracking
         self.requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
         self.saves_copies = _savable(tensors, spec) is not tensors
-        self.kept: Kept | None = None
+        self.facts: ForwardFacts | None = None
 
 
 def _savable(tensors: Inputs, spec: GroupNormSpec) -> Inputs:
@@ -244,8 +250,8 @@ class GroupNormFunction(torch.autograd.Function):
         saved = _for_backward(inputs, plan.spec, statistics)
         ctx.save_for_backward(*saved)
         ctx.plan = plan
-        if plan.kept is None:
-            plan.kept = kept_of(saved, inputs)
+        if plan.facts is None:
+            plan.facts = facts_of(saved, inputs)
         return y
 
     @staticmethod
@@ -256,8 +262,8 @@ class GroupNormFunction(torch.autograd.Function):
             backward = plans.find((plan, needs), tensors)
             if backward is not None:
                 return *backward(tensors), None, None
-        check_restored(plan.kept, Saved, saved)
-        ctx.kept, ctx.spec = plan.kept, plan.spec
+        check_restored(plan.facts, Saved, saved)
+        ctx.facts, ctx.spec = plan.facts, plan.spec
         return *_gradients(ctx, Saved(*saved), dy), None, None
 
 
@@ -294,5 +300,5 @@ def record(tensors: Inputs, spec: GroupNormSpec, moments: bool = False) -> Any:
     """Returns y, or (y, moments), by the operators that record the call."""
     if needs_gradient(tensors):
         tensors = _savable(tensors, spec)
-    y, _, found = forward_op(ForwardCall._make((tensors, moments, spec)))
-    return (y, found) if moments else y
+    y, _, result = forward_op(ForwardCall._make((tensors, moments, spec)))
+    return (y, result) if moments else y

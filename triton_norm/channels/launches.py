@@ -173,11 +173,11 @@ class Launches:
         alone = self._read.instances is not None and self.layout.axis is None and self.layout.vector == 1
         return 1 if alone else self.run
 
-    def phases(self, asked: Phase, constant: bool = False) -> list[Phase]:
+    def phases(self, phase: Phase, constant: bool = False) -> list[Phase]:
         """Returns the phases to launch: two if both halves are needed and can't be fused."""
-        if asked is Phase.FUSED and not (self._plan.tile or constant):
+        if phase is Phase.FUSED and not (self._plan.tile or constant):
             return [Phase.REDUCE, Phase.APPLY]
-        return [asked]
+        return [phase]
 
     def scalars(self) -> tuple[int | None, ...]:
         """Returns the kernel's integer arguments: the geometry of the layout, and the strides of each tensor."""

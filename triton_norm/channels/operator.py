@@ -19,8 +19,8 @@ from triton_norm.channels.plan import (
     gradients,
 )
 from triton_norm.library import Derivative, recorded
-from triton_norm.saved import Kept, Needs, Parameter, bias_like, kept_of, needs_of, needs_torch, shaped
-from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula, Inputs, Wanted
+from triton_norm.saved import ForwardFacts, Needs, Parameter, bias_like, facts_of, needs_of, needs_torch, shaped
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula, GradientDtypes, Inputs
 
 
 class ForwardCall(NamedTuple):
@@ -49,7 +49,7 @@ class InferenceCall(NamedTuple):
 
 class BackwardCall(NamedTuple):
     tensors: BackwardTensors
-    wanted: Wanted
+    gradient_dtypes: GradientDtypes
     bits_kind: str | None
     formula: Formula
 
@@ -80,8 +80,8 @@ def _forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
         n_channels, compute = x.shape[1], reference.compute_dtype(x)
         moments = torch.full((3 * n_channels + 1,), x.numel() // n_channels, dtype=compute, device=x.device)
         unpacked = moments[:-1].view(3, n_channels)
-    found, used, left = forward(call.formula.spec(True), BatchNormTensors(*call.inputs), call.bits_kind, unpacked)
-    return found, used, moments, left
+    result, used, left = forward(call.formula.spec(True), BatchNormTensors(*call.inputs), call.bits_kind, unpacked)
+    return result, used, moments, left
 
 
 def _fake_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -110,19 +110,19 @@ def outputs(x: Tensor, bits_kind: str | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _backward(call: BackwardCall) -> Gradients:
-    tensors, wanted = call.tensors, call.wanted
+    tensors, gradient_dtypes = call.tensors, call.gradient_dtypes
     if tensors.x.numel() == 0:
-        found = _fake_backward(call)
-        return tuple(None if gradient is None else gradient.zero_() for gradient in found)  # type: ignore[return-value]
+        result = _fake_backward(call)
+        return tuple(None if gradient is None else gradient.zero_() for gradient in result)  # type: ignore[return-value]
     spec = call.formula.spec(tensors.statistics is not None)
-    part = backward_part(spec, wanted, call.bits_kind)
+    part = backward_part(spec, gradient_dtypes, call.bits_kind)
     if part is None:
         return None, None, None, None
-    return backward_plan_of(spec, wanted, part, tensors)(tensors)
+    return backward_plan_of(spec, gradient_dtypes, part, tensors)(tensors)
 
 
 def _fake_backward(call: BackwardCall) -> Gradients:
-    return gradients(call.tensors.x, call.wanted, call.bits_kind)
+    return gradients(call.tensors.x, call.gradient_dtypes, call.bits_kind)
 
 
 class PassesDy(NamedTuple):
@@ -137,63 +137,65 @@ class PassesDy(NamedTuple):
         return dx, dy.to(self.dtype), dweight, dbias
 
 
-def _launched(ctx: Any, wanted: Wanted, tensors: BackwardTensors) -> Gradients:
+def _launched(ctx: Any, gradient_dtypes: GradientDtypes, tensors: BackwardTensors) -> Gradients:
     """Returns the gradients by the kernels, and caches the plan for backwards of `ctx.plan`."""
-    spec, kept = ctx.spec, ctx.kept
-    part = backward_part(spec, wanted, ctx.bits_kind)
+    spec, facts = ctx.spec, ctx.facts
+    part = backward_part(spec, gradient_dtypes, ctx.bits_kind)
     if part is None:
         return None, None, None, None
-    plan: Any = backward_plan_of(spec, wanted, part, tensors)
-    if all(parameter is None or len(parameter.shape) == 1 for parameter in (kept.weight, kept.bias)):
+    plan: Any = backward_plan_of(spec, gradient_dtypes, part, tensors)
+    if all(parameter is None or len(parameter.shape) == 1 for parameter in (facts.weight, facts.bias)):
         passes = needs_of(ctx).residual and spec.activation is None
-        plans.keep((ctx.plan, ctx.needs_input_grad), tensors, PassesDy(plan, kept.dresidual) if passes else plan)
-    found: Gradients = plan(tensors)
-    return found
+        plans.keep((ctx.plan, ctx.needs_input_grad), tensors, PassesDy(plan, facts.dresidual) if passes else plan)
+    result: Gradients = plan(tensors)
+    return result
 
 
-class Asked(NamedTuple):
+class ComposedCall(NamedTuple):
     """Specifies a backward; `spec` has an activation and its slope."""
 
     spec: Any
     bits_kind: str | None
-    kept: Kept
+    facts: ForwardFacts
     needs: Needs
 
 
-def composed_gradients(asked: Asked, dy: Tensor, saved: Any, function: Callable[..., Tensor]) -> list[Tensor | None]:
+def composed_gradients(
+    call: ComposedCall, dy: Tensor, saved: Any, function: Callable[..., Tensor]
+) -> list[Tensor | None]:
     """Returns the gradients of x, residual, weight and bias, composed of torch's functions.
 
     Args:
         saved: a `Saved`, or another NamedTuple with x, residual, bits, weight and bias.
         function: (inputs, activation) → y.
     """
-    spec, bits_kind, kept, (x_needs, residual_needs, *parameters_need) = asked
+    spec, bits_kind, facts, (x_needs, residual_needs, *parameters_need) = call
     activation, bias = spec.activation, saved.bias
     if bias is None:
-        bias = bias_like(saved.x, kept)
+        bias = bias_like(saved.x, facts)
     if saved.bits is not None:
         assert bits_kind is not None
         dy = gradient_by_side(dy, side_of_zero(saved.bits, saved.x, bits_kind), activation, spec.slope)
         activation = None
     apart = residual_needs and saved.residual is None
-    found = reference.gradients(
+    result = reference.gradients(
         lambda *inputs: function(Inputs(*inputs), activation),
         (saved.x, saved.residual, saved.weight, bias),
         dy,
         (x_needs, residual_needs and not apart, *parameters_need),
     )
     if apart:
-        assert kept.dresidual is not None
-        found[1] = dy.to(kept.dresidual)
-    return found
+        assert facts.dresidual is not None
+        result[1] = dy.to(facts.dresidual)
+    return result
 
 
-def _composed_gradients(asked: Asked, dy: Tensor, saved: Any) -> list[Tensor | None]:
+def _composed_gradients(call: ComposedCall, dy: Tensor, saved: Any) -> list[Tensor | None]:
     def function(inputs: Inputs, activation: str | None) -> Tensor:
         tensors = BatchNormTensors(*inputs, saved.running_mean, saved.running_var)
-        return reference.batch_norm(tensors, asked.spec._replace(activation=activation))
+        return reference.batch_norm(tensors, call.spec._replace(activation=activation))
 
-    return composed_gradients(asked, dy, saved, function)
+    return composed_gradients(call, dy, saved, function)
 
 
 def for_backward(inputs: Inputs, bits: Tensor | None, activation: str | None) -> tuple[Tensor | None, ...]:
@@ -203,41 +205,41 @@ def for_backward(inputs: Inputs, bits: Tensor | None, activation: str | None) ->
     return x, residual if recomputes else None, bits, weight, bias if recomputes else None
 
 
-def wanted_of(kept: Kept, needs: Needs, activation: str | None) -> Wanted:
+def gradient_dtypes_of(facts: ForwardFacts, needs: Needs, activation: str | None) -> GradientDtypes:
     """Returns the gradients to compute. Without an activation, dresidual is dy and needs no computation."""
-    return Wanted(
-        kept.dx if needs.x else None,
-        kept.dresidual if needs.residual and activation is not None else None,
-        kept.weight.dtype if needs.weight and kept.weight else None,
-        kept.bias.dtype if needs.bias and kept.bias else None,
+    return GradientDtypes(
+        facts.dx if needs.x else None,
+        facts.dresidual if needs.residual and activation is not None else None,
+        facts.weight.dtype if needs.weight and facts.weight else None,
+        facts.bias.dtype if needs.bias and facts.bias else None,
     )
 
 
 def gradients_of(ctx: Any, saved: Saved, dy: Tensor) -> Sequence[Tensor | None]:
     """Returns the gradients of x, residual, weight and bias, in the shape and dtype of each."""
     spec: BatchNormSpec = ctx.spec
-    kept: Kept = ctx.kept
+    facts: ForwardFacts = ctx.facts
     needs = needs_of(ctx)
-    intercepted = kept.forms is None or is_intercepted()
+    intercepted = facts.forms is None or is_intercepted()
     if needs_torch((dy,), saved, intercepted):
-        return _composed_gradients(Asked(spec, ctx.bits_kind, kept, needs), dy, saved)
-    wanted, tensors = wanted_of(kept, needs, spec.activation), BackwardTensors._make((dy, *saved))
+        return _composed_gradients(ComposedCall(spec, ctx.bits_kind, facts, needs), dy, saved)
+    gradient_dtypes, tensors = gradient_dtypes_of(facts, needs, spec.activation), BackwardTensors._make((dy, *saved))
     if intercepted:
         formula = Formula(spec.eps, Epilogue(spec.activation, spec.slope))
-        found = backward_op(BackwardCall(tensors, wanted, ctx.bits_kind, formula))
+        result = backward_op(BackwardCall(tensors, gradient_dtypes, ctx.bits_kind, formula))
     else:
-        found = _launched(ctx, wanted, tensors)
-    dx, dresidual, dweight, dbias = found
+        result = _launched(ctx, gradient_dtypes, tensors)
+    dx, dresidual, dweight, dbias = result
     if needs.residual and spec.activation is None:
-        assert kept.dresidual is not None
-        dresidual = dy.to(kept.dresidual)
-    return dx, dresidual, shaped(dweight, kept.weight), shaped(dbias, kept.bias)
+        assert facts.dresidual is not None
+        dresidual = dy.to(facts.dresidual)
+    return dx, dresidual, shaped(dweight, facts.weight), shaped(dbias, facts.bias)
 
 
 def _save(ctx: Any, inputs: Inputs, bits: Tensor | None, statistics: Tensor | None, call: Any) -> int:
     running = (None, None) if statistics is not None else (call.running_mean, call.running_var)
     ctx.save_for_backward(*for_backward(inputs, bits, call.formula.epilogue.activation), statistics, *running)
-    ctx.kept, ctx.bits_kind = kept_of(None, inputs), call.bits_kind
+    ctx.facts, ctx.bits_kind = facts_of(None, inputs), call.bits_kind
     ctx.spec = call.formula.spec(statistics is not None)
     return 1
 
@@ -260,28 +262,32 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> Sequence[Tensor | None]:
 
 def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, ...]) -> int:
     ctx.save_for_backward(*call.tensors._replace(statistics=None))
-    ctx.wanted, ctx.bits_kind = call.wanted, call.bits_kind
+    ctx.gradient_dtypes, ctx.bits_kind = call.gradient_dtypes, call.bits_kind
     ctx.spec = call.formula.spec(call.tensors.statistics is not None)
     return len(results)
 
 
 def _differentiate_backward(ctx: Any, *gradients: Tensor) -> Sequence[Tensor | None]:
-    saved, wanted = BackwardTensors(*ctx.saved_tensors), ctx.wanted
-    needs = Needs._make(dtype is not None for dtype in wanted)
-    there = [gradient for gradient, asked in zip(gradients, needs, strict=True) if asked]
+    saved, gradient_dtypes = BackwardTensors(*ctx.saved_tensors), ctx.gradient_dtypes
+    needs = Needs._make(dtype is not None for dtype in gradient_dtypes)
+    there = [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
     n_channels = saved.x.shape[1]
-    of_bias = None if wanted.dbias_dtype is None else Parameter(wanted.dbias_dtype, torch.Size((n_channels,)))
-    kept = Kept(None, saved.x.dtype, wanted.dresidual_dtype, None, of_bias)
+    of_bias = (
+        None
+        if gradient_dtypes.dbias_dtype is None
+        else Parameter(gradient_dtypes.dbias_dtype, torch.Size((n_channels,)))
+    )
+    facts = ForwardFacts(None, saved.x.dtype, gradient_dtypes.dresidual_dtype, None, of_bias)
 
     def function(
         dy: Tensor, x: Tensor, residual: Tensor | None, bits: Any, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         x, residual, weight, bias = reference.differentiable(x, residual, weight, bias)
         again = saved._replace(x=x, residual=residual, weight=weight, bias=bias)
-        found = _composed_gradients(Asked(ctx.spec, ctx.bits_kind, kept, needs), dy, again)
+        result = _composed_gradients(ComposedCall(ctx.spec, ctx.bits_kind, facts, needs), dy, again)
         return tuple(
             gradient.to(dtype).view_as(like)
-            for gradient, dtype, like in zip(found, wanted, gradients, strict=True)
+            for gradient, dtype, like in zip(result, gradient_dtypes, gradients, strict=True)
             if gradient is not None and dtype is not None
         )
 
@@ -312,7 +318,7 @@ backward_op = recorded(
     "batch_norm_backward",
     BackwardCall,
     4,
-    lambda call: [dtype is not None for dtype in call.wanted],
+    lambda call: [dtype is not None for dtype in call.gradient_dtypes],
     _backward,
     _fake_backward,
     Derivative(_setup_backward, _differentiate_backward),

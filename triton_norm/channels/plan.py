@@ -12,7 +12,7 @@ from triton_norm.channels.layout import as_readable, dense_like, empty_bits, is_
 from triton_norm.launch import zeros
 from triton_norm.library import contiguous
 from triton_norm.reference import compute_dtype
-from triton_norm.specs import BatchNormSpec, BatchNormTensors, Phase, Wanted
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, GradientDtypes, Phase
 from triton_norm.tuning.channel_spaces import Plan
 from triton_norm.tuning.limits import VECTOR_BYTES
 from triton_norm.tuning.memory import remembered
@@ -128,7 +128,7 @@ class ForwardPlan:
         Args:
             steps: the launches of a trial; None: those that are chosen.
         """
-        part, given = self._part, tensors
+        part, originals = self._part, tensors
         if self._copies:
             tensors = self._readable(BatchNormTensors._make(tensors))
         x, residual, weight, bias, running_mean, running_var, counter = tensors
@@ -155,7 +155,7 @@ class ForwardPlan:
             left = moments if reduces else None
             step.launch(x, *swept, statistics, left, *running, count, partials, sync)
             if self._copies and reduces:  # before a later launch can fail
-                _copy_back(BatchNormTensors._make(given), BatchNormTensors._make(tensors))
+                _copy_back(BatchNormTensors._make(originals), BatchNormTensors._make(tensors))
         return y, bits
 
     def _trial(
@@ -187,8 +187,8 @@ class ForwardPlan:
         return _forward_forms(read, self._spec, self._part)
 
 
-def _copy_back(given: BatchNormTensors, moved: BatchNormTensors) -> None:
-    pairs = (given.running_mean, moved.running_mean), (given.running_var, moved.running_var)
+def _copy_back(originals: BatchNormTensors, moved: BatchNormTensors) -> None:
+    pairs = (originals.running_mean, moved.running_mean), (originals.running_var, moved.running_var)
     for statistic, now in pairs:
         if statistic is not None and now is not None and now is not statistic:
             statistic.copy_(now)
@@ -224,33 +224,23 @@ def forward(
     return y, statistics, bits
 
 
-def gradients(x: Tensor, wanted: Wanted, bits_kind: str | None) -> Gradients:
-    """Allocates dx and dresidual, in the layout `bits_kind` or else x's, and dweight and dbias [C], where wanted."""
-    dx, dresidual = (
-        None if dtype is None else dense_like(x, dtype, bits_kind)
-        for dtype in (wanted.dx_dtype, wanted.dresidual_dtype)
-    )
-    dweight, dbias = (
-        None if dtype is None else x.new_empty(x.shape[1], dtype=dtype)
-        for dtype in (wanted.dweight_dtype, wanted.dbias_dtype)
-    )
-    return dx, dresidual, dweight, dbias
-
-
 class Allocation:
-    """Allocates dx and dresidual, in the layout `kind`, and dweight and dbias [C], where wanted.
+    """Allocates dx and dresidual, in the layout `kind`, and dweight and dbias [C], where needed.
 
     It serves calls whose x and weight have the forms of these. For a tensor like another torch allocates fastest.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor | None, wanted: Wanted, kind: str) -> None:
-        self._wanted, self._kind, self._n_channels = wanted, kind, x.shape[1]
-        self._dx_alike = wanted.dx_dtype == x.dtype and is_dense(x, kind)
+    def __init__(self, x: Tensor, weight: Tensor | None, gradient_dtypes: GradientDtypes, kind: str) -> None:
+        self._gradient_dtypes, self._kind, self._n_channels = gradient_dtypes, kind, x.shape[1]
+        self._dx_alike = gradient_dtypes.dx_dtype == x.dtype and is_dense(x, kind)
         alike = weight.dtype if weight is not None and weight.dim() == 1 and weight.is_contiguous() else None
-        self._dweight_alike, self._dbias_alike = wanted.dweight_dtype == alike, wanted.dbias_dtype == alike
+        self._dweight_alike, self._dbias_alike = (
+            gradient_dtypes.dweight_dtype == alike,
+            gradient_dtypes.dbias_dtype == alike,
+        )
 
     def __call__(self, x: Tensor, weight: Any) -> Gradients:
-        dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = self._wanted
+        dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = self._gradient_dtypes
         dx = dresidual = dweight = dbias = None
         if self._dx_alike:
             dx = torch.empty_like(x)
@@ -266,6 +256,11 @@ class Allocation:
 
     def _parameter(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.new_empty(self._n_channels, dtype=dtype)
+
+
+def gradients(x: Tensor, gradient_dtypes: GradientDtypes, bits_kind: str | None) -> Gradients:
+    """Allocates dx and dresidual, in the layout `bits_kind` or else x's, and dweight and dbias [C], where needed."""
+    return Allocation(x, None, gradient_dtypes, bits_kind or kind_of(x))(x, None)
 
 
 @remembered
@@ -301,12 +296,14 @@ def _backward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms:
 class BackwardPlan:
     """Runs the backward of all calls of one signature that need one part of the work."""
 
-    def __init__(self, spec: BatchNormSpec, wanted: Wanted, part: Part, tensors: BackwardTensors) -> None:
+    def __init__(
+        self, spec: BatchNormSpec, gradient_dtypes: GradientDtypes, part: Part, tensors: BackwardTensors
+    ) -> None:
         self._spec, self._part = spec, part
         self._kind = part.bits_kind or kind_of(tensors.x)
         self._shape = tuple(tensors.x.shape)
         self._like = tensors.x.new_empty(0, dtype=compute_dtype(tensors.x))
-        self._allocate = Allocation(tensors.x, tensors.weight, wanted, self._kind)
+        self._allocate = Allocation(tensors.x, tensors.weight, gradient_dtypes, self._kind)
         self._has_means = part.phase is Phase.FUSED and not (part.constant or part.local)
         dy, x, residual, *others = tensors
         are_read = reads(dy, self._kind, broadcast=True) and reads(x, self._kind) and not dy.is_neg()
@@ -328,12 +325,12 @@ class BackwardPlan:
         if self._copies:
             tensors = self._readable(BackwardTensors._make(tensors))
         dy, x, residual, bits, weight, bias, statistics, running_mean, running_var = tensors
-        found = dx, dresidual, dweight, dbias = self._allocate(x, weight)
+        result = dx, dresidual, dweight, dbias = self._allocate(x, weight)
         added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
         key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added, means is None
         steps = steps or self._steps.get(key)
         if steps is None:
-            others = _types((bits, weight, bias, statistics, running_mean, running_var, *found, means))
+            others = _types((bits, weight, bias, statistics, running_mean, running_var, *result, means))
             forms = self._prepare((x, dy, residual), others)
             steps = self._steps[key] = forms.chosen(x.device, lambda steps: self._try(steps, tensors))
         if self._has_means and not steps[0].alone:
@@ -348,7 +345,7 @@ class BackwardPlan:
             stored = (dx, dresidual) if step.applies else (None, None)
             summed = (dweight, dbias) if step.reduces else (None, None)
             step.launch(*inputs, *stored, *parameters, *summed, means, partials, sync)
-        return found
+        return result
 
     def _try(self, steps: list[Step], tensors: Sequence[Any]) -> None:
         self(tensors, None, steps)
@@ -379,21 +376,23 @@ class BackwardPlan:
         return _backward_forms(read, self._spec, self._part)
 
 
-def backward_plan_of(spec: BatchNormSpec, wanted: Wanted, part: Part, tensors: BackwardTensors) -> BackwardPlan:
+def backward_plan_of(
+    spec: BatchNormSpec, gradient_dtypes: GradientDtypes, part: Part, tensors: BackwardTensors
+) -> BackwardPlan:
     """Returns the plan of backwards of this signature, creating it if necessary."""
-    key = spec, wanted, part, *(tensor is None for tensor in tensors)
+    key = spec, gradient_dtypes, part, *(tensor is None for tensor in tensors)
     plan: BackwardPlan | None = plans.find(key, tensors)
     if plan is None:
-        plan = BackwardPlan(spec, wanted, part, tensors)
+        plan = BackwardPlan(spec, gradient_dtypes, part, tensors)
         plans.keep(key, tensors, plan)
     return plan
 
 
-def backward_part(spec: BatchNormSpec, wanted: Wanted, bits_kind: str | None) -> Part | None:
+def backward_part(spec: BatchNormSpec, gradient_dtypes: GradientDtypes, bits_kind: str | None) -> Part | None:
     """Returns the part of the work that computes these gradients, or None if none is wanted."""
-    uses_sums = spec.training and wanted.dx_dtype is not None
-    reduces = uses_sums or wanted.dweight_dtype is not None or wanted.dbias_dtype is not None
-    applies = wanted.dx_dtype is not None or wanted.dresidual_dtype is not None
+    uses_sums = spec.training and gradient_dtypes.dx_dtype is not None
+    reduces = uses_sums or gradient_dtypes.dweight_dtype is not None or gradient_dtypes.dbias_dtype is not None
+    applies = gradient_dtypes.dx_dtype is not None or gradient_dtypes.dresidual_dtype is not None
     if not (reduces or applies):
         return None
     phase = Phase.FUSED if reduces and applies else Phase.REDUCE if reduces else Phase.APPLY

@@ -188,9 +188,9 @@ def _first_operation(node: ast.AST) -> ast.AST | None:
     """Returns the first operation of an expression, in the order of evaluation, or None if it has none."""
     if isinstance(node, _ORDERED):
         for child in ast.iter_child_nodes(node):
-            found = _first_operation(child) if isinstance(child, ast.expr | ast.keyword) else None
-            if found is not None:
-                return found
+            result = _first_operation(child) if isinstance(child, ast.expr | ast.keyword) else None
+            if result is not None:
+                return result
     return None if isinstance(node, _INERT) else node
 
 

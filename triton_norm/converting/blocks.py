@@ -195,9 +195,9 @@ def _joins_of_residual_layer(module: Any) -> list[Join]:
 def _joins_of_block(*norms: str) -> Callable[[Any], list[Join]]:
     def joins(module: Any) -> list[Join]:
         *inner, last = norms
-        found = [Join(f"{norm} + relu", getattr(module, norm), module.relu) for norm in inner]
+        result = [Join(f"{norm} + relu", getattr(module, norm), module.relu) for norm in inner]
         last_norm = getattr(module, last)
-        return [*found, Join(f"{last} + shortcut + relu", last_norm, module.relu, module.downsample)]
+        return [*result, Join(f"{last} + shortcut + relu", last_norm, module.relu, module.downsample)]
 
     return joins
 

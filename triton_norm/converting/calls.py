@@ -41,13 +41,13 @@ def norms_called_by(cls: type[Any]) -> tuple[str, ...]:
     """
     codes = [method.__code__ for method in _methods(cls)]
     fused = any(isinstance(constant, tuple) and _FUSED in constant for code in codes for constant in code.co_consts)
-    found = {
+    result = {
         _NAMES[value]: None
         for function in _methods(cls)
         for value in _named(function.__code__, function.__globals__)
         if isinstance(value, (FunctionType, type(torch.layer_norm))) and value in _NAMES
     }
-    return (*found, _FUSED_NAME) if fused else tuple(found)
+    return (*result, _FUSED_NAME) if fused else tuple(result)
 
 
 def modulations_by(cls: type[Any]) -> tuple[str, ...]:

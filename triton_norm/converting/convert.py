@@ -289,18 +289,18 @@ def _selected(
         selections = (selections,)
     elif not isinstance(selections, Collection):
         raise TypeError(f"convert(): argument '{argument}' must hold names and classes, not {selections!r}")
-    found: set[nn.Module] = set()
+    selected: set[nn.Module] = set()
     for selection in selections:
         if isinstance(selection, type) and issubclass(selection, nn.Module):
-            found |= {module for _, module in named if type(module) is selection}
+            selected |= {module for _, module in named if type(module) is selection}
         elif isinstance(selection, str):
             inside = {module for name, module in named if fnmatch.fnmatchcase(name, selection)}
             if not inside:
                 raise ValueError(f"convert(): argument '{argument}': the model has no module named {selection!r}")
-            found.update(part for module in inside for part in module.modules())
+            selected.update(part for module in inside for part in module.modules())
         else:
             raise TypeError(f"convert(): argument '{argument}' must hold names and classes, not {selection!r}")
-    return found
+    return selected
 
 
 def _target(cls: type[nn.Module], sync_batch_norm: bool) -> type[nn.Module] | None:
@@ -370,8 +370,8 @@ def _own_forward(module: nn.Module) -> str | None:
     """Returns the name of the module's own attribute that holds its class's forward, or None. accelerate's hooks, as
     for a device_map, store that forward in `_old_forward`, and put it back to `forward` when they are removed."""
     name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    kept = module.__dict__.get(name)
-    own = getattr(kept, "__self__", None) is module and getattr(kept, "__func__", None) is type(module).forward
+    forward = module.__dict__.get(name)
+    own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
     return name if own else None
 
 

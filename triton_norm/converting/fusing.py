@@ -72,9 +72,9 @@ def plan(module: nn.Module, becomes: Mapping[nn.Module, type[nn.Module]]) -> Pla
     listed class has the joins of that class, and one that is fused already has none."""
     cls = type(module)
     listed = cls if _fusible(cls) is not None else listed_base(cls)
-    found = Plan([], [])
+    result = Plan([], [])
     if issubclass(cls, Fused):
-        return found
+        return result
 
     def class_of(part: nn.Module) -> type[nn.Module]:
         return becomes.get(part, type(part))
@@ -85,16 +85,16 @@ def plan(module: nn.Module, becomes: Mapping[nn.Module, type[nn.Module]]) -> Pla
     try:
         joins = fusible.joins(module)
     except AttributeError:  # the module lacks parts of its class, or of the class above it
-        return found
+        return result
     shared = any(join.residual is not None and join.norm in set(join.residual.modules()) for join in joins)
     for join in joins:
         # Running statistics would move in another order.
         reason = "the shortcut has the same norm" if shared else obstacle(join, class_of)
         if reason is None:
-            found.joined.append(join.parts)
+            result.joined.append(join.parts)
         else:
-            found.left.append(f"{join.parts}: {reason}")
-    return found
+            result.left.append(f"{join.parts}: {reason}")
+    return result
 
 
 def original_of(cls: type[Any]) -> type[Any]:

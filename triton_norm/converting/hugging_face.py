@@ -388,8 +388,8 @@ def _gated_agrees(module: nn.Module, x_dtype: torch.dtype, dtype: torch.dtype) -
     return expected is not None and _alike(type(module).forward(probe, x, gate), expected)
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    if found.dtype != expected.dtype:
+def _alike(result: Tensor, expected: Tensor) -> bool:
+    if result.dtype != expected.dtype:
         return False
-    difference = (found.double() - expected.double()).abs() / expected.double().abs()
+    difference = (result.double() - expected.double()).abs() / expected.double().abs()
     return bool((difference <= 2.0**-21).double().mean() > 0.95 and difference.max() < 2.0**-6)

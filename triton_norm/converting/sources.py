@@ -62,9 +62,9 @@ def _source(function: FunctionType) -> Source | None:
     for statement in whole.body:
         if isinstance(statement, ast.ClassDef | ast.FunctionDef) and _encloses(statement, code.co_firstlineno):
             own = copy.deepcopy(statement)
-            found = [node for node in ast.walk(own) if isinstance(node, ast.FunctionDef) and _is_of(node, code)]
+            result = [node for node in ast.walk(own) if isinstance(node, ast.FunctionDef) and _is_of(node, code)]
             others = [other for other in whole.body if not isinstance(other, ast.ClassDef | ast.FunctionDef)]
-            return Source(function, ast.Module([*others, own], []), found[0]) if len(found) == 1 else None
+            return Source(function, ast.Module([*others, own], []), result[0]) if len(result) == 1 else None
     return None
 
 

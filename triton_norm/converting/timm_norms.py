@@ -207,14 +207,14 @@ def _channel_examples(base: Any, arguments: tuple[Any, ...], activated: bool) ->
     """
 
     def examples(cls: Any) -> list[Example]:
-        found = []
+        result = []
         for parts in _parts(activated):
             norm = built(cls)
             base.__init__(norm, *arguments)
             for name, value in ({"_fast_norm": False} | parts).items():
                 setattr(norm, name, value)
-            found.append(Example(norm, (_images(),)))
-        return found
+            result.append(Example(norm, (_images(),)))
+        return result
 
     return examples
 
@@ -223,13 +223,13 @@ def _row_examples(channels_first: bool, activated: bool, bias: bool) -> Callable
     def examples(cls: Any) -> list[Example]:
         width = 4 if channels_first else 8
         own = {"normalized_shape": (width,), "eps": 1e-5, "elementwise_affine": True, "_fast_norm": False}
-        found = []
+        result = []
         for parts in _parts(activated):
             for dtype in _DTYPES:
                 tensors = {name: nn.Parameter(torch.ones(width)) for name in ("weight", "bias")[: 1 + bias]}
                 x = _images() if channels_first else torch.empty(5, width)
-                found.append(Example(built(cls, **own, **tensors, **parts), (x,), dtype=dtype))
-        return found
+                result.append(Example(built(cls, **own, **tensors, **parts), (x,), dtype=dtype))
+        return result
 
     return examples
 

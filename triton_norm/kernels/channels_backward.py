@@ -62,9 +62,9 @@ def finalise_sums(sums, rstd, dweight_ptr, dbias_ptr, means_ptr, channels, total
     if dbias_ptr is not None:
         tl.store(dbias_ptr + index, sums.dz.to(dbias_ptr.dtype.element_ty), mask=mask)
     if means_ptr is not None:
-        share = to_float(1, COMPUTE) if LOCAL else 1.0 / to_float(total, COMPUTE)
-        tl.store(means_ptr + index, sums.dz * share, mask=mask)
-        tl.store(means_ptr + channels.n_channels + index, dweight * share * rstd, mask=mask)
+        fraction = to_float(1, COMPUTE) if LOCAL else 1.0 / to_float(total, COMPUTE)
+        tl.store(means_ptr + index, sums.dz * fraction, mask=mask)
+        tl.store(means_ptr + channels.n_channels + index, dweight * fraction * rstd, mask=mask)
 
 
 @triton.jit
@@ -313,9 +313,9 @@ def channels_backward_kernel(
                 if arrive(sync_ptr, block) == 2 * n_splits:
                     close(sync_ptr, block, n_blocks, None)
             if ALONE:
-                share = 1.0 / to_float(total, COMPUTE)
-                mean_dz = sums.dz * share
-                slope = sums.dz_centred * rstd * share * rstd
+                fraction = 1.0 / to_float(total, COMPUTE)
+                mean_dz = sums.dz * fraction
+                slope = sums.dz_centred * rstd * fraction * rstd
             elif TOGETHER:
                 mean_dz = tl.load(means_ptr + normalized.index, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
                 slopes = means_ptr + normalized.n_channels + normalized.index

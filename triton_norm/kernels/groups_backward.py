@@ -240,9 +240,9 @@ def groups_fused_backward_kernel(
         of_dz_centred = sum_members(team + kind, n_members, n_groups, PEERS)
         if arrive(sync_ptr, block) == 2 * n_members - 1:
             close(sync_ptr, block, n_groups, None)
-    share = 1.0 / to_float(per_group * channel_size * (1 if WINDOWS else V), COMPUTE)
-    mean_dz = to_channels(of_dz * share, M, R)
-    slope = to_channels(of_dz_centred * share, M, R) * rstd * rstd
+    fraction = 1.0 / to_float(per_group * channel_size * (1 if WINDOWS else V), COMPUTE)
+    mean_dz = to_channels(of_dz * fraction, M, R)
+    slope = to_channels(of_dz_centred * fraction, M, R) * rstd * rstd
     dx = (dz * weight - mean_dz - centred * slope) * rstd
     sample_vecs = tl.full([], n_channels, tl.int64) * channel_size // (V if WINDOWS else 1)
     store(dx_ptr, dx, rows, sample_vecs, V, WINDOWS)
@@ -258,15 +258,15 @@ def sum_group(ptr, weight_ptr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
         ptr, weight_ptr: the group's first value and weight; weight_ptr may be None.
     """
     COMPUTE: tl.constexpr = ptr.dtype.element_ty
-    found = tl.zeros([1, BLOCK_C], COMPUTE)
+    total = tl.zeros([1, BLOCK_C], COMPUTE)
     for start in range(0, PER_GROUP, BLOCK_C):
         channels = start + tl.arange(0, BLOCK_C)[None, :]
         there = channels < PER_GROUP
         value = tl.load(ptr + channels, mask=there, other=0.0)
         if weight_ptr is not None:
             value *= tl.load(weight_ptr + channels, mask=there, other=0.0).to(COMPUTE)
-        found += value
-    return tile_sum(found, 1)
+        total += value
+    return tile_sum(total, 1)
 
 
 @triton.jit
@@ -274,11 +274,11 @@ def add_rows(ptr, sums_ptr, columns, n_rows, n_channels, BLOCK_K: tl.constexpr):
     """Stores the sums over the rows of sums [n_rows, n_channels], for some columns [1, n], in fixed order."""
     COMPUTE: tl.constexpr = sums_ptr.dtype.element_ty
     there = columns < n_channels
-    found = tl.zeros([BLOCK_K, columns.shape[1]], COMPUTE)
+    total = tl.zeros([BLOCK_K, columns.shape[1]], COMPUTE)
     for start in range(0, n_rows, BLOCK_K):
         rows = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
-        found += tl.load(sums_ptr + rows * n_channels + columns, mask=(rows < n_rows) & there, other=0.0)
-    tl.store(ptr + columns, tile_sum(found, 0).to(ptr.dtype.element_ty), mask=there)
+        total += tl.load(sums_ptr + rows * n_channels + columns, mask=(rows < n_rows) & there, other=0.0)
+    tl.store(ptr + columns, tile_sum(total, 0).to(ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["total", "n_rows", "n_means"])
@@ -321,9 +321,9 @@ def groups_backward_kernel(
             weights_ptr = weight_ptr
             if weight_ptr is not None:
                 weights_ptr = weight_ptr + program % (n_channels // PER_GROUP) * PER_GROUP
-            share = 1.0 / to_float(total, means_ptr.dtype.element_ty)
-            mean = sum_group(dbias_sums_ptr + first, weights_ptr, PER_GROUP, BLOCK_C) * share
-            slope = sum_group(dweight_sums_ptr + first, weights_ptr, PER_GROUP, BLOCK_C) * share
+            fraction = 1.0 / to_float(total, means_ptr.dtype.element_ty)
+            mean = sum_group(dbias_sums_ptr + first, weights_ptr, PER_GROUP, BLOCK_C) * fraction
+            slope = sum_group(dweight_sums_ptr + first, weights_ptr, PER_GROUP, BLOCK_C) * fraction
             slots = means_ptr + program + tl.zeros([1, 1], tl.int32)
             tl.store(slots, mean)
             tl.store(slots + n_means, slope * tl.load(statistics_ptr + 2 * n_means + program))

@@ -62,11 +62,11 @@ def centre(x, mask, count, AXIS: tl.constexpr):
     LAST: tl.constexpr = len(x.shape) - 1
     SIZE: tl.constexpr = x.shape[LAST - 1] * x.shape[LAST] if AXIS is None else x.shape[AXIS]
     SCALE: tl.constexpr = 1.0 / SIZE
-    share = count * SCALE
-    inverse = 1.0 / share
-    first = divide(tile_sum(x * SCALE, AXIS), share, inverse)
+    scaled_count = count * SCALE
+    inverse = 1.0 / scaled_count
+    first = divide(tile_sum(x * SCALE, AXIS), scaled_count, inverse)
     centred = tl.where(mask, x - first, 0.0)
-    correction = divide(tile_sum(centred * SCALE, AXIS), share, inverse)
+    correction = divide(tile_sum(centred * SCALE, AXIS), scaled_count, inverse)
     mean = first + correction
     return tl.where(mask, centred - correction, 0.0), mean, (first - mean) + correction
 
@@ -98,15 +98,15 @@ def moments_of_tiles(tiles, masks, count, AXIS: tl.constexpr):
     ROWS: tl.constexpr = tiles[0].shape[0]
     COLUMNS: tl.constexpr = tiles[0].shape[1]
     SCALE: tl.constexpr = 1.0 / (len(tiles) * ROWS * (COLUMNS if AXIS is None else 1))
-    share = count * SCALE
-    inverse = 1.0 / share
+    scaled_count = count * SCALE
+    inverse = 1.0 / scaled_count
     first = tl.zeros([1, 1 if AXIS is None else COLUMNS], COMPUTE)
     correction = tl.zeros_like(first)
     for sweep in tl.range(0, 2, loop_unroll_factor=1):
         total = tl.zeros([ROWS, COLUMNS], COMPUTE)
         for place in tl.static_range(len(tiles)):
             total += tl.where(masks[place], tiles[place].to(COMPUTE) - first, 0.0) * SCALE
-        mean = divide(tile_sum(total, AXIS), share, inverse)
+        mean = divide(tile_sum(total, AXIS), scaled_count, inverse)
         first = tl.where(sweep == 0, mean, first)
         correction = tl.where(sweep == 0, 0.0, mean)
     total = tl.zeros([ROWS, COLUMNS], COMPUTE)
@@ -139,12 +139,12 @@ def take_in(values, mask, inverse_count, mean, m2):
 @triton.jit
 def merge(count_a, a, count_b, b):
     """Returns the moments of the union of two sets (Chan, Golub, LeVeque 1979); count_b is not 0."""
-    share = count_b / (count_a + count_b)
-    step = (b.mean - a.mean) * share
+    fraction = count_b / (count_a + count_b)
+    step = (b.mean - a.mean) * fraction
     mean = a.mean + step
-    mean_lo = ((a.mean - mean) + step) + (a.mean_lo + (b.mean_lo - a.mean_lo) * share)
+    mean_lo = ((a.mean - mean) + step) + (a.mean_lo + (b.mean_lo - a.mean_lo) * fraction)
     delta = (b.mean - a.mean) + (b.mean_lo - a.mean_lo)
-    return Moments(mean, mean_lo, a.m2 + b.m2 + delta * (delta * (count_a * share)))
+    return Moments(mean, mean_lo, a.m2 + b.m2 + delta * (delta * (count_a * fraction)))
 
 
 @triton.jit
@@ -183,10 +183,10 @@ def merge_places(counts, mean, m2, shift):
         mean, m2: [T, LANES], moments of the values after `scaled_from`.
         shift: [1, LANES], the shift given to `scaled_from`.
     """
-    share = counts / tl.sum(counts, 0, keep_dims=True)
-    first = tl.sum(mean * share, 0, keep_dims=True)
+    fraction = counts / tl.sum(counts, 0, keep_dims=True)
+    first = tl.sum(mean * fraction, 0, keep_dims=True)
     delta = tl.where(counts > 0, mean - first, 0.0)
-    correction = tl.sum(delta * share, 0, keep_dims=True)
+    correction = tl.sum(delta * fraction, 0, keep_dims=True)
     delta = tl.where(counts > 0, delta - correction, 0.0)
     m2 = tl.sum(m2 + delta * (delta * counts), 0, keep_dims=True)
     step = 4.0 * (first + correction)

@@ -177,7 +177,7 @@ def rows_backward_kernel(
         STAGES: software pipeline stages of the loop over rows.
         HOLD_WEIGHT: keeps the weight in registers; otherwise it is loaded for each group of rows.
     """
-    KEPT: tl.constexpr = BLOCK_M if PEERS == 1 else 1
+    SUM_M: tl.constexpr = BLOCK_M if PEERS == 1 else 1
     EXCHANGED: tl.constexpr = PEERS > 1 and dx_ptr is not None
     KEEPS_X_HAT: tl.constexpr = x_ptr.dtype.element_ty == COMPUTE  # x_hat takes no more registers than x
     NEEDS_X: tl.constexpr = dx_ptr is not None or dweight_sums_ptr is not None
@@ -203,8 +203,8 @@ def rows_backward_kernel(
     weight = weight_ptr
     if HOLD_WEIGHT and weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0)
-    dweight = tl.zeros([KEPT, BLOCK_N], COMPUTE)
-    dbias = tl.zeros([KEPT, BLOCK_N], COMPUTE)
+    dweight = tl.zeros([SUM_M, BLOCK_N], COMPUTE)
+    dbias = tl.zeros([SUM_M, BLOCK_N], COMPUTE)
     mean = tl.zeros([BLOCK_M, 1], COMPUTE)
     if EXCHANGED:
         team = Team(team_index, peer, n_peers, partials_ptr, sync_ptr)
@@ -247,9 +247,9 @@ def rows_backward_kernel(
             x_hat = normalized(x, mean, rstd, mask, CENTRED)
         if dweight_sums_ptr is not None:
             dyx = dy * rounded(x_hat, ROUNDED)
-            dweight += dyx if KEPT == BLOCK_M else tile_sum(dyx, 0)
+            dweight += dyx if SUM_M == BLOCK_M else tile_sum(dyx, 0)
         if dbias_sums_ptr is not None:
-            dbias += dy if KEPT == BLOCK_M else tile_sum(dy, 0)
+            dbias += dy if SUM_M == BLOCK_M else tile_sum(dy, 0)
         if dx_ptr is not None:
             wdy = weighted(dy, weight_ptr, weight, cols, col_mask, WEIGHT_OFFSET, HOLD_WEIGHT)
             if not EXCHANGED:

@@ -12,17 +12,17 @@ from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous, triton_dtype
 from triton_norm.rows.layout import (
     RowLayout,
-    given,
     layout_of,
     like,
     meeting,
     names,
+    present,
     readable,
     rounded_to,
     types_of,
     vector_of,
 )
-from triton_norm.specs import RowSpec, Wanted
+from triton_norm.specs import GradientDtypes, RowSpec
 from triton_norm.tuning import row_spaces
 from triton_norm.tuning.configs import vector_width
 from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
@@ -72,21 +72,24 @@ class RowGradients:
         self,
         x: Tensor,
         weight: Tensor | None,
-        wanted: Wanted,
+        gradient_dtypes: GradientDtypes,
         parameter_shape: Sequence[int],
         exact: bool = True,
     ) -> None:
-        self.wanted, self._shape = wanted, tuple(parameter_shape)
-        self._dx, self._dresidual = like(x, wanted.dx_dtype, exact), like(x, wanted.dresidual_dtype, exact)
+        self.gradient_dtypes, self._shape = gradient_dtypes, tuple(parameter_shape)
+        self._dx, self._dresidual = (
+            like(x, gradient_dtypes.dx_dtype, exact),
+            like(x, gradient_dtypes.dresidual_dtype, exact),
+        )
         alike = None
         if exact and weight is not None and weight.shape == self._shape and weight.is_contiguous():
             alike = weight.dtype
-        self._like_weight = wanted.dweight_dtype == alike, wanted.dbias_dtype == alike
+        self._like_weight = gradient_dtypes.dweight_dtype == alike, gradient_dtypes.dbias_dtype == alike
 
     def __call__(self, x: Tensor, weight: Any) -> Gradients:
         """Returns dx and dresidual, contiguous, of x's shape, dweight and dbias; None for those that are not wanted."""
         dx = dresidual = dweight = dbias = None
-        dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = self.wanted
+        dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = self.gradient_dtypes
         dweight_alike, dbias_alike = self._like_weight
         if dx_dtype is not None:
             dx = torch.empty_like(x, **self._dx)
@@ -112,7 +115,12 @@ class _Types(NamedTuple):
 
 @remembered
 def _backward_launcher(
-    spec: RowSpec, wanted: Wanted, types: _Types, layout: RowLayout, misaligned: int, device: torch.device
+    spec: RowSpec,
+    gradient_dtypes: GradientDtypes,
+    types: _Types,
+    layout: RowLayout,
+    misaligned: int,
+    device: torch.device,
 ) -> Launcher:
     """Returns the launcher of a backward for this layout of x, dy and dtotal."""
     n_cols, gpu, compute = spec.n_cols, gpu_of(device), types.statistics
@@ -121,12 +129,12 @@ def _backward_launcher(
     dy_spread = types.dy if dy.column else None
     dtotal_spread = types.dtotal if dtotal is not None and dtotal.column else None
     extents = n_cols | x.extents | dy.extents | (0 if dtotal is None else dtotal.extents)
-    swept = dy_spread, dtotal_spread, types.x, wanted.dx_dtype, wanted.dresidual_dtype
-    vector = vector_of(misaligned, extents, [dtype.itemsize for dtype in given(swept)])
+    swept = dy_spread, dtotal_spread, types.x, gradient_dtypes.dx_dtype, gradient_dtypes.dresidual_dtype
+    vector = vector_of(misaligned, extents, [dtype.itemsize for dtype in present(swept)])
     (x_row, *x_outer), (dy_row, *dy_outer) = x.over(vector), dy.over(vector)
     dtotal_row, *dtotal_outer = (0, None, None) if dtotal is None else dtotal.over(vector)
     read = types.dy, types.dtotal, types.x
-    stored = max(dtype.itemsize for dtype in given(read))
+    stored = max(dtype.itemsize for dtype in present(read))
     work = RowWork(n_cols, names(read), stored, compute.itemsize)
     return Launcher(
         _kernels().rows_backward_kernel,
@@ -148,7 +156,9 @@ def _backward_launcher(
 
 
 @remembered
-def _finalise_launcher(wanted: Wanted, n_cols: int, compute: torch.dtype, device: torch.device) -> Launcher:
+def _finalise_launcher(
+    gradient_dtypes: GradientDtypes, n_cols: int, compute: torch.dtype, device: torch.device
+) -> Launcher:
     """Returns the launcher of the kernel that sums partial sums; its integer is their number."""
     vector = vector_width(compute.itemsize, n_cols)
     return Launcher(
@@ -186,9 +196,13 @@ class RowBackwardPlan:
     """Runs the backward of all calls of one signature."""
 
     def __init__(
-        self, spec: RowSpec, wanted: Wanted, tensors: RowBackwardTensors, parameter_shape: Sequence[int]
+        self,
+        spec: RowSpec,
+        gradient_dtypes: GradientDtypes,
+        tensors: RowBackwardTensors,
+        parameter_shape: Sequence[int],
     ) -> None:
-        self._spec, self._gradients = spec, RowGradients(tensors.x, tensors.weight, wanted, parameter_shape)
+        self._spec, self._gradients = spec, RowGradients(tensors.x, tensors.weight, gradient_dtypes, parameter_shape)
         self._n_rows = tensors.x.numel() // spec.n_cols
         dy, dtotal, x, *others = tensors
         self._layout = layout_of((x, dy, dtotal), spec.n_cols, (False, True, True))
@@ -208,7 +222,7 @@ class RowBackwardPlan:
 
     def __call__(self, tensors: Sequence[Any]) -> Gradients:
         _, _, x, weight, _, _ = tensors
-        found = dx, dresidual, dweight, dbias = self._gradients(x, weight)
+        result = dx, dresidual, dweight, dbias = self._gradients(x, weight)
         if self._copies:
             tensors = self._readable(tensors)
         dy, dtotal, x, weight, statistics, rstd = tensors
@@ -229,13 +243,13 @@ class RowBackwardPlan:
         if dweight is not None or dbias is not None:
             finalise = made.finalise or self._finalise(made, statistics)
             finalise(dweight_sums, dbias_sums, dweight, dbias)
-        return found
+        return result
 
     def _make(self, tensors: Sequence[Any], misaligned: int) -> _Backward:
         _, _, x, _, _, _ = tensors
         device, spec = x.device, self._spec
         types = _Types._make(types_of(tensors))
-        launcher = _backward_launcher(spec, self._gradients.wanted, types, self._layout, misaligned, device)
+        launcher = _backward_launcher(spec, self._gradients.gradient_dtypes, types, self._layout, misaligned, device)
         made = _Backward(launcher, self._n_rows, spec.n_cols, device)
         if launcher.config is not None:  # a search may choose a config that needs less workspace
             self._made[misaligned] = made
@@ -246,19 +260,19 @@ class RowBackwardPlan:
         config, device, n_cols = made.launch.launcher.config, statistics.device, self._spec.n_cols
         assert config is not None
         n_sums = row_spaces.rows_backward_teams(config.keywords, self._n_rows, n_cols, gpu_of(device))
-        launcher = _finalise_launcher(self._gradients.wanted, n_cols, statistics.dtype, device)
+        launcher = _finalise_launcher(self._gradients.gradient_dtypes, n_cols, statistics.dtype, device)
         made.finalise = Launch(launcher, n_sums)
         return made.finalise
 
 
 def backward_plan_of(
-    spec: RowSpec, wanted: Wanted, tensors: RowBackwardTensors, parameter_shape: Sequence[int]
+    spec: RowSpec, gradient_dtypes: GradientDtypes, tensors: RowBackwardTensors, parameter_shape: Sequence[int]
 ) -> RowBackwardPlan:
     """Returns the plan of backwards of this signature, creating it if necessary."""
     _, dtotal, _, weight, _, rstd = tensors
-    key = spec, wanted, tuple(parameter_shape), dtotal is None, weight is None, rstd is None
+    key = spec, gradient_dtypes, tuple(parameter_shape), dtotal is None, weight is None, rstd is None
     plan: RowBackwardPlan | None = plans.find(key, tensors)
     if plan is None:
-        plan = RowBackwardPlan(spec, wanted, tensors, parameter_shape)
+        plan = RowBackwardPlan(spec, gradient_dtypes, tensors, parameter_shape)
         plans.keep(key, tensors, plan)
     return plan

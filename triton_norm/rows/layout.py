@@ -79,12 +79,12 @@ def _row_axes(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[l
     for axis in reversed(range(len(shape))):
         if shape[axis] == 1:
             continue
-        if lengths and all(own[axis] == found[-1] * lengths[-1] for own, found in zip(strides, steps, strict=True)):
+        if lengths and all(own[axis] == result[-1] * lengths[-1] for own, result in zip(strides, steps, strict=True)):
             lengths[-1] *= shape[axis]
         else:
             lengths.append(shape[axis])
-            for own, found in zip(strides, steps, strict=True):
-                found.append(own[axis])
+            for own, result in zip(strides, steps, strict=True):
+                result.append(own[axis])
     return lengths, steps
 
 
@@ -130,18 +130,18 @@ def layout_of(tensors: Sequence[Tensor | None], n_cols: int, broadcast: Sequence
         if len(lengths) <= MOST_AXES:
             break
         copied[max(place for place in there if not (copied[place] or tensors[place].is_contiguous()))] = True  # type: ignore[union-attr]
-    found: list[RowStrides | None] = [None] * len(tensors)
+    result: list[RowStrides | None] = [None] * len(tensors)
     for place, own in zip(there, steps, strict=True):
         tensor = tensors[place]
         assert tensor is not None
         column = 1 if copied[place] else _column_stride(tensor, axis, n_cols)
         assert column is not None
         inner, middle, outer = (*own, *((n_cols,) if not own else ()), 0, 0)[:3]
-        found[place] = RowStrides(inner, middle, outer, column)
+        result[place] = RowStrides(inner, middle, outer, column)
         if len(lengths) < 2:
-            found[place] = RowStrides(inner, None, None, column)
+            result[place] = RowStrides(inner, None, None, column)
     n_inner, n_middle = lengths[:2] if len(lengths) > 1 else (None, None)
-    return RowLayout(n_inner, n_middle, tuple(found), tuple(copied))
+    return RowLayout(n_inner, n_middle, tuple(result), tuple(copied))
 
 
 def readable(tensor: Tensor | None, copied: bool) -> Tensor | None:
@@ -165,12 +165,12 @@ def narrower(dtype: torch.dtype | None, compute: torch.dtype) -> Any:
     return None if dtype is None or dtype.itemsize >= compute.itemsize else triton_dtype(dtype)
 
 
-def given(types: Types) -> list[torch.dtype]:
+def present(types: Types) -> list[torch.dtype]:
     return [dtype for dtype in types if dtype is not None]
 
 
 def names(types: Types) -> tuple[str, ...]:
-    return tuple(name_of(dtype) for dtype in given(types))
+    return tuple(name_of(dtype) for dtype in present(types))
 
 
 def types_of(tensors: Sequence[Tensor | None]) -> Types:

@@ -23,7 +23,7 @@ from triton_norm.rows.modulated_plan import Expanding, ModulatedPlan, modulated_
 from triton_norm.rows.modulation import Modulation, modulation_of, spread
 from triton_norm.rows.plan import Outputs, RowOutputs
 from triton_norm.saved import Form, check_restored, form_of, is_unsavable, needs_gradient, needs_torch
-from triton_norm.specs import ModulatedSpec, ModulatedTensors, ModulatedWanted, RowTensors
+from triton_norm.specs import ModulatedGradientDtypes, ModulatedSpec, ModulatedTensors, RowTensors
 
 
 class ForwardCall(NamedTuple):
@@ -110,11 +110,11 @@ def _backward(call: BackwardCall) -> Gradients:
 
 
 def _fake_backward(call: BackwardCall) -> Gradients:
-    allocate = ModulatedGradients(call.tensors, call.wanted, call.spec.rows.n_cols, _shapes(call), exact=False)
+    allocate = ModulatedGradients(call.tensors, call.gradient_dtypes, call.spec.rows.n_cols, _shapes(call), exact=False)
     return allocate(call.tensors)
 
 
-def _wanted(facts: Facts, needs: Sequence[bool]) -> ModulatedWanted:
+def _gradient_dtypes(facts: Facts, needs: Sequence[bool]) -> ModulatedGradientDtypes:
     """Returns the gradients to compute. If x and residual have one dtype and one gradient, it is computed once."""
     dtypes = [form[0] if form is not None and need else None for form, need in zip(facts.inputs, needs, strict=True)]
     dx, dresidual, *inner = dtypes
@@ -123,15 +123,17 @@ def _wanted(facts: Facts, needs: Sequence[bool]) -> ModulatedWanted:
             dx, dresidual = dresidual, None
         elif dx == dresidual:
             dresidual = None
-    return ModulatedWanted._make((dx, dresidual, *inner))
+    return ModulatedGradientDtypes._make((dx, dresidual, *inner))
 
 
-def _assigned(wanted: ModulatedWanted, needs: Sequence[bool]) -> Callable[[Sequence[Tensor | None]], Gradients]:
+def _assigned(
+    gradient_dtypes: ModulatedGradientDtypes, needs: Sequence[bool]
+) -> Callable[[Sequence[Tensor | None]], Gradients]:
     """Returns a function from the computed gradients, followed by None, to those of ModulatedTensors' fields."""
     dx, dresidual, *inner = range(len(ModulatedTensors._fields))
     nothing = len(ModulatedTensors._fields)
     x_needs, residual_needs, *_ = needs
-    of_residual = dx if wanted.dresidual_dtype is None else dresidual
+    of_residual = dx if gradient_dtypes.dresidual_dtype is None else dresidual
     return operator.itemgetter(dx if x_needs else nothing, of_residual if residual_needs else nothing, *inner)
 
 
@@ -149,20 +151,20 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
     needs = ctx.needs_input_grad[: len(ModulatedTensors._fields)]
     if not any(needs):
         return (None,) * len(needs)
-    wanted, shapes = _wanted(facts, needs), facts.modulation_shapes
+    gradient_dtypes, shapes = _gradient_dtypes(facts, needs), facts.modulation_shapes
     intercepted = facts.forms is None or is_intercepted()
-    assign = _assigned(wanted, needs)
+    assign = _assigned(gradient_dtypes, needs)
     if dy is None:  # y was not used
-        return _shaped(assign((*through_total(dtotal, (dy, dtotal, *saved), spec, wanted), None)), facts)
+        return _shaped(assign((*through_total(dtotal, (dy, dtotal, *saved), spec, gradient_dtypes), None)), facts)
     if needs_torch((dy, dtotal), saved, intercepted):
-        return _shaped(assign((*composed((dy, dtotal, *saved), spec, wanted, shapes), None)), facts)
+        return _shaped(assign((*composed((dy, dtotal, *saved), spec, gradient_dtypes, shapes), None)), facts)
     statistics = saved.statistics
     if statistics is None:
         inner = saved.weight, saved.bias, saved.gate, saved.scale, saved.shift
         again = ModulatedTensors._make((saved.total, None, *inner, None))
         _, _, statistics = forward_op(ForwardCall(again, True, spec))
     tensors = ModulatedBackwardTensors._make((dy, dtotal, *saved[:-1], statistics))
-    call = BackwardCall(tensors, wanted, facts.numbers, spec)
+    call = BackwardCall(tensors, gradient_dtypes, facts.numbers, spec)
     if intercepted:
         return _shaped(assign((*backward_op(call), None)), facts)
     plan = modulated_backward_plan_of(call, shapes)
@@ -207,14 +209,14 @@ def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, 
 
 def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | None]:
     call, saved = ctx.call, ModulatedBackwardTensors(*ctx.saved_tensors)
-    there = [gradient for gradient, dtype in zip(results, call.wanted, strict=True) if dtype is not None]
+    there = [gradient for gradient, dtype in zip(results, call.gradient_dtypes, strict=True) if dtype is not None]
     shapes = [None if own is None else own.shape for own in (saved.scale, saved.shift, saved.residual_gate)]
 
     def function(dy: Tensor, dtotal: Tensor | None, *read: Tensor | None) -> tuple[Tensor, ...]:
         tensors = dy, dtotal, *reference.differentiable(*read), saved.statistics
-        found = composed(tensors, call.spec, call.wanted, shapes)
+        result = composed(tensors, call.spec, call.gradient_dtypes, shapes)
         return tuple(
-            gradient.view_as(like) for gradient, like in zip(found, results, strict=True) if gradient is not None
+            gradient.view_as(like) for gradient, like in zip(result, results, strict=True) if gradient is not None
         )
 
     *inputs, _ = saved
@@ -237,7 +239,7 @@ backward_op = recorded(
     "modulated_rows_backward",
     BackwardCall,
     8,
-    lambda call: [dtype is not None for dtype in call.wanted],
+    lambda call: [dtype is not None for dtype in call.gradient_dtypes],
     _backward,
     _fake_backward,
     Derivative(_setup_backward, _differentiate_backward),
@@ -278,9 +280,9 @@ class ModulatedFunction(torch.autograd.Function):
         plan, saved = ctx.plan, ctx.saved_tensors
         if not (torch.compiler.is_compiling() or dy is None or torch.is_grad_enabled()):
             tensors = dy, dtotal, *saved  # fields of ModulatedBackwardTensors
-            found = plans.find((plan, ctx.needs_input_grad, dtotal is None), tensors)
-            if found is not None:
-                backward, assign = found
+            result = plans.find((plan, ctx.needs_input_grad, dtotal is None), tensors)
+            if result is not None:
+                backward, assign = result
                 return *assign((*backward(tensors), None)), None
         check_restored(plan.facts, Saved, saved)
         ctx.facts, ctx.spec = plan.facts, plan.spec

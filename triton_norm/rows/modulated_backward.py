@@ -20,7 +20,7 @@ from triton_norm.rows.modulated_launches import (
 )
 from triton_norm.rows.modulated_plan import addresses_of, modulations_of, places_of
 from triton_norm.rows.modulation import Modulation
-from triton_norm.specs import ModulatedSpec, ModulatedWanted
+from triton_norm.specs import ModulatedGradientDtypes, ModulatedSpec
 
 Gradients = tuple[Tensor | None, ...]
 """The gradients are those of the fields of ModulatedTensors."""
@@ -30,7 +30,7 @@ class BackwardCall(NamedTuple):
     """Holds the arguments of the backward's operator. numbers: tell which row has which modulation."""
 
     tensors: ModulatedBackwardTensors
-    wanted: ModulatedWanted
+    gradient_dtypes: ModulatedGradientDtypes
     numbers: Modulation
     spec: ModulatedSpec
 
@@ -50,18 +50,18 @@ class ModulatedGradients:
     def __init__(
         self,
         tensors: ModulatedBackwardTensors,
-        wanted: ModulatedWanted,
+        gradient_dtypes: ModulatedGradientDtypes,
         n_cols: int,
         shapes: Sequence[Any],
         exact: bool = True,
     ) -> None:
         of_rows, of_parameter = tensors.total.shape, torch.Size((n_cols,))
         every_shape = of_rows, of_rows, of_parameter, of_parameter, of_rows, *shapes
-        self._nothing: list[Tensor | None] = [None] * len(wanted)
+        self._nothing: list[Tensor | None] = [None] * len(gradient_dtypes)
         # torch.empty_like takes two thirds of the time of new_empty: (place, place of a tensor that it is like).
         self._alike: list[tuple[int, int]] = []
         self._others: list[tuple[int, Any, torch.dtype]] = []
-        for place, (dtype, shape) in enumerate(zip(wanted, every_shape, strict=True)):
+        for place, (dtype, shape) in enumerate(zip(gradient_dtypes, every_shape, strict=True)):
             if dtype is not None:
                 source = _alike(tensors, shape, dtype) if exact else None
                 if source is None:
@@ -75,13 +75,13 @@ class ModulatedGradients:
         Args:
             tensors: fields of ModulatedBackwardTensors.
         """
-        found = self._nothing.copy()
+        result = self._nothing.copy()
         for place, source in self._alike:
-            found[place] = torch.empty_like(tensors[source])
+            result[place] = torch.empty_like(tensors[source])
         for place, shape, dtype in self._others:
             _, _, total, *_ = tensors
-            found[place] = total.new_empty(shape, dtype=dtype)
-        return tuple(found)
+            result[place] = total.new_empty(shape, dtype=dtype)
+        return tuple(result)
 
 
 def _alike(tensors: Sequence[Tensor | None], shape: Any, dtype: torch.dtype) -> int | None:
@@ -122,18 +122,18 @@ class _Backward:
         if self._row_sums is None:
             return None
         dy, _, total, _, weight, _, gate, scale, _, _, statistics = tensors
-        found = torch.empty_like(statistics)
-        self._row_sums(dy, total, weight, gate, scale, statistics, found)
-        return found
+        result = torch.empty_like(statistics)
+        self._row_sums(dy, total, weight, gate, scale, statistics, result)
+        return result
 
 
 class ModulatedBackwardPlan:
     """Runs the backward of all calls of one signature."""
 
     def __init__(self, call: BackwardCall, shapes: Sequence[Any]) -> None:
-        tensors, wanted, numbers, spec = call
-        self._spec, self._wanted = spec, wanted
-        self._gradients = ModulatedGradients(tensors, wanted, spec.rows.n_cols, shapes)
+        tensors, gradient_dtypes, numbers, spec = call
+        self._spec, self._gradient_dtypes = spec, gradient_dtypes
+        self._gradients = ModulatedGradients(tensors, gradient_dtypes, spec.rows.n_cols, shapes)
         self._n_rows = tensors.total.numel() // spec.rows.n_cols
         self._modulations = modulations_of(tensors.inputs, numbers, spec.rows.n_cols)
         of_rows = tensors.total, tensors.dy, tensors.dtotal, tensors.x, tensors.gate
@@ -144,11 +144,11 @@ class ModulatedBackwardPlan:
         self._places = places_of(tensors, _PARAMETERS)
         summed = self._modulations.summed
         self._sums = Sums(
-            wanted.dweight_dtype is not None or (summed and wanted.dscale_dtype is not None),
-            wanted.dbias_dtype is not None
-            or (summed and wanted.dshift_dtype is not None)
-            or (summed and wanted.dscale_dtype is not None and tensors.bias is not None),
-            summed and wanted.dresidual_gate_dtype is not None,
+            gradient_dtypes.dweight_dtype is not None or (summed and gradient_dtypes.dscale_dtype is not None),
+            gradient_dtypes.dbias_dtype is not None
+            or (summed and gradient_dtypes.dshift_dtype is not None)
+            or (summed and gradient_dtypes.dscale_dtype is not None and tensors.bias is not None),
+            summed and gradient_dtypes.dresidual_gate_dtype is not None,
         )
         self._made: dict[int, _Backward] = {}
         self._aligned: _Backward | None = None
@@ -220,9 +220,11 @@ class ModulatedBackwardPlan:
         assert launcher.config is not None
         n_sums = made.form.n_sums(launcher.config.keywords, *made.integers)
         n_modulations = modulations.numbers.n_modulations if modulations.summed else 1
-        *_, dscale, dshift, dresidual_gate = self._wanted
+        *_, dscale, dshift, dresidual_gate = self._gradient_dtypes
         stores = modulations.summed and any(dtype is not None for dtype in (dscale, dshift, dresidual_gate))
-        has_parameters = self._wanted.dweight_dtype is not None or self._wanted.dbias_dtype is not None
+        has_parameters = (
+            self._gradient_dtypes.dweight_dtype is not None or self._gradient_dtypes.dbias_dtype is not None
+        )
         scale_stride, _, _ = modulations.strides
         finaliser = finalise_launcher(
             self._spec, self._sums, statistics.dtype, scale_stride, has_parameters, statistics.device

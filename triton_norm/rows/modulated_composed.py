@@ -9,10 +9,12 @@ from torch import Tensor
 from triton_norm import reference
 from triton_norm.rows.layout import first_column_axis
 from triton_norm.rows.modulated_backward import Gradients
-from triton_norm.specs import ModulatedSpec, ModulatedTensors, ModulatedWanted
+from triton_norm.specs import ModulatedGradientDtypes, ModulatedSpec, ModulatedTensors
 
 
-def composed(tensors: Any, spec: ModulatedSpec, wanted: ModulatedWanted, shapes: Sequence[Any]) -> Gradients:
+def composed(
+    tensors: Any, spec: ModulatedSpec, gradient_dtypes: ModulatedGradientDtypes, shapes: Sequence[Any]
+) -> Gradients:
     """Returns the gradients of the backward kernels.
 
     Args:
@@ -24,22 +26,22 @@ def composed(tensors: Any, spec: ModulatedSpec, wanted: ModulatedWanted, shapes:
     _, shift_shape, _ = shapes
     inner = (
         None if weight is None else weight.reshape(row),
-        _unsaved(total, wanted.dbias_dtype, row) if bias is None else bias.reshape(row),
+        _unsaved(total, gradient_dtypes.dbias_dtype, row) if bias is None else bias.reshape(row),
         gate,
         scale,
-        _unsaved(total, wanted.dshift_dtype, shift_shape) if shift is None else shift,
+        _unsaved(total, gradient_dtypes.dshift_dtype, shift_shape) if shift is None else shift,
     )
     as_dy = spec._replace(rows=spec.rows._replace(out_dtype=dy.dtype))
 
     def function(total: Tensor, *inner: Tensor | None) -> Tensor:
         return reference.modulate(total, row, ModulatedTensors._make((total, None, *inner, None)), as_dy)
 
-    dx, dresidual, *of_inner, dresidual_gate = (dtype is not None for dtype in wanted)
+    dx, dresidual, *of_inner, dresidual_gate = (dtype is not None for dtype in gradient_dtypes)
     needs = dx or dresidual or dresidual_gate, *of_inner
-    found, *gradients = reference.gradients(function, (total, *inner), dy, needs)
-    if found is not None and dtotal is not None:
-        found = found + dtotal
-    return through_total(found, tensors, spec, wanted, gradients)
+    result, *gradients = reference.gradients(function, (total, *inner), dy, needs)
+    if result is not None and dtotal is not None:
+        result = result + dtotal
+    return through_total(result, tensors, spec, gradient_dtypes, gradients)
 
 
 def _unsaved(total: Tensor, dtype: torch.dtype | None, shape: Any) -> Tensor | None:
@@ -51,7 +53,7 @@ def through_total(
     dtotal: Tensor | None,
     tensors: Any,
     spec: ModulatedSpec,
-    wanted: ModulatedWanted,
+    gradient_dtypes: ModulatedGradientDtypes,
     of_inner: Sequence[Tensor | None] = (None,) * 5,
 ) -> Gradients:
     """Returns all gradients, those of x, residual and residual_gate from that of total.
@@ -66,13 +68,13 @@ def through_total(
     if dtotal is not None and residual_gate is not None:
         n_outer = first_column_axis(total.shape, spec.rows.n_cols)
         outer = reference.outer_shape(residual_gate.shape, total.shape, n_outer, False)
-        compute = torch.float64 if wanted.dx_dtype == torch.float64 else reference.compute_dtype(x, total)
+        compute = torch.float64 if gradient_dtypes.dx_dtype == torch.float64 else reference.compute_dtype(x, total)
         by_row = residual_gate.reshape(*outer, *total.shape[n_outer:]).to(compute)
         wide = dtotal.to(compute)
         dx = wide * by_row
-        if wanted.dresidual_gate_dtype is not None:
+        if gradient_dtypes.dresidual_gate_dtype is not None:
             dresidual_gate = (wide * x.to(compute)).sum_to_size(by_row.shape).reshape(residual_gate.shape)
     return tuple(
         None if dtype is None or gradient is None else gradient.to(dtype)
-        for gradient, dtype in zip((dx, dtotal, *of_inner, dresidual_gate), wanted, strict=True)
+        for gradient, dtype in zip((dx, dtotal, *of_inner, dresidual_gate), gradient_dtypes, strict=True)
     )

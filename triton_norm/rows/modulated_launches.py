@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_norm.launch import Launcher
-from triton_norm.rows.layout import RowLayout, Types, given, names, vector_of
+from triton_norm.rows.layout import RowLayout, Types, names, present, vector_of
 from triton_norm.rows.modulated_plan import Modulations, constants_of, form_of, outer
 from triton_norm.specs import ModulatedSpec, ModulatedTensors
 from triton_norm.tuning import modulated_spaces
@@ -117,7 +117,7 @@ class Form(NamedTuple):
         for strides in self.layout.strides:
             extents |= 0 if strides is None else strides.extents
         read = self.read._replace(weight=None, bias=None, statistics=None)  # read element by element if they have to be
-        return vector_of(self.misaligned, extents, [dtype.itemsize for dtype in given((*read, *self.written))])
+        return vector_of(self.misaligned, extents, [dtype.itemsize for dtype in present((*read, *self.written))])
 
     @property
     def work(self) -> ModulatedWork:

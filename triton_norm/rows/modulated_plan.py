@@ -15,10 +15,10 @@ from triton_norm.rows.layout import (
     RowStrides,
     Types,
     first_column_axis,
-    given,
     layout_of,
     names,
     narrower,
+    present,
     readable,
     rounded_to,
     types_of,
@@ -63,9 +63,9 @@ class Modulations(NamedTuple):
 
 def modulations_of(tensors: ModulatedTensors, numbers: Modulation, n_cols: int) -> Modulations:
     n_column_axes = tensors.x.dim() - first_column_axis(tensors.x.shape, n_cols)
-    found = [row_stride(own, n_column_axes) for own in (tensors.scale, tensors.shift, tensors.residual_gate)]
-    strides = tuple(n_cols if stride is None else stride for stride in found)
-    copied = tuple(stride is None for stride in found)
+    result = [row_stride(own, n_column_axes) for own in (tensors.scale, tensors.shift, tensors.residual_gate)]
+    strides = tuple(n_cols if stride is None else stride for stride in result)
+    copied = tuple(stride is None for stride in result)
     summed = numbers.n_modulations < tensors.x.numel() // n_cols
     return Modulations(numbers, strides, copied, summed)  # type: ignore[arg-type]
 
@@ -120,7 +120,9 @@ def _forward_launcher(
     for strides in layout.strides:
         extents |= 0 if strides is None else strides.extents
     swept = x, residual, gate, y, total
-    vector = vector_of(misaligned, extents, [dtype.itemsize for dtype in given((*swept, scale, shift, residual_gate))])
+    vector = vector_of(
+        misaligned, extents, [dtype.itemsize for dtype in present((*swept, scale, shift, residual_gate))]
+    )
     x_strides, residual_strides, gate_strides = layout.strides
     gpu = gpu_of(device)
     form, span = form_of(spec, ModulatedTensors._fields, tuple(inputs)), most_columns(compute.itemsize, gpu)
@@ -157,10 +159,10 @@ def _kernel() -> Any:
 
 def addresses_of(tensors: Sequence[Any], places: Sequence[int]) -> int:
     """Returns the addresses of the tensors in these places, or'ed, modulo 16."""
-    found: int = 0
+    result: int = 0
     for place in places:
-        found |= tensors[place].data_ptr()
-    return found % VECTOR_BYTES
+        result |= tensors[place].data_ptr()
+    return result % VECTOR_BYTES
 
 
 def places_of(tensors: Sequence[Tensor | None], apart: Sequence[int]) -> list[int]:
@@ -203,15 +205,15 @@ class ModulatedPlan:
         Args:
             tensors: fields of ModulatedTensors.
         """
-        found = self._outputs(tensors, saves)
+        result = self._outputs(tensors, saves)
         if self._copies:
             tensors = self._readable(*tensors)
         aligned = self._launches.get((saves, 0))  # tells by itself whether the tensors are
-        if aligned is None or not aligned.starts(*tensors, *found):
+        if aligned is None or not aligned.starts(*tensors, *result):
             key = saves, addresses_of(tensors, self._places)
-            launch = self._launches.get(key) or self._prepare(key, (*tensors, *found))
-            launch(*tensors, *found)
-        return found
+            launch = self._launches.get(key) or self._prepare(key, (*tensors, *result))
+            launch(*tensors, *result)
+        return result
 
     def _readable(
         self,

@@ -32,9 +32,9 @@ def _compute_dtype(tensors: ModulatedTensors, spec: ModulatedSpec) -> torch.dtyp
 
 def _named(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[str, tuple[Tensor, bool]]:
     """Returns the modulations that are not None, each with its `per_head`."""
-    found = {"scale": spec.per_head, "shift": False, "residual_gate": False}
+    result = {"scale": spec.per_head, "shift": False, "residual_gate": False}
     named = tensors._asdict()
-    return {name: (named[name], per_head) for name, per_head in found.items() if named[name] is not None}
+    return {name: (named[name], per_head) for name, per_head in result.items() if named[name] is not None}
 
 
 def spread(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
@@ -92,11 +92,11 @@ def copied_modulations(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[s
     """Returns the modulations that have to be copied, by name, and why."""
     expanded = _named(spread(tensors, spec), spec)
     n_column_axes = tensors.x.dim() - first_column_axis(tensors.x.shape, spec.rows.n_cols)
-    found = {}
+    result = {}
     for name, (own, _) in _named(tensors, spec).items():
         wide, _ = expanded[name]
         if wide is not own:
-            found[name] = "it varies along other axes than the other modulations, or along axes that are not adjacent"
+            result[name] = "it varies along other axes than the other modulations, or along axes that are not adjacent"
         elif row_stride(own, n_column_axes) is None:
-            found[name] = "its columns are not adjacent, or its rows have no common stride"
-    return found
+            result[name] = "its columns are not adjacent, or its rows have no common stride"
+    return result

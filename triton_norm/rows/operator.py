@@ -16,17 +16,17 @@ from triton_norm.rows.backward import Gradients, RowBackwardTensors, RowGradient
 from triton_norm.rows.layout import first_column_axis
 from triton_norm.rows.plan import Outputs, RowOutputs, RowPlan, plan_of
 from triton_norm.saved import (
-    Kept,
+    ForwardFacts,
     Needs,
     check_restored,
+    facts_of,
     is_unsavable,
-    kept_of,
     needs_gradient,
     needs_of,
     needs_torch,
     shaped,
 )
-from triton_norm.specs import RowSpec, RowTensors, Wanted
+from triton_norm.specs import GradientDtypes, RowSpec, RowTensors
 
 
 class ForwardCall(NamedTuple):
@@ -39,7 +39,7 @@ class ForwardCall(NamedTuple):
 
 class BackwardCall(NamedTuple):
     tensors: RowBackwardTensors
-    wanted: Wanted
+    gradient_dtypes: GradientDtypes
     spec: RowSpec
 
 
@@ -87,17 +87,17 @@ def _apart(function: Callable[[ForwardCall], Outputs]) -> Callable[[ForwardCall]
 
 def _backward(call: BackwardCall) -> Gradients:
     if call.tensors.x.numel() == 0:
-        found = _fake_backward(call)
-        return tuple(None if gradient is None else gradient.zero_() for gradient in found)  # type: ignore[return-value]
-    return backward_plan_of(call.spec, call.wanted, call.tensors, (call.spec.n_cols,))(call.tensors)
+        result = _fake_backward(call)
+        return tuple(None if gradient is None else gradient.zero_() for gradient in result)  # type: ignore[return-value]
+    return backward_plan_of(call.spec, call.gradient_dtypes, call.tensors, (call.spec.n_cols,))(call.tensors)
 
 
 def _fake_backward(call: BackwardCall) -> Gradients:
     _, _, x, weight, _, _ = call.tensors
-    return RowGradients(x, weight, call.wanted, (call.spec.n_cols,), exact=False)(x, weight)
+    return RowGradients(x, weight, call.gradient_dtypes, (call.spec.n_cols,), exact=False)(x, weight)
 
 
-def _composed(tensors: RowBackwardTensors, spec: RowSpec, wanted: Wanted) -> Gradients:
+def _composed(tensors: RowBackwardTensors, spec: RowSpec, gradient_dtypes: GradientDtypes) -> Gradients:
     """Returns the gradients of the backward kernels, composed of torch's functions."""
     dy, dtotal, x, weight, _, _ = tensors
     row = (spec.n_cols,)
@@ -109,50 +109,52 @@ def _composed(tensors: RowBackwardTensors, spec: RowSpec, wanted: Wanted) -> Gra
         return y.reshape(x.shape)
 
     weight, bias = None if weight is None else weight.reshape(-1), None
-    if wanted.dbias_dtype is not None:  # no gradient depends on its values
-        bias = x.new_zeros(row, dtype=wanted.dbias_dtype, requires_grad=True)
-    of_x = wanted.dx_dtype is not None or wanted.dresidual_dtype is not None
-    asked = of_x, wanted.dweight_dtype is not None, bias is not None
-    dx, dweight, dbias = reference.gradients(function, (x, weight, bias), dy, asked)
+    if gradient_dtypes.dbias_dtype is not None:  # no gradient depends on its values
+        bias = x.new_zeros(row, dtype=gradient_dtypes.dbias_dtype, requires_grad=True)
+    of_x = gradient_dtypes.dx_dtype is not None or gradient_dtypes.dresidual_dtype is not None
+    needed = of_x, gradient_dtypes.dweight_dtype is not None, bias is not None
+    dx, dweight, dbias = reference.gradients(function, (x, weight, bias), dy, needed)
     if dx is not None and dtotal is not None:
         dx = dx + dtotal
     return tuple(  # type: ignore[return-value]
         None if dtype is None or gradient is None else gradient.to(dtype)
-        for gradient, dtype in zip((dx, dx, dweight, dbias), wanted, strict=True)
+        for gradient, dtype in zip((dx, dx, dweight, dbias), gradient_dtypes, strict=True)
     )
 
 
-def _wanted(kept: Kept, needs: Needs) -> Wanted:
+def _gradient_dtypes(facts: ForwardFacts, needs: Needs) -> GradientDtypes:
     """Returns the gradients to compute. If x and residual have one dtype, theirs is computed once."""
-    twice = needs.x and needs.residual and kept.dresidual != kept.dx
-    return Wanted(
-        kept.dx if needs.x else kept.dresidual if needs.residual else None,
-        kept.dresidual if twice else None,
-        kept.weight.dtype if needs.weight and kept.weight else None,
-        kept.bias.dtype if needs.bias and kept.bias else None,
+    twice = needs.x and needs.residual and facts.dresidual != facts.dx
+    return GradientDtypes(
+        facts.dx if needs.x else facts.dresidual if needs.residual else None,
+        facts.dresidual if twice else None,
+        facts.weight.dtype if needs.weight and facts.weight else None,
+        facts.bias.dtype if needs.bias and facts.bias else None,
     )
 
 
-def _assigned(wanted: Wanted, needs: Needs) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
+def _assigned(
+    gradient_dtypes: GradientDtypes, needs: Needs
+) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
     """Returns a function from the computed gradients, followed by None, to those of x, residual, weight and bias."""
     dx, dresidual, dweight, dbias, nothing = range(5)
-    of_residual = dx if wanted.dresidual_dtype is None else dresidual
+    of_residual = dx if gradient_dtypes.dresidual_dtype is None else dresidual
     return operator.itemgetter(dx if needs.x else nothing, of_residual if needs.residual else nothing, dweight, dbias)
 
 
 def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
     """Returns the gradients of x, residual, weight and bias, in the shape and dtype of each."""
-    kept: Kept = ctx.kept
+    facts: ForwardFacts = ctx.facts
     spec, needs = ctx.spec, needs_of(ctx)
-    wanted = _wanted(kept, needs)
-    intercepted = kept.forms is None or is_intercepted()
-    found: Gradients
+    gradient_dtypes = _gradient_dtypes(facts, needs)
+    intercepted = facts.forms is None or is_intercepted()
+    result: Gradients
     if dy is None:
-        of_rows = (wanted.dx_dtype, wanted.dresidual_dtype)
+        of_rows = (gradient_dtypes.dx_dtype, gradient_dtypes.dresidual_dtype)
         dx, dresidual = (None if dtotal is None or dtype is None else dtotal.to(dtype) for dtype in of_rows)
-        found = dx, dresidual, None, None
+        result = dx, dresidual, None, None
     elif needs_torch((dy, dtotal), saved, intercepted):
-        found = _composed(RowBackwardTensors(dy, dtotal, saved.x, saved.weight, saved.x), spec, wanted)
+        result = _composed(RowBackwardTensors(dy, dtotal, saved.x, saved.weight, saved.x), spec, gradient_dtypes)
     else:
         statistics = saved.statistics
         if statistics is None:
@@ -160,28 +162,28 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
             _, _, statistics = forward_op(ForwardCall(again, True, spec))
         tensors = RowBackwardTensors(dy, dtotal, saved.x, saved.weight, statistics, saved.rstd)
         if intercepted:
-            found = backward_op(BackwardCall(tensors, wanted, spec))
+            result = backward_op(BackwardCall(tensors, gradient_dtypes, spec))
         else:
-            shape = kept.parameter_shape or (spec.n_cols,)
-            plan = backward_plan_of(spec, wanted, tensors, shape)
+            shape = facts.parameter_shape or (spec.n_cols,)
+            plan = backward_plan_of(spec, gradient_dtypes, tensors, shape)
             key = ctx.plan, ctx.needs_input_grad, dtotal is None
-            plans.keep(key, tensors, (plan, _assigned(wanted, needs)))
-            found = plan(tensors)
-    dx, dresidual, dweight, dbias = _assigned(wanted, needs)((*found, None))
-    return dx, dresidual, shaped(dweight, kept.weight), shaped(dbias, kept.bias)
+            plans.keep(key, tensors, (plan, _assigned(gradient_dtypes, needs)))
+            result = plan(tensors)
+    dx, dresidual, dweight, dbias = _assigned(gradient_dtypes, needs)((*result, None))
+    return dx, dresidual, shaped(dweight, facts.weight), shaped(dbias, facts.bias)
 
 
 def _setup(ctx: Any, call: ForwardCall, results: tuple[Tensor | None, ...]) -> int:
     _, total, *statistics = results
     x, _, weight, _ = call.tensors
     ctx.save_for_backward(x if total is None else total, weight, *statistics)
-    ctx.kept, ctx.spec = kept_of(None, call.tensors), call.spec
+    ctx.facts, ctx.spec = facts_of(None, call.tensors), call.spec
     ctx.set_materialize_grads(False)
     return 1 if total is None else 2
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, Saved(*ctx.saved_tensors), dy, None if ctx.kept.dresidual is None else dtotal)
+    return _gradients(ctx, Saved(*ctx.saved_tensors), dy, None if ctx.facts.dresidual is None else dtotal)
 
 
 class _SavedTwice(NamedTuple):
@@ -196,18 +198,18 @@ class _SavedTwice(NamedTuple):
 def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, ...]) -> int:
     dy, dtotal, x, weight, _, _ = call.tensors
     ctx.save_for_backward(dy, dtotal, x, weight)
-    ctx.wanted, ctx.spec = call.wanted, call.spec
+    ctx.gradient_dtypes, ctx.spec = call.gradient_dtypes, call.spec
     return len(results)
 
 
 def _differentiate_backward(ctx: Any, *gradients: Tensor) -> list[Tensor | None]:
     saved = _SavedTwice(*ctx.saved_tensors)
-    there = [gradient for gradient, dtype in zip(gradients, ctx.wanted, strict=True) if dtype is not None]
+    there = [gradient for gradient, dtype in zip(gradients, ctx.gradient_dtypes, strict=True) if dtype is not None]
 
     def function(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
         x, weight = reference.differentiable(x, weight)
-        found = _composed(RowBackwardTensors(dy, dtotal, x, weight, x), ctx.spec, ctx.wanted)
-        return tuple(gradient for gradient in found if gradient is not None)
+        result = _composed(RowBackwardTensors(dy, dtotal, x, weight, x), ctx.spec, ctx.gradient_dtypes)
+        return tuple(gradient for gradient in result if gradient is not None)
 
     dy_needs, dtotal_needs, x_needs, weight_needs, *_ = ctx.needs_input_grad
     needs = dy_needs, dtotal_needs, x_needs, weight_needs
@@ -229,7 +231,7 @@ backward_op = recorded(
     "rows_backward",
     BackwardCall,
     4,
-    lambda call: [dtype is not None for dtype in call.wanted],
+    lambda call: [dtype is not None for dtype in call.gradient_dtypes],
     _backward,
     _fake_backward,
     Derivative(_setup_backward, _differentiate_backward),
@@ -240,11 +242,11 @@ class RecordedPlan:
     """Runs the forward by its operator. Stands in for a RowPlan, whose launches no tool sees."""
 
     def __init__(self, spec: RowSpec, tensors: Sequence[Any]) -> None:
-        self.spec, self.kept = spec, kept_of(None, tensors)
+        self.spec, self.facts = spec, facts_of(None, tensors)
 
     def forward(self, tensors: Sequence[Any], saves: bool) -> Outputs:
-        found: Outputs = forward_op(ForwardCall(RowTensors._make(tensors), saves, self.spec))
-        return found
+        result: Outputs = forward_op(ForwardCall(RowTensors._make(tensors), saves, self.spec))
+        return result
 
 
 def recorded_gradients(
@@ -256,7 +258,7 @@ def recorded_gradients(
         ctx: holds a RecordedPlan, and needs_input_grad.
         saved: fields of Saved.
     """
-    ctx.kept, ctx.spec = ctx.plan.kept, ctx.plan.spec
+    ctx.facts, ctx.spec = ctx.plan.facts, ctx.plan.spec
     return _gradients(ctx, Saved._make((*saved, None)), dy, dtotal)
 
 
@@ -272,8 +274,8 @@ class RowsFunction(torch.autograd.Function):
         saved = x if total is None else total, weight, statistics
         ctx.save_for_backward(*saved)
         ctx.plan = plan
-        if plan.kept is None:
-            plan.kept = kept_of(saved, inputs)
+        if plan.facts is None:
+            plan.facts = facts_of(saved, inputs)
         if total is None:
             return y
         ctx.set_materialize_grads(False)
@@ -284,12 +286,12 @@ class RowsFunction(torch.autograd.Function):
         plan, saved = ctx.plan, ctx.saved_tensors
         if not (torch.compiler.is_compiling() or dy is None or torch.is_grad_enabled()):
             tensors = dy, dtotal, *saved, None  # fields of RowBackwardTensors
-            found = plans.find((plan, ctx.needs_input_grad, dtotal is None), tensors)
-            if found is not None:
-                backward, assign = found
+            result = plans.find((plan, ctx.needs_input_grad, dtotal is None), tensors)
+            if result is not None:
+                backward, assign = result
                 return *assign((*backward(tensors), None)), None
-        check_restored(plan.kept, Saved, saved)
-        ctx.kept, ctx.spec = plan.kept, plan.spec
+        check_restored(plan.facts, Saved, saved)
+        ctx.facts, ctx.spec = plan.facts, plan.spec
         return *_gradients(ctx, Saved(*saved), dy, dtotal), None
 
 

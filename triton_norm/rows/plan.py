@@ -12,17 +12,17 @@ from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous, name_of, triton_dtype
 from triton_norm.rows.layout import (
     RowLayout,
-    given,
     layout_of,
     like,
     meeting,
     names,
+    present,
     readable,
     rounded_to,
     types_of,
     vector_of,
 )
-from triton_norm.saved import Kept, is_unsavable
+from triton_norm.saved import ForwardFacts, is_unsavable
 from triton_norm.specs import RowSpec, RowTensors
 from triton_norm.tuning import row_spaces
 from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
@@ -61,12 +61,12 @@ def _forward_launcher(
     assert x is not None
     compute = torch.float64 if torch.float64 in (types.x, types.total) else torch.float32
     swept = types.x, types.residual, types.total
-    itemsizes = [dtype.itemsize for dtype in given((*swept, types.y))]
+    itemsizes = [dtype.itemsize for dtype in present((*swept, types.y))]
     extents = n_cols | x.extents | (0 if residual is None else residual.extents)
     vector = vector_of(misaligned, extents, itemsizes)
     x_row, *x_outer = x.over(vector)
     residual_row, *residual_outer = (0, None, None) if residual is None else residual.over(vector)
-    stored = max(dtype.itemsize for dtype in given(swept))
+    stored = max(dtype.itemsize for dtype in present(swept))
     work = RowWork(n_cols, names(swept), stored, compute.itemsize, name_of(types.y))
 
     def n_programs(config: Mapping[str, Any], n_rows: int) -> int:
@@ -120,7 +120,7 @@ class RowPlan:
     Attributes:
         requires_grad: a tensor requires grad.
         is_unsavable: autograd can save only a copy of x.
-        kept: facts for the backward, set by the first forward with gradients.
+        facts: those of the forward, for the backward, set by the first forward with gradients.
     """
 
     def __init__(self, spec: RowSpec, tensors: RowTensors) -> None:
@@ -128,14 +128,14 @@ class RowPlan:
         self.spec, self._n_rows, self._outputs = spec, x.numel() // spec.n_cols, RowOutputs(spec, tensors)
         self.requires_grad = any(tensor is not None and tensor.requires_grad for tensor in tensors)
         self.is_unsavable = residual is None and is_unsavable(x)
-        self.kept: Kept | None = None
+        self.facts: ForwardFacts | None = None
         self._layout = layout_of((x, residual), spec.n_cols, (False, False))
         are_contiguous = all(parameter is None or parameter.is_contiguous() for parameter in parameters)
         self._copies = not are_contiguous or any(self._layout.copied)
         self._launches: dict[tuple[bool, int], tuple[Launch, int]] = {}
 
     def forward(self, tensors: Sequence[Any], saves: bool) -> Outputs:
-        found = y, total, statistics = self._outputs(tensors, saves)
+        result = y, total, statistics = self._outputs(tensors, saves)
         if self._copies:
             tensors = self._readable(*tensors)
         x, residual, weight, bias = tensors
@@ -147,7 +147,7 @@ class RowPlan:
         if peers > 1:
             partials, sync = meeting(self._n_rows, (3, peers), 1, self._outputs.compute, x.device)
         launch(*arguments, partials, sync)
-        return found
+        return result
 
     def _readable(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
@@ -161,10 +161,10 @@ class RowPlan:
         (_, misaligned), (x, *_) = key, arguments
         types = _ForwardTypes._make(types_of(arguments))
         launcher = _forward_launcher(self.spec, types, self._layout, misaligned, x.device)
-        found = Launch(launcher, self._n_rows), -(-self.spec.n_cols // launcher.span)
+        result = Launch(launcher, self._n_rows), -(-self.spec.n_cols // launcher.span)
         if launcher.config is not None:
-            self._launches[key] = found
-        return found
+            self._launches[key] = result
+        return result
 
 
 def plan_of(spec: RowSpec, tensors: RowTensors) -> RowPlan:

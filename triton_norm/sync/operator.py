@@ -13,12 +13,12 @@ from torch import Tensor
 
 from triton_norm import shares
 from triton_norm.captures import is_intercepted
-from triton_norm.channels.operator import Asked, composed_gradients, for_backward, outputs
+from triton_norm.channels.operator import ComposedCall, composed_gradients, for_backward, outputs
 from triton_norm.channels.plan import BackwardTensors, Part, backward_plan_of, forward_plan_of, gradients
 from triton_norm.library import Derivative, operator, recorded
 from triton_norm.reference import compute_dtype
-from triton_norm.saved import check_restored, kept_of, needs_of, needs_torch, shaped
-from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula, Inputs, Phase, Wanted
+from triton_norm.saved import check_restored, facts_of, needs_of, needs_torch, shaped
+from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula, GradientDtypes, Inputs, Phase
 
 
 class Saved(NamedTuple):
@@ -63,8 +63,8 @@ class SumsCall(NamedTuple):
     by_kernels: bool
 
     @property
-    def wanted(self) -> Wanted:
-        return Wanted(None, None, self.dweight_dtype, self.dbias_dtype)
+    def gradient_dtypes(self) -> GradientDtypes:
+        return GradientDtypes(None, None, self.dweight_dtype, self.dbias_dtype)
 
 
 class GradientCall(NamedTuple):
@@ -79,8 +79,8 @@ class GradientCall(NamedTuple):
     by_kernels: bool
 
     @property
-    def wanted(self) -> Wanted:
-        return Wanted(self.saved.x.dtype, self.dresidual_dtype, None, None)
+    def gradient_dtypes(self) -> GradientDtypes:
+        return GradientDtypes(self.saved.x.dtype, self.dresidual_dtype, None, None)
 
 
 def _spec(activation: str | None = None, slope: float = 0.0) -> BatchNormSpec:
@@ -124,15 +124,15 @@ def _fake_apply(call: ApplyCall) -> tuple[Tensor, Tensor | None]:
 def _sums(call: SumsCall) -> tuple[Tensor | None, Tensor | None, Tensor]:
     x = call.saved.x
     if not (call.by_kernels and x.numel()):
-        return shares.sums(call.dy, call.saved.inputs, call.saved.merged, call.wanted, call.epilogue)
+        return shares.sums(call.dy, call.saved.inputs, call.saved.merged, call.gradient_dtypes, call.epilogue)
     tensors, sums = call.saved.before(call.dy), x.new_empty((2, x.shape[1]), dtype=compute_dtype(x))
     part = Part(Phase.REDUCE, call.bits_kind, local=True)
-    _, _, dweight, dbias = backward_plan_of(_spec(*call.epilogue), call.wanted, part, tensors)(tensors, sums)
+    _, _, dweight, dbias = backward_plan_of(_spec(*call.epilogue), call.gradient_dtypes, part, tensors)(tensors, sums)
     return dweight, dbias, sums.flatten()
 
 
 def _fake_sums(call: SumsCall) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    _, _, dweight, dbias = gradients(call.saved.x, call.wanted, None)
+    _, _, dweight, dbias = gradients(call.saved.x, call.gradient_dtypes, None)
     return dweight, dbias, call.saved.merged.new_empty(2 * call.saved.x.shape[1])
 
 
@@ -141,17 +141,19 @@ def _gradient(call: GradientCall) -> tuple[Tensor | None, Tensor | None]:
     if call.by_kernels and saved.x.numel():
         tensors, means = saved.before(dy), (call.sums / saved.merged[-1]).view(2, -1)
         part = Part(Phase.APPLY, call.bits_kind)
-        dx, dresidual, _, _ = backward_plan_of(_spec(*call.epilogue), call.wanted, part, tensors)(tensors, means)
+        dx, dresidual, _, _ = backward_plan_of(_spec(*call.epilogue), call.gradient_dtypes, part, tensors)(
+            tensors, means
+        )
         return dx, dresidual
-    found = shares.gradient(dy, saved.inputs, saved.merged, call.sums, call.dresidual_dtype, call.epilogue)
-    for result, value in zip(laid := _fake_gradient(call), found, strict=True):
+    results = shares.gradient(dy, saved.inputs, saved.merged, call.sums, call.dresidual_dtype, call.epilogue)
+    for result, value in zip(laid := _fake_gradient(call), results, strict=True):
         if result is not None and value is not None:
             result.copy_(value)
     return laid
 
 
 def _fake_gradient(call: GradientCall) -> tuple[Tensor | None, Tensor | None]:
-    dx, dresidual, _, _ = gradients(call.saved.x, call.wanted, call.bits_kind)
+    dx, dresidual, _, _ = gradients(call.saved.x, call.gradient_dtypes, call.bits_kind)
     return dx, dresidual
 
 
@@ -165,8 +167,8 @@ class Total(torch.autograd.Function):
 
     @staticmethod
     def forward(sums: Tensor, group_name: str) -> Tensor:
-        found: Tensor = total_op(sums.contiguous(), group_name)
-        return found
+        result: Tensor = total_op(sums.contiguous(), group_name)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
@@ -190,50 +192,50 @@ def _setup_total(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
 
 
 def _differentiate_total(ctx: Any, gradient: Tensor) -> tuple[Tensor]:
-    found: Tensor = total_op(gradient.contiguous(), ctx.group_name)
-    return (found,)
+    result: Tensor = total_op(gradient.contiguous(), ctx.group_name)
+    return (result,)
 
 
 def _setup_apply(ctx: Any, call: ApplyCall, results: tuple[Tensor | None, ...]) -> int:
     _, bits = results
     saved = *for_backward(call.inputs, bits, call.formula.epilogue.activation), call.merged
     ctx.save_for_backward(*saved)
-    ctx.kept = kept_of(None if is_intercepted() else saved, call.inputs)
+    ctx.facts = facts_of(None if is_intercepted() else saved, call.inputs)
     ctx.how = call.bits_kind, call.formula, call.group_name, call.by_kernels
     return 1
 
 
 def _differentiate_apply(ctx: Any, dy: Tensor, *_: Any) -> Sequence[Tensor | None]:
-    kept, (bits_kind, formula, group_name, by_kernels) = ctx.kept, ctx.how
+    facts, (bits_kind, formula, group_name, by_kernels) = ctx.facts, ctx.how
     tensors, epilogue = ctx.saved_tensors, formula.epilogue
-    check_restored(kept, Saved, tensors)
+    check_restored(facts, Saved, tensors)
     saved = Saved(*tensors)
     needs = needs_of(ctx)
     if needs_torch((dy,), saved, intercepted=True):
-        return _composed_gradients(Asked(formula.spec(True), bits_kind, kept, needs), dy, saved, group_name)
-    dweight_dtype = kept.weight.dtype if needs.weight and kept.weight else None
-    dbias_dtype = kept.bias.dtype if needs.bias and kept.bias else None
+        return _composed_gradients(ComposedCall(formula.spec(True), bits_kind, facts, needs), dy, saved, group_name)
+    dweight_dtype = facts.weight.dtype if needs.weight and facts.weight else None
+    dbias_dtype = facts.bias.dtype if needs.bias and facts.bias else None
     how = bits_kind, epilogue, by_kernels
     dweight, dbias, sums = _sums_op(SumsCall(dy, saved, dweight_dtype, dbias_dtype, *how))
     sums = total(sums, group_name)  # all processes take part, whichever gradients each needs
     dx = dresidual = None
-    stored = kept.dresidual if needs.residual and epilogue.activation is not None else None
+    stored = facts.dresidual if needs.residual and epilogue.activation is not None else None
     if needs.x or stored is not None:
         dx, dresidual = _gradient_op(GradientCall(dy, saved, sums, stored, *how))
     if needs.residual and stored is None:
-        dresidual = dy.to(kept.dresidual)
-    return dx if needs.x else None, dresidual, shaped(dweight, kept.weight), shaped(dbias, kept.bias)
+        dresidual = dy.to(facts.dresidual)
+    return dx if needs.x else None, dresidual, shaped(dweight, facts.weight), shaped(dbias, facts.bias)
 
 
-def _composed_gradients(asked: Asked, dy: Tensor, saved: Saved, group_name: str) -> list[Tensor | None]:
+def _composed_gradients(call: ComposedCall, dy: Tensor, saved: Saved, group_name: str) -> list[Tensor | None]:
     def over_all(sums: Tensor) -> Tensor:
         return Total.apply(sums, group_name)  # type: ignore[no-any-return, no-untyped-call]
 
     def function(inputs: Inputs, activation: str | None) -> Tensor:
-        formula = Formula(asked.spec.eps, Epilogue(activation, asked.spec.slope))
+        formula = Formula(call.spec.eps, Epilogue(activation, call.spec.slope))
         return shares.batch_norm(inputs, saved.merged, over_all, formula)
 
-    return composed_gradients(asked, dy, saved, function)
+    return composed_gradients(call, dy, saved, function)
 
 
 def _undifferentiable(name: str) -> Derivative:

@@ -171,14 +171,14 @@ class Guard(interpreter.Observer):
         return parts
 
     def _bounds_message(self, kind: str, outside: Array, lanes: int, itemsize: int, program: Program) -> str:
-        what = f"{self.launches[-1].kernel}, program {program}: {kind} of {itemsize} bytes out of bounds "
-        what += f"in {outside.size} of {lanes} lanes"
+        message = f"{self.launches[-1].kernel}, program {program}: {kind} of {itemsize} bytes out of bounds "
+        message += f"in {outside.size} of {lanes} lanes"
         if not self._arguments:
-            return f"{what}; the launch was given no tensor"
+            return f"{message}; the launch was given no tensor"
         address, argument = self._nearest(outside, itemsize)
         distance = argument.extent.distance(address, itemsize)
         where = f"{distance} bytes past the end" if distance > 0 else f"{-distance} bytes before the start"
-        return f"{what}; the nearest is {where if distance else 'in a gap between the elements'} of {argument.text}"
+        return f"{message}; the nearest is {where if distance else 'in a gap between the elements'} of {argument.text}"
 
     def _nearest(self, addresses: Array, itemsize: int) -> tuple[int, Argument]:
         ends = {int(addresses.min()), int(addresses.max())}

@@ -183,9 +183,9 @@ class _AllPrograms:
             self._run(self.__name__, functools.partial(self._function, **arguments))
 
 
-def _changed(pointers: Any, mask: Array | bool, found: Any) -> bool:
+def _changed(pointers: Any, mask: Array | bool, result: Any) -> bool:
     taken = np.broadcast_to(np.asarray(mask, dtype=bool), pointers.data.shape)
-    addresses, before = pointers.data[taken], found.data[taken]
+    addresses, before = pointers.data[taken], result.data[taken]
     now = interpreter._interpreter.load(addresses, np.ones_like(addresses, dtype=bool), before, before.dtype)
     return bool(now.tobytes() != before.tobytes())
 
@@ -193,10 +193,10 @@ def _changed(pointers: Any, mask: Array | bool, found: Any) -> bool:
 def _switching_atomics(launches: Sequence[_Launch]) -> Sequence[Callable[..., Any]]:
     rmw, cas = BUILDER.create_atomic_rmw, BUILDER.create_atomic_cas
 
-    def switched(pointers: Any, mask: Array | bool, found: Any) -> Any:
+    def switched(pointers: Any, mask: Array | bool, result: Any) -> Any:
         for launch in launches:
-            launch.pause(progress=_changed(pointers, mask, found))
-        return found
+            launch.pause(progress=_changed(pointers, mask, result))
+        return result
 
     def create_atomic_rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return switched(pointers, mask.data, rmw(self, op, pointers, value, mask, *rest))

@@ -52,23 +52,23 @@ def chosen(space: Space, gpu_name: str | None) -> Config | None:
     if gpu_name is None or len(space.configs) == 1:
         return space.configs[0]
     key = (gpu_name, space.kernel, space.key)
-    found = _in_force.made.get(key)
-    if found is None:
+    result = _in_force.made.get(key)
+    if result is None:
         stored = measured(gpu_name).get(space.kernel, {}).get(space.key)
-        found = None if stored is None else space.find(stored.keywords)
-        if found is not None:
-            _in_force.made[key] = found
+        result = None if stored is None else space.find(stored.keywords)
+        if result is not None:
+            _in_force.made[key] = result
         elif stored is not None:
             _warn_of_foreign_choices(gpu_name, space, stored)
-    return found
+    return result
 
 
 def _warn_of_foreign_choices(gpu_name: str, space: Space, choice: Config) -> None:
     if gpu_name in _in_force.warned:
         return
     _in_force.warned.add(gpu_name)
-    what = f"{choice.keywords} for {space.kernel} ({space.key or 'any columns'})"
-    message = f"triton_norm: {file_name(gpu_name)} has choices that can't be launched, such as {what}"
+    example = f"{choice.keywords} for {space.kernel} ({space.key or 'any columns'})"
+    message = f"triton_norm: {file_name(gpu_name)} has choices that can't be launched, such as {example}"
     warnings.warn(f"{message}; these launches are searched for", stacklevel=3)
 
 
@@ -85,11 +85,11 @@ def choose_only(gpu_name: str, choices: Mapping[tuple[str, str], Config]) -> Non
 
 def chosen_so_far(gpu_name: str | None) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns the choices made on a GPU, in the format of its file: keywords by kernel and key."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
     for (name, kernel, key), choice in list(_in_force.made.items()):  # a copy, since another thread may add a choice
         if name == gpu_name:
-            found.setdefault(kernel, {})[key] = choice.keywords
-    return found
+            result.setdefault(kernel, {})[key] = choice.keywords
+    return result
 
 
 def file_name(gpu_name: str) -> str:
@@ -98,10 +98,10 @@ def file_name(gpu_name: str) -> str:
 
 def measured(gpu_name: str) -> Mapping[str, Mapping[str, Config]]:
     """Returns the choices measured on a GPU, by kernel and key; empty with one warning if its file can't be read."""
-    found = _in_force.shipped.get(gpu_name)
-    if found is None:
-        found = _in_force.shipped[gpu_name] = _read(gpu_name)
-    return found
+    result = _in_force.shipped.get(gpu_name)
+    if result is None:
+        result = _in_force.shipped[gpu_name] = _read(gpu_name)
+    return result
 
 
 def read_again() -> None:
@@ -119,7 +119,9 @@ def _read(gpu_name: str) -> Mapping[str, Mapping[str, Config]]:
         if measured_on != gpu_name:
             raise ValueError(f"measured on {measured_on}")
         return {
-            kernel: {key: config(**{name: int(value) for name, value in found.items()}) for key, found in keys.items()}
+            kernel: {
+                key: config(**{name: int(value) for name, value in result.items()}) for key, result in keys.items()
+            }
             for kernel, keys in content["choices"].items()
         }
     except FileNotFoundError:

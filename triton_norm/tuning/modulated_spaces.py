@@ -92,10 +92,10 @@ def _backward_config(work: ModulatedWork, tile: int, per_thread: int, gpu: Gpu) 
     one 4 to 6 of those that do for crowded ones (bf16, 1152 columns, sm_80 and sm_100).
     """
     threads, several = warps_for(tile, per_thread, gpu) * gpu.warp, tile > work.backward_width
-    share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread * (2 if several else 1)
+    registers = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread * (2 if several else 1)
     if work.crowded:
-        share = share * 3 // 2 if several or work.packed else share * 9 // 8
-    programs = max(1, REGISTERS_PER_SM // (threads * share))
+        registers = registers * 3 // 2 if several or work.packed else registers * 9 // 8
+    programs = max(1, REGISTERS_PER_SM // (threads * registers))
     limit = min(REGISTERS_PER_SM // (threads * programs) // 8 * 8, MOST_REGISTERS_PER_THREAD)  # allocated by eights
     blocks = {"BLOCK_M": tile // work.backward_width, "BLOCK_N": work.backward_width}
     return config(threads // gpu.warp, maxnreg=limit if gpu.limits_registers else None, **blocks)

@@ -103,8 +103,8 @@ def rows_forward(work: RowWork, gpu: Gpu) -> Space:
 def _backward_config(elements: int, per_thread: int, gpu: Gpu, **blocks: Any) -> Config:
     """Returns a config that limits registers a thread, so that all programs meant for a multiprocessor fit."""
     n_warps = warps_for(elements, per_thread, gpu)
-    share = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread
-    limit = min(share, REGISTERS_PER_SM // (n_warps * gpu.warp), MOST_REGISTERS_PER_THREAD)
+    registers = REGISTERS_PER_SM // gpu.limits.rows_backward_elements_per_sm * per_thread
+    limit = min(registers, REGISTERS_PER_SM // (n_warps * gpu.warp), MOST_REGISTERS_PER_THREAD)
     return config(n_warps, maxnreg=limit if gpu.limits_registers else None, **blocks)
 
 
@@ -147,8 +147,8 @@ def _shared_rows_backward(work: RowWork, span: int, gpu: Gpu) -> list[Config]:
             STAGES=1,
             HOLD_WEIGHT=False,
         )
-        for share, per_thread in (*fewer_threads, (4, 16), (4, 8), (2, 16), (2, 8), (1, 8))
-        for block in [max(narrowest, span // share)]
+        for registers, per_thread in (*fewer_threads, (4, 16), (4, 8), (2, 16), (2, 8), (1, 8))
+        for block in [max(narrowest, span // registers)]
     ]
     if width == 2 * span:  # spills, but is faster in 16-bit types
         configs += [config(32, BLOCK_M=1, BLOCK_N=width, PEERS=1, STAGES=1, HOLD_WEIGHT=False)]
