@@ -154,8 +154,8 @@ def gradient(work: GradientWork, gpu: Gpu) -> Space:
         tiles = (gpu.limits.interpreted_tile_elements,) if work.members == 1 else tiles
         configs = [config(4, M=max(1, tile // work.elements)) for tile in tiles]
         return space_of("groups_fused_backward_kernel", work.key, configs)
-    # Narrow accesses need more addresses: windows by 4 with SiLU spilled 3 registers with 16 elements a thread.
-    per_thread = 8 if work.vector == 1 or (work.windows and work.vector <= 4) else 16
+    # Narrow accesses need more addresses: accesses by 4 with SiLU spilled up to 3 registers with 16 elements a thread.
+    per_thread = 8 if work.vector == 1 or ((work.windows or work.curved) and work.vector <= 4) else 16
     configs = [
         _config_of(tile, per_thread, work, gpu)
         for tile in tiles
