@@ -42,8 +42,8 @@ CALLS = {
         f"long {name}": dataclasses.replace(each, cut="pieces")
         for name, each in {
             "gated rows": call("weight gate", (7, 33)),
-            "rows": call(EVERY, (3, 6, 33), (3, 33)),
-            "rows, gate first": call(EVERY, (3, 6, 33), (3, 33), gate_first=True),
+            "modulated rows": call(EVERY, (3, 6, 33), (3, 33)),
+            "modulated rows, gate first": call(EVERY, (3, 6, 33), (3, 33), gate_first=True),
         }.items()
     },
     "weights of heads": call("scale", (2, 3, 4, 33), (4, 33), per_head=True, offset=0.5),

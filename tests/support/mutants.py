@@ -276,9 +276,9 @@ groups.move_by_samples_kernel
 groups_backward.rows_of
     groups | bounds | (group < n_groups) & -> (group < n_groups + 1) &
     shared groups | race | member // n_chunks * R + row % R -> row % R
-    parts of channels | different | chunk * W + -> 0 * chunk +
+    parts of channels | race | chunk * W + -> 0 * chunk +
     parts of channels | race | sample * n_chunks + chunk -> sample * n_chunks
-    groups | different | exists & (vec < channel_vecs) -> exists & (vec < channel_vecs - 1)
+    parts of channels | different | exists & (vec < channel_size) -> exists & (vec < channel_size - 1)
 groups_backward.pointers_to
     groups | different | rows.sample.to(tl.int64) * sample_vecs -> rows.sample.to(tl.int64) * 0
 windows.in_window
@@ -386,21 +386,21 @@ modulated.modulated_forward_kernel
     modulated rows | value | rows // n_tokens % n_modulations -> rows % n_modulations
     weights of heads | bounds | rows // n_tokens % n_modulations -> rows // n_tokens
     far modulations | overflow | rows = tl.program_id(0).to(tl.int64) * BLOCK_M -> rows = tl.program_id(0) * BLOCK_M
-    long rows | value | merge(to_float(start -> merge(to_float(start * 0
+    long modulated rows | value | merge(to_float(start -> merge(to_float(start * 0
     long gated rows | value | moments.m2 + of_piece.m2 -> of_piece.m2
-    long rows | unwritten | range(0, last + 1, BLOCK_N) -> range(BLOCK_N, last + 1, BLOCK_N)
+    long modulated rows | unwritten | range(0, last + 1, BLOCK_N) -> range(BLOCK_N, last + 1, BLOCK_N)
 modulated_backward.load_row_sums
-    long rows | value | ptr + n_rows + rows -> ptr + rows
+    long modulated rows | value | ptr + n_rows + rows -> ptr + rows
 modulated_backward.modulated_row_sums_kernel
     long gated rows | bounds | row_mask = rows < n_rows -> row_mask = rows <= n_rows
-    long rows | value | wdy_sums += wdy -> wdy_sums = wdy
-    long rows | value | wdy_x_hat_sums += -> wdy_x_hat_sums =
-    long rows | value | wdy *= gate -> pass
-    long rows, gate first | value | v *= gate -> pass
-    long rows | value | V, COMPUTE) + SCALE_OFFSET -> V, COMPUTE)
+    long modulated rows | value | wdy_sums += wdy -> wdy_sums = wdy
+    long modulated rows | value | wdy_x_hat_sums += -> wdy_x_hat_sums =
+    long modulated rows | value | wdy *= gate -> pass
+    long modulated rows, gate first | value | v *= gate -> pass
+    long modulated rows | value | V, COMPUTE) + SCALE_OFFSET -> V, COMPUTE)
 modulated_backward.modulated_backward_kernel
-    long rows | race | program % n_pieces * BLOCK_N -> program * 0
-    long rows | race | program = program // n_pieces -> program = program * 0
+    long modulated rows | race | program % n_pieces * BLOCK_N -> program * 0
+    long modulated rows | race | program = program // n_pieces -> program = program * 0
     modulated rows | value | numbers = modulation\n -> numbers = 0 * modulation\n
     modulated rows | race | split = split % n_splits -> split = split * 0
     modulated rows | unwritten | n_splits.to(tl.int64) * BLOCK_M): -> (n_splits + 1).to(tl.int64) * BLOCK_M):
