@@ -120,8 +120,8 @@ def is_kernel(function: ast.FunctionDef) -> bool:
 
 
 def parameters(function: ast.FunctionDef) -> int:
-    given = function.args
-    return len([*given.posonlyargs, *given.args, *given.kwonlyargs])
+    arguments = function.args
+    return len([*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs])
 
 
 @pytest.mark.parametrize("module", SOURCES)

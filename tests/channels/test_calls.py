@@ -124,10 +124,10 @@ def test_calls_that_differ_in_options_alone(device):
         with triton_norm.backend("torch"):
             call.against_oracle()
         for training in (False, True):
-            given = [statistic.clone() for statistic in running]
-            y = triton_norm.batch_norm(call.x, *given, training=training, eps=0.5)
+            arguments = [statistic.clone() for statistic in running]
+            y = triton_norm.batch_norm(call.x, *arguments, training=training, eps=0.5)
             torch.testing.assert_close(y, F.batch_norm(call.x, *running, training=training, momentum=0.0, eps=0.5))
-            assert torch.equal(given[0], running[0]) != training
+            assert torch.equal(arguments[0], running[0]) != training
         with pytest.raises(ValueError, match="activation must be"):
             triton_norm.batch_norm(call.x, *running, activation="leaky")
         with pytest.raises(TypeError, match="'activation' must be"):

@@ -35,10 +35,10 @@ def check_plan(plan: Plan, work: SharedChannels, gpu: Gpu) -> None:
 def test_plans(kind, multiprocessors):
     """A channel's programs have all of it, are few enough to wait, and read again no more than the cache keeps."""
     n_plans = 0
-    for n_groups, lanes, n_blocks, held, crowded in itertools.product(
+    for n_groups, lanes, n_blocks, resident, crowded in itertools.product(
         (1, 7, 8, 9, 1000, 12544, 200_705, 2**31), LANES[kind], (1, 3, 64, 2048), (2, 4, 8, 16), (False, True)
     ):
-        work = work_of(kind, n_groups, lanes, n_blocks, held, crowded)
+        work = work_of(kind, n_groups, lanes, n_blocks, resident, crowded)
         apart = plan_channels_apart(work, gpus.changed(H100, multiprocessors=multiprocessors))
         assert apart.tile == 0
         assert apart.groups_per_split > 0

@@ -181,16 +181,16 @@ def test_modules_that_were_made_under_inference_mode(path, gradients, training, 
 
 
 @PATHS
-@pytest.mark.parametrize("kept", [torch.float32, torch.float64], ids=["one type", "two types"])
-def test_statistics_that_were_made_under_inference_mode(kept, path, device):
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64], ids=["one type", "two types"])
+def test_statistics_that_were_made_under_inference_mode(stored, path, device):
     """torch's function moves them; where this library writes them by torch's own means, it can't, and moves neither."""
     with torch.inference_mode():
         ours, theirs = ([torch.zeros(3, device=device), torch.ones(3, device=device)] for _ in range(2))
-        ours = [statistic.to(kept) for statistic in ours]
+        ours = [statistic.to(stored) for statistic in ours]
     x = torch.randn(5, 3, device=device)
     F.batch_norm(x, *theirs, training=True)
     with triton_norm.backend(path):
-        if path == "torch" and kept == torch.float64:
+        if path == "torch" and stored == torch.float64:
             with pytest.raises(RuntimeError, match="nference"):
                 triton_norm.batch_norm(x, *ours, training=True)
             assert ours[0].sum() == 0

@@ -65,8 +65,8 @@ STRIDED = {
 def test_calls_that_differ_in_strides_alone(of, device):
     """One after the other, and once more: what is remembered of one is not taken for another's."""
     call = drawn((4, 8, 6, 6), "flat", device, residual=torch.float32, activation="silu")
-    for lie in (*STRIDED.values(), *STRIDED.values()):
-        call.of(**{of: lie(getattr(call, of))}).against_oracle()
+    for laid_out in (*STRIDED.values(), *STRIDED.values()):
+        call.of(**{of: laid_out(getattr(call, of))}).against_oracle()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU not every launch goes that way")
@@ -74,7 +74,7 @@ def test_calls_that_differ_in_strides_alone(of, device):
 def test_unaligned_tensors_have_narrow_accesses(of, widths, monkeypatch, device):
     """Elements an access, forward and backward: the interpreter would forgive wide accesses anywhere, a GPU not."""
     results, start = [], launch.start
-    monkeypatch.setattr(launch, "start", lambda *what: results.append(what[3]["V"]) or start(*what))
+    monkeypatch.setattr(launch, "start", lambda *launched: results.append(launched[3]["V"]) or start(*launched))
     call = drawn((4, 8, 6, 6), "flat", device, residual=torch.float32, activation="silu")
     for tensor, expected in (
         (getattr(call, of), [4, 4]),

@@ -70,14 +70,14 @@ def test_running_statistics_of_another_type_and_stride(kind, form, device):
     shape, _ = SPLIT[kind]
     call = drawn(shape, kind, device, residual=HALF, activation="relu")
     mean, var = (torch.rand(shape[1], 3, device=device) + 0.5).to(HALF).T[:2]
-    beside = mean._base.clone()[:, 2]
+    neighbour = mean._base.clone()[:, 2]
     wide_mean, wide_var = mean.double(), var.double()
     with taking_turns():
         triton_norm.batch_norm(call.x, mean, var, training=True, residual=call.residual, activation="relu")
     F.batch_norm(call.x.double(), wide_mean, wide_var, training=True)
     torch.testing.assert_close(mean.double(), wide_mean, rtol=2**-8, atol=0)
     torch.testing.assert_close(var.double(), wide_var, rtol=2**-8, atol=0)
-    assert torch.equal(mean._base[:, 2], beside)
+    assert torch.equal(mean._base[:, 2], neighbour)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

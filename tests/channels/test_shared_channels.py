@@ -26,7 +26,7 @@ FORWARD, BACKWARD = "channels_forward_kernel", "channels_backward_kernel"
 HALF = torch.bfloat16
 
 
-HELD = {  # kind: shape, tile
+RESIDENT = {  # kind: shape, tile
     "flat": ((3, 2, 8, 20), 256),  # the last of four programs has fewer elements
     "last": ((4, 24, 3, 5), 256),  # blocks of 16 channels, the last half empty
     "folded": ((29, 12, 7, 7), 4096),  # blocks of eight channels, the last half empty
@@ -35,7 +35,7 @@ HELD = {  # kind: shape, tile
 
 
 CASES = [
-    *((kind, *case) for kind, case in HELD.items()),
+    *((kind, *case) for kind, case in RESIDENT.items()),
     ("flat", (5, 2, 16, 33), 256),  # three tiles a program, the last not full
     ("flat", (2, 3, 23, 9), 64),  # odd positions: one element an access, two tiles
     ("flat", (3, 4, 3), 256),  # nine elements a channel: the last program has but one of them
@@ -55,11 +55,11 @@ def use(numbers):
 
 
 @pytest.fixture
-def kept(monkeypatch):
+def saved(monkeypatch):
     """The zeros that a stream keeps: so many as a launch asks for, and the same ones each time."""
-    kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(plan, "zeros", lambda n, device: kept[:n])
-    return kept
+    saved = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(plan, "zeros", lambda n, device: saved[:n])
+    return saved
 
 
 def shared(launched) -> bool:
@@ -98,7 +98,7 @@ ADVERSE = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bits_do_not_depend_on_the_programs_order(kind, use, device):
-    shape, tile = HELD[kind]
+    shape, tile = RESIDENT[kind]
     use(tile // 2)
     call = drawn(shape, kind, device)
     running = running_statistics(shape[1], device)
@@ -123,7 +123,7 @@ def test_places_by_program_id_hang_where_tickets_do_not(half, use, monkeypatch, 
 
 
 @pytest.mark.parametrize("one_launch", [True, False])
-def test_the_next_launch_finds_the_zeros_as_the_last_one_did(one_launch, use, kept, device):
+def test_the_next_launch_finds_the_zeros_as_the_last_one_did(one_launch, use, saved, device):
     """Launches of more blocks and of fewer, with a counter of batches and without, one of them not shared."""
     use(256, one_launch)
     counter = torch.tensor(0, device=device)
@@ -132,14 +132,14 @@ def test_the_next_launch_finds_the_zeros_as_the_last_one_did(one_launch, use, ke
         running = running_statistics(shape[1], device)
         with interleaved(order=shuffled):
             triton_norm.batch_norm(call.x, *running, training=True, num_batches_tracked=counter)
-            assert not kept.any()
+            assert not saved.any()
             x = call.x.requires_grad_()
             y = triton_norm.batch_norm(x, None, None, training=True)
-            assert not kept.any()
+            assert not saved.any()
             y.backward(call.dy)
-            assert not kept.any()
+            assert not saved.any()
             triton_norm.batch_norm(x, *running, weight := call.weight.requires_grad_()).backward(call.dy)
-            assert not kept.any()
+            assert not saved.any()
             assert weight.grad.isfinite().all()
     assert counter.item() == 4
 
@@ -147,7 +147,7 @@ def test_the_next_launch_finds_the_zeros_as_the_last_one_did(one_launch, use, ke
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_is_one_launch_each_way_and_waits_for_nothing(kind, use, guard, device):
     """Not interleaved: a program that waited would hang."""
-    shape, tile = HELD[kind]
+    shape, tile = RESIDENT[kind]
     use(tile)
     drawn(shape, kind, device, training=False).against_oracle()
     assert guard.kernels == [FORWARD, BACKWARD]
@@ -183,7 +183,7 @@ def test_resident_elements_are_read_once_and_others_twice(kind, pieces, use, gua
 
 @pytest.mark.parametrize("kind", ["flat", "folded"])  # channels-last, two launches sum in places
 def test_two_launches_give_the_same_bits_from_the_same_tiles(kind, use, guard, device):
-    shape, tile = HELD[kind]
+    shape, tile = RESIDENT[kind]
     call = drawn(shape, kind, device)
     use(tile)
     with interleaved():

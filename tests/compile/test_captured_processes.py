@@ -90,9 +90,11 @@ OPS = ("LayerNorm", "RMSNorm", "BatchNorm1d")
 
 def counted(kind: str, training: bool, backend: str, folder: Path, **options: Any) -> dict[str, Any]:
     """Returns torch's counters after a process has trained the norm by Inductor and compared it with torch's."""
-    asked = {"stores": False, "stance": "default", **options}
+    requested = {"stores": False, "stance": "default", **options}
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_INTERPRET": "1", "PYTHONPATH": "."}
-    printed = processes.output("-c", COMPILED, kind, str(training), backend, *map(str, asked.values()), **environment)
+    printed = processes.output(
+        "-c", COMPILED, kind, str(training), backend, *map(str, requested.values()), **environment
+    )
     counters: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return counters
 

@@ -151,9 +151,9 @@ class Loss(nn.Module):
 
 def run_joint(program: ExportedProgram, inputs: Batch) -> dict[str, Tensor]:
     """Returns what a program of forward and backward gives, by the names of `captured.trained`, for one step."""
-    signature, given = program.graph_signature, iter(inputs)
+    signature, values = program.graph_signature, iter(inputs)
     state = {**program.state_dict, **program.constants}
-    arguments = [next(given) if spec.target is None else state[spec.target] for spec in signature.input_specs]
+    arguments = [next(values) if spec.target is None else state[spec.target] for spec in signature.input_specs]
     names, result = iter(("x", "residual")), {}
     for spec, tensor in zip(signature.output_specs, program.graph_module(*arguments), strict=True):
         target = str(spec.target).removeprefix("module.")
@@ -233,8 +233,8 @@ def test_a_backward_traced_by_make_fx(mode, kind, training, backend):
     recorded, states = pair(kind, training)[0], [dict(ours.named_parameters()) | dict(ours.named_buffers())]
     states.append(dict(theirs.named_parameters()) | dict(theirs.named_buffers()))
     with triton_norm.backend(backend):
-        given = dict(recorded.named_parameters()) | dict(recorded.named_buffers())
-        run = make_fx(gradients_of(recorded), tracing_mode=mode)(given, *leaves[0])
+        values = dict(recorded.named_parameters()) | dict(recorded.named_buffers())
+        run = make_fx(gradients_of(recorded), tracing_mode=mode)(values, *leaves[0])
         for inputs in leaves[1:]:
             actual, expected = run(states[0], *inputs), gradients_of(theirs)(states[1], *inputs)
             torch.testing.assert_close(actual, expected, **TOLERANCE)

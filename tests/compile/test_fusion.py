@@ -89,7 +89,7 @@ def drawn(shapes, dtype, device):
 def compiled(function, norm, tensors, training, **options):
     """Returns the code of the forward, and in training of the backward, and what they give."""
     with generated() as codes, torch.set_grad_enabled(training):
-        run = torch.compile(lambda *given: function(norm, *given), fullgraph=True, **options)
+        run = torch.compile(lambda *arguments: function(norm, *arguments), fullgraph=True, **options)
         result = stepped(run, tensors, training)
     assert len(codes) == 1 + training
     return codes, result
@@ -115,7 +115,7 @@ def assert_fused(function, tensors, training, **options):
         assert operators(codes[1]) == {"rows_backward"}
     wide = [tensor.double() for tensor in tensors]
     with torch.set_grad_enabled(training):
-        assert_as_exact(actual, expected, stepped(lambda *given: function(F, *given), wide, training))
+        assert_as_exact(actual, expected, stepped(lambda *arguments: function(F, *arguments), wide, training))
     return codes
 
 
@@ -154,7 +154,7 @@ def test_sizes_that_change_are_compiled_once_more(function, device):
     counts = {}
     for norm in (triton_norm, F):
         with generated() as codes:
-            run = torch.compile(lambda *given, norm=norm: function(norm, *given), fullgraph=True)
+            run = torch.compile(lambda *arguments, norm=norm: function(norm, *arguments), fullgraph=True)
             result = {n: stepped(run, tensors, True) for n, tensors in leaves.items()}
         counts[norm] = [launches(code) for code in codes]
         if norm is triton_norm:
@@ -164,7 +164,7 @@ def test_sizes_that_change_are_compiled_once_more(function, device):
     assert all(mine <= torchs for mine, torchs in zip(counts[triton_norm], counts[F], strict=True))
     for n, tensors in leaves.items():
         wide = [tensor.double() for tensor in tensors]
-        assert_as_exact(ours[n], result[n], stepped(lambda *given: function(F, *given), wide, True))
+        assert_as_exact(ours[n], result[n], stepped(lambda *arguments: function(F, *arguments), wide, True))
 
 
 def test_what_a_half_s_statistics_are_of_is_what_the_backward_reads(device):
@@ -177,8 +177,10 @@ def test_what_a_half_s_statistics_are_of_is_what_the_backward_reads(device):
         codes, actual = compiled(add_layer_norm_gelu, triton_norm, [x, residual, weight, bias], True)
     assert "bitcast=True" in codes[0]
     rounded = [x + residual, torch.zeros_like(x), weight, bias]
-    torchs = stepped(lambda *given: add_layer_norm_gelu(F, *given), rounded, True)
-    exact = stepped(lambda *given: add_layer_norm_gelu(F, *given), [tensor.double() for tensor in rounded], True)
+    torchs = stepped(lambda *arguments: add_layer_norm_gelu(F, *arguments), rounded, True)
+    exact = stepped(
+        lambda *arguments: add_layer_norm_gelu(F, *arguments), [tensor.double() for tensor in rounded], True
+    )
     assert_as_exact(actual, torchs, exact)
 
 
@@ -193,11 +195,11 @@ def test_what_is_generated_is_as_exact_as_of_torchs(function, dtype, device):
     for norm in (triton_norm, F):
         torch._dynamo.reset()
         with torch._inductor.config.patch(force_disable_caches=True):
-            run = torch.compile(lambda *given, norm=norm: function(norm, *given), fullgraph=True)
+            run = torch.compile(lambda *arguments, norm=norm: function(norm, *arguments), fullgraph=True)
             results[norm] = [stepped(run, tensors, True) for tensors in calls]
     torch._dynamo.reset()
     for tensors, ours, torchs in zip(calls, results[triton_norm], results[F], strict=True):
-        exact = stepped(lambda *given: function(F, *given), [tensor.double() for tensor in tensors], True)
+        exact = stepped(lambda *arguments: function(F, *arguments), [tensor.double() for tensor in tensors], True)
         assert_as_exact(ours, torchs, exact)
 
 

@@ -112,17 +112,17 @@ def test_a_graph_of_calls_with_our_arguments(name, training, path, device):
 @PATHS
 @pytest.mark.parametrize("op", [op for op in EVERY_OP if op.training], ids=str)
 def test_a_graph_of_functions(op, path, device):
-    given = op.drawn(device)
+    arguments = op.drawn(device)
     names = ("x", "residual", "weight", "bias", *MODULATIONS)
-    tensors = dict(itertools.zip_longest(names, given))
+    tensors = dict(itertools.zip_longest(names, arguments))
     absent = {name: None for name, tensor in tensors.items() if tensor is None}
 
     def function(x, residual, weight, bias, gate, scale, shift, residual_gate):
-        return op.ours(*(x, residual, weight, bias, gate, scale, shift, residual_gate)[: len(given)])
+        return op.ours(*(x, residual, weight, bias, gate, scale, shift, residual_gate)[: len(arguments)])
 
     graph = fx.symbolic_trace(function, concrete_args=absent)
     with tn.backend(path):
-        results, expected = graph(*tensors.values()), op.ours(*given)
+        results, expected = graph(*tensors.values()), op.ours(*arguments)
     (results,) = results if isinstance(results[0], tuple) else (results,)
     for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -47,14 +47,14 @@ def test_trace(name, training, path, device, guard):
 @pytest.mark.parametrize("op", EVERY_OP, ids=str)
 def test_trace_of_functions(op, device):
     tensors = op.drawn(device)
-    given, ours = [tensor for tensor in tensors if tensor is not None], op.ours
+    arguments, ours = [tensor for tensor in tensors if tensor is not None], op.ours
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         left = iter(values)
         return ours(*(None if tensor is None else next(left) for tensor in tensors))
 
-    traced = torch.jit.trace(function, tuple(given))
-    for actual, expected in zip(traced(*given), function(*given), strict=True):
+    traced = torch.jit.trace(function, tuple(arguments))
+    for actual, expected in zip(traced(*arguments), function(*arguments), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -96,6 +96,6 @@ def test_trace_remembers_no_traced_sizes(device):
     for make in (tn.LayerNorm, tn.BatchNorm1d):
         model = make(4, device=device)
         model(x)
-        remembered = [len(kept) for _, kept in plans._plans.values()]
+        remembered = [len(saved) for _, saved in plans._plans.values()]
         torch.jit.trace(model, x, check_trace=False)
-        assert [len(kept) for _, kept in plans._plans.values()] == remembered
+        assert [len(saved) for _, saved in plans._plans.values()] == remembered

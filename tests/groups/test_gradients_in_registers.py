@@ -255,8 +255,8 @@ def test_a_sample_does_not_depend_on_the_others(case, use, device):
 
 def test_zeros_are_left_as_they_were(use, monkeypatch, device):
     use(64)
-    kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(group_backward, "zeros", lambda n, device: kept[:n])
+    saved = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(group_backward, "zeros", lambda n, device: saved[:n])
     for shape, n_groups, layout in (
         ((2, 8, 6, 10), 2, "first"),
         ((1, 12, 4, 8), 4, "first"),
@@ -266,7 +266,7 @@ def test_zeros_are_left_as_they_were(use, monkeypatch, device):
         inputs = drawn(shape, device, layout=layout)
         with interleaved(order=shuffled):
             differentiated(norm(n_groups), inputs.leaves(), (inputs.dy,))
-        assert not kept.any()
+        assert not saved.any()
 
 
 def test_far_samples(use, device):

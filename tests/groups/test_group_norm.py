@@ -37,8 +37,8 @@ def assert_as_fp64(name: str, activation: str | None, inputs: list[Tensor | None
     wide = [None if tensor is None else tensor.double().contiguous() for tensor in inputs]
     expected = stepped(theirs(name, activation), wide, dy.double().contiguous())
     result = stepped(ours(name, activation), inputs, dy)
-    given = [tensor for tensor in inputs if tensor is not None]
-    for one, exact, like in zip(result, expected, (inputs[0], *given), strict=True):
+    arguments = [tensor for tensor in inputs if tensor is not None]
+    for one, exact, like in zip(result, expected, (inputs[0], *arguments), strict=True):
         assert one.dtype == like.dtype
         scaled = exact.abs().max().clamp(min=1.0)
         eps = max((like.dtype, compute_dtype(inputs[0])), key=lambda dtype: torch.finfo(dtype).eps)
@@ -241,18 +241,18 @@ def test_cudas_autocast_gives_group_norm_in_fp32(monkeypatch, device):
 def test_explained(name, device):
     x, residual, weight, bias = drawn((2, 6, 4, 6), device)
     target = getattr(triton_norm, name)
-    given = {"num_groups": N_GROUPS} if name == "group_norm" else {}
-    explained = triton_norm.explain(target, x, weight=weight, bias=bias, residual=residual, **given)
+    arguments = {"num_groups": N_GROUPS} if name == "group_norm" else {}
+    explained = triton_norm.explain(target, x, weight=weight, bias=bias, residual=residual, **arguments)
     assert (explained.function, explained.backend, explained.copies) == (name, "triton", ())
-    copies = triton_norm.explain(target, x[..., ::2], residual=residual[..., ::2], **given).copies
+    copies = triton_norm.explain(target, x[..., ::2], residual=residual[..., ::2], **arguments).copies
     assert [copy.split(":")[0] for copy in copies] == ["the input", "the residual"]
-    assert not triton_norm.explain(target, channels_last(x), **given).copies
-    assert "no elements" in triton_norm.explain(target, x[:0], **given).reason
+    assert not triton_norm.explain(target, channels_last(x), **arguments).copies
+    assert "no elements" in triton_norm.explain(target, x[:0], **arguments).reason
     with triton_norm.backend("torch"):
-        assert triton_norm.explain(target, x, **given).backend == "torch"
+        assert triton_norm.explain(target, x, **arguments).backend == "torch"
     with torch.inference_mode():
         made = torch.randn(2, 6, 4, device=device)
-    assert triton_norm.explain(target, made, weight=weight.requires_grad_(), **given).copies
+    assert triton_norm.explain(target, made, weight=weight.requires_grad_(), **arguments).copies
     y = CALLS[name](triton_norm, made, weight, bias)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), weight)[0].shape, weight.shape)
 

@@ -72,13 +72,13 @@ def test_errors(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_layers(name, training, dtype, path, device):
     info = MODULES[name]
-    for given in info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=training):
-        options = given.constructor_input
+    for arguments in info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=training):
+        options = arguments.constructor_input
         theirs = info.module_cls(*options.args, **options.kwargs, device=device, dtype=dtype).train(training)
         ours = copy.deepcopy(theirs)
         triton_norm.convert(ours)
         assert type(ours) is getattr(triton_norm, name.removeprefix("nn."))
-        (x,), result = given.forward_input.args, {}
+        (x,), result = arguments.forward_input.args, {}
         for library, module in (("ours", ours), ("theirs", theirs)):
             with triton_norm.backend(path):
                 result[library] = stepped(module, x, (), {}, [*module.parameters(), *module.buffers()])

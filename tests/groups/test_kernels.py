@@ -77,7 +77,7 @@ def test_some_gradients(n_groups, activation, needs, device):
     def norm(x, r, w, b):
         return triton_norm.group_norm(x, n_groups, w, b, residual=r, activation=activation)
 
-    whole, some = (differentiated(norm, inputs.leaves(), (inputs.dy,), asked) for asked in (range(4), needs))
+    whole, some = (differentiated(norm, inputs.leaves(), (inputs.dy,), requested) for requested in (range(4), needs))
     assert torch.equal(whole.y, some.y)
     for place, (one, other) in enumerate(zip(some.gradients, whole.gradients, strict=True)):
         assert (one is not None) == (place in needs)

@@ -169,8 +169,8 @@ def test_a_sample_does_not_depend_on_the_others(case, use, device):
 
 def test_zeros_are_left_as_they_were(use, monkeypatch, device):
     use(128)
-    kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(group_plan, "zeros", lambda n, device: kept[:n])
+    saved = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(group_plan, "zeros", lambda n, device: saved[:n])
     for shape, n_groups, layout in (
         ((2, 16, 7, 7), 2, "first"),
         ((1, 8, 8, 8), 4, "first"),
@@ -178,4 +178,4 @@ def test_zeros_are_left_as_they_were(use, monkeypatch, device):
     ):
         with interleaved(order=shuffled):
             triton_norm.group_norm(drawn(shape, device, layout=layout).x, n_groups)
-        assert not kept.any()
+        assert not saved.any()

@@ -165,7 +165,7 @@ def inspected(target, ops, dtypes, shapes=()):
         for op in ops for dtype in dtypes for mode in MODES for last in (True, False)
     }  # fmt: skip
     wrong = {named(record): ", ".join(wanting(record, widest(record))) for record in compiled}
-    result = {name: what for name, what in wrong.items() if what}
+    result = {name: case for name, case in wrong.items() if case}
     spilling = SPILLING.get(triton.__version__, frozenset())
     assert result.keys() == spilling & wrong.keys(), "\n".join(map(": ".join, result.items()))
     return compiled
@@ -212,7 +212,7 @@ def test_bytes():
     assert {(tuple(record["shape"]), record["layout"]) for record in counted} == slices
     assert {len(record["launches"]) for record in counted} == {1, 2}
     wrong = {named(record): excess(record) for record in counted}
-    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)
+    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(case)}" for name, case in wrong.items() if case)
 
 
 CLUSTERS = """

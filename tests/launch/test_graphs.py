@@ -270,7 +270,7 @@ def test_three_streams_at_once():
     torch.cuda.synchronize()
     for of_stream, exact in zip(actual, expected, strict=True):
         torch.testing.assert_close(of_stream, exact, rtol=0, atol=0)
-    assert not any(kept.any() for kept in launch._zeros.values())
+    assert not any(saved.any() for saved in launch._zeros.values())
 
 
 @pytest.mark.gpu

@@ -129,8 +129,10 @@ def test_spaces_of_one_key_are_the_same():
     """A choice that one of them has made is among the configs of every other."""
     result: dict[tuple[str, str], tuple[Config, ...]] = {}
     for kind, lanes, widths in (("flat", 4, (1,)), ("last", 32, (32,)), ("folded", 2048, (16, 32, 64, 256, 1024))):
-        for width, held, vector in itertools.product(widths, (0, 4096), (1, 4)):
-            work = ChannelWork("channels_forward_kernel", "waits", kind, lanes, vector, width, ("float32",), held, 4)
+        for width, resident, vector in itertools.product(widths, (0, 4096), (1, 4)):
+            work = ChannelWork(
+                "channels_forward_kernel", "waits", kind, lanes, vector, width, ("float32",), resident, 4
+            )
             space = channels(work, H100)
             assert result.setdefault((space.kernel, space.key), space.configs) == space.configs
 

@@ -34,7 +34,7 @@ OTHERS = {
 
 
 @pytest.fixture
-def kept(monkeypatch):
+def saved(monkeypatch):
     """An empty cache."""
     monkeypatch.setattr(plans, "_plans", {})
     return plans._plans
@@ -84,7 +84,7 @@ def test_whoever_may_take_a_call_changes_the_forms(forms):
     assert len(seen) >= 4
 
 
-def test_one_tensor_twice_and_one_alone(kept):
+def test_one_tensor_twice_and_one_alone(saved):
     plans.keep("twice", (X, X, None), "found")
     assert plans.find("twice", (X, X, None)) == "found"
     plans.keep("alone", (X, None, None), "found")
@@ -93,16 +93,16 @@ def test_one_tensor_twice_and_one_alone(kept):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_tensors_without_plain_memory_have_no_plan(kept):
+def test_tensors_without_plain_memory_have_no_plan(saved):
     nested = torch.nested.nested_tensor([X])
     for tensor in (nested, X.to_sparse(), X.as_subclass(type("Own", (torch.Tensor,), {}))):
         plans.keep("key", (tensor,), "found")
-    assert not kept
+    assert not saved
     plans.keep("key", (X,), "found")
     assert plans.find("key", (nested,)) is None
 
 
-def test_no_plan_serves_while_a_mode_takes_calls(kept):
+def test_no_plan_serves_while_a_mode_takes_calls(saved):
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), named=None):
             return function(*arguments, **named or {})
@@ -116,15 +116,15 @@ def test_no_plan_serves_while_a_mode_takes_calls(kept):
     assert plans.find("key", (X,)) == "found"
 
 
-def test_the_cache_is_bounded(kept, monkeypatch):
+def test_the_cache_is_bounded(saved, monkeypatch):
     monkeypatch.setattr(plans, "MOST_KEYS", 3)
     monkeypatch.setattr(plans, "MOST_FORMS", 2)
     for n in range(1, 9):
         plans.keep(n, (X,), n)
         strided = torch.empty(2 * n).as_strided((2,), (n,))
         plans.keep("one", (strided,), n)
-        assert len(kept) <= 3
-        assert all(len(forms) <= 2 for _, forms in kept.values())
+        assert len(saved) <= 3
+        assert all(len(forms) <= 2 for _, forms in saved.values())
         assert plans.find("one", (strided,)) == n
 
 
@@ -223,8 +223,8 @@ def test_another_order_of_states_finds_the_right_plan(name, device):
 
     def step(needs, strided):
         leaves = [tensor.clone().requires_grad_(asked) for tensor, asked in zip((x, w, b), needs, strict=True)]
-        given = [leaves[0].mT.contiguous().mT if strided else leaves[0], *leaves[1:]]
-        y = norm(*given)
+        inputs = [leaves[0].mT.contiguous().mT if strided else leaves[0], *leaves[1:]]
+        y = norm(*inputs)
         if y.requires_grad:
             y.backward(dy.mT.contiguous().mT if strided else dy)
         return [y.detach(), *(leaf.grad for leaf in leaves)]

@@ -74,7 +74,7 @@ def test_machine_code(target, ops, dtypes, columns):
     assert {(name, "load") for name in ("x", "residual", "dy")} < moved(compiled)
     assert {(name, "store") for name in ("y", "total", "dx")} < moved(compiled)
     wrong = {named(record): wanting(record, 128) for record in compiled}
-    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(what)}" for name, what in wrong.items() if what)
+    assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(case)}" for name, case in wrong.items() if case)
 
 
 @pytest.mark.long

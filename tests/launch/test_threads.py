@@ -137,9 +137,9 @@ class Forgetful(dict):
     """Forgets everything whenever something has been remembered, as another thread might."""
 
     def setdefault(self, key, value):
-        kept = super().setdefault(key, value)
+        saved = super().setdefault(key, value)
         self.clear()
-        return kept
+        return saved
 
 
 @pytest.mark.parametrize("name", NORMS)

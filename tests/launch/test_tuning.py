@@ -35,8 +35,8 @@ def of_rows(n_cols: int) -> RowWork:
     return RowWork(n_cols, ("float32",), 4, 4)
 
 
-def of_channels(kind: str, lanes: int, vector: int, width: int, held: int) -> ChannelWork:
-    return ChannelWork("channels_forward_kernel", "waits", kind, lanes, vector, width, ("float32",), held, 4)
+def of_channels(kind: str, lanes: int, vector: int, width: int, resident: int) -> ChannelWork:
+    return ChannelWork("channels_forward_kernel", "waits", kind, lanes, vector, width, ("float32",), resident, 4)
 
 
 def every_space():
@@ -48,9 +48,9 @@ def every_space():
                 yield rows_backward(work, gpu)
         for vector in (1, 2, 4, 8):
             for kind, lanes, width in (("flat", vector, 1), ("last", 64, 64), ("folded", 2048, 64)):
-                for held in (0, 4096, 16384):
-                    work = of_channels(kind, lanes, vector, width, held)
-                    roles = ("waits",) if held else ("reduces", "applies")
+                for resident in (0, 4096, 16384):
+                    work = of_channels(kind, lanes, vector, width, resident)
+                    roles = ("waits",) if resident else ("reduces", "applies")
                     kernels = ("channels_forward_kernel", channel_spaces.BACKWARD)
                     for kernel, role, curved in itertools.product(kernels, roles, (False, True)):
                         yield channel_spaces.channels(work._replace(kernel=kernel, role=role, curved=curved), gpu)
@@ -114,23 +114,23 @@ def test_every_config_for_rows_is_right(kernel, n_cols, config, numbers, monkeyp
     forget()
 
 
-@pytest.mark.parametrize("held", [0, 256])
+@pytest.mark.parametrize("resident", [0, 256])
 @pytest.mark.parametrize("kind", ["flat", "last", "folded"])
 @pytest.mark.parametrize("index", range(3))
-def test_every_config_for_channels_is_right(index, kind, held, numbers, monkeypatch, device):
+def test_every_config_for_channels_is_right(index, kind, resident, numbers, monkeypatch, device):
     shape = (9, 8, 7) if kind == "folded" else (2, 8, 3, 40)
     x, dy = torch.randn(2, *shape, device=device)
     if kind == "last":
         x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
     lanes, vector, width = {"flat": (4, 4, 1), "last": (8, 4, 8), "folded": (512, 4, 8)}[kind]
-    configs = channel_spaces.channels(of_channels(kind, lanes, vector, width, held), H100).configs
+    configs = channel_spaces.channels(of_channels(kind, lanes, vector, width, resident), H100).configs
     forced = spaces.only("channels", configs[index % len(configs)])
     monkeypatch.setattr(channel_spaces, "channels", lambda work, gpu: forced)
     numbers(
         multiprocessors=6,
         interpreted_tile_elements=256,
         min_resident_elements=64,
-        one_launch_bytes=2**62 if held else 0,
+        one_launch_bytes=2**62 if resident else 0,
     )
     forget()
     weight, bias = torch.randn(2, 8, device=device)
@@ -223,15 +223,15 @@ def test_outputs_of_other_types_have_choices_of_their_own(unknown_gpu, timings, 
 
 
 def test_a_cuda_devices_gpu_is_queried_once(monkeypatch):
-    asked = []
+    requested = []
     properties = SimpleNamespace(multi_processor_count=114, L2_cache_size=2**20, major=8, minor=6)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: requested.append(device) or properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     device = torch.device("cuda", 3)
     forget()
     gpu = gpu_of(device)
     assert gpu_of(device) is gpu
-    assert asked == [device]
+    assert requested == [device]
     assert gpu == Gpu(GPU, 114, 2**20, STAND_IN.warp, INTERPRETED)
     monkeypatch.undo()
     forget()

@@ -127,12 +127,12 @@ class Normalized(Dataset):
         return self.norm(torch.sin(torch.arange(24.0) * (place + 1)))
 
 
-@pytest.mark.parametrize("held", [False, True], ids=["free lock", "held lock"])
-def test_a_dataset_that_normalizes_in_workers(held):
+@pytest.mark.parametrize("resident", [False, True], ids=["free lock", "held lock"])
+def test_a_dataset_that_normalizes_in_workers(resident):
     dataset = Normalized()
     expected = torch.stack([dataset[place] for place in range(len(dataset))])
     loader = DataLoader(dataset, batch_size=2, num_workers=2, timeout=LIMIT_S, multiprocessing_context="fork")
-    with processes.ending_children(), meanwhile(hold_the_lock) if held else contextlib.nullcontext():
+    with processes.ending_children(), meanwhile(hold_the_lock) if resident else contextlib.nullcontext():
         batches = iter(loader)
         try:
             actual = torch.cat(list(batches))

@@ -75,9 +75,9 @@ def computes(launched, device):
 
 def own_forward(module: nn.Module):
     """The class's own as the module has it, where that is bound to the module."""
-    kept = vars(module).get("_old_forward", vars(module).get("forward"))
-    assert kept is None or kept.__self__ is module
-    return type(module).forward if kept is None else kept.__func__
+    saved = vars(module).get("_old_forward", vars(module).get("forward"))
+    assert saved is None or saved.__self__ is module
+    return type(module).forward if saved is None else saved.__func__
 
 
 def are_torchs(model: nn.Module) -> bool:

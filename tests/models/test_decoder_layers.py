@@ -171,9 +171,9 @@ def test_a_model_on_torchs_path(kind):
 @pytest.mark.parametrize("name", ["llama", "bert", "vit"])
 def test_a_step_is_as_near_to_fp64_as_torchs(name: str, device: str, guard: Guard | None) -> None:
     model, inputs = built(name, TINY, device)
-    wanted = expected(model, inputs)
+    reference = expected(model, inputs)
     with tn.backend("triton"):
-        wanted.check(step(fused(model), inputs))
+        reference.check(step(fused(model), inputs))
 
 
 SOME = ("llama.LlamaDecoderLayer", "gemma3.Gemma3DecoderLayer", "qwen2_vl.Qwen2VLVisionBlock", "bert.BertSelfOutput")

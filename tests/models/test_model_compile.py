@@ -93,5 +93,5 @@ def test_an_exported_model(name: str, device: str) -> None:
         exported = torch.export.load(file).module()
         assert "triton_norm" in exported.code
         for n in (TINY.batch, TINY.batch + 1):
-            given = {key: torch.cat((x, x))[:n] for key, x in inputs.items()}
-            torch.testing.assert_close(exported(**given).logits, model(**given).logits, rtol=1e-6, atol=1e-6)
+            arguments = {key: torch.cat((x, x))[:n] for key, x in inputs.items()}
+            torch.testing.assert_close(exported(**arguments).logits, model(**arguments).logits, rtol=1e-6, atol=1e-6)

@@ -106,11 +106,11 @@ def test_batch_norms_that_are_computed_again(use_reentrant: bool, device: str) -
     """Their running statistics move twice, as torch's do."""
     model, inputs = built("resnet", TINY, device)
     take = functools.partial(checkpointed_step, name="resnet", use_reentrant=use_reentrant)
-    wanted = expected(model, inputs, take, take)
+    reference = expected(model, inputs, take, take)
     convert(model)
     with tn.backend("triton"):
         actual = take(model, inputs)
-    wanted.check(actual)
+    reference.check(actual)
     assert {int(count) for key, count in actual.items() if key.endswith("num_batches_tracked")} == {1, 2}
 
 
@@ -134,8 +134,8 @@ def types_of(model: nn.Module, take: Callable[[nn.Module], Any]) -> tuple[Types,
     """Returns the types of each norm's input and output, and the results of `take`."""
     types: Types = {}
 
-    def record(name: str, norm: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
-        types[name] = given[0].dtype, y.dtype
+    def record(name: str, norm: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
+        types[name] = arguments[0].dtype, y.dtype
 
     hooks = [norm.register_forward_hook(functools.partial(record, name)) for name, norm in norms_of(model).items()]
     result = take(model)
@@ -153,13 +153,13 @@ def autocast_step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tens
 def test_autocast_on_a_cpu(name: str) -> None:
     """The sums of transformers' blocks stay in fp32; what convolutions give is in bf16."""
     model, inputs = built(name, TINY)
-    wanted = expected(model, inputs, autocast_step)
+    reference = expected(model, inputs, autocast_step)
     theirs, _ = types_of(copy.deepcopy(model), lambda model: autocast_step(model, inputs))
     convert(model)
     ours, actual = types_of(model, lambda model: autocast_step(model, inputs))
     assert ours == theirs
     assert any(torch.bfloat16 in types for types in theirs.values()) == (name in ("resnet", "convnext"))
-    wanted.check(actual, torch.bfloat16)
+    reference.check(actual, torch.bfloat16)
 
 
 def scaled_step(model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:

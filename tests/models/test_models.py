@@ -59,10 +59,10 @@ def test_every_norm_is_converted_and_comes_back(name: str) -> None:
 def assert_a_step_agrees(name: str, size: Size, training: bool, device: str) -> None:
     model, inputs = built(name, size, device)
     model.train(training)
-    wanted = expected(model, inputs)
+    reference = expected(model, inputs)
     convert(model)
     with tn.backend("triton"):
-        wanted.check(step(model, inputs))
+        reference.check(step(model, inputs))
 
 
 # Interpreted, the 52 norms of MobileNetV2 take seconds.
@@ -106,19 +106,19 @@ def test_a_step_in_bf16(name: str, device: str) -> None:
     """Each norm rounds where Hugging Face's does, of what it is given in the model."""
     model, inputs = built(name, TINY, device)
     model.bfloat16()
-    wanted = expected(model, inputs)
+    reference = expected(model, inputs)
     convert(model)
     compared = []
 
-    def compare(norm: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+    def compare(norm: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
         with torch.no_grad():
-            nearly_same_bits(y, type(norm).original.forward(norm, *given))
+            nearly_same_bits(y, type(norm).original.forward(norm, *arguments))
         compared.append(norm)
 
     for norm in norms_of(model).values():
         norm.register_forward_hook(compare)
     with tn.backend("triton"):
-        wanted.check(step(model, inputs), torch.bfloat16)
+        reference.check(step(model, inputs), torch.bfloat16)
     assert set(compared) == set(norms_of(model).values())
 
 
@@ -136,9 +136,9 @@ def test_torchs_path_in_bf16_has_the_bits_of_torch(name: str) -> None:
 def test_a_wrong_norm_would_be_noticed(device: str) -> None:
     """The bounds are near: of a relative error of 1e-5 in every norm's weight."""
     model, inputs = built("gemma", TINY, device)
-    wanted = expected(model, inputs)
+    reference = expected(model, inputs)
     with torch.no_grad():
         for norm in norms_of(model).values():
             norm.weight += 1e-5 * (1 + norm.weight)
     with pytest.raises(AssertionError, match="from exact"):
-        wanted.check(step(model, inputs))
+        reference.check(step(model, inputs))

@@ -92,9 +92,11 @@ def test_another_number_of_samples_searches_and_compiles_nothing(names, tmp_path
 
 def kept_by(function):
     """Returns the function's result, and the tensors that it keeps for a backward."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        return function(), kept
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: stored.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        return function(), stored
 
 
 def address(tensor):
@@ -117,11 +119,11 @@ def address(tensor):
 def test_saved_tensors(names, saved, lengths, device):
     """Nothing is saved that is not an input, total, or statistics of each row."""
     tensors = drawn((2, 3, 8), lengths, names, device)
-    outputs, kept = kept_by(lambda: called(tensors))
+    outputs, stored = kept_by(lambda: called(tensors))
     known = tensors | ({"total": outputs[1]} if len(outputs) > 1 else {})
     places = {address(tensor): name for name, tensor in known.items()}
-    assert {places[address(tensor)] for tensor in kept if address(tensor) in places} == set(saved.split())
-    (statistics,) = [tensor for tensor in kept if address(tensor) not in places]
+    assert {places[address(tensor)] for tensor in stored if address(tensor) in places} == set(saved.split())
+    (statistics,) = [tensor for tensor in stored if address(tensor) not in places]
     assert statistics.untyped_storage().nbytes() == 6 * 4 * (1 + ("bias" in names))
 
 
@@ -133,16 +135,16 @@ def test_x_is_saved_for_the_gradient_of_residual_gate_alone(by_operator, device)
 
     def gradients():
         function = torch.compile(called, backend="aot_eager", fullgraph=True) if by_operator else called
-        outputs, kept = kept_by(lambda: function(tensors))
+        outputs, stored = kept_by(lambda: function(tensors))
         leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
-        return torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs]), [*map(address, kept)]
+        return torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs]), [*map(address, stored)]
 
     with triton_norm.backend("triton"):
-        (dx, dresidual, _, dscale), kept = gradients()
-        assert address(tensors["x"]) in kept
+        (dx, dresidual, _, dscale), stored = gradients()
+        assert address(tensors["x"]) in stored
         tensors["residual_gate"].requires_grad_(False)
-        frozen, kept = gradients()
-    assert address(tensors["x"]) not in kept
+        frozen, stored = gradients()
+    assert address(tensors["x"]) not in stored
     assert all(map(torch.equal, frozen, (dx, dresidual, dscale)))
 
 

@@ -146,8 +146,8 @@ def test_transforms(transform, path, op, device):
     present = [tensor.detach() for tensor in tensors if tensor is not None]
 
     def of(function):
-        def flat(*given):
-            left = iter(given)
+        def flat(*arguments):
+            left = iter(arguments)
             outputs = function(*(None if tensor is None else next(left) for tensor in tensors))
             return sum(y.sin().sum() for y in outputs)
 
@@ -232,8 +232,8 @@ def test_second_derivatives_of_batches_of_samples(op, path, device):
     tensors = op.drawn(device, torch.float64)
     present = [tensor for tensor in tensors if tensor is not None]
 
-    def function(*given):
-        left = iter(given)
+    def function(*arguments):
+        left = iter(arguments)
         return op.ours(*(None if tensor is None else next(left) for tensor in tensors))
 
     with triton_norm.backend(path):

@@ -13,9 +13,9 @@ from support.modulated_strategies import modulated
 from support.strategies import HARD
 
 
-def examples(share):
+def examples(fraction):
     """Returns settings of so many times as many examples as the profile says."""
-    return settings(max_examples=max(1, int(share * settings().max_examples)))
+    return settings(max_examples=max(1, int(fraction * settings().max_examples)))
 
 
 def against_fp64(case, device, backend):

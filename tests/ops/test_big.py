@@ -81,8 +81,8 @@ Named = dict[str, Any]
 
 def named(kernel: Any, count: int, arguments: Sequence[Any], constants: Any, config: Any) -> Named:
     assert 0 < count <= MOST_PROGRAMS
-    given = dict(zip(kernel.arg_names, arguments, strict=False))
-    return {"kernel": kernel.__name__, "count": count, **given, **constants, **config.keywords}
+    inputs = dict(zip(kernel.arg_names, arguments, strict=False))
+    return {"kernel": kernel.__name__, "count": count, **inputs, **constants, **config.keywords}
 
 
 @pytest.fixture
@@ -124,10 +124,10 @@ ROWS = {
 """Rows, columns, and how far apart the inputs' rows lie."""
 
 
-@pytest.mark.parametrize("what", ROWS)
-def test_rows(what, norm, numbers, run_only):
+@pytest.mark.parametrize("case", ROWS)
+def test_rows(case, norm, numbers, run_only):
     """Rows of the residual and of the sum's gradient lie as far apart; in the backward each group is a team."""
-    n_rows, n_cols, stride = ROWS[what]
+    n_rows, n_cols, stride = ROWS[case]
     numbers(interpreted_tile_elements=256, multiprocessors=2**40)
     block = 256 // next_power_of_2(n_cols)
     places = BOTH_SIDES + [place // unit for place in BOTH_SIDES for unit in (n_cols, stride)]
@@ -196,21 +196,21 @@ def _typed_loops(monkeypatch):
 
 
 @pytest.mark.usefixtures("_typed_loops")
-@pytest.mark.parametrize("what", CHANNELS)
-def test_channels(what, numbers, run_only):
+@pytest.mark.parametrize("case", CHANNELS)
+def test_channels(case, numbers, run_only):
     """relu(batch_norm(x) + residual) and its gradients, of which bits are kept: in launches that reduce and that apply.
 
     That as many programs as don't run have arrived already lets the last of those that run merge for all.
     """
-    shape, strides = CHANNELS[what]
+    shape, strides = CHANNELS[case]
     tensors = [reserved(shape, strides) for _ in range(3)]
     full = [tensor[:, :, None] if tensor.dim() == 2 else tensor for tensor in tensors]
-    (n_samples, n_channels, n_positions), lie = full[0].shape, full[0].stride()
+    (n_samples, n_channels, n_positions), x_strides = full[0].shape, full[0].stride()
     count = n_samples * n_positions
-    kind = what.split(",")[0]
+    kind = case.split(",")[0]
     programs = max(16, count // PER_SPLIT[kind]) * (n_channels if kind == "flat" else 1)
     share(numbers, 2**16, one_launch=False, most_folded_columns=64, multiprocessors=programs)
-    places = [place for place in BOTH_SIDES if place < count] + positions_of(BOTH_SIDES, full[0].shape, lie)
+    places = [place for place in BOTH_SIDES if place < count] + positions_of(BOTH_SIDES, full[0].shape, x_strides)
     q = torch.cat([torch.arange(max(0, place - FILLED), min(place + FILLED, count)) for place in (*places, 0, count)])
     q = q.unique()
 

@@ -95,11 +95,11 @@ def test_rows_backward(centred, with_total):
     x, weight, dy, dtotal = rand(4, 5), rand(5), rand(4, 5), rand(4, 5) if with_total else None
     bias = rand(5) if centred else None
     options = 5, 1e-5, 1.0, centred, None, None, None
-    kept = DEFINED["rows_forward"](x.detach(), None, weight.detach(), None, True, *options)[2]
+    stored = DEFINED["rows_forward"](x.detach(), None, weight.detach(), None, True, *options)[2]
     types = torch.float64, None, torch.float64, torch.float64 if centred else None
 
     def ours(x: Tensor, weight: Tensor, dy: Tensor, *others: Tensor) -> Sequence[Tensor]:
-        actual = DEFINED["rows_backward"](dy, others[0] if others else None, x, weight, kept, None, *types, *options)
+        actual = DEFINED["rows_backward"](dy, others[0] if others else None, x, weight, stored, None, *types, *options)
         return [gradient for gradient, dtype in zip(actual, types, strict=True) if dtype is not None]
 
     def theirs(x: Tensor, weight: Tensor, dy: Tensor, *others: Tensor) -> Sequence[Tensor]:
@@ -240,9 +240,9 @@ def calls() -> dict[str, tuple[Any, Sequence[Any]]]:
     rows_and_channels = operator_calls.of_rows_and_channels("cpu")
     synchronized = operator_calls.synchronized("cpu")
     ops = torch.ops.triton_norm
-    result = {name: (operator.default, given) for name, (operator, given) in rows_and_channels.items()}
-    for name, given in synchronized.items():
-        result[f"sync_batch_norm_{name}"] = getattr(ops, f"sync_batch_norm_{name.partition(',')[0]}").default, given
+    result = {name: (operator.default, inputs) for name, (operator, inputs) in rows_and_channels.items()}
+    for name, inputs in synchronized.items():
+        result[f"sync_batch_norm_{name}"] = getattr(ops, f"sync_batch_norm_{name.partition(',')[0]}").default, inputs
     result[fusible.NAME] = DEFINED[fusible.NAME], result["rows_forward, training"][1]
     return result
 
@@ -260,12 +260,12 @@ def test_every_operator_is_called_here():
 
 @pytest.mark.parametrize("name", calls())
 def test_no_output_only_warns_of_its_derivative(name):
-    operator, given = calls()[name]
+    operator, inputs = calls()[name]
     arguments = [
         argument.clone().requires_grad_()
         if isinstance(argument, Tensor) and argument.is_floating_point() and not kind.name.startswith("running_")
         else argument
-        for argument, kind in zip(given, operator._schema.arguments, strict=True)
+        for argument, kind in zip(inputs, operator._schema.arguments, strict=True)
     ]
     result = operator(*arguments)
     outputs = [result] if isinstance(result, Tensor) else result
@@ -274,5 +274,5 @@ def test_no_output_only_warns_of_its_derivative(name):
     kind = operator._schema.name.partition("::")[2]
     assert bool(differentiable) != (kind in UNDIFFERENTIATED)
     if kind in {operator._schema.name.partition("::")[2] for operator in triton_norm.OPERATORS} - UNDIFFERENTIATED:
-        has_total = "rows" in kind and given[1] is not None  # statistics and bits are for the backward alone
+        has_total = "rows" in kind and inputs[1] is not None  # statistics and bits are for the backward alone
         assert [output.requires_grad for output in outputs] == [True, has_total, *(False for _ in outputs[2:])]

@@ -77,8 +77,8 @@ def channels_step(kind: str, device: str, training: bool = True, activation: str
         y = triton_norm.batch_norm(
             x, *running, weight, bias, training, None if training else 0.1, num_batches_tracked=counter, **fused
         )
-        asked = [leaf for leaf in leaves if leaf is not None]
-        return [*results([y], asked, [call.dy]), *running, counter]
+        requested = [leaf for leaf in leaves if leaf is not None]
+        return [*results([y], requested, [call.dy]), *running, counter]
 
     return step
 

@@ -230,11 +230,11 @@ def test_any_timing_of_a_search_fails(make, zeros, unknown_gpu, monkeypatch):
     """The launch is cut off, and leaves something in the zeros that it began with."""
     from triton.runtime.autotuner import Autotuner
 
-    search, given = launch.search, [zeros.kept[:0]]
+    search, inputs = launch.search, [zeros.kept[:0]]
 
     def noting(kernel: Any, space: Space, n_programs: Any, arguments: Any, constants: Any) -> Config:
         sync = dict(zip(kernel.arg_names, arguments, strict=False)).get("sync_ptr")
-        given[0] = zeros.kept[:0] if sync is None else sync
+        inputs[0] = zeros.kept[:0] if sync is None else sync
         return search(kernel, space, n_programs, arguments, constants)
 
     @contextlib.contextmanager
@@ -246,7 +246,7 @@ def test_any_timing_of_a_search_fails(make, zeros, unknown_gpu, monkeypatch):
                 raising()
             except RuntimeError:
                 call()
-                given[0].fill_(7)
+                inputs[0].fill_(7)
                 raise
             return [1.0] * 3
 

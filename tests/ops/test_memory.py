@@ -165,11 +165,11 @@ def test_only_saved_tensors_outlive_the_call(name, device):
     result = calls(device)[name](x, residual)
     y, *total = result if isinstance(result, tuple) else (result,)
     made = {"x": x, "residual": residual, "y": y, "total": total[0] if total else None}
-    memory = {what: StorageWeakRef(t.untyped_storage()) for what, t in made.items() if t is not None}
+    memory = {case: StorageWeakRef(t.untyped_storage()) for case, t in made.items() if t is not None}
     graph = y.sum()  # which keeps no tensor of its own; a grad_fn alone would not keep its node's in every torch
     del x, residual, result, y, total, made
     gc.collect()
-    alive = {what for what, reference in memory.items() if not reference.expired()}
+    alive = {case for case, reference in memory.items() if not reference.expired()}
     assert graph.grad_fn is not None
     assert alive == {"total": {"total"}, "silu": {"x", "residual"}}.get(name, {"x"})
 
@@ -328,7 +328,7 @@ def test_ever_new_strides_are_not_all_remembered(name, launched, monkeypatch):
             triton_norm.layer_norm(x, (4,))
         else:
             triton_norm.batch_norm(x, None, None, training=True)
-    assert max(len(kept) for _, kept in plans._plans.values()) <= 5
+    assert max(len(stored) for _, stored in plans._plans.values()) <= 5
 
 
 def test_no_more_streams_have_zeros_than_numbers_say(monkeypatch):
@@ -340,6 +340,6 @@ def test_no_more_streams_have_zeros_than_numbers_say(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))
     for stream in range(N):
         monkeypatch.setattr(launch, "current_stream", lambda device, stream=stream: stream)
-        kept = launch.zeros(3, torch.device("cuda", 0))
-        assert launch.zeros(2, torch.device("cuda", 0)) is kept
+        stored = launch.zeros(3, torch.device("cuda", 0))
+        assert launch.zeros(2, torch.device("cuda", 0)) is stored
         assert len(launch._zeros) <= launch.MOST_STREAMS

@@ -38,12 +38,12 @@ class Negated(TorchFunctionMode):
 
 
 def arguments_of(name, device):
-    given, option = FUNCTIONS[name]
-    given = [value.to(device) if isinstance(value, torch.Tensor) else value for value in given]
+    inputs, option = FUNCTIONS[name]
+    inputs = [value.to(device) if isinstance(value, torch.Tensor) else value for value in inputs]
     if "weight_offset" in option:
         option = option | {"weight": torch.ones(2, device=device)}
     x = X[None] if name == "instance_norm" else X  # a sample of two channels
-    return (x.to(device), *given), option
+    return (x.to(device), *inputs), option
 
 
 @PATHS

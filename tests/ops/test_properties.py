@@ -38,9 +38,9 @@ from triton_norm.tuning.limits import INTERPRETED
 EITHER = st.one_of(rows(fused=True), channels(fused=True))
 
 
-def examples(share: float) -> Any:
+def examples(fraction: float) -> Any:
     """So many times as many as the profile says."""
-    return settings(max_examples=max(1, int(share * settings().max_examples)))
+    return settings(max_examples=max(1, int(fraction * settings().max_examples)))
 
 
 def roomy(test: Any) -> Any:
@@ -143,8 +143,8 @@ def test_a_row_has_the_same_bits_beside_any_others(device, case, place, poison):
     whole, alone = run(case, flat), run(case, of_samples(flat, chosen))
     x = torch.full_like(flat.x, poison)
     x[chosen] = flat.x[chosen]
-    beside = run(case, flat._replace(x=x))
-    for every, one, other in zip(whole[:4], alone[:4], beside[:4], strict=True):
+    neighbour = run(case, flat._replace(x=x))
+    for every, one, other in zip(whole[:4], alone[:4], neighbour[:4], strict=True):
         assert every is None or same((every[chosen], other[chosen]), (one, one))
 
 
@@ -186,8 +186,8 @@ def test_the_same_call_gives_the_same_bits(device, case, needs_grad):
         needs_grad = {0, 1, 2, 3}
     needs_grad = present(tensors, needs_grad)
     every, some = run(case, tensors), run(case, tensors, needs_grad)
-    kept = (grad if i in needs_grad else None for i, grad in enumerate(every.gradients))
-    assert same((*every[:2], *kept), some)
+    saved = (grad if i in needs_grad else None for i, grad in enumerate(every.gradients))
+    assert same((*every[:2], *saved), some)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the width of accesses may change the order of sums")
@@ -293,7 +293,7 @@ def test_running_statistics_move_by_torchs_formula(device, case, momentum, kind,
     assert counter.item() == count + 1
     if momentum == 0.0:
         assert same((mean, var), before)
-    share = 1 / (count + 1) if momentum is None else momentum
+    fraction = 1 / (count + 1) if momentum is None else momentum
     bound, left = case.bound(tensors), widen(tensors.x)
     first, _, mean_terms = (t.squeeze() for t in case.moments(left))
     left = left - left.mean(case.axes, keepdim=True)
@@ -301,12 +301,12 @@ def test_running_statistics_move_by_torchs_formula(device, case, momentum, kind,
     unbiased = bound.count / (bound.count - 1)
     batch_var = left.square().mean(case.axes) * unbiased
     slip = bound.slack(mean_terms).square() * unbiased  # in what the variance is about
-    for moved, kept, batch, terms, more in (
+    for moved, saved, batch, terms, more in (
         (mean, widen(before[0]), first + rest.squeeze(), mean_terms, 0.0),
-        (var, widen(before[1]), batch_var, batch_var, share * slip),
+        (var, widen(before[1]), batch_var, batch_var, fraction * slip),
     ):
-        exact = (1 - share) * kept + share * batch
-        assert_within(moved, exact, bound.slack((1 - share) * kept.abs() + share * terms) + more)
+        exact = (1 - fraction) * saved + fraction * batch
+        assert_within(moved, exact, bound.slack((1 - fraction) * saved.abs() + fraction * terms) + more)
 
 
 @examples(6.5)
@@ -318,17 +318,17 @@ def test_running_statistics_move_by_torchs_formula(device, case, momentum, kind,
     st.booleans(),
     st.booleans(),
 )
-def test_empty_tensors_are_as_torchs(device, function, shape, dtype, kept, training, residual):
+def test_empty_tensors_are_as_torchs(device, function, shape, dtype, saved, training, residual):
     if function == "batch_norm":
         shape[1] = max(shape[1], 1)  # torch's raises IndexError without channels
     shape[0] = 0 if math.prod(shape) else shape[0]
     x = torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
     if function == "batch_norm":
-        weight = torch.ones(shape[1], dtype=kept, device=device, requires_grad=True)
-        running = torch.ones(2, shape[1], dtype=kept, device=device)
+        weight = torch.ones(shape[1], dtype=saved, device=device, requires_grad=True)
+        running = torch.ones(2, shape[1], dtype=saved, device=device)
         arguments: tuple[Any, ...] = (*running, weight, None, training)
     else:
-        weight = torch.ones(shape[-1], dtype=kept, device=device, requires_grad=True)
+        weight = torch.ones(shape[-1], dtype=saved, device=device, requires_grad=True)
         running = None
         arguments = ((shape[-1],), weight)
     fused = {"residual": torch.ones_like(x)} if residual else {}
@@ -337,7 +337,7 @@ def test_empty_tensors_are_as_torchs(device, function, shape, dtype, kept, train
     y = y[0] if isinstance(y, tuple) else y
     assert (y.shape, y.dtype) == (x.shape, dtype)
     dx, dweight = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
-    assert (dx.shape, dx.dtype, dweight.dtype) == (x.shape, dtype, kept)
+    assert (dx.shape, dx.dtype, dweight.dtype) == (x.shape, dtype, saved)
     assert dweight.shape == weight.shape
     assert not dweight.any()
     assert running is None or (running == 1).all()

@@ -205,15 +205,15 @@ def test_gradcheck_of_batches_and_of_second_derivatives(op, path, device):
     rest = op.shape[1:] if op.is_rows else (*op.shape[1:2], *positions)
     small = dataclasses.replace(op, shape=(2, *rest))
     tensors = [tensor for tensor in small.drawn(device, torch.float64)]
-    given = [tensor for tensor in tensors if tensor is not None]
+    arguments = [tensor for tensor in tensors if tensor is not None]
 
-    def function(*given):
-        remaining = iter(given)
+    def function(*arguments):
+        remaining = iter(arguments)
         return small.ours(*(None if tensor is None else next(remaining) for tensor in tensors))
 
     with triton_norm.backend(path):
-        torch.autograd.gradcheck(function, given, check_batched_grad=True, fast_mode=True)
-        torch.autograd.gradgradcheck(function, given, fast_mode=True)
+        torch.autograd.gradcheck(function, arguments, check_batched_grad=True, fast_mode=True)
+        torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
 
 
 @pairwise(
@@ -236,10 +236,10 @@ def test_vectorized_derivatives(module, function, path, device):
 
 def tensor_of(transform, x):
     """A tensor of x's values that outlives the transform that made it."""
-    kept = []
+    saved = []
 
     def function(x):
-        kept.append(x * 1)
+        saved.append(x * 1)
         return x.sum()
 
     if transform == "jvp":
@@ -248,7 +248,7 @@ def tensor_of(transform, x):
         torch.func.vjp(function, x)
     else:
         torch.func.grad(function)(x)
-    return kept[0]
+    return saved[0]
 
 
 @PATHS
@@ -257,21 +257,21 @@ def test_a_tensor_of_a_finished_transform(transform, path, device):
     """Results are torch's for such an input, gradient and weight. The call before it, on
     tensors of the same kind, is remembered."""
     x = torch.tensor([[1.0, 2.0], [3.0, 5.0]], device=device)
-    kept = tensor_of(transform, x)
+    saved = tensor_of(transform, x)
     expected = torch.tensor([[0.6325, 1.2649], [0.7276, 1.2127]], device=device)
     with triton_norm.backend("auto" if path == "triton" else path):
         triton_norm.rms_norm(x, (2,))
-        torch.testing.assert_close(triton_norm.rms_norm(kept, (2,)), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(triton_norm.rms_norm(saved, (2,)), expected, rtol=0, atol=1e-4)
         weighted = triton_norm.layer_norm(x, (2,), tensor_of(transform, x[0]))
         torch.testing.assert_close(weighted, nn.functional.layer_norm(x, (2,), x[0]))
         leaf = x.clone().requires_grad_()
-        (dx,) = torch.autograd.grad(triton_norm.rms_norm(leaf, (2,)), leaf, kept)
+        (dx,) = torch.autograd.grad(triton_norm.rms_norm(leaf, (2,)), leaf, saved)
         (exact,) = torch.autograd.grad(nn.functional.rms_norm(leaf, (2,)), leaf, x)
         torch.testing.assert_close(dx, exact)
     if path == "triton":
-        assert "no memory of its own" in triton_norm.explain(triton_norm.rms_norm, kept, (2,)).reason
+        assert "no memory of its own" in triton_norm.explain(triton_norm.rms_norm, saved, (2,)).reason
         with triton_norm.backend("triton"), pytest.raises(RuntimeError, match="no memory of its own"):
-            triton_norm.rms_norm(kept, (2,))
+            triton_norm.rms_norm(saved, (2,))
 
 
 @pairwise(
@@ -309,13 +309,13 @@ def test_a_bias_that_is_changed_in_between(op, frozen, path, device):
 def test_inputs_that_were_made_under_inference_mode(op, device):
     """The kernels train behind them, from a copy, as torch's RMSNorm does."""
     tensors, dys = drawn(op, device)
-    wanted = [tensor for tensor in tensors[2:] if tensor is not None]
+    leaves = [tensor for tensor in tensors[2:] if tensor is not None]
     with torch.inference_mode():
         frozen = [None if tensor is None else tensor.detach().clone() for tensor in tensors[:2]]
     with triton_norm.backend("triton"):
-        actual = torch.autograd.grad(op.ours(*frozen, *tensors[2:])[0], wanted, dys[0])
+        actual = torch.autograd.grad(op.ours(*frozen, *tensors[2:])[0], leaves, dys[0])
         plain = [None if tensor is None else tensor.detach() for tensor in tensors[:2]]
-        expected = torch.autograd.grad(op.ours(*plain, *tensors[2:])[0], wanted, dys[0])
+        expected = torch.autograd.grad(op.ours(*plain, *tensors[2:])[0], leaves, dys[0])
         assert all(map(torch.equal, actual, expected))
         with torch.inference_mode():
             assert op.ours(*frozen, *tensors[2:])[0].is_inference()

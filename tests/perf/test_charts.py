@@ -31,8 +31,8 @@ def timings(contenders, modes=PASSES, ops=tuple(FAMILY), seed=0):
                 elif draws.random() < 0.04:
                     records.append(record | FAIL)
                 else:
-                    share = 0.92 - 0.065 * number if contender != "torch" else 0.5
-                    gbps = 4000 * share * draws.uniform(0.93, 1.07)
+                    fraction = 0.92 - 0.065 * number if contender != "torch" else 0.5
+                    gbps = 4000 * fraction * draws.uniform(0.93, 1.07)
                     gbps *= point.floor_bytes / (point.floor_bytes + (8 << 20))
                     median = point.floor_bytes / gbps / 1e3
                     times = {"median_us": median, "p20_us": 0.97 * median, "p80_us": 1.05 * median, "host_us": 9.0}

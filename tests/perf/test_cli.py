@@ -116,13 +116,13 @@ def test_traffic_is_counted_for_what_is_selected(tmp_path):
     file = tmp_path / "shapes.json"
     file.write_text('[{"shape": [32, 64]}]')
     parser = cli._parser()
-    given = parser.parse_args(["traffic", "--shapes", str(file), "--op", "rms_norm", "--mode", "bwd,step"])
-    assert [str(point) for point in options.inspected_of(given, workloads.traffic_points)] == [
+    inputs = parser.parse_args(["traffic", "--shapes", str(file), "--op", "rms_norm", "--mode", "bwd,step"])
+    assert [str(point) for point in options.inspected_of(inputs, workloads.traffic_points)] == [
         "rms_norm backward bf16 32x64",
         "rms_norm backward fp32 32x64",
     ]
-    given = parser.parse_args(["traffic", "--op", "rms_norm", "--points", "1"])
-    assert [str(point) for point in options.inspected_of(given, workloads.traffic_points)] == [
+    inputs = parser.parse_args(["traffic", "--op", "rms_norm", "--points", "1"])
+    assert [str(point) for point in options.inspected_of(inputs, workloads.traffic_points)] == [
         str(next(point for point in workloads.traffic_points() if point.op == "rms_norm"))
     ]
 

@@ -206,8 +206,8 @@ def test_one_that_fails_to_be_imported_is_missing_too(monkeypatch):
         raise RuntimeError("No device were detected on your machine !\n Please check it.")
 
     monkeypatch.setattr(contenders.importlib, "import_module", fails)
-    wanted = "missing (RuntimeError: No device were detected on your machine ! ... Please check it.)"
-    assert BY_NAME["FlagGems"].status() == wanted
+    status = "missing (RuntimeError: No device were detected on your machine ! ... Please check it.)"
+    assert BY_NAME["FlagGems"].status() == status
 
 
 @pytest.mark.parametrize("name", STAND_INS)

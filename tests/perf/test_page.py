@@ -144,9 +144,11 @@ def test_nothing_is_complained_of_or_asked_for_outside(driver, written):
     view(driver, written)
     assert driver.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert written.as_uri() in asked
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    requested = [
+        event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert written.as_uri() in requested
+    assert [url for url in requested if not url.startswith(("file:", "data:"))] == []
 
 
 def test_every_picture_is_there_and_every_link_leads_somewhere(shown):

@@ -340,9 +340,9 @@ def test_a_wrong_total_and_a_gradient_that_leaves_it_out_fail_the_gate(mode):
 
 
 def test_nan_never_passes_the_gate():
-    wanted = {"y": torch.ones(4, dtype=torch.float64)}
+    exact = {"y": torch.ones(4, dtype=torch.float64)}
     result = {"y": torch.tensor([1.0, 1.0, math.nan, 1.0])}
-    assert gate.verdict(gate.errors(result, wanted), 1.0)
+    assert gate.verdict(gate.errors(result, exact), 1.0)
 
 
 def test_traffic_of_layer_norm_reads_x_once_and_writes_y_once():

@@ -120,12 +120,12 @@ def test_peers_begin_with_zeros_each_time(op, workload, unknown_gpu, few_configs
     numbers(**small, multiprocessors=12, min_split_elements=16, one_launch_bytes=0)
     begun = []
 
-    def noted(given):
-        if given.get("sync_ptr") is not None:
-            begun.append(int(given["sync_ptr"].abs().sum()))
+    def noted(values):
+        if values.get("sync_ptr") is not None:
+            begun.append(int(values["sync_ptr"].abs().sum()))
         return False
 
-    failing(monkeypatch, lambda given, config: noted(given))
+    failing(monkeypatch, lambda values, config: noted(values))
     with interleaved():
         results = tuned([Point(op, mode, "fp32", workload) for mode in ("forward", "backward")], tmp_path)
     assert results["problems"] == []
@@ -138,7 +138,7 @@ def test_peers_begin_with_zeros_each_time(op, workload, unknown_gpu, few_configs
 def test_a_config_that_fails_on_one_workload_is_out(unknown_gpu, monkeypatch, tmp_path):
     """The fastest on the other one, where it is met first."""
     fastest, second = forward_space().configs[:2]
-    failing(monkeypatch, lambda given, config: config == fastest and n_rows(given) == 9)
+    failing(monkeypatch, lambda values, config: config == fastest and n_rows(values) == 9)
     timer = MadeUpTimes({("", tuner.text(fastest)): 1.0, ("", tuner.text(second)): 2.0})
     results = tuned(ROWS, tmp_path, timer)
     assert choices_in(unknown_gpu)[FORWARD] == {forward_space().key: second.keywords}
@@ -150,7 +150,7 @@ def test_a_config_that_fails_on_one_workload_is_out(unknown_gpu, monkeypatch, tm
 
 
 def test_a_key_no_config_of_which_works_is_left_out(unknown_gpu, monkeypatch, tmp_path):
-    failing(monkeypatch, lambda given, config: n_rows(given) == 9)
+    failing(monkeypatch, lambda values, config: n_rows(values) == 9)
     results = tuned(ROWS, tmp_path)
     assert choices_in(unknown_gpu) == {}
     record = record_of(results, FORWARD)
@@ -163,7 +163,7 @@ def test_a_key_no_config_of_which_works_is_left_out(unknown_gpu, monkeypatch, tm
 def test_a_wrong_result_is_not_written(number, unknown_gpu, monkeypatch, tmp_path):
     """The config is the best guess, with which the call is made first, or another one: that config alone is out."""
     wrong, second = forward_space().configs[number], forward_space().configs[1]
-    failing(monkeypatch, lambda given, config: config == wrong, lambda given: given["y_ptr"].mul_(1.01))
+    failing(monkeypatch, lambda values, config: config == wrong, lambda values: values["y_ptr"].mul_(1.01))
     timer = MadeUpTimes({("", tuner.text(wrong)): 1.0, ("", tuner.text(second)): 2.0})
     results = tuned(ROWS[:1], tmp_path, timer)
     assert choices_in(unknown_gpu)[FORWARD] == {forward_space().key: second.keywords}
@@ -190,8 +190,8 @@ def test_choices_that_are_wrong_together_are_left_out(unknown_gpu, monkeypatch, 
     fastest = forward_space().configs[1]
     failing(
         monkeypatch,
-        lambda given, config: config == fastest and given.get("statistics_ptr") is not None and "y_ptr" in given,
-        lambda given: given["statistics_ptr"].mul_(2.0),
+        lambda values, config: config == fastest and values.get("statistics_ptr") is not None and "y_ptr" in values,
+        lambda values: values["statistics_ptr"].mul_(2.0),
     )
     timer = MadeUpTimes({("", tuner.text(fastest)): 1.0})
     points = [Point("layer_norm", mode, "fp32", SMALL) for mode in ("forward", "backward")]
@@ -208,8 +208,8 @@ def test_a_wrong_call_is_blamed_on_the_one_config_that_makes_it_wrong(unknown_gp
     wrong = forward_space().configs[0]
     failing(
         monkeypatch,
-        lambda given, config: config == wrong and given.get("statistics_ptr") is not None and "y_ptr" in given,
-        lambda given: given["statistics_ptr"].mul_(2.0),
+        lambda values, config: config == wrong and values.get("statistics_ptr") is not None and "y_ptr" in values,
+        lambda values: values["statistics_ptr"].mul_(2.0),
     )
     points = [Point("layer_norm", mode, "fp32", SMALL) for mode in ("forward", "backward")]
     results = tuned(points, tmp_path)
@@ -223,14 +223,14 @@ def test_running_statistics_move_as_by_one_call(unknown_gpu, monkeypatch, tmp_pa
     """The call that is made to learn its launches moves them; those that are timed move copies."""
     seen, started = [], []
 
-    def kept(*arguments):
+    def saved(*arguments):
         seen.append(make_inputs(*arguments))
         return seen[-1]
 
     def timed_after(self, point, inputs, *_):
         started.append((inputs.running_mean.clone(), inputs.running_var.clone()))
 
-    monkeypatch.setattr(tuner, "make_inputs", kept)
+    monkeypatch.setattr(tuner, "make_inputs", saved)
     monkeypatch.setattr(tuner.Tuner, "_check_each", timed_after)
     point = Point("batch_norm", "forward", "fp32", IMAGES)
     tuned([point], tmp_path)

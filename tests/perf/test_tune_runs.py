@@ -58,8 +58,8 @@ def test_choices_of_other_keys_stay_unless_a_fresh_file_is_asked_for(fresh, unkn
     unknown_gpu.write_text(json.dumps({"environment": {"date": "earlier"}, "choices": old}))
     tuned(ROWS[:1], tmp_path, fresh=fresh)
     new = {FORWARD: {space.key: space.configs[0].keywords}}
-    kept = {FORWARD: old[FORWARD] | new[FORWARD], "another_kernel": {"": choice}}
-    assert choices_in(unknown_gpu) == (new if fresh else kept)
+    saved = {FORWARD: old[FORWARD] | new[FORWARD], "another_kernel": {"": choice}}
+    assert choices_in(unknown_gpu) == (new if fresh else saved)
     content = json.loads(unknown_gpu.read_text())
     assert content["environment"]["torch"]
     assert unknown_gpu.read_text() == json.dumps(content, indent=1, sort_keys=True) + "\n"
@@ -154,7 +154,7 @@ def test_a_gpu_that_no_longer_answers_ends_the_run(unknown_gpu, monkeypatch, tmp
                 raise RuntimeError("an illegal memory access")
 
     third = forward_space().configs[2]
-    failing(monkeypatch, lambda given, config: config == third and n_rows(given) == 9, lambda given: dead.append(1))
+    failing(monkeypatch, lambda values, config: config == third and n_rows(values) == 9, lambda values: dead.append(1))
     other = Point("layer_norm", "forward", "fp32", Workload("rows", "", (3, 80), ""))
     results = tuned([other, *ROWS], tmp_path, Dying())
     assert "an illegal memory access" in results["stopped"]

@@ -122,11 +122,11 @@ def test_largest_values_of_the_halves(norm, dtype, device):
 @pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)])
 def test_gradients_of_both_orders(norm, affine, device):
     x, weight, bias, _ = norm.drawn((2, 2, 2), 2, torch.float64, device)
-    parameters = [kept and parameter for parameter, kept in zip((weight, bias), affine, strict=True)]
+    parameters = [saved and parameter for parameter, saved in zip((weight, bias), affine, strict=True)]
     leaves = [leaf.requires_grad_() for leaf in (x, *parameters) if isinstance(leaf, Tensor)]
 
-    def function(x, *given):
-        result = iter(given)
+    def function(x, *arguments):
+        result = iter(arguments)
         return norm.ours((2, 2))(x, *(next(result) if isinstance(p, Tensor) else None for p in parameters))
 
     assert torch.autograd.gradcheck(function, leaves)

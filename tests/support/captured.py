@@ -157,12 +157,12 @@ class Traced(nn.Module):
     def __init__(self, module: nn.Module, example: Batch, **options: Any) -> None:
         super().__init__()
         self.norm = copy.deepcopy(module.norm)
-        given = copy.deepcopy(module)
+        arguments = copy.deepcopy(module)
 
         def function(state: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-            return torch.func.functional_call(given, state, inputs)
+            return torch.func.functional_call(arguments, state, inputs)
 
-        self.graph = make_fx(function, **options)(self._state(given), *example)
+        self.graph = make_fx(function, **options)(self._state(arguments), *example)
 
     @staticmethod
     def _state(module: nn.Module) -> dict[str, Tensor]:

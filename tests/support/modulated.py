@@ -138,8 +138,8 @@ class Modulated:
         tensor = tensor.to(device, dtype)
         if name in self.chunks:
             return chunked(tensor, tensor.dim() - self.n_axes)
-        lie = self.placements.get("dy" if name == "dtotal" else name)
-        return tensor if lie is None else lie.of(tensor)
+        strides = self.placements.get("dy" if name == "dtotal" else name)
+        return tensor if strides is None else strides.of(tensor)
 
     def call(self, tensors: Tensors) -> tuple[Tensor, ...]:
         """Returns y, and total if there is a residual."""
@@ -163,17 +163,17 @@ class Modulated:
         }
         with cut(self.cut):
             outputs = self.call(leaves)
-            wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+            needed = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
             pairs = [
                 (output, tensors[dy])
                 for output, dy in zip(outputs, ("dy", "dtotal"), strict=False)
                 if self.used in ("both", {"dy": "y", "dtotal": "total"}[dy]) and output.requires_grad
             ]
             gradients = torch.autograd.grad(
-                [y for y, _ in pairs], list(wanted.values()), [dy for _, dy in pairs], allow_unused=True
+                [y for y, _ in pairs], list(needed.values()), [dy for _, dy in pairs], allow_unused=True
             )
         result: Tensors = {"y": outputs[0].detach(), "total": outputs[1].detach() if len(outputs) > 1 else None}
-        return result | {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+        return result | {f"d{name}": gradient for name, gradient in zip(needed, gradients, strict=True)}
 
     def check(self, tensors: Tensors, result: Tensors) -> None:
         """Asserts that results are within their bounds."""

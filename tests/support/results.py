@@ -60,9 +60,9 @@ def _steps() -> list[Record]:
     times = {"host_us": 8e3, "without_norms_us": 7.5e3, "norms": 49}
     spread = {"p20_us": 0.98e4, "median_us": 1e4, "p80_us": 1.03e4}
     return [
-        about | times | {"model": model, "contender": contender} | {name: share * us for name, us in spread.items()}
+        about | times | {"model": model, "contender": contender} | {name: fraction * us for name, us in spread.items()}
         for model in ("BERT base, one layer", "ResNet-50")
-        for contender, share in STEPS.items()
+        for contender, fraction in STEPS.items()
     ]
 
 

@@ -17,48 +17,48 @@ def between_forward_and_backward(world: World) -> None:
     norms can't bear: each gives the gradients that the undisturbed call gives."""
     for kind, dtype, activation in (("last", torch.float32, "relu"), ("flat", torch.float64, "leaky_relu")):
         shape = shape_of(UNEVEN, world, 6, 5, 4)
-        share = share_of(world, drawn(shape, kind, world.device, dtype, residual=dtype, activation=activation), UNEVEN)
-        module = module_of(share)
-        leaves = [tensor.detach().requires_grad_() for tensor in share.inputs() if tensor is not None]
+        part = share_of(world, drawn(shape, kind, world.device, dtype, residual=dtype, activation=activation), UNEVEN)
+        module = module_of(part)
+        leaves = [tensor.detach().requires_grad_() for tensor in part.inputs() if tensor is not None]
         close = {"rtol": 1e-4, "atol": 1e-5}
 
-        def y_of(leaves: Sequence[Tensor], module: nn.Module = module, share: Call = share) -> Tensor:
+        def y_of(leaves: Sequence[Tensor], module: nn.Module = module, part: Call = part) -> Tensor:
             x, residual, weight, bias = leaves
-            return y_of_share(module, share, x, residual, weight, bias)
+            return y_of_share(module, part, x, residual, weight, bias)
 
-        expected = torch.autograd.grad(y_of(leaves), leaves, share.dy)
+        expected = torch.autograd.grad(y_of(leaves), leaves, part.dy)
         for unpack in (lambda t: t.contiguous(), lambda t: torch.stack((t, t + 1), -1)[..., 0]):
             with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
                 y = y_of(leaves)
-            torch.testing.assert_close(torch.autograd.grad(y, leaves, share.dy), expected, **close)
+            torch.testing.assert_close(torch.autograd.grad(y, leaves, part.dy), expected, **close)
 
         y = y_of(leaves)
-        tangent = torch.ones_like(share.dy)
+        tangent = torch.ones_like(part.dy)
         of_tangent = torch.autograd.grad(y, leaves, tangent, retain_graph=True)
         with torch.autograd.forward_ad.dual_level():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the first dual number makes torch use what it deprecates
-                dual = torch.autograd.forward_ad.make_dual(share.dy, tangent)
+                dual = torch.autograd.forward_ad.make_dual(part.dy, tangent)
             unpacked = [
                 torch.autograd.forward_ad.unpack_dual(gradient)
                 for gradient in torch.autograd.grad(y, leaves, dual, retain_graph=True)
             ]
             results = [(gradient.primal, gradient.tangent) for gradient in unpacked]
         torch.testing.assert_close(tuple(zip(*results, strict=True)), (expected, of_tangent), **close)
-        both = torch.stack((share.dy, tangent))
+        both = torch.stack((part.dy, tangent))
         batches = torch.autograd.grad(y, leaves, both, is_grads_batched=True)
         torch.testing.assert_close(batches, tuple(map(torch.stack, zip(expected, of_tangent, strict=True))), **close)
 
         with torch.inference_mode():
-            x = share.x.clone()
+            x = part.x.clone()
         y = y_of([x, *leaves[1:]])
-        torch.testing.assert_close(torch.autograd.grad(y, leaves[2], share.dy)[0], expected[2], **close)
+        torch.testing.assert_close(torch.autograd.grad(y, leaves[2], part.dy)[0], expected[2], **close)
 
-        y = y_of_share(module, share.of(activation=None), *leaves)
-        expected = torch.autograd.grad(y, leaves, share.dy, retain_graph=True)
+        y = y_of_share(module, part.of(activation=None), *leaves)
+        expected = torch.autograd.grad(y, leaves, part.dy, retain_graph=True)
         with torch.no_grad():
             leaves[3].add_(5.0)  # the bias, of which no gradient takes the values
-        assert all(map(torch.equal, torch.autograd.grad(y, leaves, share.dy), expected))
+        assert all(map(torch.equal, torch.autograd.grad(y, leaves, part.dy), expected))
 
 
 def counters_of_every_type(world: World) -> None:

@@ -42,8 +42,8 @@ def compiled_and_recorded(world: World) -> None:
         expected = [_step(eager, eager, batch) for batch in batches]
 
         def check(module: nn.Module, function: Callable[[Tensor], Tensor], expected=expected, batches=batches) -> None:
-            for batch, wanted in zip(batches, expected, strict=True):
-                torch.testing.assert_close(_step(module, function, batch), wanted, rtol=1e-5, atol=1e-5)
+            for batch, reference in zip(batches, expected, strict=True):
+                torch.testing.assert_close(_step(module, function, batch), reference, rtol=1e-5, atol=1e-5)
 
         for strict, grad in ((False, True), (True, False)):
             with torch.set_grad_enabled(grad):

@@ -47,10 +47,12 @@ def small_tiles() -> contextlib.AbstractContextManager[None]:
 
 
 def module_of(call: Call, momentum: float | None = 0.1, **options: Any) -> triton_norm.SyncBatchNorm:
-    kept = torch.float64 if call.x.dtype == torch.float64 else torch.float32
-    module = triton_norm.SyncBatchNorm(call.x.shape[1], momentum=momentum, dtype=kept, device=call.x.device, **options)
+    dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    module = triton_norm.SyncBatchNorm(call.x.shape[1], momentum=momentum, dtype=dtype, device=call.x.device, **options)
     # Halves that each process rounds its gradients to would not add up to the exact ones.
-    module.weight, module.bias = (nn.Parameter(parameter.to(kept, copy=True)) for parameter in (call.weight, call.bias))
+    module.weight, module.bias = (
+        nn.Parameter(parameter.to(dtype, copy=True)) for parameter in (call.weight, call.bias)
+    )
     return module
 
 
@@ -98,10 +100,10 @@ def check_running(world: World, module: nn.Module, batches: list[Tensor]) -> Non
 def check(world: World, sizes: dict[int, tuple[int, ...]], call: Call, momentum: float | None = 0.1) -> None:
     """Two steps, the second of which is held to BatchNorm in fp64 over the joined batch."""
     module = module_of(call, momentum)
-    share = share_of(world, call, sizes)
+    part = share_of(world, call, sizes)
     with torch.no_grad():
-        module(share.x + 1)
-    call.check(joined(world, found_by(module, share)))
+        module(part.x + 1)
+    call.check(joined(world, found_by(module, part)))
     check_running(world, module, [call.x + 1, call.x])
 
 
@@ -172,28 +174,28 @@ def only_the_requested_gradients(world: World) -> None:
         call = drawn(
             shape_of(ONE_EMPTY, world, 5, 4), "flat", world.device, residual=torch.float32, activation=activation
         )
-        share = share_of(world, call, ONE_EMPTY)
-        module = module_of(share)
-        everything = found_by(module, share).gradients
-        for asked in ((0,), (1,), (2, 3), (0, 2), (3,)):
-            leaves = [share.x.detach(), share.residual.detach(), module.weight.detach(), module.bias.detach()]
+        part = share_of(world, call, ONE_EMPTY)
+        module = module_of(part)
+        everything = found_by(module, part).gradients
+        for requested in ((0,), (1,), (2, 3), (0, 2), (3,)):
+            leaves = [part.x.detach(), part.residual.detach(), module.weight.detach(), module.bias.detach()]
             for i, leaf in enumerate(leaves):
-                leaf.requires_grad_(i in asked)
+                leaf.requires_grad_(i in requested)
             state = {"weight": leaves[2], "bias": leaves[3]}
             y = torch.func.functional_call(module, state, leaves[0], {"residual": leaves[1], "activation": activation})
-            grads = torch.autograd.grad(y, [leaves[i] for i in asked], share.dy)
-            assert all(map(torch.equal, grads, [everything[i] for i in asked]))
+            grads = torch.autograd.grad(y, [leaves[i] for i in requested], part.dy)
+            assert all(map(torch.equal, grads, [everything[i] for i in requested]))
 
 
 def one_exchange_forward_and_one_backward(world: World) -> None:
     call = drawn(shape_of(ONE_EMPTY, world, 5, 4), "flat", world.device)
-    share = share_of(world, call, ONE_EMPTY)
-    module = module_of(share)
-    x = share.x.detach().requires_grad_()
+    part = share_of(world, call, ONE_EMPTY)
+    module = module_of(part)
+    x = part.x.detach().requires_grad_()
     with CollectiveCounter() as forward:
         y = module(x)
     with CollectiveCounter() as backward:
-        y.backward(share.dy)
+        y.backward(part.dy)
     assert forward.names == ["all_gather_into_tensor"]
     assert backward.names == ["all_reduce"]
 
@@ -202,9 +204,9 @@ def second_derivatives(world: World) -> None:
     for residual, activation in ((None, None), (torch.float64, "relu"), (None, "silu")):
         shape = shape_of(ONE_EMPTY, world, 3, 4)
         call = drawn(shape, "flat", world.device, torch.float64, residual=residual, activation=activation)
-        share = share_of(world, call, ONE_EMPTY)
-        module = module_of(share)
-        mine = _penalized(functools.partial(y_of_share, module, share), share)
+        part = share_of(world, call, ONE_EMPTY)
+        module = module_of(part)
+        mine = _penalized(functools.partial(y_of_share, module, part), part)
         whole = _penalized(call.composed, call)
         for ours, exact in zip(mine[:2], whole[:2], strict=True):
             if ours is not None:
@@ -227,8 +229,8 @@ def _penalized(function: Callable[..., Tensor], call: Call) -> list[Tensor | Non
     y = function(*leaves)
     (dx,) = torch.autograd.grad(y, leaves[0], call.dy, create_graph=True)
     penalty = (y * call.dy).sum() + dx.square().sum()
-    asked = [leaf for leaf in leaves if leaf is not None]
-    result = iter(torch.autograd.grad(penalty, asked, allow_unused=True))
+    requested = [leaf for leaf in leaves if leaf is not None]
+    result = iter(torch.autograd.grad(penalty, requested, allow_unused=True))
     return [None if leaf is None else next(result) for leaf in leaves]
 
 

@@ -93,17 +93,17 @@ def failing(monkeypatch, fails, then=None):
     start = launch.start
 
     def patched(kernel, count, arguments, constants, config):
-        given = dict(zip(kernel.arg_names, arguments, strict=False))
-        if not fails(given, config):
+        inputs = dict(zip(kernel.arg_names, arguments, strict=False))
+        if not fails(inputs, config):
             return start(kernel, count, arguments, constants, config)
         if then is None:
             raise RuntimeError("out of resource: shared memory")
         started = start(kernel, count, arguments, constants, config)
-        then(given)
+        then(inputs)
         return started
 
     monkeypatch.setattr(launch, "start", patched)
 
 
-def n_rows(given):
-    return given["x_ptr"].shape[0]
+def n_rows(inputs):
+    return inputs["x_ptr"].shape[0]

@@ -177,14 +177,14 @@ def _stand_ins() -> dict[str, ModuleType]:
     return modules
 
 
-def _found(stand_in: ModuleType) -> ModuleType:
+def _results(stand_in: ModuleType) -> ModuleType:
     try:
         return importlib.import_module(stand_in.__name__)
     except (ImportError, RuntimeError):  # torchvision's operators may be another torch's
         return stand_in
 
 
-MODULES = {path: _found(module) for path, module in _stand_ins().items()}
+MODULES = {path: _results(module) for path, module in _stand_ins().items()}
 
 
 def find(path: str) -> Any:

@@ -24,11 +24,11 @@ def contents(value: Any) -> Any:
         return value.training, [*value.__dict__], {name: contents(tensor) for name, tensor in tensors.items()}
     if not isinstance(value, Tensor):
         return None
-    kept = type(value), value.dtype, value.requires_grad, value._version, contents(value.grad)
+    saved = type(value), value.dtype, value.requires_grad, value._version, contents(value.grad)
     if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
-        return kept
+        return saved
     dense = value.detach().clone(memory_format=torch.contiguous_format)
-    return *kept, value.stride(), dense.reshape(-1).view(torch.uint8).tolist()
+    return *saved, value.stride(), dense.reshape(-1).view(torch.uint8).tolist()
 
 
 def surroundings() -> Any:
@@ -64,12 +64,12 @@ def check(name: str, arguments: dict[str, Any], words: str, stated: type[Excepti
     explained."""
     function, theirs = getattr(triton_norm, name), getattr(F, name)
     error = stated or torchs_error(theirs, arguments)
-    given = arguments.values()
+    inputs = arguments.values()
     for backend in BACKENDS:
         for grad in (True, False):
-            with torch.set_grad_enabled(grad), triton_norm.backend(backend), refused(error, words, *given):
+            with torch.set_grad_enabled(grad), triton_norm.backend(backend), refused(error, words, *inputs):
                 function(**arguments)
-        with triton_norm.backend(backend), refused(error, words, *given):
+        with triton_norm.backend(backend), refused(error, words, *inputs):
             triton_norm.explain(function, **arguments)
 
 

@@ -83,12 +83,12 @@ def packed(x: Tensor) -> Tensor:
         "kernels": [True, False],
     }
 )
-def test_merges_the_shares_of_many(empty, kept, momentum, n_channels, kernels, device):
+def test_merges_the_shares_of_many(empty, saved, momentum, n_channels, kernels, device):
     """Shares are more than are read at a time, and channels those of one program or two. An empty share is not read."""
     lengths = [0 if rank in empty else 1 + rank % 4 for rank in range(19)]
     parts = [100 + torch.randn(length, n_channels, dtype=torch.float64) for length in lengths]
     gathered = torch.stack([packed(part) for part in parts]).float().to(device)
-    mean, var, counter = torch.randn(n_channels).to(kept), (torch.rand(n_channels) + 0.5).to(kept), torch.tensor(3)
+    mean, var, counter = torch.randn(n_channels).to(saved), (torch.rand(n_channels) + 0.5).to(saved), torch.tensor(3)
     exact = nn.BatchNorm1d(n_channels, momentum=momentum, dtype=torch.float64)
     exact.running_mean, exact.running_var, exact.num_batches_tracked = mean.double(), var.double(), counter.clone()
     moved = [tensor.to(device, copy=True) for tensor in (mean, var, counter)]
@@ -107,7 +107,7 @@ def test_merges_the_shares_of_many(empty, kept, momentum, n_channels, kernels, d
     # Each share's mean, of about 100, was rounded once.
     torch.testing.assert_close(results[0] + results[1], batch.mean(0), rtol=2 * roundoff, atol=0)
     torch.testing.assert_close(results[2], rstd, rtol=1e-3, atol=0)
-    tolerance = torch.finfo(kept).eps if kept == torch.bfloat16 else 16 * roundoff
+    tolerance = torch.finfo(saved).eps if saved == torch.bfloat16 else 16 * roundoff
     torch.testing.assert_close(moved[0].cpu().double(), exact.running_mean, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(moved[1].cpu().double(), exact.running_var, rtol=max(tolerance, 1e-3), atol=tolerance)
 
@@ -204,10 +204,10 @@ def test_errors_are_torchs(shape, message):
 def test_relu_stops_whatever_gradient_comes_to_it(poison, kernels, device):
     x, dy = torch.tensor([[-3.0], [1.0], [2.0]], device=device), torch.tensor([[poison], [1.0], [0.5]], device=device)
     merged = move_op(synchronized.moments_op(x, kernels)[None], [], [], 0.1, 1e-5, kernels)
-    given = dy, x, None, None, None, None, merged
+    inputs = dy, x, None, None, None, None, merged
     ops, relu = torch.ops.triton_norm, ("relu", 0.0, kernels)
-    _, _, sums = ops.sync_batch_norm_sums(*given, None, None, None, *relu)
-    dx, _ = ops.sync_batch_norm_gradient(*given, sums, None, None, *relu)
+    _, _, sums = ops.sync_batch_norm_sums(*inputs, None, None, None, *relu)
+    dx, _ = ops.sync_batch_norm_gradient(*inputs, sums, None, None, *relu)
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(F.batch_norm(leaf, None, None, training=True).relu(), leaf, dy.double())
     assert exact.isfinite().all()

@@ -132,8 +132,8 @@ def test_extent_of_views(view):
     x = torch.arange(5 * 4 * 6).reshape(5, 4, 6)
     tensor = view(x)
     addresses = (np.arange(-4, x.numel() + 4) * 8 + x.data_ptr()).astype(np.uint64)
-    held = Extent(tensor).contains(addresses, 8)
-    assert sorted(set(tensor.flatten().tolist())) == (np.flatnonzero(held) - 4).tolist()
+    resident = Extent(tensor).contains(addresses, 8)
+    assert sorted(set(tensor.flatten().tolist())) == (np.flatnonzero(resident) - 4).tolist()
 
 
 @triton.jit

@@ -203,13 +203,13 @@ def off_centre_rows(numbers, monkeypatch, columns: int) -> None:
 
 
 def channels(
-    numbers, monkeypatch, kind: str, one_launch: bool = True, shape: tuple[int, ...] | None = None, **asked: Any
+    numbers, monkeypatch, kind: str, one_launch: bool = True, shape: tuple[int, ...] | None = None, **requested: Any
 ) -> None:
     """Two programs a channel, each with two tiles, the last not full unless there is another `shape`."""
     usual, tile = SPLIT[kind]
     shape = shape or usual
     share(numbers, tile, one_launch)
-    drawn(shape, kind, "cpu", **asked).against_oracle()
+    drawn(shape, kind, "cpu", **requested).against_oracle()
 
 
 def far_samples(numbers, monkeypatch) -> None:
@@ -245,8 +245,8 @@ def statistics_move(
     """Twice; the counter counts, and the zeros that launches begin with are left zeros."""
     shape, tile = SPLIT["flat"]
     share(numbers, tile, one_launch)
-    kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(plan, "zeros", lambda n, device: kept[:n])
+    saved = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(plan, "zeros", lambda n, device: saved[:n])
     moved = *running_statistics(shape[1], "cpu", dtype), torch.tensor(0)
     exact = nn.BatchNorm2d(shape[1], momentum=momentum, dtype=torch.float64)
     exact.running_mean, exact.running_var = (tensor.to(torch.float64, copy=True) for tensor in moved[:2])
@@ -254,7 +254,7 @@ def statistics_move(
         x = step + torch.randn(shape, dtype=dtype)
         triton_norm.batch_norm(x, *moved[:2], training=True, momentum=momentum, num_batches_tracked=moved[2])
         exact(x.double())
-        assert not kept.any(), "zeros are left"
+        assert not saved.any(), "zeros are left"
         assert moved[2] == step + 1, "the counter"
     same_statistics(moved, exact, 64 * torch.finfo(dtype).eps)
 
