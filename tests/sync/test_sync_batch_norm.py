@@ -77,7 +77,7 @@ def packed(x: Tensor) -> Tensor:
 @pairwise(
     {
         "empty": [(), (0, 4, 18), range(19)],
-        "kept": [torch.float32, torch.bfloat16, torch.float64],
+        "saved": [torch.float32, torch.bfloat16, torch.float64],
         "momentum": [0.1, None],
         "n_channels": [5, 1100],
         "kernels": [True, False],
