@@ -20,7 +20,7 @@ if stub_driver.missing():
     print(stub_driver.missing())
     sys.exit(77)
 import triton_norm
-from triton_norm.kernels import modulated, modulated_backward, rows, rows_backward
+from triton_norm.kernels import modulated, modulated_backward, modulated_finalise, rows, rows_backward
 from triton_norm import launch
 
 ROW_KERNELS = (
@@ -32,7 +32,8 @@ KERNELS = (
     *ROW_KERNELS,
     modulated.modulated_forward_kernel,
     modulated_backward.modulated_backward_kernel,
-    modulated_backward.modulated_backward_finalise_kernel,
+    modulated_backward.modulated_row_sums_kernel,
+    modulated_finalise.modulated_backward_finalise_kernel,
 )
 
 def compiled():
