@@ -144,6 +144,12 @@ def test_wrong_choices_are_caught(mutant):
         check()
 
 
+@pytest.mark.parametrize(("columns", "offered"), [(2, False), (4, False), (8, True)])
+def test_triton_compiles_no_clusters_of_few_columns(columns, offered):
+    work = SharedChannels("last", columns, columns, 2**16 // columns, 1, 1, 2)
+    assert (channel_clusters.plan_clusters(work, FORWARD, True, WITH_CLUSTERS) is not None) == offered
+
+
 def test_few_channels_fill_half_of_a_gpu_or_are_small():
     """A GroupNorm's launch does not depend on the number of samples, and so not on this."""
     assert launch_of(work_of(FORWARD, "flat", 200_704, n_blocks=9), FORWARD) is not None  # 72 of 132 multiprocessors

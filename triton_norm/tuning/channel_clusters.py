@@ -17,6 +17,8 @@ APART, CLUSTERS = config(1, CLUSTERS=0), config(1, CLUSTERS=1)
 _MOST_WARPS = 16
 # A block has at least this many warps.
 _LEAST_WARPS = 4
+# Channels-last, Triton 3.9 fails to compile clusters for 2 and 4 columns.
+_LEAST_COLUMNS = 8
 
 
 class Clusters(NamedTuple):
@@ -56,6 +58,7 @@ def plan_clusters(work: SharedChannels, kernel: str, is_group: bool, gpu: Gpu) -
     n_resident = 2 if backward else 1
     fits = work.kind != "folded" and 0 < work.resident_bytes <= 4 * n_resident
     fits = fits and work.vector * work.resident_bytes >= limits.narrow_access_bytes * n_resident
+    fits = fits and (work.kind == "flat" or work.lanes >= _LEAST_COLUMNS)
     if gpu.most_blocks == 1 or not fits or elements * work.resident_bytes < limits.cluster_least_bytes:
         return None
     per_thread, most_tiles = _of_thread(work, backward, gpu)
