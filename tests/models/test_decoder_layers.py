@@ -4,120 +4,37 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm as tn
 from support import inductor
+from support.decoders import (
+    MODELS,
+    fused,
+    inputs_of,
+    model_of,
+    run,
+    run_layer,
+    transformers,
+    unfused,
+)
 from support.layers import class_at, layer_at
-from support.models import TINY, assert_same_bits, built, expected, norms_of, step
+from support.models import TINY, assert_same_bits, built, expected, step
+from support.operators import Operators
 from triton_norm.converting import layers
 from triton_norm.converting.layer_lists import LAYERS
 
 if TYPE_CHECKING:
     from triton_norm.testing.guards import Guard
 
-transformers = pytest.importorskip("transformers")
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-PICTURE = {"image_size": 8, "patch_size": 4, "num_channels": 3}
-DROPOUTS = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"), 0.0)
-EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "llama": ({}, ("post_attention_layernorm",)),
-    "mixtral": (EXPERTS, ("post_attention_layernorm",)),
-    "gemma2": ({}, ("pre_feedforward_layernorm",)),
-    "phi3": ({"resid_pdrop": 0.0}, ("post_attention_layernorm",)),
-    "granite": ({"residual_multiplier": 0.3}, ("post_attention_layernorm",)),
-    "gpt_neox": (DROPOUTS | {"use_parallel_residual": False}, ("post_attention_layernorm",)),
-    "vit": (PICTURE | DROPOUTS, ("layernorm_after",)),
-    "siglip_vision_model": (PICTURE | DROPOUTS, ("layer_norm2",)),
-    "dinov2": (PICTURE | DROPOUTS, ("norm2",)),
-    "bert": (DROPOUTS, ("LayerNorm", "LayerNorm")),
-}
-"""Options of each model, and the norms of a layer that take a sum."""
-
-
-def model_of(kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    options, _ = MODELS[kind]
-    config = transformers.AutoConfig.for_model(kind, **SIZES | options)
-    causal = kind in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind != "bert"
-    model = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config)
-    with torch.no_grad():
-        for norm in norms_of(model).values():
-            for parameter in norm.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.to(device, dtype)
-
-
-def inputs_of(model: nn.Module) -> dict[str, Tensor]:
-    parameter = next(model.parameters())
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(1, 3, 8, 8).to(parameter)}
-    return {"input_ids": torch.randint(3, 32, (2, 3), device=parameter.device)}
-
-
-def fused(model: nn.Module) -> nn.Module:
-    other = copy.deepcopy(model)
-    assert tn.convert(other, fuse=True).fused
-    return other
-
-
-def unfused(model: nn.Module) -> nn.Module:
-    other = copy.deepcopy(model)
-    assert tn.convert(other).fused == {}
-    return other
-
-
-def run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the output and the gradients."""
-    model.zero_grad()
-    y = model(**inputs)[0]
-    (y * torch.sin(torch.arange(float(y.numel()), device=y.device)).view_as(y)).sum().backward()
-    return y.detach(), {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-
-
-def run_layer(layer: nn.Module, call: Any = None) -> tuple[Tensor, list[Tensor]]:
-    """Returns the output of a decoder layer and its gradients; `call`: the layer, compiled."""
-    device = next(layer.parameters()).device
-    leaf = torch.sin(torch.arange(48.0, device=device)).view(1, 3, 16).requires_grad_()
-    angles = torch.sin(torch.arange(48.0, device=device)).view(2, 1, 3, 8)
-    y = (layer if call is None else call)(leaf, position_embeddings=(angles[0], angles[1]))
-    gradients = torch.autograd.grad((y * torch.cos(leaf)).sum(), [leaf, *layer.parameters()])
-    return y.detach(), list(gradients)
-
-
-class Operators(TorchDispatchMode):
-    """Lists the operators that are dispatched, but for those that compute no tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        if operator is not torch.ops.aten.promote_types.default:
-            self.names.append(str(operator))
-        return operator(*arguments, **(named or {}))
-
 
 FLOAT, HALF = torch.float32, torch.bfloat16
+
 # Rounding of its own kind, a weight's offset, a multiple of the addend, LayerNorm, the sum that nothing else takes.
 KINDS = [("llama", FLOAT), ("llama", HALF), ("gemma2", HALF), ("granite", HALF), ("vit", FLOAT), ("bert", HALF)]
 
@@ -235,97 +152,6 @@ def test_norms_that_are_not_converted():
             (".post_attention_layernorm", "excluded"),
         )
     }
-
-
-class Wrapper(nn.Module):
-    """Wraps a part, as adapters do."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) * 1.5
-
-
-def hooked(layer: nn.Module) -> None:
-    layer.post_attention_layernorm.register_forward_hook(lambda norm, inputs, y: y * 2.0)
-
-
-def doubled_input(layer: nn.Module) -> None:
-    layer.post_attention_layernorm.register_forward_pre_hook(lambda norm, inputs: (inputs[0] * 2.0,))
-
-
-def wrapped_norm(layer: nn.Module) -> None:
-    layer.post_attention_layernorm = Wrapper(layer.post_attention_layernorm)
-
-
-def another_forward(layer: nn.Module) -> None:
-    norm = layer.post_attention_layernorm
-    norm.forward = lambda x: type(norm).forward(norm, x) * 2.0
-
-
-def another_class(layer: nn.Module) -> None:
-    norm = layer.post_attention_layernorm
-    cls = type(norm)
-    norm.__class__ = type("Own", (cls,), {"forward": lambda self, x: cls.forward(self, x) * 2.0})
-
-
-def wrapped_projection(layer: nn.Module) -> None:
-    layer.self_attn.q_proj = Wrapper(layer.self_attn.q_proj)
-
-
-def wide_stream(layer: nn.Module) -> None:
-    layer.self_attn.register_forward_hook(lambda part, inputs, y: (y[0].double(), *y[1:]))
-    layer.mlp.register_forward_pre_hook(lambda part, inputs: (inputs[0].float(),))
-    layer.register_forward_hook(lambda layer, inputs, y: y.float())
-
-
-def narrow_attention(layer: nn.Module) -> None:
-    layer.self_attn.register_forward_hook(lambda part, inputs, y: (y[0].bfloat16(), *y[1:]))
-
-
-def broadcast(layer: nn.Module) -> None:
-    layer.self_attn.register_forward_hook(lambda part, inputs, y: (y[0][:, :1], *y[1:]))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        hooked,
-        doubled_input,
-        wrapped_norm,
-        another_forward,
-        another_class,
-        wrapped_projection,
-        wide_stream,
-        narrow_attention,
-        broadcast,
-    ],
-)
-def test_changes_to_a_fused_layer_act_as_on_its_parts(change, device):
-    layer = model_of("llama", device).model.layers[0]
-    ours, theirs = fused(layer), unfused(layer)
-    before, _ = run_layer(theirs)
-    for each in (ours, theirs):
-        change(each)
-    (y, grads), (expected_y, expected_grads) = run_layer(ours), run_layer(theirs)
-    assert torch.equal(y, expected_y)
-    assert not torch.equal(y, before)
-    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
-
-
-def test_a_sum_of_two_types_is_one_launch(device):
-    """Adds an attention's output to a residual stream in float32, as under autocast."""
-    model = model_of("llama", device)
-    inputs = inputs_of(model)
-    results, additions = [], []
-    for each in (unfused(model), fused(model)):
-        with torch.autocast(device, torch.bfloat16), Operators() as operators:
-            results.append(each(**inputs).logits)
-        additions.append(operators.names.count("aten.add.Tensor"))
-    assert torch.equal(*results)
-    assert additions[0] - additions[1] == 2
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

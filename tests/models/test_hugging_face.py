@@ -1,7 +1,6 @@
 """Every listed norm of Hugging Face's transformers, of the version installed, against its own forward."""
 
 import copy
-import importlib
 import inspect
 import itertools
 import pickle
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import triton_norm as tn
+from support.layers import class_at
 from triton_norm.converting import hugging_face
 from triton_norm.converting.hugging_face import (
     ARITHMETIC,
@@ -42,16 +42,6 @@ SINCE = {"deepseek_v4.DeepseekV4RMSNorm": "5.20", "nemotron_h.NemotronHRMSNorm":
 HALF, SINGLE = torch.bfloat16, torch.float32
 TYPES = [*itertools.product((HALF, SINGLE), repeat=2), (torch.float16, torch.float16), (torch.float16, SINGLE)]
 COLUMNS = 48
-
-
-def class_at(path: str) -> type[nn.Module] | None:
-    """None where the installed version has no such model or class."""
-    model, name = path.split(".")
-    try:
-        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    except ModuleNotFoundError:
-        return None
-    return getattr(module, name, None)
 
 
 def made(cls: type[nn.Module], columns: int = COLUMNS) -> nn.Module:

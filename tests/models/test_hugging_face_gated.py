@@ -1,7 +1,6 @@
 """Every listed gated norm of Hugging Face's transformers, of the version installed, against its own forward."""
 
 import copy
-import importlib
 import pickle
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_norm as tn
+from support.layers import class_at
 from triton_norm.converting import hugging_face
 from triton_norm.converting.gated import FALCON_H1, GATED, KIMI, MAMBA_2, QWEN_3_NEXT
 
@@ -33,16 +33,6 @@ FORMS = [
 ]
 HALF, SINGLE = torch.bfloat16, torch.float32
 TYPES = [(HALF, HALF), (HALF, SINGLE), (SINGLE, SINGLE), (torch.float16, torch.float16)]
-
-
-def class_at(path: str) -> type[nn.Module] | None:
-    """Returns None where the installed version has no such model or class."""
-    model, name = path.split(".")
-    try:
-        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    except ModuleNotFoundError:
-        return None
-    return getattr(module, name, None)
 
 
 def made(path: str, options: dict[str, object], dtype: torch.dtype = SINGLE, device: str = "cpu") -> nn.Module:
