@@ -5,7 +5,7 @@ import json
 import pytest
 
 from perf.findings import layout_text, uncached
-from support.bars import moved, records, wanting
+from support.bars import TARGETS, moved, records, wanting
 
 pytest.importorskip("triton")
 
@@ -39,15 +39,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("target", "dtypes", "which"),
-    [
-        ("sm_90", ("bf16",), "quick"),
-        pytest.param("sm_80", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
-        pytest.param("sm_90", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
-        pytest.param("sm_100", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
-    ],
-)
+@TARGETS
 def test_machine_code(target, dtypes, which):
     """No kernel spills, and each access to x, y and their like moves 16 bytes."""
     compiled = records(RESOURCES, target, json.dumps(dtypes), which)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from perf.findings import layout_text, streamed
-from support.bars import moved, records, wanting
+from support.bars import TARGETS, moved, records, wanting
 
 pytest.importorskip("triton")
 
@@ -49,15 +49,7 @@ def without_few_spills(record):
     return record | {"spill_stores": 0, "spill_loads": 0}
 
 
-@pytest.mark.parametrize(
-    ("target", "dtypes", "which"),
-    [
-        ("sm_90", ("bf16",), "quick"),
-        pytest.param("sm_80", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
-        pytest.param("sm_90", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
-        pytest.param("sm_100", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
-    ],
-)
+@TARGETS
 def test_machine_code(target, dtypes, which):
     """No kernel in bf16 spills, each access to x, y and their like moves 16 bytes, and a backward is two launches."""
     compiled = records(RESOURCES, target, json.dumps(dtypes), which)

@@ -3,8 +3,20 @@
 import json
 import re
 
+import pytest
+
 from perf.ops import BULK
 from support import processes
+
+TARGETS = pytest.mark.parametrize(
+    ("target", "dtypes", "which"),
+    [
+        ("sm_90", ("bf16",), "quick"),
+        pytest.param("sm_80", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
+        pytest.param("sm_90", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
+        pytest.param("sm_100", ("bf16", "fp32"), "all", marks=pytest.mark.thorough),
+    ],
+)
 
 
 def records(code, *arguments, **environment):
