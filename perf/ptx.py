@@ -112,5 +112,5 @@ def loaded_back(ptx: str, signature: Mapping[str, str]) -> list[str]:
 
 
 def atomics(ptx: str) -> list[str]:
-    """Types of the elements that atomics read and write in global memory, such as "s32"."""
+    """Returns the types of elements that atomics read and write in global memory, such as "s32"."""
     return sorted(set(_ATOMIC.findall(ptx)))

@@ -26,9 +26,6 @@ from triton_norm.tuning.channel_spaces import Plan
 from triton_norm.tuning.limits import VECTOR_BYTES
 from triton_norm.tuning.memory import remembered
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""The gradients are dx, dresidual, dweight and dbias."""
-
 
 def _forward_launches(read: Read, waits: bool, activation: str | None) -> Launches:
     x, residual = read.placements
