@@ -1,10 +1,10 @@
-"""Plans and launches GroupNorm. A group is a channel of one sample whose weight changes along it.
+"""Plans and launches GroupNorm's forward. A group is a channel of one sample whose weight changes along it.
 
 The forward of small groups is one launch whose programs have several of them (whole_groups.py). That of groups that fit
 into the registers of several programs is one launch that reads them as a BatchNorm's channels, sample by sample, and
 each element's weight and bias from its channel. Otherwise statistics are reduced by group, and results that depend
 on the weight are computed by channel, with the statistics of its group. A sample's bits don't depend on the other
-samples. The backward is divided in the same manner: by groups in registers, or by channels.
+samples.
 """
 
 from collections.abc import Sequence
