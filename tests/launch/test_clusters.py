@@ -23,7 +23,7 @@ from triton_norm.tuning.row_spaces import RowWork, rows_backward, rows_backward_
 triton = pytest.importorskip("triton")
 
 WITH_CLUSTERS = changed(H100, most_blocks=8)
-COLUMNS = [1024, 8192, 16384, 32768, 65536, 131072, 262144, 2**20]
+COLUMNS = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 2**20]
 HAS_CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= limits.CLUSTERS_SINCE
 
 
@@ -31,8 +31,8 @@ def spaces(gpu: Gpu):
     for n_cols in COLUMNS:
         for dtype, stored_bytes in (("bfloat16", 2), ("float32", 4)):
             work = RowWork(n_cols, (dtype,), stored_bytes, 4)
-            yield n_cols * stored_bytes, rows_forward(work, gpu)
-            yield n_cols * stored_bytes, rows_backward(work, gpu)
+            yield work, rows_forward(work, gpu)
+            yield work, rows_backward(work, gpu)
 
 
 def clusters(configs: tuple[Config, ...]) -> list[int]:
@@ -68,23 +68,30 @@ def test_no_cluster_where_there_are_none():
 def test_rows_that_one_block_can_not_hold_begin_with_a_cluster():
     """Asserts that a first choice has at most 8 blocks, a last candidate 16, and a short row no cluster."""
     seen = set()
-    for row_bytes, space in spaces(WITH_CLUSTERS):
+    for work, space in spaces(WITH_CLUSTERS):
         result = clusters(space.configs)
         seen.update(result)
         assert all(blocks in (2, 4, 8, 16) for blocks in result), space
         assert space.configs[0].num_ctas <= 8
-        if row_bytes < 16 * 1024:
-            assert result == []
+        assert bool(result) == (4096 <= work.n_cols <= (262144 if space.kernel == "rows_forward_kernel" else 131072))
         if 16 in result:
             assert set(result) == {16}
             assert space.configs[-1].num_ctas == 16
     assert seen == {2, 4, 8, 16}
     first = {
-        (space.kernel, row_bytes): space.configs[0].num_ctas
-        for row_bytes, space in spaces(WITH_CLUSTERS)
-        if row_bytes == 2 * 65536
+        space.kernel: space.configs[0].num_ctas
+        for work, space in spaces(WITH_CLUSTERS)
+        if (work.n_cols, work.stored_bytes) == (65536, 2)
     }
-    assert first == {("rows_forward_kernel", 2 * 65536): 4, ("rows_backward_kernel", 2 * 65536): 8}
+    assert first == {"rows_forward_kernel": 4, "rows_backward_kernel": 8}
+
+
+def test_clusters_of_short_rows_load_the_next_one():
+    """Beside a program that has one row: the first of them, since a search tries both."""
+    for work, space in spaces(WITH_CLUSTERS):
+        if space.kernel == "rows_forward_kernel":
+            stages = [candidate["STAGES"] for candidate in space.configs if candidate.num_ctas > 1]
+            assert stages == ([] if work.n_cols < 4096 else [0, 3] if work.n_cols <= 16384 else stages[:1])
 
 
 def test_a_cluster_has_a_whole_row():
@@ -207,7 +214,8 @@ def tensors(dtype, *shapes, last=False):
 
 def tell(call, name, clusters=True):
     with compiling_for(target, clusters) as launches:
-        y = call()
+        result = call()
+        y = result[0] if isinstance(result, tuple) else result
         forward = len(launches)
         y.backward(torch.empty_like(y))
         counts = forward, len(launches) - forward
@@ -220,6 +228,7 @@ def tell(call, name, clusters=True):
         kernels = [one.compile() for one in kept]
         for one, kernel, code in zip(kept, kernels, inspect(kernels, target), strict=True):
             told = {name: code[name] for name in ("spill_stores", "accesses", "atomics", "blocks", "clusters")}
+            told |= {"stages": one.config.keywords.get("STAGES"), "copies": kernel.asm["ptx"].count("cp.async.c")}
             told |= {"kernel": one.kernel.__name__, "name": name, "launches": counts}
             told |= {"tiles": one.constants.get("TILES")}
             told |= {"loaded_back": ptx.loaded_back(kernel.asm["ptx"], kernel.src.signature)}
@@ -230,8 +239,10 @@ OF_ROWS = """
 for norm in (triton_norm.layer_norm, triton_norm.rms_norm):
     for dtype in (torch.bfloat16, torch.float32):
         for n in map(int, named):
-            x, weight = tensors(dtype, (4, n), (n,))
-            tell(lambda: norm(x, (n,), weight), f"{norm.__name__} {dtype} {n}")
+            x, residual, weight, bias = tensors(dtype, (4, n), (4, n), (n,), (n,))
+            affine = (weight, bias) if norm is triton_norm.layer_norm else (weight,)
+            added = {"residual": residual} if n % 3 else {}
+            tell(lambda: norm(x, (n,), *affine, **added), f"{norm.__name__} {dtype} {n}")
 """
 
 OF_CHANNELS = """
@@ -279,11 +290,13 @@ def check(record):
 @pytest.mark.skipif(not HAS_CLUSTERS, reason="Triton 3.9 is the first with clusters")
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_compiled_rows(target):
-    records = compiled(OF_ROWS, target, "8192", "16384", "65536", "131072")
+    """With a bias, and with a residual unless the columns are a multiple of 3. Stages load by asynchronous copies."""
+    records = compiled(OF_ROWS, target, "4096", "6000", "16384", "65536", "98304")
     assert {record["kernel"] for record in records} == {"rows_forward_kernel", "rows_backward_kernel"}
     for record in records:
         check(record)
         assert set(record["accesses"]["x"]["load"]) == {"128"}, record
+        assert (record["copies"] > 0) == (record["stages"] > 1), record
 
 
 @pytest.mark.long

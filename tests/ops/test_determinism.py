@@ -110,7 +110,7 @@ def use(numbers, monkeypatch):
             return
         kind = name.rpartition(", ")[2]
         share(numbers, SMALL.get(kind, SMALL["flat"])[1], one_launch)
-        forward = config(4, BLOCK_M=1, BLOCK_N=32, PEERS=2, PIECES=1)
+        forward = config(4, BLOCK_M=1, BLOCK_N=32, PEERS=2, PIECES=1, STAGES=0)
         backward = config(4, BLOCK_M=1, BLOCK_N=32, PEERS=2, STAGES=1, HOLD_WEIGHT=False)
         spaces.force_rows(monkeypatch, forward, backward)
 

@@ -39,7 +39,7 @@ def share(numbers, monkeypatch):
     def use(columns: int, pieces: int = 1, at_once: int = 1, multiprocessors: int = 6) -> None:
         width = next_power_of_2(columns)
         peers = width // (SPAN * pieces)
-        forward = config(4, BLOCK_M=1, BLOCK_N=SPAN, PIECES=pieces, PEERS=peers)
+        forward = config(4, BLOCK_M=1, BLOCK_N=SPAN, PIECES=pieces, PEERS=peers, STAGES=0)
         backward = config(4, BLOCK_M=at_once, BLOCK_N=SPAN, PEERS=width // SPAN, STAGES=1, HOLD_WEIGHT=False)
         spaces.force_rows(monkeypatch, forward, backward)
         # A program a multiprocessor, for many turns.

@@ -69,21 +69,27 @@ def _read(table: str) -> list[Mutant]:
 
 
 ROWS = _read(r"""
-rows.rows_forward_kernel
+rows.forward_of_group
     short rows | bounds | row_mask = rows < n_rows -> row_mask = rows <= n_rows
     short rows | bounds | mask = row_mask & (cols < n_cols)\n    x =
         -> mask = row_mask & (cols <= n_cols)\n    x =
     far rows | overflow | group.to(tl.int64) * BLOCK_M -> group * BLOCK_M
-    large eps | value | tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + EPS)
-        -> tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE)) + EPS
+    large eps | value | tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + NORM.EPS)
+        -> tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE)) + NORM.EPS
     long rows | value | to_float(start - begin, COMPUTE) -> to_float(start - begin - BLOCK_N, COMPUTE)
     long rows | value | tl.minimum(end - start, BLOCK_N) -> BLOCK_N
     long rows, no mean | value | moments.m2 + of_piece.m2 -> of_piece.m2
     long rows | unwritten | range(BLOCK_N, last - begin + 1, BLOCK_N) -> range(BLOCK_N, last - begin, BLOCK_N)
     long sums | barrier | tl.debug_barrier() -> pass
-    short rows | unwritten | tl.store(statistics_ptr + rows, moments.mean, mask=row_mask) -> pass
+    short rows | unwritten | tl.store(tensors.statistics + rows, moments.mean, mask=row_mask) -> pass
     short rows | value | rstd, mask=row_mask) -> rstd.to(tl.bfloat16), mask=row_mask)
     shared rows | race | tl.where(peer == 0, n_rows, 0) -> n_rows
+rows.rows_forward_kernel
+    rows in turn | unwritten | tl.num_programs(0), num_stages -> tl.num_programs(0) + 1, num_stages
+    rows in turn | unwritten | tl.cdiv(n_rows, BLOCK_M) -> (tl.cdiv(n_rows, BLOCK_M) - 1)
+    rows in turn | race | tl.range(tl.program_id(0), -> tl.range(0,
+    rows in turn | bounds | weight_ptr + cols, mask=cols < n_cols -> weight_ptr + cols, mask=cols <= n_cols
+    rows in turn | value | weight = tl.load(weight_ptr + cols -> weight = tl.load(bias_ptr + cols
 rows.exchange_moments
     shared rows | value | tl.minimum(n_cols - members * SPAN, SPAN) -> SPAN
     shared rows | bounds | there = members < n_peers -> there = members <= n_peers

@@ -60,7 +60,7 @@ def _spaces(pieces: int) -> dict[str, Any]:
         return spaces.only(kernel, config(4, BLOCK_N=SPAN, PEERS=max(1, work.width // span), **blocks))
 
     def forward(work: RowWork, gpu: Gpu) -> Space:
-        return space("rows_forward_kernel", work, SPAN * pieces, BLOCK_M=1, PIECES=pieces)
+        return space("rows_forward_kernel", work, SPAN * pieces, BLOCK_M=1, PIECES=pieces, STAGES=0)
 
     def backward(work: RowWork, gpu: Gpu) -> Space:
         return space("rows_backward_kernel", work, SPAN, BLOCK_M=pieces, STAGES=1, HOLD_WEIGHT=False)

@@ -93,11 +93,20 @@ def rows(numbers, monkeypatch, norm: Norm = LAYER_NORM, columns: int = 33, **cha
 
 def shared_rows(numbers, monkeypatch, dtype: torch.dtype = torch.float32) -> None:
     """Three programs a row, which exchange sums of two rows at a time; two teams."""
-    forward = config(4, BLOCK_M=1, BLOCK_N=32, PIECES=1, PEERS=4)
+    forward = config(4, BLOCK_M=1, BLOCK_N=32, PIECES=1, PEERS=4, STAGES=0)
     backward = config(4, BLOCK_M=2, BLOCK_N=32, PEERS=4, STAGES=1, HOLD_WEIGHT=False)
     spaces.force_rows(monkeypatch, forward, backward)
     numbers(multiprocessors=6)
     LAYER_NORM.against_oracle(*LAYER_NORM.drawn((5, 90), 1, dtype, "cpu"))
+
+
+def rows_in_turn(numbers, monkeypatch) -> None:
+    """Two programs take two rows at a time, one after another; a group of rows at the end is not full."""
+    forward = config(32, BLOCK_M=2, BLOCK_N=128, PIECES=1, PEERS=1, STAGES=3)
+    backward = config(4, BLOCK_M=2, BLOCK_N=128, PEERS=1, STAGES=1, HOLD_WEIGHT=False)
+    spaces.force_rows(monkeypatch, forward, backward)
+    numbers(multiprocessors=2)
+    LAYER_NORM.against_oracle(*LAYER_NORM.drawn((9, 90), 1, torch.float32, "cpu"))
 
 
 def far(shape: tuple[int, ...], *strides: int) -> torch.Tensor:
@@ -333,6 +342,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "off-centre long rows": _of(off_centre_rows, columns=300),
     "shared rows": shared_rows,
     "shared half rows": functools.partial(shared_rows, dtype=torch.float16),
+    "rows in turn": rows_in_turn,
     "far rows": far_rows,
     "rows along axes": rows_along_axes,
     "long sums": long_sums,

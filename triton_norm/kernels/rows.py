@@ -14,9 +14,18 @@ from triton_norm.kernels.moments import Moments, merge, merge_all, moments_of, t
 
 
 @triton.jit
-def load_columns(ptr, cols, n_cols, OFFSET: tl.constexpr, COMPUTE: tl.constexpr):
-    """Returns OFFSET + a parameter's columns, [1, BLOCK_N]. Every program reads them, so they should stay in cache."""
-    columns = tl.load(ptr + cols, mask=cols < n_cols, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+def load_columns(parameter, cols, n_cols, OFFSET: tl.constexpr, COMPUTE: tl.constexpr):
+    """Returns OFFSET + a parameter's columns, [1, BLOCK_N].
+
+    Every program reads them, so they should stay in cache.
+
+    Args:
+        parameter: pointer to the parameter, or the columns themselves, if they are in registers.
+    """
+    columns = parameter
+    if parameter.dtype.is_ptr():
+        columns = tl.load(parameter + cols, mask=cols < n_cols, other=0.0, eviction_policy="evict_last")
+    columns = columns.to(COMPUTE)
     if OFFSET != 0.0:
         columns += OFFSET
     return columns
@@ -120,14 +129,131 @@ def centred_on(x, moments, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
-    """Returns x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = centred · rstd. Either parameter may be None."""
+def normalize(centred, rstd, weight, bias, cols, n_cols, WEIGHT_OFFSET: tl.constexpr, ROUNDED: tl.constexpr):
+    """Returns x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = centred · rstd.
+
+    Args:
+        weight, bias: as in `load_columns`, or None.
+    """
     y = rounded(centred * rstd, ROUNDED)
-    if weight_ptr is not None:
-        y *= load_columns(weight_ptr, cols, n_cols, WEIGHT_OFFSET, rstd.dtype)
-    if bias_ptr is not None:
-        y += load_columns(bias_ptr, cols, n_cols, 0.0, rstd.dtype)
+    if weight is not None:
+        y *= load_columns(weight, cols, n_cols, WEIGHT_OFFSET, rstd.dtype)
+    if bias is not None:
+        y += load_columns(bias, cols, n_cols, 0.0, rstd.dtype)
     return y
+
+
+class RowPointers(NamedTuple):
+    """Bundles the tensors of `rows_forward_kernel`; weight and bias may be columns [1, BLOCK_N] in registers."""
+
+    x: tl.tensor
+    residual: tl.tensor
+    y: tl.tensor
+    total: tl.tensor
+    weight: tl.tensor
+    bias: tl.tensor
+    statistics: tl.tensor
+    partials: tl.tensor
+    sync: tl.tensor
+
+
+class RowLayout(NamedTuple):
+    """Bundles the sizes of `rows_forward_kernel`, and the strides of x and residual."""
+
+    n_rows: tl.tensor
+    n_cols: tl.tensor
+    axes: Axes
+    x: RowStrides
+    residual: RowStrides
+
+
+class Norm(NamedTuple):
+    """Bundles the constants of the formula, as `rows_forward_kernel` describes them."""
+
+    EPS: float
+    WEIGHT_OFFSET: float
+    ROUNDED: tl.dtype | None
+    CENTRED: bool
+    COMPUTE: tl.dtype
+
+
+class RowTile(NamedTuple):
+    """Bundles the constants of a program's tile, as `rows_forward_kernel` describes them."""
+
+    V: int
+    BLOCK_M: int
+    BLOCK_N: int
+    PIECES: int
+    PEERS: int
+
+
+@triton.jit
+def forward_of_group(group, peer, tensors, layout, NORM: tl.constexpr, TILE: tl.constexpr):
+    """Normalizes a group of BLOCK_M rows, or if PEERS > 1 a span of a row. Constants are `rows_forward_kernel`'s."""
+    V: tl.constexpr = TILE.V
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    PIECES: tl.constexpr = TILE.PIECES
+    PEERS: tl.constexpr = TILE.PEERS
+    CENTRED: tl.constexpr = NORM.CENTRED
+    COMPUTE: tl.constexpr = NORM.COMPUTE
+    SPAN: tl.constexpr = BLOCK_N * PIECES
+    EVICTION: tl.constexpr = "evict_last" if PIECES > 1 and tensors.residual is None else "evict_first"
+    n_rows = layout.n_rows
+    n_cols = layout.n_cols
+    begin = peer * SPAN
+    rows = group.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    row_mask = rows < n_rows
+    x_rows = tensors.x + row_offsets(rows, layout.x, layout.axes, V)
+    y_rows = tensors.y + rows * n_cols
+    residual_rows = tensors.residual
+    total_rows = tensors.total
+    if tensors.residual is not None:
+        residual_rows = tensors.residual + row_offsets(rows, layout.residual, layout.axes, V)
+        total_rows = tensors.total + rows * n_cols
+    cols = begin + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+    mask = row_mask & (cols < n_cols)
+    x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
+    count = to_float(tl.minimum(n_cols - begin, BLOCK_N), COMPUTE)
+    centred, moments = moments_of(x.to(COMPUTE), mask, count, 1, CENTRED)
+    if PIECES > 1:
+        end = tl.minimum(begin + SPAN, n_cols)
+        for start in range(begin + BLOCK_N, end, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)[None, :]
+            mask = row_mask & (cols < n_cols)
+            x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
+            count = to_float(tl.minimum(end - start, BLOCK_N), COMPUTE)
+            _, of_piece = moments_of(x.to(COMPUTE), mask, count, 1, CENTRED)
+            if CENTRED:
+                moments = merge(to_float(start - begin, COMPUTE), moments, count, of_piece)
+            else:
+                moments = Moments(moments.mean, moments.mean_lo, moments.m2 + of_piece.m2)
+    if PEERS > 1:
+        team = Team(group, peer, tl.cdiv(n_cols, SPAN), tensors.partials, tensors.sync)
+        moments = exchange_moments(moments, team, n_cols, SPAN, PEERS, CENTRED)
+        row_mask = rows < tl.where(peer == 0, n_rows, 0)
+    rstd = tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + NORM.EPS)
+    if PIECES > 1 or PEERS > 1:
+        centred = centred_on(x, moments, CENTRED)
+    y = normalize(centred, rstd, tensors.weight, tensors.bias, cols, n_cols, NORM.WEIGHT_OFFSET, NORM.ROUNDED)
+    tl.store(at(y_rows, cols, V), y.to(tensors.y.dtype.element_ty), mask=mask)
+    if PIECES > 1:
+        swept_rows = x_rows
+        if tensors.residual is not None:
+            swept_rows = total_rows
+            tl.debug_barrier()
+        last = begin + (end - 1 - begin) // BLOCK_N * BLOCK_N
+        for back in range(BLOCK_N, last - begin + 1, BLOCK_N):
+            cols = last - back + tl.arange(0, BLOCK_N)[None, :]
+            mask = (rows < n_rows) & (cols < n_cols)
+            x = tl.load(at(swept_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
+            centred = centred_on(x, moments, CENTRED)
+            y = normalize(centred, rstd, tensors.weight, tensors.bias, cols, n_cols, NORM.WEIGHT_OFFSET, NORM.ROUNDED)
+            tl.store(at(y_rows, cols, V), y.to(tensors.y.dtype.element_ty), mask=mask)
+    if tensors.statistics is not None:
+        if CENTRED:
+            tl.store(tensors.statistics + rows, moments.mean, mask=row_mask)
+        tl.store(tensors.statistics + (n_rows if CENTRED else 0) + rows, rstd, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_inner", "n_middle"])
@@ -161,6 +287,7 @@ def rows_forward_kernel(
     BLOCK_N: tl.constexpr,
     PIECES: tl.constexpr,
     PEERS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Computes y = x_hat · (weight + WEIGHT_OFFSET) + bias with x_hat = (x − mean) · rstd, for every row.
 
@@ -170,7 +297,10 @@ def rows_forward_kernel(
     others are read again, backwards, so that they come from cache. If n_peers = cdiv(n_cols, PIECES · BLOCK_N) > 1,
     BLOCK_M is 1, and n_peers programs share a row and exchange their moments.
 
-    Grid: cdiv(n_rows, BLOCK_M) · n_peers.
+    With STAGES, a program has whole rows, and takes one group of BLOCK_M after another. It keeps weight and bias in
+    registers, and loads the next rows while it sums these.
+
+    Grid: cdiv(n_rows, BLOCK_M) · n_peers, or with STAGES as many programs as run at once.
     Bytes: reads x and residual, and writes y and total, once. If PIECES > 1, reads x, or total, again but for a piece.
 
     Args:
@@ -184,68 +314,31 @@ def rows_forward_kernel(
         CENTRED: subtracts the mean: LayerNorm; otherwise RMSNorm.
         COMPUTE: type of the arithmetic and of the statistics.
         PEERS: upper bound of n_peers, a power of two.
+        STAGES: software pipeline stages of the loop over groups of rows; 0: a program has one group.
     """
-    SPAN: tl.constexpr = BLOCK_N * PIECES
-    EVICTION: tl.constexpr = "evict_last" if PIECES > 1 and residual_ptr is None else "evict_first"
     n_cols = n_col_vecs * V
-    if PEERS > 1:
-        n_peers = tl.cdiv(n_cols, SPAN)
-        group, peer = take_place(sync_ptr, n_peers)
-        begin = peer * SPAN
-    else:
-        group = tl.program_id(0)
-        begin = 0
-    rows = group.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
-    row_mask = rows < n_rows
     axes = Axes(n_inner, n_middle)
-    x_rows = x_ptr + row_offsets(rows, RowStrides(x_row_vecs, x_middle_vecs, x_outer_vecs), axes, V)
-    y_rows = y_ptr + rows * n_cols
-    residual_rows = residual_ptr
-    total_rows = total_ptr
-    if residual_ptr is not None:
-        residual_strides = RowStrides(residual_row_vecs, residual_middle_vecs, residual_outer_vecs)
-        residual_rows = residual_ptr + row_offsets(rows, residual_strides, axes, V)
-        total_rows = total_ptr + rows * n_cols
-    cols = begin + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
-    mask = row_mask & (cols < n_cols)
-    x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
-    count = to_float(tl.minimum(n_cols - begin, BLOCK_N), COMPUTE)
-    centred, moments = moments_of(x.to(COMPUTE), mask, count, 1, CENTRED)
-    if PIECES > 1:
-        end = tl.minimum(begin + SPAN, n_cols)
-        for start in range(begin + BLOCK_N, end, BLOCK_N):
-            cols = start + tl.arange(0, BLOCK_N)[None, :]
-            mask = row_mask & (cols < n_cols)
-            x = load_summed(x_rows, residual_rows, total_rows, cols, mask, V, EVICTION, COMPUTE)
-            count = to_float(tl.minimum(end - start, BLOCK_N), COMPUTE)
-            _, of_piece = moments_of(x.to(COMPUTE), mask, count, 1, CENTRED)
-            if CENTRED:
-                moments = merge(to_float(start - begin, COMPUTE), moments, count, of_piece)
-            else:
-                moments = Moments(moments.mean, moments.mean_lo, moments.m2 + of_piece.m2)
-    if PEERS > 1:
-        team = Team(group, peer, n_peers, partials_ptr, sync_ptr)
-        moments = exchange_moments(moments, team, n_cols, SPAN, PEERS, CENTRED)
-        row_mask = rows < tl.where(peer == 0, n_rows, 0)
-    rstd = tl.rsqrt(moments.m2 / to_float(n_cols, COMPUTE) + EPS)
-    if PIECES > 1 or PEERS > 1:
-        centred = centred_on(x, moments, CENTRED)
-    y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
-    tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
-    if PIECES > 1:
-        swept_rows = x_rows
-        if residual_ptr is not None:
-            swept_rows = total_rows
-            tl.debug_barrier()
-        last = begin + (end - 1 - begin) // BLOCK_N * BLOCK_N
-        for back in range(BLOCK_N, last - begin + 1, BLOCK_N):
-            cols = last - back + tl.arange(0, BLOCK_N)[None, :]
-            mask = (rows < n_rows) & (cols < n_cols)
-            x = tl.load(at(swept_rows, cols, V), mask=mask, other=0.0, eviction_policy="evict_first")
-            centred = centred_on(x, moments, CENTRED)
-            y = normalize(centred, rstd, weight_ptr, bias_ptr, cols, n_cols, WEIGHT_OFFSET, ROUNDED)
-            tl.store(at(y_rows, cols, V), y.to(y_ptr.dtype.element_ty), mask=mask)
-    if statistics_ptr is not None:
-        if CENTRED:
-            tl.store(statistics_ptr + rows, moments.mean, mask=row_mask)
-        tl.store(statistics_ptr + (n_rows if CENTRED else 0) + rows, rstd, mask=row_mask)
+    x_strides = RowStrides(x_row_vecs, x_middle_vecs, x_outer_vecs)
+    residual_strides = RowStrides(residual_row_vecs, residual_middle_vecs, residual_outer_vecs)
+    layout = RowLayout(n_rows, n_cols, axes, x_strides, residual_strides)
+    weight = weight_ptr
+    bias = bias_ptr
+    if STAGES:
+        cols = tl.arange(0, BLOCK_N)[None, :]
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0)
+    tensors = RowPointers(x_ptr, residual_ptr, y_ptr, total_ptr, weight, bias, statistics_ptr, partials_ptr, sync_ptr)
+    NORM: tl.constexpr = Norm(EPS, WEIGHT_OFFSET, ROUNDED, CENTRED, COMPUTE)
+    TILE: tl.constexpr = RowTile(V, BLOCK_M, BLOCK_N, PIECES, PEERS)
+    if STAGES:
+        n_groups = tl.cdiv(n_rows, BLOCK_M).to(tl.int64)
+        for group in tl.range(tl.program_id(0), n_groups, tl.num_programs(0), num_stages=STAGES):
+            # The interpreter's loops count in Python's integers.
+            forward_of_group(tl.full([], group, tl.int64), 0, tensors, layout, NORM, TILE)
+    elif PEERS > 1:
+        group, peer = take_place(sync_ptr, tl.cdiv(n_cols, BLOCK_N * PIECES))
+        forward_of_group(group, peer, tensors, layout, NORM, TILE)
+    else:
+        forward_of_group(tl.program_id(0), 0, tensors, layout, NORM, TILE)

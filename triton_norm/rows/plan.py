@@ -1,7 +1,7 @@
 """Plans and launches the forward of LayerNorm and RMSNorm, and allocates its outputs and workspace."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,17 +67,12 @@ def _forward_launcher(
     x_row, *x_outer = x.over(vector)
     residual_row, *residual_outer = (0, None, None) if residual is None else residual.over(vector)
     stored = max(dtype.itemsize for dtype in present(swept))
-    work = RowWork(n_cols, names(swept), stored, compute.itemsize, name_of(types.y))
-
-    def n_programs(config: Mapping[str, Any], n_rows: int) -> int:
-        groups: int = -(-n_rows // config["BLOCK_M"])
-        return groups if config["PEERS"] == 1 else groups * -(-n_cols // (config["BLOCK_N"] * config["PIECES"]))
-
+    work, gpu = RowWork(n_cols, names(swept), stored, compute.itemsize, name_of(types.y)), gpu_of(device)
     return Launcher(
         _kernels().rows_forward_kernel,
-        row_spaces.rows_forward(work, gpu_of(device)),
+        row_spaces.rows_forward(work, gpu),
         device,
-        n_programs,
+        lambda config, n_rows: row_spaces.rows_forward_programs(config, n_rows, n_cols, gpu),
         (n_cols // vector, x_row, residual_row, layout.n_inner, layout.n_middle, *x_outer, *residual_outer),
         EPS=spec.eps,
         WEIGHT_OFFSET=spec.weight_offset,

@@ -58,14 +58,19 @@ class Limits:
     # A cluster's block has at least this part of a forward's row, and two at least half as much, counted in the widest
     # stored type.
     cluster_block_bytes: int = 32 * 1024
-    # A thread of such a block has this part of the row.
-    cluster_thread_bytes: int = 64
+    # A thread of such a block has this part of the row: 16 elements of a 16-bit type. With 32 of them LayerNorm with a
+    # bias spilled 4 registers, and 7 to 11 beside a residual (sm_100, Triton 3.9).
+    cluster_thread_bytes: int = 32
     # A cluster's block has at least this many elements of a backward's row.
     cluster_backward_elements: int = 8 * 1024
-    # Rows from this size on may have clusters beside programs of one block, counted in the widest stored type.
-    cluster_least_bytes: int = 16 * 1024
-    # Rows of at most this many columns may be prefetched by a backward's clusters.
+    # Rows of at least this many columns may have clusters beside programs of one block.
+    cluster_least_columns: int = 4 * 1024
+    # Clusters may prefetch rows of at most this many columns...
     cluster_prefetched_columns: int = 16 * 1024
+    # ... of which a thread has this many in the forward: one access in a 16-bit type.
+    cluster_prefetched_elements: int = 8
+    # Channels and groups from this size on may have clusters, counted in the type that stays in registers.
+    cluster_least_bytes: int = 16 * 1024
     # A thread of a cluster has at most this many elements of a channel in the forward: 48 channels-last spilled 10
     # registers, and 64 channels-first 16 (sm_90, Triton 3.9).
     cluster_elements: ByKind = ByKind(flat=56, last=32, folded=0)

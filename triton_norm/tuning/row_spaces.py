@@ -37,25 +37,39 @@ class RowWork(NamedTuple):
 
 
 def _shared(width: int, block: int, peers: int) -> dict[str, int]:
-    """Returns PIECES and PEERS for a row of `width` columns in pieces of `block`; all are powers of two."""
+    """Returns PIECES and PEERS for a row of `width` columns in pieces of `block`; all are powers of two.
+
+    Each program has one group of rows: STAGES is 0.
+    """
     members = min(peers, width // block)
-    return {"PIECES": width // block // members, "PEERS": members}
+    return {"PIECES": width // block // members, "PEERS": members, "STAGES": 0}
 
 
 def _cluster_forward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config]:
-    """Returns the config of a program that has a whole row in the registers of a cluster's blocks, if one fits.
+    """Returns the configs of programs that have a whole row in the registers of a cluster's blocks, if one fits.
 
-    Compiled by Triton 3.9 for sm_90 and sm_100, these take at most 64 registers; no GPU has run them yet.
+    The second of them takes one row after another, and loads two rows ahead while the sum of this one is on its way
+    between the blocks. Its threads have fewer elements, since weight and bias are in registers too.
+
+    Compiled by Triton 3.9 for sm_90 and sm_100, neither spills, except up to 5 registers of rows that are read by 2 or
+    4 bytes, and of 262144 columns in a 16-bit type with a bias; no GPU has run them yet.
     """
     limits, row_bytes = gpu.limits, work.width * work.stored_bytes
     blocks = min(most_blocks, max(2, row_bytes // limits.cluster_block_bytes))
-    n_warps = row_bytes // limits.cluster_thread_bytes // gpu.warp // blocks
-    if row_bytes < limits.cluster_least_bytes or n_warps * gpu.warp > MOST_THREADS:
+    threads = row_bytes // limits.cluster_thread_bytes // blocks
+    parts = 2 if len(work.types) == 1 else 1  # twice as much in a thread spilled 11 registers beside a residual
+    if work.width < limits.cluster_least_columns or threads > parts * MOST_THREADS:
         return []
+    forms = [(min(threads, MOST_THREADS), 0)]
+    if work.width <= limits.cluster_prefetched_columns and work.compute_bytes == 4:
+        forms.append((work.width // limits.cluster_prefetched_elements // blocks, 3))
     # Without a limit the assembler spilled a register of RMSNorm to fit more warps (8192 columns, sm_100).
     limit = REGISTERS_PER_SM // MOST_THREADS
-    shared = _shared(work.width, work.width, 1)
-    return [config(n_warps, maxnreg=limit, num_ctas=blocks, BLOCK_M=1, BLOCK_N=work.width, **shared)]
+    whole = {"BLOCK_M": 1, "BLOCK_N": work.width, "PIECES": 1, "PEERS": 1}
+    return [
+        config(n_threads // gpu.warp, maxnreg=limit, num_ctas=blocks, **whole, STAGES=stages)
+        for n_threads, stages in forms
+    ]
 
 
 def _with_clusters(
@@ -98,6 +112,19 @@ def rows_forward(work: RowWork, gpu: Gpu) -> Space:
         ]
         configs = _with_clusters(_cluster_forward, work, gpu, configs)
     return space_of("rows_forward_kernel", work.key, configs)
+
+
+def rows_forward_programs(config: Mapping[str, Any], n_rows: int, n_cols: int, gpu: Gpu) -> int:
+    """Returns the number of programs: as many as run at once, if each takes one group of rows after another."""
+    n_groups: int = -(-n_rows // config["BLOCK_M"])
+    if config["PEERS"] > 1:
+        n_peers: int = -(-n_cols // (config["BLOCK_N"] * config["PIECES"]))
+        return n_groups * n_peers
+    if config["STAGES"] == 0:
+        return n_groups
+    per_sm = MOST_THREADS // (config["num_warps"] * gpu.warp)
+    at_once: int = gpu.multiprocessors * per_sm // config.get("num_ctas", 1)
+    return min(n_groups, at_once)
 
 
 def _backward_config(elements: int, per_thread: int, gpu: Gpu, **blocks: Any) -> Config:
@@ -159,12 +186,15 @@ def _clusters_backward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config
     """Returns configs of programs that have whole rows in the registers of a cluster's blocks.
 
     Threads have 16 elements, or 8: 16 in each of 1024 threads would spill 12 to 30 registers. Two stages load the next
-    row while the sums of this one are on their way between the blocks.
+    row while the sums of this one are on their way between the blocks; in 1024 threads they spilled 2 registers of
+    float32 (sm_100, Triton 3.9).
     """
-    blocks = min(most_blocks, max(2, work.width // gpu.limits.cluster_backward_elements))
+    limits = gpu.limits
+    blocks = min(most_blocks, max(2, work.width // limits.cluster_backward_elements))
     elements = work.width // blocks
-    if work.width * work.stored_bytes < gpu.limits.cluster_least_bytes:
+    if work.width < limits.cluster_least_columns:
         return []
+    prefetched_threads = MOST_THREADS // (2 if work.stored_bytes > 2 else 1)
     return [
         config(
             elements // per_thread // gpu.warp,
@@ -179,7 +209,8 @@ def _clusters_backward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config
         for per_thread, most_threads in ((16, MOST_THREADS // 2), (8, MOST_THREADS))
         for stages in (1, 2)
         if elements <= most_threads * per_thread
-        if stages == 1 or work.width <= gpu.limits.cluster_prefetched_columns
+        if stages == 1
+        or (work.width <= limits.cluster_prefetched_columns and elements <= prefetched_threads * per_thread)
     ]
 
 
