@@ -26,13 +26,14 @@ _function_modes = torch._C._len_torch_function_stack
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _known(name: str, source: str) -> str:
+def _checked(name: str, source: str) -> str:
+    """Returns the name of a backend. Raises ValueError, which names the source, for any other name."""
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, but got {name!r}")
     return name
 
 
-_DEFAULT = _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
+_DEFAULT = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
 
 class _Override(threading.local):
@@ -46,8 +47,8 @@ _contexts: dict[object, str] = {}
 """Each open context has its backend here, by a token, the newest last: threads leave theirs in any order."""
 
 
-def asked_for() -> str:
-    """Returns the backend in force for a call from here."""
+def backend_in_force() -> str:
+    """Returns the name of the backend in force for a call from here."""
     return _newest if torch.compiler.is_compiling() else override.name
 
 
@@ -67,7 +68,7 @@ def backend(name: str) -> Iterator[None]:
     """
     global _newest
     before = override.name, _newest
-    override.name = _newest = _known(name, "backend")
+    override.name = _newest = _checked(name, "backend")
     token = None if torch.compiler.is_compiling() else _entered(name)
     try:
         yield
@@ -187,12 +188,12 @@ def autocasts(function: str, x: Tensor) -> bool:
 
 def is_fusible() -> bool:
     """Decides whether torch.compile records the call, and may fuse it with neighbouring operations."""
-    return captures.is_fusible(asked_for())
+    return captures.is_fusible(backend_in_force())
 
 
 def explanation(function: str, copies: tuple[str, ...], x: Tensor, reason: str | None) -> Explanation:
     """Returns the decision of `goes_to_triton` for an eager call, in words. Doesn't raise."""
-    chosen = asked_for()
+    chosen = backend_in_force()
     if chosen == "torch":
         return Explanation(function, "torch", "backend 'torch' was asked for")
     reason = reason or unserved_now()
@@ -204,7 +205,7 @@ def explanation(function: str, copies: tuple[str, ...], x: Tensor, reason: str |
 
 
 def explained_by(function: str, reason: str) -> Explanation:
-    refused = "; backend 'triton' makes this an error" if asked_for() == "triton" else ""
+    refused = "; backend 'triton' makes this an error" if backend_in_force() == "triton" else ""
     return Explanation(function, "torch", reason + refused)
 
 
@@ -218,9 +219,9 @@ def instead_of(
         fused: values of the keyword-only arguments of `function`, in order.
     """
     options = dict(zip(function.__kwdefaults__, fused, strict=True))
-    result = overrides.taker(function, torch_function, tensors, options)
-    if result is None:
+    overriding = overrides.override_of(function, torch_function, tensors, options)
+    if overriding is None:
         return None
-    who, instead = result
-    goes_to_triton(who)
+    reason, instead = overriding
+    goes_to_triton(reason)
     return instead

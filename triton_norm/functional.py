@@ -277,11 +277,12 @@ def batch_norm(
     tensors = input, residual, weight, bias, running_mean, running_var, num_batches_tracked
     options = training, momentum, eps, activation, negative_slope
     if has_torch_function_variadic(*tensors):
-        return _taken_batch_norm(tensors, options)
+        return _overridable_batch_norm(tensors, options)
     return normalize_channels(tensors, options)
 
 
-def _taken_batch_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+def _overridable_batch_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """Computes batch_norm, or calls the override by a mode or a tensor, if there is one; as normalize_channels."""
     input, residual, weight, bias, running_mean, running_var, counter = tensors
     training, momentum, eps, activation, negative_slope = options
     arguments = input, residual, weight, bias, running_mean, running_var
@@ -360,10 +361,11 @@ def _torch_batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
     halves = x.dtype in HALVES
     if bias is not None and weight is None:
         weight = torch.ones_like(bias)  # torch's has no backward for a bias alone on CUDA
-    taken = (types <= {x.dtype} and not (fused and halves)) or (halves and types == {torch.float32} and not fused)
+    rounds_once = not (fused and halves)
+    takes_dtypes = rounds_once and (types <= {x.dtype} or (halves and types == {torch.float32}))
     momentum = reference.count(counter, spec.momentum)
-    is_torchs = has_known_sizes(x) and isinstance(momentum, float)
-    if taken and is_torchs and x.dim() <= 5:  # cuDNN takes at most 5 axes
+    takes_call = has_known_sizes(x) and isinstance(momentum, float)
+    if takes_dtypes and takes_call and x.dim() <= 5:  # cuDNN takes at most 5 axes
         parameters = weight, bias, spec.training, momentum, spec.eps
         y = _counted_batch_norm(counter, x, running_mean, running_var, *parameters)
         if residual is not None:
@@ -372,7 +374,7 @@ def _torch_batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
     compute = reference.compute_dtype(x)
     if spec.training and running_mean is not None and running_var is not None:
         is_empty = holds(x.numel() == 0)
-        if is_empty or not is_torchs or {running_mean.dtype, running_var.dtype} != {compute}:
+        if is_empty or not takes_call or {running_mean.dtype, running_var.dtype} != {compute}:
             if not is_empty:
                 reference.move_running_statistics(x, running_mean, running_var, momentum)
             running_mean = running_var = None  # not read in training

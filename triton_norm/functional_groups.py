@@ -100,7 +100,7 @@ def normalize_groups(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tens
 def _torch_group_norm(tensors: Inputs, spec: GroupNormSpec) -> Tensor:
     """Normalizes by torch's function, on wider tensors if it does not take these dtypes or would round twice."""
     x, residual, weight, bias = tensors
-    if not _is_torchs(x):
+    if not _takes_sizes(x):
         return reference.group_norm(tensors, spec)
     if bias is not None and weight is None:
         weight = torch.ones_like(bias)  # torch's has no backward for a bias alone
@@ -116,8 +116,8 @@ def _is_empty(x: Tensor) -> bool:
     return not captures.is_traced() and holds(x.numel() == 0)
 
 
-def _is_torchs(x: Tensor) -> bool:
-    """Decides whether torch's function takes x: it asks for the sizes, and fails or returns NaN without elements."""
+def _takes_sizes(x: Tensor) -> bool:
+    """Decides whether torch's function takes x's sizes: it fails for unknown ones, and fails or returns NaN for 0."""
     return has_known_sizes(x) and not _is_empty(x)
 
 
@@ -193,11 +193,12 @@ def instance_norm(
     tensors = input, residual, weight, bias, running_mean, running_var, None
     options = use_input_stats, momentum, eps, activation, negative_slope
     if has_torch_function_variadic(*tensors):
-        return _taken_instance_norm(tensors, options)
+        return _overridable_instance_norm(tensors, options)
     return normalize_instances(tensors, options)
 
 
-def _taken_instance_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+def _overridable_instance_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """Computes instance_norm, or calls the override by a mode or a tensor, if there is one; as normalize_instances."""
     input, residual, weight, bias, running_mean, running_var, _ = tensors
     use_input_stats, momentum, eps, *fused = options
     arguments = input, residual, running_mean, running_var, weight, bias
@@ -255,7 +256,7 @@ def _torch_instance_norm(tensors: BatchNormTensors, spec: GroupNormSpec, momentu
     if running_mean is not None and running_var is not None and not _is_empty(x):
         running = running_mean, running_var
         reference.check_writable(*running)
-    if _is_torchs(x):
+    if _takes_sizes(x):
         if bias is not None and weight is None:
             weight = torch.ones_like(bias)  # torch's has no backward for a bias alone on CUDA
         fits = _fits(inputs, spec)

@@ -86,13 +86,13 @@ def zeros(n: int, device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(n, dtype=torch.int32, device=device)
     stream = current_stream(index)
-    facts = _zeros.get((index, stream))
-    if facts is None or facts.numel() < n:
+    result = _zeros.get((index, stream))
+    if result is None or result.numel() < n:
         size = next_power_of_2(max(n, LEAST_ZEROS))
         if len(_zeros) >= MOST_STREAMS:
             _zeros.clear()  # safe: a stream's memory is reused on that stream alone, after its kernels
-        facts = _zeros[index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
-    return facts
+        result = _zeros[index, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+    return result
 
 
 def start(kernel: Any, count: int, arguments: Sequence[Any], constants: Mapping[str, Any], config: Config) -> Any:
@@ -242,15 +242,22 @@ UNUSABLE = OSError, ValueError, TypeError, LookupError
 _CACHING = {"triton.compiler.compiler", "triton.runtime.cache", "triton.runtime.build"}
 """These modules of Triton read and write its cache, always before a kernel is launched."""
 
-_told: list[BaseException] = []
+_warned: set[str] = set()
+"""This process has been warned of these subjects."""
 
 
-def tell_of_cache(error: BaseException) -> None:
-    """Warns once in a process."""
-    if not _told:
-        _told.append(error)
-        message = "triton_norm: Triton's cache on disk can't be used, and nothing is kept for the next process"
-        warnings.warn(f"{message}: {error!r}", stacklevel=2)
+def _warn_once(subject: str, message: str, error: BaseException) -> None:
+    if subject not in _warned:
+        _warned.add(subject)
+        warnings.warn(f"triton_norm: {message}: {error!r}", stacklevel=3)
+
+
+def warn_of_cache(error: BaseException) -> None:
+    _warn_once("cache", "Triton's cache on disk can't be used, and nothing is stored for the next process", error)
+
+
+def warn_of_cluster(which: str, error: BaseException) -> None:
+    _warn_once("cluster", f"{which} could not be launched as a cluster, and is left out", error)
 
 
 @functools.cache
@@ -281,7 +288,7 @@ def _with_a_cache(kernel: Any, act: Callable[[], T]) -> T:
         except (*UNUSABLE, RuntimeError):
             kernel.device_caches.clear()
             raise error from None
-        tell_of_cache(error)
+        warn_of_cache(error)
         return result
 
 
@@ -293,17 +300,6 @@ def _hooks() -> tuple[Sequence[Any], Sequence[Any]]:
     return knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
 
 
-_told_of_clusters: list[BaseException] = []
-
-
-def tell_of_cluster(which: str, error: BaseException) -> None:
-    """Warns once in a process."""
-    if not _told_of_clusters:
-        _told_of_clusters.append(error)
-        message = f"triton_norm: {which} could not be launched as a cluster, and is left out"
-        warnings.warn(f"{message}: {error!r}", stacklevel=2)
-
-
 def _without_failed_clusters(bench: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a search's measurement in which a cluster that can't be compiled or launched takes forever."""
 
@@ -313,7 +309,7 @@ def _without_failed_clusters(bench: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if config.num_ctas == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            tell_of_cluster(f"a config of {config.num_ctas} blocks", error)
+            warn_of_cluster(f"a config of {config.num_ctas} blocks", error)
             return [float("inf")] * 3
 
     return measure
@@ -344,9 +340,9 @@ def search(
     for name in MOVED:
         if named_arguments.get(name) is not None:
             named_arguments[name] = named_arguments[name].clone()
-    zeros = [name for name in ("sync_ptr",) if named_arguments.get(name) is not None]
+    zeroed = [name for name in ("sync_ptr",) if named_arguments.get(name) is not None]
 
-    def known(chosen: Any) -> Config:
+    def matching(chosen: Any) -> Config:
         own = chosen.num_warps, chosen.num_stages, chosen.maxnreg, chosen.num_ctas
         keywords = configs.config(*own, **chosen.kwargs).keywords
         result = space.find(keywords)
@@ -354,28 +350,28 @@ def search(
             raise ValueError(f"{keywords} is none of the configs of {space.kernel}")
         return result
 
-    def best(facts: bool) -> Config:
-        options: dict[str, Any] = {"do_bench": timed, "cache_results": facts, "reset_to_zero": zeros}
+    def best(cached: bool) -> Config:
+        options: dict[str, Any] = {"do_bench": timed, "cache_results": cached, "reset_to_zero": zeroed}
         tuner: Any = triton.autotune(candidates, key=[], **options)(kernel)
         look_up = tuner.check_disk_cache
 
         def check_disk_cache(*arguments: Any) -> Any:
             result = look_up(*arguments)
             for chosen in tuner.cache.values():  # launched next
-                known(chosen)
+                matching(chosen)
             return result
 
         tuner.check_disk_cache = check_disk_cache
         tuner._bench = _without_failed_clusters(tuner._bench)
         tuner[lambda meta: (n_programs(meta),)](*named_arguments.values(), **constants, **COMPILE_OPTIONS)
-        return known(tuner.best_config)
+        return matching(tuner.best_config)
 
     try:
-        return best(facts=True)
+        return best(cached=True)
     except UNUSABLE as error:
-        result = best(facts=False)
-        tell_of_cache(error)
+        result = best(cached=False)
+        warn_of_cache(error)
         return result
     finally:
-        for name in zeros:
+        for name in zeroed:
             named_arguments[name].zero_()

@@ -45,7 +45,7 @@ def overriding_argument(arguments: tuple[Any, ...]) -> str | None:
     return None
 
 
-def taker(
+def override_of(
     function: Function, torch_function: Function, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[str, Function] | None:
     """Returns (description of the override, function to call instead) for a call of `function`, or None.
@@ -57,12 +57,12 @@ def taker(
         arguments: tensors that may override.
         options: keyword-only arguments of `function`, by name.
     """
-    who = active_mode() or overriding_argument(arguments)
-    if who is None:
+    description = active_mode() or overriding_argument(arguments)
+    if description is None:
         return None
     if _are_defaults(function, options):
-        return who, torch_function
-    return who, functools.partial(handle_torch_function, function, arguments, **options)
+        return description, torch_function
+    return description, functools.partial(handle_torch_function, function, arguments, **options)
 
 
 def _are_defaults(function: Any, options: dict[str, Any]) -> bool:

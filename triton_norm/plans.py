@@ -20,9 +20,9 @@ from triton_norm.plain import REAL, is_distributed, is_plain
 from triton_norm.tuning.memory import when_forgotten
 
 MOST_KEYS = 4096
+"""The cache has at most this many keys: calls of ever new shapes must not exhaust memory."""
 MOST_FORMS = 16
-"""A key has at most this many forms: calls of ever new strides must not exhaust memory."""
-
+"""A key has at most this many plans, each for other forms: nor must calls of ever new strides."""
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -88,8 +88,8 @@ check of its forms. Layers of one model differ mostly in shape, and a look-up is
 when_forgotten(_plans.clear)
 
 
-_NOT_KEPT = KeyError, TypeError, AttributeError, RuntimeError
-"""A look-up raises these errors for a call that can't have a plan: a list in its key, or no shape."""
+_NO_PLAN = KeyError, TypeError, AttributeError, RuntimeError
+"""A look-up raises these errors for a call that has no plan, or can't have one: a list in its key, or no shape."""
 
 
 def find(key: Any, tensors: Sequence[Tensor | None]) -> Any:
@@ -104,14 +104,14 @@ def find(key: Any, tensors: Sequence[Tensor | None]) -> Any:
         return None
     try:
         pick, plans = _plans[key, tensors[0].shape]  # type: ignore[union-attr]
-        there = pick(tensors)
-        for tensor in there:
+        present = pick(tensors)
+        for tensor in present:
             if tensor.is_nested:  # the check in C++ must not ask for its strides
                 return None
-    except _NOT_KEPT:
+    except _NO_PLAN:
         return None
     for check, plan in plans:
-        if check(*there):
+        if check(*present):
             return plan
     return None
 
@@ -130,10 +130,10 @@ def keep(key: Any, tensors: Sequence[Tensor | None], plan: Any) -> None:
         return
     first, *others = (place for place, tensor in enumerate(tensors) if tensor is not None)
     pick = operator.itemgetter(first, *others) if others else operator.itemgetter(slice(first, first + 1))
-    there = pick(tensors)
+    present = pick(tensors)
     if len(_plans) >= MOST_KEYS:
         _plans.clear()
-    _, plans = _plans.setdefault((key, there[0].shape), (pick, []))
+    _, plans = _plans.setdefault((key, present[0].shape), (pick, []))
     if len(plans) >= MOST_FORMS:
         plans.clear()
-    plans.append(((FormsOfDTensors if distributed else forms_of)(*there).check, plan))
+    plans.append(((FormsOfDTensors if distributed else forms_of)(*present).check, plan))

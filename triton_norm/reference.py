@@ -290,7 +290,7 @@ def gradients(
     needs: Sequence[bool],
     may_be_unused: bool = False,
 ) -> list[Tensor | None]:
-    """Returns the gradients of function(*inputs) for the inputs that are wanted, None for the others.
+    """Returns the gradients of function(*inputs) for the inputs that need one, None for the others.
 
     They are differentiable if autograd is on, and in forward mode. Each input is passed as a view of its own: a tensor
     that is passed twice has a gradient for each.

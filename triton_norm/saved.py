@@ -13,30 +13,29 @@ from torch.autograd import forward_ad
 
 from triton_norm.plain import TYPES, is_plain
 
-Form = tuple[torch.dtype, torch.Size, torch.device]
 
-
-class Parameter(NamedTuple):
-    """Holds the dtype and shape of a weight or bias, and so of its gradient."""
+class TensorMeta(NamedTuple):
+    """Holds a tensor's dtype, shape and device."""
 
     dtype: torch.dtype
     shape: torch.Size
+    device: torch.device
 
 
 class ForwardFacts(NamedTuple):
-    """Holds facts of a forward that its backward needs beside the saved tensors; equal for calls of one kind.
+    """Holds facts of a forward that its backward needs apart from the saved tensors; equal for calls of one signature.
 
     Args:
-        forms: (dtype, shape, device) of each saved tensor; None while tracing.
+        saved: of each saved tensor; None while tracing.
         dx, dresidual: dtypes of x and residual.
-        weight, bias: their dtypes and shapes.
+        weight, bias: None for a parameter that is None.
     """
 
-    forms: tuple[Form | None, ...] | None
+    saved: tuple[TensorMeta | None, ...] | None
     dx: torch.dtype
     dresidual: torch.dtype | None
-    weight: Parameter | None
-    bias: Parameter | None
+    weight: TensorMeta | None
+    bias: TensorMeta | None
 
     @property
     def parameter_shape(self) -> torch.Size | None:
@@ -44,51 +43,46 @@ class ForwardFacts(NamedTuple):
         return None if parameter is None else parameter.shape
 
 
-def form_of(tensor: Tensor | None) -> Form | None:
-    """Returns (dtype, shape, device), or None."""
-    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.device)
-
-
-def _parameter(tensor: Tensor | None) -> Parameter | None:
-    return None if tensor is None else Parameter(tensor.dtype, tensor.shape)
+def meta_of(tensor: Tensor | None) -> TensorMeta | None:
+    return None if tensor is None else TensorMeta(tensor.dtype, tensor.shape, tensor.device)
 
 
 def facts_of(saved: Iterable[Tensor | None] | None, inputs: Sequence[Tensor | None]) -> ForwardFacts:
-    """Returns the facts of a forward for its backward. saved: the saved tensors, None while tracing."""
+    """Returns the facts of a forward for its backward.
+
+    Args:
+        saved: the saved tensors; None while tracing.
+        inputs: x, residual, weight and bias.
+    """
     x, residual, weight, bias = inputs
     assert x is not None
-    forms = None if saved is None else tuple(map(form_of, saved))
+    metas = None if saved is None else tuple(map(meta_of, saved))
     dresidual = None if residual is None else residual.dtype
-    return ForwardFacts(forms, x.dtype, dresidual, _parameter(weight), _parameter(bias))
+    return ForwardFacts(metas, x.dtype, dresidual, meta_of(weight), meta_of(bias))
 
 
 def check_restored(facts: Any, kind: Any, tensors: Sequence[Tensor | None]) -> None:
     """Checks the saved tensors that a backward receives.
 
     Args:
-        facts: those of the forward; its `forms` are those of the tensors that were saved.
+        facts: those of the forward.
         kind: the NamedTuple that they were saved as.
 
     Raises:
         RuntimeError: a hook restored a tensor of another dtype, shape or device: its values may be wrong, and kernels
             compiled for the original would read past its end. Other strides are valid.
     """
-    if facts.forms is not None:
-        for tensor, form in zip(tensors, facts.forms, strict=True):
-            if tensor is not None and (tensor.dtype, tensor.shape, tensor.device) != form:
-                raise RuntimeError(_changed(kind, tensors, facts.forms))
+    if facts.saved is None:
+        return
+    for name, tensor, before in zip(kind._fields, tensors, facts.saved, strict=False):  # fields may have defaults
+        after = meta_of(tensor)
+        if before is not None and after is not None and before != after:
+            saved, restored = _described(before), _described(after)
+            raise RuntimeError(f"{name} was saved for backward as {saved}, but a hook has given back {restored}")
 
 
-def _changed(kind: Any, tensors: Sequence[Tensor | None], forms: Sequence[Form | None]) -> str:
-    for name, tensor, form in zip(kind._fields, tensors, forms, strict=True):
-        if tensor is not None and form is not None and form_of(tensor) != form:
-            was, now = _described(*form), _described(tensor.dtype, tensor.shape, tensor.device)
-            return f"{name} was saved for backward as {was}, but a hook has given back {now}"
-    return "a saved tensor was changed by a hook"
-
-
-def _described(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> str:
-    return f"{dtype} of shape {list(shape)} on {device}"
+def _described(meta: TensorMeta) -> str:
+    return f"{meta.dtype} of shape {list(meta.shape)} on {meta.device}"
 
 
 def needs_torch(gradients: Iterable[Tensor | None], saved: Iterable[Tensor | None], intercepted: bool) -> bool:
@@ -113,11 +107,11 @@ def bias_like(x: Tensor, facts: ForwardFacts) -> Tensor | None:
     """Returns zeros for a bias that was not saved, or None without a bias: no gradient depends on its values."""
     if facts.bias is None:
         return None
-    dtype, shape = facts.bias
-    return torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=True)
+    return torch.zeros(facts.bias.shape, dtype=facts.bias.dtype, device=x.device, requires_grad=True)
 
 
-def shaped(gradient: Tensor | None, parameter: Parameter | None) -> Tensor | None:
+def shaped(gradient: Tensor | None, parameter: TensorMeta | None) -> Tensor | None:
+    """Returns a parameter's gradient, which is computed as a vector, in the parameter's shape."""
     if gradient is None or parameter is None or len(parameter.shape) == 1:
         return gradient
     return gradient.view(parameter.shape)

@@ -38,7 +38,7 @@ def choose(space: Space, kernel: Any, device: torch.device, runs: Runs) -> Confi
 def fastest(space: Space, kernel: Any, gpu: str, runs: Runs) -> Config:
     """Returns the fastest way. As Triton's search does, keeps the times in Triton's cache on disk, if it can be used.
 
-    A way of clusters that can't be launched takes forever, and is told of once.
+    Clusters that can't be launched take forever, and cause one warning.
     """
     import triton
     from triton.runtime.cache import get_cache_manager
@@ -54,14 +54,14 @@ def fastest(space: Space, kernel: Any, gpu: str, runs: Runs) -> Config:
             if result is not None:
                 return result
     except launch.UNUSABLE as error:
-        launch.tell_of_cache(error)
+        launch.warn_of_cache(error)
     times_ms = {way: _time(way, run) for way, run in runs.items()}
     result = min(times_ms, key=times_ms.__getitem__)
-    told = {"fastest": result.keywords, "times_ms": [[way.keywords, time] for way, time in times_ms.items()]}
+    stored_times = {"fastest": result.keywords, "times_ms": [[way.keywords, time] for way, time in times_ms.items()]}
     try:
-        manager.put(json.dumps(told), file, binary=False)
+        manager.put(json.dumps(stored_times), file, binary=False)
     except launch.UNUSABLE as error:
-        launch.tell_of_cache(error)
+        launch.warn_of_cache(error)
     return result
 
 
@@ -74,5 +74,5 @@ def _time(way: Config, run: Callable[[], None]) -> float:
     except Exception as error:
         if not way.keywords.get("CLUSTERS") or isinstance(error, torch.OutOfMemoryError):
             raise
-        launch.tell_of_cluster("the clusters of whole channels", error)
+        launch.warn_of_cluster("the clusters of whole channels", error)
         return float("inf")

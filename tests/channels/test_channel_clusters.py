@@ -257,7 +257,7 @@ def timed_with(run, monkeypatch, folder):
     import triton.testing
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    monkeypatch.setattr(launch, "_told_of_clusters", [])
+    monkeypatch.setattr(launch, "_warned", set())
     monkeypatch.setattr(triton.testing, "do_bench", lambda run, **_: 1.0)
     kernel = SimpleNamespace(cache_key="of no kernel", __name__="kernel")
     space = channel_clusters.forms(space_of("kernel", "key", ()), 2, True)

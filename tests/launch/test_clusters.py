@@ -170,7 +170,7 @@ def failing_search(monkeypatch, error: Exception, blocks: tuple[int, ...]):
 
 
 def test_a_cluster_that_fails_is_left_out_with_one_warning(monkeypatch):
-    monkeypatch.setattr(launch, "_told_of_clusters", [])
+    monkeypatch.setattr(launch, "_warned", set())
     with pytest.warns(UserWarning, match=r"a config of 2 blocks could not be launched.*refused") as told:
         chosen = failing_search(monkeypatch, RuntimeError("refused"), (2, 4, 1))
     assert (chosen.num_ctas, len(told)) == (1, 1)
@@ -184,7 +184,7 @@ def test_no_memory_is_an_error(monkeypatch):
 def test_a_chosen_cluster_takes_no_workspace(device, monkeypatch):
     """The first call has it for the candidates whose programs wait, and the calls behind the search have none."""
     made = []
-    monkeypatch.setattr(plan, "meeting", lambda *arguments: made.append(arguments) or (None, None))
+    monkeypatch.setattr(plan, "exchange_workspace", lambda *arguments: made.append(arguments) or (None, None))
     monkeypatch.setattr(launch, "search", lambda kernel, space, *arguments: space.configs[0])
     monkeypatch.setattr(launch, "start", lambda *arguments: None)
     gpu = Gpu("of this test", 132, 50 << 20, most_blocks=8)

@@ -157,7 +157,7 @@ search, folder = launch.search, Path(sys.argv[1])
 def call():
     # The warnings of first calls, which search.
     choose_only("stub", {})
-    launch._told.clear()
+    launch._warned.clear()
     rows.rows_forward_kernel.device_caches.clear()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

@@ -19,7 +19,7 @@ from triton_norm.library import Derivative, recorded
 from triton_norm.saved import (
     ForwardFacts,
     Needs,
-    Parameter,
+    TensorMeta,
     check_restored,
     facts_of,
     is_unsavable,
@@ -109,7 +109,7 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Returns the gradients of x, residual, weight and bias, in the shape and dtype of each."""
     facts: ForwardFacts = ctx.facts
     spec, needs = ctx.spec, needs_of(ctx)
-    intercepted = facts.forms is None or is_intercepted()
+    intercepted = facts.saved is None or is_intercepted()
     if needs_torch((dy,), saved, intercepted):
         return tuple(_composed_gradients(spec, facts, needs, dy, saved))
     gradient_dtypes = gradient_dtypes_of(facts, needs, spec.activation)
@@ -165,7 +165,7 @@ def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | Non
     of_bias = (
         None
         if gradient_dtypes.dbias_dtype is None
-        else Parameter(gradient_dtypes.dbias_dtype, torch.Size((read.x.shape[1],)))
+        else TensorMeta(gradient_dtypes.dbias_dtype, torch.Size((read.x.shape[1],)), read.x.device)
     )
     facts = ForwardFacts(None, read.x.dtype, gradient_dtypes.dresidual_dtype, None, of_bias)
 

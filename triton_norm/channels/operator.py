@@ -19,7 +19,7 @@ from triton_norm.channels.plan import (
     gradients,
 )
 from triton_norm.library import Derivative, recorded
-from triton_norm.saved import ForwardFacts, Needs, Parameter, bias_like, facts_of, needs_of, needs_torch, shaped
+from triton_norm.saved import ForwardFacts, Needs, TensorMeta, bias_like, facts_of, needs_of, needs_torch, shaped
 from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula, GradientDtypes, Inputs
 
 
@@ -220,7 +220,7 @@ def gradients_of(ctx: Any, saved: Saved, dy: Tensor) -> Sequence[Tensor | None]:
     spec: BatchNormSpec = ctx.spec
     facts: ForwardFacts = ctx.facts
     needs = needs_of(ctx)
-    intercepted = facts.forms is None or is_intercepted()
+    intercepted = facts.saved is None or is_intercepted()
     if needs_torch((dy,), saved, intercepted):
         return _composed_gradients(ComposedCall(spec, ctx.bits_kind, facts, needs), dy, saved)
     gradient_dtypes, tensors = gradient_dtypes_of(facts, needs, spec.activation), BackwardTensors._make((dy, *saved))
@@ -275,7 +275,7 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> Sequence[Tensor | N
     of_bias = (
         None
         if gradient_dtypes.dbias_dtype is None
-        else Parameter(gradient_dtypes.dbias_dtype, torch.Size((n_channels,)))
+        else TensorMeta(gradient_dtypes.dbias_dtype, torch.Size((n_channels,)), saved.x.device)
     )
     facts = ForwardFacts(None, saved.x.dtype, gradient_dtypes.dresidual_dtype, None, of_bias)
 

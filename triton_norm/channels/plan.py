@@ -316,7 +316,7 @@ class BackwardPlan:
     def __call__(
         self, tensors: Sequence[Any], means: Tensor | None = None, steps: list[Step] | None = None
     ) -> Gradients:
-        """Returns the gradients that are wanted.
+        """Returns the gradients that are needed, None for the others.
 
         Args:
             means: [2, C], of dz and of dz · x_hat · rstd: written if the part only reduces, read if it only applies.
@@ -389,7 +389,7 @@ def backward_plan_of(
 
 
 def backward_part(spec: BatchNormSpec, gradient_dtypes: GradientDtypes, bits_kind: str | None) -> Part | None:
-    """Returns the part of the work that computes these gradients, or None if none is wanted."""
+    """Returns the part of the work that computes these gradients, or None if none is needed."""
     uses_sums = spec.training and gradient_dtypes.dx_dtype is not None
     reduces = uses_sums or gradient_dtypes.dweight_dtype is not None or gradient_dtypes.dbias_dtype is not None
     applies = gradient_dtypes.dx_dtype is not None or gradient_dtypes.dresidual_dtype is not None

@@ -12,9 +12,9 @@ from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous, triton_dtype
 from triton_norm.rows.layout import (
     RowLayout,
+    empty_options,
+    exchange_workspace,
     layout_of,
-    like,
-    meeting,
     names,
     present,
     readable,
@@ -78,8 +78,8 @@ class RowGradients:
     ) -> None:
         self.gradient_dtypes, self._shape = gradient_dtypes, tuple(parameter_shape)
         self._dx, self._dresidual = (
-            like(x, gradient_dtypes.dx_dtype, exact),
-            like(x, gradient_dtypes.dresidual_dtype, exact),
+            empty_options(x, gradient_dtypes.dx_dtype, exact),
+            empty_options(x, gradient_dtypes.dresidual_dtype, exact),
         )
         alike = None
         if exact and weight is not None and weight.shape == self._shape and weight.is_contiguous():
@@ -87,7 +87,7 @@ class RowGradients:
         self._like_weight = gradient_dtypes.dweight_dtype == alike, gradient_dtypes.dbias_dtype == alike
 
     def __call__(self, x: Tensor, weight: Any) -> Gradients:
-        """Returns dx and dresidual, contiguous, of x's shape, dweight and dbias; None for those that are not wanted."""
+        """Returns dx and dresidual, contiguous, of x's shape, dweight and dbias; None for those that are not needed."""
         dx = dresidual = dweight = dbias = None
         dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype = self.gradient_dtypes
         dweight_alike, dbias_alike = self._like_weight
@@ -234,7 +234,7 @@ class RowBackwardPlan:
         made = self._made.get(addresses % VECTOR_BYTES) or self._make(tensors, addresses % VECTOR_BYTES)
         partials = sync = dweight_sums = dbias_sums = None
         if made.slots is not None and dx is not None:
-            partials, sync = meeting(made.n_teams, made.slots, 2, statistics.dtype, statistics.device)
+            partials, sync = exchange_workspace(made.n_teams, made.slots, 2, statistics.dtype, statistics.device)
         if dweight is not None:
             dweight_sums = statistics.new_empty(made.n_sums)
         if dbias is not None:

@@ -1,4 +1,4 @@
-"""Reads tensors as rows where they lie, and holds helpers that forward and backward share."""
+"""Describes how tensors are read as rows, without a copy if their strides allow it, for forward and backward."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ Types = tuple[torch.dtype | None, ...]
 
 
 MOST_AXES = 3
-"""Rows are read where they lie if they can be numbered along this many axes."""
+"""A tensor is read without a copy if its rows can be numbered along this many axes."""
 
 
 class RowStrides(NamedTuple):
@@ -79,12 +79,12 @@ def _row_axes(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[l
     for axis in reversed(range(len(shape))):
         if shape[axis] == 1:
             continue
-        if lengths and all(own[axis] == result[-1] * lengths[-1] for own, result in zip(strides, steps, strict=True)):
+        if lengths and all(own[axis] == step[-1] * lengths[-1] for own, step in zip(strides, steps, strict=True)):
             lengths[-1] *= shape[axis]
         else:
             lengths.append(shape[axis])
-            for own, result in zip(strides, steps, strict=True):
-                result.append(own[axis])
+            for own, step in zip(strides, steps, strict=True):
+                step.append(own[axis])
     return lengths, steps
 
 
@@ -120,18 +120,18 @@ def layout_of(tensors: Sequence[Tensor | None], n_cols: int, broadcast: Sequence
     assert first is not None
     shape, axis = first.shape, first_column_axis(first.shape, n_cols)
     copied = [
-        tensor is not None and (tensor.shape != shape or copies(tensor, n_cols, spread))
-        for tensor, spread in zip(tensors, broadcast, strict=True)
+        tensor is not None and (tensor.shape != shape or copies(tensor, n_cols, may_be_expanded))
+        for tensor, may_be_expanded in zip(tensors, broadcast, strict=True)
     ]
     while True:
-        there = [place for place, tensor in enumerate(tensors) if tensor is not None]
-        strides = [_dense_strides(shape) if copied[place] else tensors[place].stride() for place in there]  # type: ignore[union-attr]
+        places = [place for place, tensor in enumerate(tensors) if tensor is not None]
+        strides = [_dense_strides(shape) if copied[place] else tensors[place].stride() for place in places]  # type: ignore[union-attr]
         lengths, steps = _row_axes(shape[:axis], strides)
         if len(lengths) <= MOST_AXES:
             break
-        copied[max(place for place in there if not (copied[place] or tensors[place].is_contiguous()))] = True  # type: ignore[union-attr]
+        copied[max(place for place in places if not (copied[place] or tensors[place].is_contiguous()))] = True  # type: ignore[union-attr]
     result: list[RowStrides | None] = [None] * len(tensors)
-    for place, own in zip(there, steps, strict=True):
+    for place, own in zip(places, steps, strict=True):
         tensor = tensors[place]
         assert tensor is not None
         column = 1 if copied[place] else _column_stride(tensor, axis, n_cols)
@@ -177,7 +177,7 @@ def types_of(tensors: Sequence[Tensor | None]) -> Types:
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
-def meeting(
+def exchange_workspace(
     n_teams: int, slots: tuple[int, ...], n_counts: int, compute: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Returns (partials, counters): the workspace in which a row's peers exchange sums, `slots` for each team, and
@@ -186,7 +186,7 @@ def meeting(
     return partials, torch.zeros(2 + n_counts * n_teams, dtype=torch.int32, device=device)
 
 
-def like(x: Tensor, dtype: torch.dtype | None, exact: bool) -> dict[str, Any]:
+def empty_options(x: Tensor, dtype: torch.dtype | None, exact: bool) -> dict[str, Any]:
     """Returns options for torch.empty_like that make a contiguous tensor of x's shape.
 
     They are empty if x is such a tensor itself: torch.empty_like then takes two thirds of the time.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from triton_norm import plans, reference
 from triton_norm.captures import is_intercepted
@@ -22,7 +22,7 @@ from triton_norm.rows.modulated_launches import ModulatedBackwardTensors
 from triton_norm.rows.modulated_plan import Expanding, ModulatedPlan, modulated_plan_of
 from triton_norm.rows.modulation import Modulation, modulation_of, spread
 from triton_norm.rows.plan import Outputs, RowOutputs
-from triton_norm.saved import Form, check_restored, form_of, is_unsavable, needs_gradient, needs_torch
+from triton_norm.saved import TensorMeta, check_restored, is_unsavable, meta_of, needs_gradient, needs_torch
 from triton_norm.specs import ModulatedGradientDtypes, ModulatedSpec, ModulatedTensors, RowTensors
 
 
@@ -55,31 +55,25 @@ class Facts(NamedTuple):
     """Holds facts of a forward that its backward needs; equal for calls of one signature.
 
     Args:
-        forms: of each saved tensor; None while tracing.
-        inputs: forms of the fields of ModulatedTensors.
+        saved: TensorMeta of each saved tensor; None while tracing.
+        inputs: ModulatedTensors of each tensor's TensorMeta.
         numbers: tell which row has which modulation.
     """
 
-    forms: tuple[Form | None, ...] | None
-    inputs: tuple[Form | None, ...]
+    saved: tuple[TensorMeta | None, ...] | None
+    inputs: Any
     numbers: Modulation
 
     @property
-    def parameters(self) -> tuple[Form | None, Form | None]:
-        """Returns the forms of weight and bias."""
-        _, _, weight, bias, *_ = self.inputs
-        return weight, bias
-
-    @property
-    def modulation_shapes(self) -> tuple[Size | None, ...]:
+    def modulation_shapes(self) -> tuple[Any, ...]:
         """Returns the shapes of scale, shift and residual_gate."""
-        *_, scale, shift, residual_gate = self.inputs
-        return tuple(None if form is None else form[1] for form in (scale, shift, residual_gate))
+        modulations = self.inputs.scale, self.inputs.shift, self.inputs.residual_gate
+        return tuple(None if meta is None else meta.shape for meta in modulations)
 
 
 def facts_of(saved: Sequence[Tensor | None] | None, tensors: ModulatedTensors, spec: ModulatedSpec) -> Facts:
-    forms = None if saved is None else tuple(map(form_of, saved))
-    return Facts(forms, tuple(map(form_of, tensors)), modulation_of(tensors, spec))
+    metas = None if saved is None else tuple(map(meta_of, saved))
+    return Facts(metas, ModulatedTensors._make(map(meta_of, tensors)), modulation_of(tensors, spec))
 
 
 def _outputs(call: ForwardCall) -> Outputs:
@@ -116,9 +110,9 @@ def _fake_backward(call: BackwardCall) -> Gradients:
 
 def _gradient_dtypes(facts: Facts, needs: Sequence[bool]) -> ModulatedGradientDtypes:
     """Returns the gradients to compute. If x and residual have one dtype and one gradient, it is computed once."""
-    dtypes = [form[0] if form is not None and need else None for form, need in zip(facts.inputs, needs, strict=True)]
+    dtypes = [meta.dtype if meta is not None and need else None for meta, need in zip(facts.inputs, needs, strict=True)]
     dx, dresidual, *inner = dtypes
-    if facts.inputs[ModulatedTensors._fields.index("residual_gate")] is None:
+    if facts.inputs.residual_gate is None:
         if dx is None:
             dx, dresidual = dresidual, None
         elif dx == dresidual:
@@ -140,8 +134,8 @@ def _assigned(
 def _shaped(gradients: Gradients, facts: Facts) -> Gradients:
     """Returns the gradients in the shapes of their inputs."""
     return tuple(
-        gradient if gradient is None or form is None or gradient.shape == form[1] else gradient.view(form[1])
-        for gradient, form in zip(gradients, facts.inputs, strict=True)
+        gradient if gradient is None or meta is None or gradient.shape == meta.shape else gradient.view(meta.shape)
+        for gradient, meta in zip(gradients, facts.inputs, strict=True)
     )
 
 
@@ -152,7 +146,7 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
     if not any(needs):
         return (None,) * len(needs)
     gradient_dtypes, shapes = _gradient_dtypes(facts, needs), facts.modulation_shapes
-    intercepted = facts.forms is None or is_intercepted()
+    intercepted = facts.saved is None or is_intercepted()
     assign = _assigned(gradient_dtypes, needs)
     if dy is None:  # y was not used
         return _shaped(assign((*through_total(dtotal, (dy, dtotal, *saved), spec, gradient_dtypes), None)), facts)
@@ -168,7 +162,7 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
     if intercepted:
         return _shaped(assign((*backward_op(call), None)), facts)
     plan = modulated_backward_plan_of(call, shapes)
-    if all(form is None or len(form[1]) == 1 for form in facts.parameters):
+    if all(meta is None or len(meta.shape) == 1 for meta in (facts.inputs.weight, facts.inputs.bias)):
         plans.keep((ctx.plan, ctx.needs_input_grad, dtotal is None), tensors, (plan, assign))
     return _shaped(assign((*plan(tensors), None)), facts)
 
@@ -197,8 +191,7 @@ def _setup(ctx: Any, call: ForwardCall, results: Any) -> int:
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    residual = ctx.facts.inputs[ModulatedTensors._fields.index("residual")]
-    return _gradients(ctx, Saved(*ctx.saved_tensors), dy, None if residual is None else dtotal)
+    return _gradients(ctx, Saved(*ctx.saved_tensors), dy, None if ctx.facts.inputs.residual is None else dtotal)
 
 
 def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, ...]) -> int:

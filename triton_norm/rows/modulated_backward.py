@@ -11,7 +11,7 @@ from triton_norm.launch import Launch
 from triton_norm.library import contiguous
 from triton_norm.rows.layout import layout_of, readable, types_of
 from triton_norm.rows.modulated_launches import (
-    Form,
+    LauncherKey,
     ModulatedBackwardTensors,
     Sums,
     backward_launcher,
@@ -70,7 +70,7 @@ class ModulatedGradients:
                     self._alike.append((place, source))
 
     def __call__(self, tensors: Sequence[Any]) -> Gradients:
-        """Returns those that are wanted, contiguous, None for the others; dweight and dbias are [n_cols].
+        """Returns the gradients that are needed, contiguous, None for the others; dweight and dbias are [n_cols].
 
         Args:
             tensors: fields of ModulatedBackwardTensors.
@@ -101,12 +101,12 @@ class _Backward:
         integers: n_rows, n_tokens and n_modulations.
     """
 
-    def __init__(self, form: Form, integers: tuple[int, int, int]) -> None:
-        launcher = backward_launcher(form)
-        self.form, self.integers, self.launch = form, integers, Launch(launcher, *integers)
-        most = max(form.n_sums(config.keywords, *integers) for config in launcher.candidates)
-        self._n_sums = sum(form.sums) * form.spec.rows.n_cols * most
-        self._row_sums = None if form.work.is_whole else Launch(row_sums_launcher(form), *integers)
+    def __init__(self, key: LauncherKey, integers: tuple[int, int, int]) -> None:
+        launcher = backward_launcher(key)
+        self.key, self.integers, self.launch = key, integers, Launch(launcher, *integers)
+        most = max(key.n_sums(config.keywords, *integers) for config in launcher.candidates)
+        self._n_sums = sum(key.sums) * key.spec.rows.n_cols * most
+        self._row_sums = None if key.work.is_whole else Launch(row_sums_launcher(key), *integers)
         self.finalise: Launch | None = None
 
     def sums(self, statistics: Tensor) -> Tensor | None:
@@ -168,7 +168,7 @@ class ModulatedBackwardPlan:
         ]
 
     def __call__(self, tensors: Sequence[Any]) -> Gradients:
-        """Returns the gradients that are wanted.
+        """Returns the gradients that are needed, None for the others.
 
         Args:
             tensors: fields of ModulatedBackwardTensors.
@@ -208,9 +208,9 @@ class ModulatedBackwardPlan:
             dy, *_ = tensors
             read, written = ModulatedBackwardTensors._make(types_of(tensors)), types_of(of_rows)
             own = self._layout, self._modulations, self._sums
-            form = Form(self._spec, read, written, *own, misaligned, dy.device)
-            made = self._made[misaligned] = _Backward(form, (self._n_rows, *self._modulations.numbers))
-            if misaligned == 0 and form.work.is_whole:
+            key = LauncherKey(self._spec, read, written, *own, misaligned, dy.device)
+            made = self._made[misaligned] = _Backward(key, (self._n_rows, *self._modulations.numbers))
+            if misaligned == 0 and key.work.is_whole:
                 self._aligned = made
         return made
 
@@ -218,7 +218,7 @@ class ModulatedBackwardPlan:
         """Returns the launch that finalises the sums; their number follows from the first launch's config."""
         (*_, statistics), launcher, modulations = tensors, made.launch.launcher, self._modulations
         assert launcher.config is not None
-        n_sums = made.form.n_sums(launcher.config.keywords, *made.integers)
+        n_sums = made.key.n_sums(launcher.config.keywords, *made.integers)
         n_modulations = modulations.numbers.n_modulations if modulations.summed else 1
         *_, dscale, dshift, dresidual_gate = self._gradient_dtypes
         stores = modulations.summed and any(dtype is not None for dtype in (dscale, dshift, dresidual_gate))

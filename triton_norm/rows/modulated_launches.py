@@ -10,7 +10,7 @@ from torch import Tensor
 
 from triton_norm.launch import Launcher
 from triton_norm.rows.layout import RowLayout, Types, names, present, vector_of
-from triton_norm.rows.modulated_plan import Modulations, constants_of, form_of, outer
+from triton_norm.rows.modulated_plan import Modulations, constants_of, formula_of, outer
 from triton_norm.specs import ModulatedSpec, ModulatedTensors
 from triton_norm.tuning import modulated_spaces
 from triton_norm.tuning.configs import vector_width
@@ -85,8 +85,8 @@ class Sums(NamedTuple):
         return {name: next(places) if there else None for name, there in named.items()}
 
 
-class Form(NamedTuple):
-    """Holds what the launchers of a backward depend on.
+class LauncherKey(NamedTuple):
+    """Holds the properties of a backward that its launchers depend on.
 
     Args:
         read: dtypes, as the fields of ModulatedBackwardTensors.
@@ -124,8 +124,8 @@ class Form(NamedTuple):
         read = self.read
         swept = names((read.dy, read.dtotal, read.total, read.x, read.gate))
         span = most_columns(self.compute.itemsize, gpu_of(self.device))
-        form = form_of(self.spec, read._fields, read)
-        return ModulatedWork(self.spec.rows.n_cols, swept, form, span, sum(self.sums), self.modulations.summed)
+        formula = formula_of(self.spec, read._fields, read)
+        return ModulatedWork(self.spec.rows.n_cols, swept, formula, span, sum(self.sums), self.modulations.summed)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -149,31 +149,31 @@ class Form(NamedTuple):
 
 
 @remembered
-def backward_launcher(form: Form) -> Launcher:
+def backward_launcher(key: LauncherKey) -> Launcher:
     """Returns the launcher of a backward."""
-    vector, layout = form.vector, form.layout
+    vector, layout = key.vector, key.layout
     total, dy, dtotal, x, gate = (outer(strides, vector) for strides in layout.strides)
     return Launcher(
         _kernels().modulated_backward_kernel,
-        modulated_spaces.modulated_backward(form.work, gpu_of(form.device)),
-        form.device,
-        form.n_programs,
+        modulated_spaces.modulated_backward(key.work, gpu_of(key.device)),
+        key.device,
+        key.n_programs,
         (
-            *(form.spec.rows.n_cols // vector, layout.n_inner, layout.n_middle),
-            *(*dy, *dtotal, *total, *x, *gate, *form.modulations.over(vector)),
+            *(key.spec.rows.n_cols // vector, layout.n_inner, layout.n_middle),
+            *(*dy, *dtotal, *total, *x, *gate, *key.modulations.over(vector)),
         ),
-        SUMMED=form.modulations.summed,
-        **form.sums.places,
-        **form.constants,
+        SUMMED=key.modulations.summed,
+        **key.sums.places,
+        **key.constants,
     )
 
 
 @remembered
-def row_sums_launcher(form: Form) -> Launcher:
+def row_sums_launcher(key: LauncherKey) -> Launcher:
     """Returns the launcher of the kernel that sums long rows before the backward."""
-    vector, layout, constants = form.vector, form.layout, form.constants
+    vector, layout, constants = key.vector, key.layout, key.constants
     total, dy, _, _, gate = (outer(strides, vector) for strides in layout.strides)
-    scale_vecs, _, _ = form.modulations.over(vector)
+    scale_vecs, _, _ = key.modulations.over(vector)
 
     def n_programs(config: Mapping[str, Any], n_rows: int, n_tokens: int, n_modulations: int) -> int:
         programs: int = -(-n_rows // config["BLOCK_M"])
@@ -182,11 +182,11 @@ def row_sums_launcher(form: Form) -> Launcher:
     of_y = "ROUNDED", "PRODUCT"  # roundings pass the gradient unchanged
     return Launcher(
         _kernels().modulated_row_sums_kernel,
-        modulated_spaces.modulated_row_sums(form.work, gpu_of(form.device)),
-        form.device,
+        modulated_spaces.modulated_row_sums(key.work, gpu_of(key.device)),
+        key.device,
         n_programs,
         (
-            *(form.spec.rows.n_cols // vector, layout.n_inner, layout.n_middle),
+            *(key.spec.rows.n_cols // vector, layout.n_inner, layout.n_middle),
             *(*dy, *total, *gate, scale_vecs),
         ),
         **{name: value for name, value in constants.items() if name not in of_y},

@@ -90,11 +90,11 @@ def constants_of(spec: ModulatedSpec, compute: torch.dtype, has_gate: bool, vect
     }
 
 
-def form_of(spec: ModulatedSpec, fields: Sequence[str], types: Types) -> str:
-    """Returns the names of the tensors that are there, for the key of a choice."""
-    there = [name for name, dtype in zip(fields, types, strict=True) if dtype is not None]
+def formula_of(spec: ModulatedSpec, fields: Sequence[str], types: Types) -> str:
+    """Returns, for the key of a choice, the norm, the order of gate and norm, and the tensors that are not None."""
+    names = [name for name, dtype in zip(fields, types, strict=True) if dtype is not None]
     norm = "centred" if spec.rows.centred else "uncentred"
-    return f"{norm}, {'gate first, ' if spec.gate_first else ''}{' '.join(there)}"
+    return f"{norm}, {'gate first, ' if spec.gate_first else ''}{' '.join(names)}"
 
 
 @remembered
@@ -125,8 +125,8 @@ def _forward_launcher(
     )
     x_strides, residual_strides, gate_strides = layout.strides
     gpu = gpu_of(device)
-    form, span = form_of(spec, ModulatedTensors._fields, tuple(inputs)), most_columns(compute.itemsize, gpu)
-    work = ModulatedWork(n_cols, names(swept), form, span)
+    formula, span = formula_of(spec, ModulatedTensors._fields, tuple(inputs)), most_columns(compute.itemsize, gpu)
+    work = ModulatedWork(n_cols, names(swept), formula, span)
 
     def n_programs(config: Mapping[str, Any], n_rows: int, n_tokens: int, n_modulations: int) -> int:
         programs: int = -(-n_rows // config["BLOCK_M"])

@@ -147,7 +147,7 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
     facts: ForwardFacts = ctx.facts
     spec, needs = ctx.spec, needs_of(ctx)
     gradient_dtypes = _gradient_dtypes(facts, needs)
-    intercepted = facts.forms is None or is_intercepted()
+    intercepted = facts.saved is None or is_intercepted()
     result: Gradients
     if dy is None:
         of_rows = (gradient_dtypes.dx_dtype, gradient_dtypes.dresidual_dtype)

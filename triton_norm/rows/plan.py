@@ -12,9 +12,9 @@ from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous, name_of, triton_dtype
 from triton_norm.rows.layout import (
     RowLayout,
+    empty_options,
+    exchange_workspace,
     layout_of,
-    like,
-    meeting,
     names,
     present,
     readable,
@@ -88,8 +88,8 @@ class RowOutputs:
 
     def __init__(self, spec: RowSpec, tensors: RowTensors, exact: bool = True) -> None:
         x, residual, _, _ = tensors
-        self._y = like(x, spec.out_dtype, exact)
-        self._total = {} if residual is None else like(residual, spec.total_dtype, exact)
+        self._y = empty_options(x, spec.out_dtype, exact)
+        self._total = {} if residual is None else empty_options(residual, spec.total_dtype, exact)
         total_dtype = None if residual is None else spec.total_dtype or residual.dtype
         self.compute = torch.float64 if torch.float64 in (x.dtype, total_dtype) else torch.float32
         self._like = x.new_empty(0, dtype=self.compute)
@@ -140,7 +140,7 @@ class RowPlan:
         launch, peers = self._launches.get(key) or self._prepare(key, arguments)
         partials = sync = None
         if peers > 1:
-            partials, sync = meeting(self._n_rows, (3, peers), 1, self._outputs.compute, x.device)
+            partials, sync = exchange_workspace(self._n_rows, (3, peers), 1, self._outputs.compute, x.device)
         launch(*arguments, partials, sync)
         return result
 
@@ -152,7 +152,7 @@ class RowPlan:
 
     def _prepare(self, key: tuple[bool, int], arguments: Sequence[Any]) -> tuple[Launch, int]:
         """Returns the launch and the most programs that may share a row. Before a search these are those of any config,
-        and nothing is kept."""
+        and the launch is not cached."""
         (_, misaligned), (x, *_) = key, arguments
         types = _ForwardTypes._make(types_of(arguments))
         launcher = _forward_launcher(self.spec, types, self._layout, misaligned, x.device)

@@ -15,8 +15,8 @@ class ModulatedWork(NamedTuple):
     Args:
         n_cols: columns of a row.
         types: names of dtypes: x, residual, gate and y in the forward; dy, dtotal, total, x and gate in the backward;
-            those that are there.
-        form: names the tensors that are there, and the order of gate and norm.
+            those that are not None.
+        formula: names the norm, the order of gate and norm, and the tensors that are not None.
         span: most columns that a program has at once; it has longer rows in pieces.
         n_sums: sums over rows that the backward has in registers; 0 in the forward.
         summed: programs share the rows of one modulation.
@@ -24,7 +24,7 @@ class ModulatedWork(NamedTuple):
 
     n_cols: int
     types: tuple[str, ...]
-    form: str
+    formula: str
     span: int
     n_sums: int = 0
     summed: bool = False
@@ -41,12 +41,12 @@ class ModulatedWork(NamedTuple):
     @property
     def crowded(self) -> bool:
         """Tells whether a backward has more in registers than x, dy, and two sums or a gate."""
-        return self.n_sums > 2 or (self.summed and " gate " in f" {self.form} ")
+        return self.n_sums > 2 or (self.summed and " gate " in f" {self.formula} ")
 
     @property
     def packed(self) -> bool:
         """Tells whether a crowded backward has a gate or a bias, too."""
-        return self.n_sums > 2 and not {"gate", "bias"}.isdisjoint(self.form.split())
+        return self.n_sums > 2 and not {"gate", "bias"}.isdisjoint(self.formula.split())
 
     @property
     def backward_width(self) -> int:
@@ -56,7 +56,7 @@ class ModulatedWork(NamedTuple):
     @property
     def key(self) -> str:
         columns = f"columns {self.width}{'' if self.is_whole else ' at a time'}"
-        return f"{columns}, {', '.join(self.types)}, {self.form}{', summed' if self.summed else ''}"
+        return f"{columns}, {', '.join(self.types)}, {self.formula}{', summed' if self.summed else ''}"
 
 
 def most_columns(itemsize: int, gpu: Gpu) -> int:
