@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from triton_norm import plans, reference, resolve
 from triton_norm.dispatch import goes_to_triton, is_fusible, override
 from triton_norm.rows import modulated
-from triton_norm.rows.modulation import spread
+from triton_norm.rows.modulation import expanded
 from triton_norm.specs import ModulatedOptions, ModulatedSpec, ModulatedTensors, RowOptions, RowSpec
 
 SILU = "silu"
@@ -80,7 +80,7 @@ def normalize_modulated(
             return modulated.launch(tensors, call.plan)
     named, own = _named(tensors, options)
     if goes_to_triton(call.reason):
-        return modulated.record(spread(named, call.spec), call.spec, is_fusible())
+        return modulated.record(expanded(named, call.spec), call.spec, is_fusible())
     if instead is not None:
         return instead()
     return _torch_modulated(named, tuple(own.rows.normalized_shape), call.spec)

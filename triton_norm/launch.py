@@ -218,12 +218,12 @@ def _starting_on(present: tuple[bool, ...]) -> Callable[..., Callable[..., bool]
     gained no more than that, since data_ptr() itself dominates.
     """
     places = range(len(present))
-    there = [place for place in places if present[place]]
+    tensors = [place for place in places if present[place]]
     source = f"""
 def bind(run, count, function, metadata, behind):
     def start(stream, {", ".join(f"tensor_{place}" for place in places)}):
-        {"; ".join(f"address_{place} = tensor_{place}.data_ptr()" for place in there)}
-        if ({" | ".join(f"address_{place}" for place in there)}) % {VECTOR_BYTES}:
+        {"; ".join(f"address_{place} = tensor_{place}.data_ptr()" for place in tensors)}
+        if ({" | ".join(f"address_{place}" for place in tensors)}) % {VECTOR_BYTES}:
             return False
         run(count, 1, 1, stream, function, metadata, None, None, None,
             {", ".join(f"address_{place}" if present[place] else "None" for place in places)}, *behind)

@@ -180,7 +180,7 @@ def recorded(
         return fill
 
     def unfilled(made: Any, results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        return tuple([result if there else None for result, there in zip(results, present(made), strict=True)])
+        return tuple([result if exists else None for result, exists in zip(results, present(made), strict=True)])
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
         assert derivative is not None

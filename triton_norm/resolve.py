@@ -141,7 +141,7 @@ def modulated(key: Any, function: str, tensors: ModulatedTensors, options: Modul
     """Resolves a call with a gate or a modulation and caches it, as `rows`."""
 
     def plan_of(spec: Any, tensors: ModulatedTensors) -> Any:
-        return modulated_plan_of(spec, tensors) if modulation.spread(tensors, spec) is tensors else Expanding(spec)
+        return modulated_plan_of(spec, tensors) if modulation.expanded(tensors, spec) is tensors else Expanding(spec)
 
     return _cached(key, tensors, options.rows, lambda: check_modulated(function, tensors, options), plan_of)
 

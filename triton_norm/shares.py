@@ -47,16 +47,16 @@ def merge(
     variance unchanged, an empty batch both statistics.
     """
     counts = gathered[:, -1:]
-    there = counts > 0
+    has_elements = counts > 0
     means, rests, m2s = gathered[:, :-1].unflatten(1, (3, -1)).unbind(1)
     total = counts.sum()
     divisor = total.clamp_min(1)
-    base = means.index_select(0, there.to(torch.int32).argmax(0))
-    shift = (torch.where(there, (means - base) + rests, 0.0) * (counts / divisor)).sum(0, keepdim=True)
+    base = means.index_select(0, has_elements.to(torch.int32).argmax(0))
+    shift = (torch.where(has_elements, (means - base) + rests, 0.0) * (counts / divisor)).sum(0, keepdim=True)
     mean = base + shift
     rest = (base - mean) + shift
-    delta = torch.where(there, (means - mean) + (rests - rest), 0.0)
-    m2 = (torch.where(there, m2s, 0.0) + delta * (delta * counts)).sum(0)
+    delta = torch.where(has_elements, (means - mean) + (rests - rest), 0.0)
+    m2 = (torch.where(has_elements, m2s, 0.0) + delta * (delta * counts)).sum(0)
     counted = [number + 1 for number in counter]
     moved = []
     if running:

@@ -160,12 +160,12 @@ class Groups(NamedTuple):
             None if slices is None else Placement._make((*strides(slices), slices.itemsize, slices.misaligned))
             for slices in self.slices
         )
-        apart = tuple(None if slices is None else slices.sample_stride for slices in self.slices)
+        sample_strides = tuple(None if slices is None else slices.sample_stride for slices in self.slices)
         spread = tuple(slices is not None and slices.spread for slices in self.slices)
         n_samples, *_ = self.shape
         (x_type, *_) = self.types
         assert x_type is not None
-        instances = Instances(n_samples, apart, spread, per_statistic, elements_per_parameter)
+        instances = Instances(n_samples, sample_strides, spread, per_statistic, elements_per_parameter)
         return Read(shape, kind, placements, x_type, self.types, self.others, self.device, instances)
 
 

@@ -161,7 +161,7 @@ def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, 
 def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | None]:
     read, gradient_dtypes, spec = GroupBackwardTensors(*ctx.saved_tensors), ctx.gradient_dtypes, ctx.spec
     needs = Needs._make(dtype is not None for dtype in gradient_dtypes)
-    there = [gradient for gradient, needed in zip(results, needs, strict=True) if needed]
+    existing = [gradient for gradient, needed in zip(results, needs, strict=True) if needed]
     of_bias = (
         None
         if gradient_dtypes.dbias_dtype is None
@@ -182,7 +182,7 @@ def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | Non
 
     *inputs, _ = read
     needs_input = ctx.needs_input_grad[: len(inputs)]
-    return reference.gradients(function, tuple(inputs), there, needs_input, may_be_unused=True)
+    return reference.gradients(function, tuple(inputs), existing, needs_input, may_be_unused=True)
 
 
 forward_op = recorded(

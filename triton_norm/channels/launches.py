@@ -137,13 +137,17 @@ class Launches:
         self._kernel, self._read, self._resident_bytes, self._adds = kernel, read, resident_bytes, adds
         self._curved = _is_curved(activation)
         gpu = gpu_of(read.device)
-        self._n_instances, per_parameter, apart = 1, None, []
+        self._n_instances, per_parameter, instance_strides = 1, None, []
         if read.instances is not None:
             self._n_instances, per_parameter = read.instances.n_instances, read.instances.elements_per_parameter
             pairs = zip(read.instances.strides, read.instances.spread, strict=True)
-            apart = [stride for stride, spread in pairs if spread and stride is not None]
+            instance_strides = [stride for stride, spread in pairs if spread and stride is not None]
         self.layout: Layout = layout_of(
-            read.shape, read.kind, *filter(None, read.placements), apart=apart, narrow=per_parameter is not None
+            read.shape,
+            read.kind,
+            *filter(None, read.placements),
+            instance_strides=instance_strides,
+            narrow=per_parameter is not None,
         )
         self.run, self.parameter_runs = self.layout.runs(per_parameter)
         self._shared = SharedChannels(

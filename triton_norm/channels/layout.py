@@ -197,26 +197,26 @@ def vector_of(placements: Sequence[Placement], *extents: int) -> int:
 
 
 def layout_of(
-    shape: Sequence[int], kind: str, *placements: Placement, apart: Sequence[int] = (), narrow: bool = False
+    shape: Sequence[int], kind: str, *placements: Placement, instance_strides: Sequence[int] = (), narrow: bool = False
 ) -> Layout:
     """Returns the layout in which tensors with these strides are read together, with the widest common access.
 
     Args:
-        apart: strides between slices of which each has this shape.
+        instance_strides: elements from one slice of this shape to the next, of each tensor that has slices.
         narrow: a folded block is narrow, so that its rows can stay in registers.
     """
     n_channels, n_positions = shape[1], math.prod(shape[2:])
     if kind == "last":
         spread = [placement for placement in placements if placement.channel_stride or n_channels == 1]
         strides = [
-            *apart,
+            *instance_strides,
             *(stride for placement in spread for stride in (placement.sample_stride, placement.position_stride)),
         ]
         lanes = channel_spaces.channel_lanes(n_channels, limits_in_force())
         vector = vector_of(spread or placements, n_channels, *strides)
         return Layout(0, vector, lanes, 0, 1, n_channels, n_channels, lanes, 1, n_positions)
     spread = [placement for placement in placements if placement.position_stride]
-    strides = [*apart, *(placement.sample_stride for placement in spread)]
+    strides = [*instance_strides, *(placement.sample_stride for placement in spread)]
     if kind == "folded":
         n_columns = n_channels * n_positions
         lanes, channels = channel_spaces.fold(n_channels, n_positions, limits_in_force(), narrow)
@@ -257,10 +257,10 @@ def side_of_zero(bits: Tensor, x: Tensor, kind: str) -> Tensor:
     """Returns the bits that a kernel has stored in the layout `kind` as booleans of x's shape."""
     rows, used = _bit_rows(x.shape, kind)
     within = torch.arange(_bits_per_byte(x.shape[1], kind), dtype=torch.uint8, device=x.device)
-    spread = ((bits[:, None] >> within) & 1 != 0).view(rows, -1)[:, :used]
+    unpacked = ((bits[:, None] >> within) & 1 != 0).view(rows, -1)[:, :used]
     n_samples, n_channels, *positions = x.shape
     if kind == "flat":
-        return spread.reshape(n_channels, n_samples, *positions).movedim(0, 1)
+        return unpacked.reshape(n_channels, n_samples, *positions).movedim(0, 1)
     if kind == "last":
-        return spread.reshape(n_samples, *positions, n_channels).movedim(-1, 1)
-    return spread.reshape(x.shape)
+        return unpacked.reshape(n_samples, *positions, n_channels).movedim(-1, 1)
+    return unpacked.reshape(x.shape)

@@ -177,14 +177,14 @@ def composed_gradients(
         assert bits_kind is not None
         dy = gradient_by_side(dy, side_of_zero(saved.bits, saved.x, bits_kind), activation, spec.slope)
         activation = None
-    apart = residual_needs and saved.residual is None
+    passes_dy = residual_needs and saved.residual is None
     result = reference.gradients(
         lambda *inputs: function(Inputs(*inputs), activation),
         (saved.x, saved.residual, saved.weight, bias),
         dy,
-        (x_needs, residual_needs and not apart, *parameters_need),
+        (x_needs, residual_needs and not passes_dy, *parameters_need),
     )
-    if apart:
+    if passes_dy:
         assert facts.dresidual is not None
         result[1] = dy.to(facts.dresidual)
     return result
@@ -270,7 +270,7 @@ def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, 
 def _differentiate_backward(ctx: Any, *gradients: Tensor) -> Sequence[Tensor | None]:
     saved, gradient_dtypes = BackwardTensors(*ctx.saved_tensors), ctx.gradient_dtypes
     needs = Needs._make(dtype is not None for dtype in gradient_dtypes)
-    there = [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
+    existing = [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
     n_channels = saved.x.shape[1]
     of_bias = (
         None
@@ -293,7 +293,7 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> Sequence[Tensor | N
 
     inputs = saved.dy, saved.x, saved.residual, saved.bits, saved.weight, saved.bias
     needs_input = ctx.needs_input_grad[: len(inputs)]
-    return reference.gradients(function, inputs, there, needs_input, may_be_unused=True)
+    return reference.gradients(function, inputs, existing, needs_input, may_be_unused=True)
 
 
 forward_op = recorded(

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton_norm import activations, plans
 from triton_norm.channels.launches import Forms, Launches, Read, Step, Types, in_two_floats
 from triton_norm.channels.layout import as_readable, dense_like, empty_bits, is_dense, kind_of, reads
+from triton_norm.channels.running import copy_back
 from triton_norm.launch import zeros
 from triton_norm.library import contiguous
 from triton_norm.reference import compute_dtype
@@ -155,7 +156,8 @@ class ForwardPlan:
             left = moments if reduces else None
             step.launch(x, *swept, statistics, left, *running, count, partials, sync)
             if self._copies and reduces:  # before a later launch can fail
-                _copy_back(BatchNormTensors._make(originals), BatchNormTensors._make(tensors))
+                _, _, _, _, *original_statistics, _ = originals
+                copy_back(original_statistics, (running_mean, running_var))
         return y, bits
 
     def _trial(
@@ -185,13 +187,6 @@ class ForwardPlan:
         swept = _types((x, residual))
         read = Read(self._shape, self._kind, placements, x.dtype, swept, others, x.device)
         return _forward_forms(read, self._spec, self._part)
-
-
-def _copy_back(originals: BatchNormTensors, moved: BatchNormTensors) -> None:
-    pairs = (originals.running_mean, moved.running_mean), (originals.running_var, moved.running_var)
-    for statistic, now in pairs:
-        if statistic is not None and now is not None and now is not statistic:
-            statistic.copy_(now)
 
 
 def forward_plan_of(spec: BatchNormSpec, part: Part, tensors: BatchNormTensors) -> ForwardPlan:

@@ -79,14 +79,15 @@ def _move(
     n_blocks = -(-n_channels // launcher.space.configs[0]["BLOCK_C"])
     sync = None if num_batches_tracked is None else zeros(2 + n_blocks, moments.device)
     Launch(launcher, n_channels, n_ranks)(moments, merged, *moved, num_batches_tracked, sync)
-    _copy_back((running_mean, running_var), moved)
+    copy_back((running_mean, running_var), moved)
     return merged
 
 
-def _copy_back(running: Sequence[Tensor | None], moved: Sequence[Tensor | None]) -> None:
-    for statistic, now in zip(running, moved, strict=True):
-        if statistic is not None and now is not None and now is not statistic:
-            statistic.copy_(now)
+def copy_back(running: Sequence[Tensor | None], moved: Sequence[Tensor | None]) -> None:
+    """Copies running statistics that a launch has moved in contiguous copies."""
+    for statistic, copied in zip(running, moved, strict=True):
+        if statistic is not None and copied is not None and copied is not statistic:
+            statistic.copy_(copied)
 
 
 # Written tensors are passed in lists, which may be empty: modes that track writes don't accept None for one.
@@ -149,7 +150,7 @@ class InstanceStatistics:
             moved = [statistic.contiguous() for statistic in running]
             self._launch(moments, *moved)
             with torch.no_grad():
-                _copy_back(running, moved)
+                copy_back(running, moved)
             return
         torch._C._increment_version(running)
         self._launch(moments, *running)

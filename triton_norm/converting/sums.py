@@ -26,11 +26,11 @@ def add_and_normalize(norm: Any, augend: Any, addend: Any) -> tuple[Any, Any]:
         total = augend + addend
         return norm(total), total
 
-    def apart(_: Tensor) -> tuple[Any, Any]:
+    def one_by_one(_: Tensor) -> tuple[Any, Any]:
         total = augend + addend
         return norm(total), total
 
-    normalized: tuple[Any, Any] = functional.normalize_rows(*call, apart)
+    normalized: tuple[Any, Any] = functional.normalize_rows(*call, one_by_one)
     return normalized
 
 

@@ -112,12 +112,12 @@ def _register(name: str) -> None:
         decomposition.fast_random_decomps.cache_clear()
 
 
-def known(fake: Callable[..., T], name: str) -> Callable[..., T]:
+def registering(fake: Callable[..., T], name: str) -> Callable[..., T]:
     """Wraps the operator's fake, which runs before any compilation, to register the decomposition with Inductor."""
 
-    def told(*arguments: Any) -> T:
+    def register_and_fake(*arguments: Any) -> T:
         with torch.utils._python_dispatch._disable_current_modes():
             _register(name)
         return fake(*arguments)
 
-    return told
+    return register_and_fake

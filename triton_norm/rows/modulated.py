@@ -20,7 +20,7 @@ from triton_norm.rows.modulated_backward import (
 from triton_norm.rows.modulated_composed import composed, through_total
 from triton_norm.rows.modulated_launches import ModulatedBackwardTensors
 from triton_norm.rows.modulated_plan import Expanding, ModulatedPlan, modulated_plan_of
-from triton_norm.rows.modulation import Modulation, modulation_of, spread
+from triton_norm.rows.modulation import Modulation, expanded, modulation_of
 from triton_norm.rows.plan import Outputs, RowOutputs
 from triton_norm.saved import TensorMeta, check_restored, is_unsavable, meta_of, needs_gradient, needs_torch
 from triton_norm.specs import ModulatedGradientDtypes, ModulatedSpec, ModulatedTensors, RowTensors
@@ -169,13 +169,13 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
 
 def _saving(tensors: Sequence[Tensor | None], spec: ModulatedSpec) -> Callable[[Sequence[Any]], Sequence[Any]]:
     """Returns a function from the fields of ModulatedTensors and of Outputs, followed by None, to those of Saved."""
-    there = ModulatedTensors._make(tensors)
-    gated_last = there.gate is not None and not spec.gate_first
+    named = ModulatedTensors._make(tensors)
+    gated_last = named.gate is not None and not spec.gate_first
     names = (
-        "x" if there.residual is None else "total",
-        "x" if there.residual_gate is not None and there.residual_gate.requires_grad else "nothing",
+        "x" if named.residual is None else "total",
+        "x" if named.residual_gate is not None and named.residual_gate.requires_grad else "nothing",
         "weight",
-        "bias" if gated_last or there.scale is not None else "nothing",
+        "bias" if gated_last or named.scale is not None else "nothing",
         *("gate", "scale", "shift" if gated_last else "nothing", "residual_gate"),
         "statistics",
     )
@@ -202,7 +202,7 @@ def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, 
 
 def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | None]:
     call, saved = ctx.call, ModulatedBackwardTensors(*ctx.saved_tensors)
-    there = [gradient for gradient, dtype in zip(results, call.gradient_dtypes, strict=True) if dtype is not None]
+    existing = [gradient for gradient, dtype in zip(results, call.gradient_dtypes, strict=True) if dtype is not None]
     shapes = [None if own is None else own.shape for own in (saved.scale, saved.shift, saved.residual_gate)]
 
     def function(dy: Tensor, dtotal: Tensor | None, *read: Tensor | None) -> tuple[Tensor, ...]:
@@ -214,7 +214,7 @@ def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | Non
 
     *inputs, _ = saved
     needs = ctx.needs_input_grad[: len(inputs)]
-    return reference.gradients(function, tuple(inputs), there, needs, may_be_unused=True)
+    return reference.gradients(function, tuple(inputs), existing, needs, may_be_unused=True)
 
 
 _derivative = Derivative(_setup, _differentiate)
@@ -225,7 +225,7 @@ fusible_op = recorded(
     3,
     _present_forward,
     _forward,
-    fusible.known(_outputs, fusible.MODULATED),
+    fusible.registering(_outputs, fusible.MODULATED),
     _derivative,
 )
 backward_op = recorded(
@@ -309,7 +309,7 @@ def launch(tensors: Sequence[Any], plan: ModulatedPlan | Expanding) -> Any:
         tensors: fields of ModulatedTensors.
     """
     if isinstance(plan, Expanding):
-        tensors = spread(ModulatedTensors._make(tensors), plan.spec)
+        tensors = expanded(ModulatedTensors._make(tensors), plan.spec)
         plan = modulated_plan_of(plan.spec, tensors)
     if plan.requires_grad and torch.is_grad_enabled():
         if plan.saves_copies:

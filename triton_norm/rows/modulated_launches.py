@@ -80,9 +80,8 @@ class Sums(NamedTuple):
     @property
     def places(self) -> dict[str, int | None]:
         """Returns the kernels' constants: the place of each kind, None for one that is not computed."""
-        named = {f"{name.upper()}_SUMS": there for name, there in self._asdict().items()}
         places = itertools.count()
-        return {name: next(places) if there else None for name, there in named.items()}
+        return {f"{kind.upper()}_SUMS": next(places) if computed else None for kind, computed in self._asdict().items()}
 
 
 class LauncherKey(NamedTuple):

@@ -165,9 +165,9 @@ def addresses_of(tensors: Sequence[Any], places: Sequence[int]) -> int:
     return result % VECTOR_BYTES
 
 
-def places_of(tensors: Sequence[Tensor | None], apart: Sequence[int]) -> list[int]:
-    """Returns the places of the tensors that are not None, but those in `apart`."""
-    return [place for place, tensor in enumerate(tensors) if tensor is not None and place not in apart]
+def places_of(tensors: Sequence[Tensor | None], excluded: Sequence[int]) -> list[int]:
+    """Returns the places of the tensors that are not None and not excluded."""
+    return [place for place, tensor in enumerate(tensors) if tensor is not None and place not in excluded]
 
 
 _PARAMETERS = ModulatedTensors._fields.index("weight"), ModulatedTensors._fields.index("bias")

@@ -37,7 +37,7 @@ def _named(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[str, tuple[Te
     return {name: (named[name], per_head) for name, per_head in result.items() if named[name] is not None}
 
 
-def spread(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
+def expanded(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
     """Returns the tensors with all modulations along the same axes of x, which follow each other; `tensors` itself if
     they already are.
 
@@ -53,18 +53,18 @@ def spread(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors:
     if not varying:
         return tensors
     run = axes[varying[0] : varying[-1] + 1]
-    expanded = {}
+    wider = {}
     for name, lengths in outer.items():
         if any(lengths[axis] == 1 for axis in run):
             own, _ = named[name]
             target = [shape[axis] if axis in run else lengths[axis] for axis in range(n_outer)]
             wide = own.to(torch.promote_types(own.dtype, _compute_dtype(tensors, spec)))
-            expanded[name] = wide.reshape(*lengths, *shape[n_outer:]).expand(*target, *shape[n_outer:])
-    return tensors._replace(**expanded) if expanded else tensors
+            wider[name] = wide.reshape(*lengths, *shape[n_outer:]).expand(*target, *shape[n_outer:])
+    return tensors._replace(**wider) if wider else tensors
 
 
 def modulation_of(tensors: ModulatedTensors, spec: ModulatedSpec) -> Modulation:
-    """Returns the numbers of modulations after `spread`; without any, each row has a number of its own."""
+    """Returns the numbers of modulations after `expanded`; without any, each row has a number of its own."""
     x = tensors.x
     n_outer = first_column_axis(x.shape, spec.rows.n_cols)
     for own, per_head in _named(tensors, spec).values():
@@ -90,11 +90,11 @@ def row_stride(own: Tensor | None, n_column_axes: int) -> int | None:
 
 def copied_modulations(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[str, str]:
     """Returns the modulations that have to be copied, by name, and why."""
-    expanded = _named(spread(tensors, spec), spec)
+    wider = _named(expanded(tensors, spec), spec)
     n_column_axes = tensors.x.dim() - first_column_axis(tensors.x.shape, spec.rows.n_cols)
     result = {}
     for name, (own, _) in _named(tensors, spec).items():
-        wide, _ = expanded[name]
+        wide, _ = wider[name]
         if wide is not own:
             result[name] = "it varies along other axes than the other modulations, or along axes that are not adjacent"
         elif row_stride(own, n_column_axes) is None:

@@ -72,7 +72,9 @@ def _present_forward(call: ForwardCall) -> list[bool]:
     return [True, call.tensors.residual is not None, call.saves]
 
 
-def _apart(function: Callable[[ForwardCall], Outputs]) -> Callable[[ForwardCall], tuple[Tensor | None, ...]]:
+def _with_separate_rstd(
+    function: Callable[[ForwardCall], Outputs],
+) -> Callable[[ForwardCall], tuple[Tensor | None, ...]]:
     """Returns the function with LayerNorm's mean and rstd as separate tensors, to save Inductor copies."""
 
     def compute(call: ForwardCall) -> tuple[Tensor | None, ...]:
@@ -204,7 +206,7 @@ def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, 
 
 def _differentiate_backward(ctx: Any, *gradients: Tensor) -> list[Tensor | None]:
     saved = _SavedTwice(*ctx.saved_tensors)
-    there = [gradient for gradient, dtype in zip(gradients, ctx.gradient_dtypes, strict=True) if dtype is not None]
+    existing = [gradient for gradient, dtype in zip(gradients, ctx.gradient_dtypes, strict=True) if dtype is not None]
 
     def function(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
         x, weight = reference.differentiable(x, weight)
@@ -213,7 +215,7 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> list[Tensor | None]
 
     dy_needs, dtotal_needs, x_needs, weight_needs, *_ = ctx.needs_input_grad
     needs = dy_needs, dtotal_needs, x_needs, weight_needs
-    return reference.gradients(function, saved, there, needs, may_be_unused=True)
+    return reference.gradients(function, saved, existing, needs, may_be_unused=True)
 
 
 _forward_derivative = Derivative(_setup, _differentiate)
@@ -223,8 +225,8 @@ fusible_op = recorded(
     ForwardCall,
     4,
     lambda call: [*_present_forward(call), call.saves and call.spec.centred],
-    _apart(_forward),
-    fusible.known(_apart(_fake_forward), fusible.NAME),
+    _with_separate_rstd(_forward),
+    fusible.registering(_with_separate_rstd(_fake_forward), fusible.NAME),
     _forward_derivative,
 )
 backward_op = recorded(

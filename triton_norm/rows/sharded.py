@@ -286,8 +286,8 @@ _apply: Any = super(torch.autograd.Function, ShardedFunction).apply
 def _plan(sharding: Sharding, local: Sequence[Any]) -> Any:
     """Returns a plan of launches, or of operators if a tool records them or this process has nothing to launch."""
     x, *_ = local
-    there = [tensor for tensor in local if tensor is not None]
-    if is_intercepted(*there) or x.numel() == 0 or any(tensor.is_neg() for tensor in there):
+    present = [tensor for tensor in local if tensor is not None]
+    if is_intercepted(*present) or x.numel() == 0 or any(tensor.is_neg() for tensor in present):
         return sharding.family.recorded_plan(sharding.spec, local)
     return sharding.family.plan_of(sharding.spec, local)
 

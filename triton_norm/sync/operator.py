@@ -145,11 +145,12 @@ def _gradient(call: GradientCall) -> tuple[Tensor | None, Tensor | None]:
             tensors, means
         )
         return dx, dresidual
-    results = shares.gradient(dy, saved.inputs, saved.merged, call.sums, call.dresidual_dtype, call.epilogue)
-    for result, value in zip(laid := _fake_gradient(call), results, strict=True):
+    results = _fake_gradient(call)  # in the layout that the operator's fake promises
+    values = shares.gradient(dy, saved.inputs, saved.merged, call.sums, call.dresidual_dtype, call.epilogue)
+    for result, value in zip(results, values, strict=True):
         if result is not None and value is not None:
             result.copy_(value)
-    return laid
+    return results
 
 
 def _fake_gradient(call: GradientCall) -> tuple[Tensor | None, Tensor | None]:
@@ -158,6 +159,7 @@ def _fake_gradient(call: GradientCall) -> tuple[Tensor | None, Tensor | None]:
 
 
 def total(sums: Tensor, group_name: str) -> Tensor:
+    """Returns the sums over all processes of a group."""
     collectives = torch.ops._c10d_functional
     return collectives.wait_tensor(collectives.all_reduce(sums, "sum", group_name))  # type: ignore[no-any-return]
 
@@ -201,12 +203,12 @@ def _setup_apply(ctx: Any, call: ApplyCall, results: tuple[Tensor | None, ...]) 
     saved = *for_backward(call.inputs, bits, call.formula.epilogue.activation), call.merged
     ctx.save_for_backward(*saved)
     ctx.facts = facts_of(None if is_intercepted() else saved, call.inputs)
-    ctx.how = call.bits_kind, call.formula, call.group_name, call.by_kernels
+    ctx.options = call.bits_kind, call.formula, call.group_name, call.by_kernels
     return 1
 
 
 def _differentiate_apply(ctx: Any, dy: Tensor, *_: Any) -> Sequence[Tensor | None]:
-    facts, (bits_kind, formula, group_name, by_kernels) = ctx.facts, ctx.how
+    facts, (bits_kind, formula, group_name, by_kernels) = ctx.facts, ctx.options
     tensors, epilogue = ctx.saved_tensors, formula.epilogue
     check_restored(facts, Saved, tensors)
     saved = Saved(*tensors)
@@ -215,13 +217,13 @@ def _differentiate_apply(ctx: Any, dy: Tensor, *_: Any) -> Sequence[Tensor | Non
         return _composed_gradients(ComposedCall(formula.spec(True), bits_kind, facts, needs), dy, saved, group_name)
     dweight_dtype = facts.weight.dtype if needs.weight and facts.weight else None
     dbias_dtype = facts.bias.dtype if needs.bias and facts.bias else None
-    how = bits_kind, epilogue, by_kernels
-    dweight, dbias, sums = _sums_op(SumsCall(dy, saved, dweight_dtype, dbias_dtype, *how))
+    options = bits_kind, epilogue, by_kernels
+    dweight, dbias, sums = _sums_op(SumsCall(dy, saved, dweight_dtype, dbias_dtype, *options))
     sums = total(sums, group_name)  # all processes take part, whichever gradients each needs
     dx = dresidual = None
     stored = facts.dresidual if needs.residual and epilogue.activation is not None else None
     if needs.x or stored is not None:
-        dx, dresidual = _gradient_op(GradientCall(dy, saved, sums, stored, *how))
+        dx, dresidual = _gradient_op(GradientCall(dy, saved, sums, stored, *options))
     if needs.residual and stored is None:
         dresidual = dy.to(facts.dresidual)
     return dx if needs.x else None, dresidual, shaped(dweight, facts.weight), shaped(dbias, facts.bias)

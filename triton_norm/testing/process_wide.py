@@ -59,13 +59,13 @@ def process_wide(
     def context(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Iterator[None]:
         _require_interpreter()
         own = _Change(lambda: scope(*args, **kwargs))
-        with launch._starting:
+        with launch.starting():
             own.begin()
             _in_force.append(own)
         try:
             yield
         finally:
-            with launch._starting:
+            with launch.starting():
                 above = _in_force[_in_force.index(own) + 1 :]
                 for other in reversed(above):
                     other.end()
