@@ -90,4 +90,5 @@ def sync_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, group:
     inputs = Inputs._make((tensors.x, tensors.residual, weight, bias))
     formula = Formula._make((spec.eps, Epilogue._make((spec.activation, spec.slope))))
     call = operator.ApplyCall._make((inputs, merged, bits_kind, formula, group.name, by_kernels))
-    return operator.apply_op(call)[0]  # type: ignore[no-any-return]
+    y, _ = operator.apply_op(call)
+    return y  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
 """Explains where a call would go, and which tensors it would copy, without running it."""
 
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,12 +30,18 @@ from triton_norm.specs import (
 
 
 def _named(function: Any, arguments: tuple[Any, ...], named_arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns a call's arguments by name, defaults included, and the input as x, too."""
     try:
         bound = inspect.signature(function).bind(*arguments, **named_arguments)
     except TypeError as error:
         raise TypeError(f"{function.__name__}(): {error}") from None
     bound.apply_defaults()
-    return bound.arguments
+    return {**bound.arguments, "x": bound.arguments["input"]}
+
+
+def _bundle(kind: Any, named: dict[str, Any]) -> Any:
+    """Returns a NamedTuple of this type with the arguments that its fields name, None for those that are missing."""
+    return kind._make(named.get(name) for name in kind._fields)
 
 
 def _unsavable(inputs: dict[str, Tensor | None], parameters: Iterable[Tensor | None]) -> list[str]:
@@ -49,10 +56,8 @@ def _unsavable(inputs: dict[str, Tensor | None], parameters: Iterable[Tensor | N
     ]
 
 
-def _explain_rows(function: str, *arguments: Any, **named_arguments: Any) -> Explanation:
-    named = _named(getattr(functional, function), arguments, named_arguments)
-    tensors = RowTensors(named["input"], named["residual"], named["weight"], named.get("bias"))
-    options = RowOptions(*(named[name] for name in RowOptions._fields))
+def _explain_rows(function: str, named: dict[str, Any]) -> Explanation:
+    tensors, options = _bundle(RowTensors, named), _bundle(RowOptions, named)
     modulation = tuple(named[name] for name in ("gate", "scale", "shift", "residual_gate", "head_weight"))
     of_gate = named["gate_activation"], named["gate_first"], named["product_dtype"]
     overriding = overrides.overriding_argument((*tensors, *modulation))
@@ -95,26 +100,32 @@ def explain_modulated(function: str, tensors: ModulatedTensors, options: Modulat
     return explanation(function, tuple(copied), x, call.reason)
 
 
-def _named_batch_norm(*arguments: Any, **named_arguments: Any) -> Explanation:
-    named = _named(functional.batch_norm, arguments, named_arguments)
-    named["x"] = named["input"]
-    tensors = BatchNormTensors(*(named[name] for name in BatchNormTensors._fields))
-    return explain_batch_norm(tensors, BatchNormOptions(*(named[name] for name in BatchNormOptions._fields)))
-
-
 def explain_batch_norm(tensors: BatchNormTensors, options: BatchNormOptions, whole: bool = True) -> Explanation:
     """Explains a call of batch_norm, after the same checks.
 
     Args:
         whole: x is the whole batch; otherwise it may have one value a channel.
     """
+    return _explain_channels("batch_norm", tensors, options, functools.partial(resolve.check_batch_norm, whole=whole))
+
+
+def explain_group_norm(tensors: Inputs, options: GroupNormOptions) -> Explanation:
+    """Explains a call of group_norm, after the same checks."""
+    return _explain_channels("group_norm", tensors, options, resolve.check_group_norm)
+
+
+def explain_instance_norm(tensors: BatchNormTensors, options: InstanceNormOptions) -> Explanation:
+    """Explains a call of instance_norm, after the same checks."""
+    return _explain_channels("instance_norm", tensors, options, resolve.check_instance_norm)
+
+
+def _explain_channels(
+    function: str, tensors: Any, options: Any, check: Callable[[Any, Any], resolve.Call]
+) -> Explanation:
     overriding = overrides.overriding_argument((*tensors, *options))
     if overriding is not None:
-        return explained_by("batch_norm", overriding)
-    return _explained_channels("batch_norm", tensors, options, resolve.check_batch_norm(tensors, options, whole))
-
-
-def _explained_channels(function: str, tensors: Any, options: Any, call: resolve.Call) -> Explanation:
+        return explained_by(function, overriding)
+    call = check(tensors, options)
     x, residual, weight, bias, *_ = tensors
     read: Any = layout
     reason = "neither its channels nor its positions lie side by side"
@@ -133,34 +144,12 @@ def _explained_channels(function: str, tensors: Any, options: Any, call: resolve
     return explanation(function, tuple(copied), x, call.reason)
 
 
-def _named_group_norm(*arguments: Any, **named_arguments: Any) -> Explanation:
-    named = _named(functional_groups.group_norm, arguments, named_arguments)
-    named["x"] = named["input"]
-    options = GroupNormOptions(*(named[name] for name in GroupNormOptions._fields))
-    return explain_group_norm(Inputs(*(named[name] for name in Inputs._fields)), options)
-
-
-def explain_group_norm(tensors: Inputs, options: GroupNormOptions) -> Explanation:
-    """Explains a call of group_norm, after the same checks."""
-    overriding = overrides.overriding_argument((*tensors, *options))
-    if overriding is not None:
-        return explained_by("group_norm", overriding)
-    return _explained_channels("group_norm", tensors, options, resolve.check_group_norm(tensors, options))
-
-
-def _named_instance_norm(*arguments: Any, **named_arguments: Any) -> Explanation:
-    named = _named(functional_groups.instance_norm, arguments, named_arguments)
-    named |= {"x": named["input"], "num_batches_tracked": None}
-    options = InstanceNormOptions(*(named[name] for name in InstanceNormOptions._fields))
-    return explain_instance_norm(BatchNormTensors(*(named[name] for name in BatchNormTensors._fields)), options)
-
-
-def explain_instance_norm(tensors: BatchNormTensors, options: InstanceNormOptions) -> Explanation:
-    """Explains a call of instance_norm, after the same checks."""
-    overriding = overrides.overriding_argument((*tensors, *options))
-    if overriding is not None:
-        return explained_by("instance_norm", overriding)
-    return _explained_channels("instance_norm", tensors, options, resolve.check_instance_norm(tensors, options))
+_OVER_CHANNELS: dict[Any, tuple[Any, Any, Callable[[Any, Any], Explanation]]] = {
+    functional.batch_norm: (BatchNormTensors, BatchNormOptions, explain_batch_norm),
+    functional_groups.group_norm: (Inputs, GroupNormOptions, explain_group_norm),
+    functional_groups.instance_norm: (BatchNormTensors, InstanceNormOptions, explain_instance_norm),
+}
+"""Each function over channels has the types of its tensors and options, and the function that explains them."""
 
 
 def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
@@ -180,15 +169,13 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
         TypeError: another target. Errors of the call's arguments are those of the call itself.
     """
     if target is functional.layer_norm or target is functional.rms_norm:
-        return _explain_rows(target.__name__, *args, **kwargs)
-    if target is functional.batch_norm:
-        return _named_batch_norm(*args, **kwargs)
-    if target is functional_groups.group_norm:
-        return _named_group_norm(*args, **kwargs)
-    if target is functional_groups.instance_norm:
-        return _named_instance_norm(*args, **kwargs)
-    explain_call = getattr(target, "explain_call", None) if isinstance(target, nn.Module) else None
-    if explain_call is None:
+        return _explain_rows(target.__name__, _named(target, args, kwargs))
+    for function, (tensors, options, explain_call) in _OVER_CHANNELS.items():
+        if target is function:
+            named = _named(function, args, kwargs)
+            return explain_call(_bundle(tensors, named), _bundle(options, named))
+    own = getattr(target, "explain_call", None) if isinstance(target, nn.Module) else None
+    if own is None:
         raise TypeError(f"explain(): expected a function or module of triton_norm, but got {target!r}")
-    result: Explanation = explain_call(*args, **kwargs)
+    result: Explanation = own(*args, **kwargs)
     return result

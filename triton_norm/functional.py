@@ -14,7 +14,7 @@ from triton_norm import plans, reference, resolve
 from triton_norm.activations import activate
 from triton_norm.channels import function as channels
 from triton_norm.dispatch import autocasts, goes_to_triton, instead_of, is_fusible, override
-from triton_norm.functional_modulated import SILU, bundled, is_plain, normalize_modulated
+from triton_norm.functional_modulated import LENGTH_TYPES, SILU, bundled, is_plain, normalize_modulated
 from triton_norm.plain import HALVES, has_known_sizes, holds
 from triton_norm.rows import operator as rows
 from triton_norm.rows import sharded
@@ -23,9 +23,6 @@ from triton_norm.specs import BatchNormOptions, BatchNormSpec, BatchNormTensors,
 
 def _uniform(x: Tensor, *others: Tensor | None) -> bool:
     return all(tensor is None or tensor.dtype == x.dtype for tensor in others)
-
-
-_INT = {int}
 
 
 def normalize_rows(
@@ -44,8 +41,7 @@ def normalize_rows(
         shape, eps, _, weight_offset, _, _ = options
         key = function, options, type(eps), type(weight_offset), residual is None, weight is None, bias is None
         call = plans.find(key, tensors)
-        # 4.0 equals 4, but is not a length.
-        if call is None or (shape is not call.shape and {*map(type, shape)} != _INT):
+        if call is None or (shape is not call.shape and {*map(type, shape)} != LENGTH_TYPES):
             call = resolve.rows(key, function, RowTensors._make(tensors), RowOptions._make(options))
         if call.plan is not None and override.name != "torch":
             return rows.launch(tensors, call.plan)

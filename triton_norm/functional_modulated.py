@@ -16,7 +16,8 @@ from triton_norm.specs import ModulatedOptions, ModulatedSpec, ModulatedTensors,
 SILU = "silu"
 """This is the default of gate_activation. Values are compared by identity: `==` of an array is an array."""
 
-_INT = {int}
+LENGTH_TYPES = {int}
+"""The elements of normalized_shape are of these types: 4.0 equals 4 in a key, but is not a length."""
 
 
 def is_plain(modulation: tuple[Any, ...], of_gate: tuple[Any, ...]) -> bool:
@@ -73,8 +74,7 @@ def normalize_modulated(
         presence = residual is None, weight is None, bias is None, gate is None, scale is None, shift is None
         key = function, options, type(eps), type(weight_offset), type(gate_first), presence, residual_gate is None
         call = plans.find(key, tensors)
-        # 4.0 equals 4, but is not a length.
-        if call is None or (shape is not call.shape and {*map(type, shape)} != _INT):
+        if call is None or (shape is not call.shape and {*map(type, shape)} != LENGTH_TYPES):
             call = resolve.modulated(key, function, *_named(tensors, options))
         if call.plan is not None and override.name != "torch":
             return modulated.launch(tensors, call.plan)

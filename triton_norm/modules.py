@@ -164,7 +164,11 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
     """Implements the forward of the three layers; torch's own `_check_input_dim` checks the rank."""
 
     def _call(
-        self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the fields of BatchNormTensors and those of BatchNormOptions."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -195,15 +199,8 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
                 return instead(input, **changed(_BatchNorm.forward, options))  # type: ignore[no-any-return]
         return _called(*self._call(input, residual, activation, negative_slope))
 
-    def explain_call(
-        self,
-        input: Tensor,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
-    ) -> Explanation:
-        return self._explained(self._call(input, residual, activation, negative_slope))
+    def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
+        return self._explained(self._call(input, **fused))
 
     def _explained(self, call: tuple[Any, Any], whole: bool = True) -> Explanation:
         tensors, options = call
@@ -299,16 +296,9 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         call = BatchNormTensors._make(tensors), BatchNormOptions._make(options)
         return distributed.sync_batch_norm(*call, group)
 
-    def explain_call(
-        self,
-        input: Tensor,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
-    ) -> Explanation:
+    def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
         whole = not self.training or distributed.shared_by(self.process_group) is None
-        result = self._explained(self._call(input, residual, activation, negative_slope), whole)
+        result = self._explained(self._call(input, **fused), whole)
         return result if whole else dataclasses.replace(result, function="sync_batch_norm")
 
     def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -23,7 +23,11 @@ class GroupNorm(symbolic.Scriptable, nn.GroupNorm):
     original = nn.GroupNorm
 
     def _call(
-        self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the fields of Inputs and those of GroupNormOptions."""
         weight, bias = weight_and_bias_of(self)
@@ -48,15 +52,8 @@ class GroupNorm(symbolic.Scriptable, nn.GroupNorm):
             return functional_groups.group_norm(named.pop("x"), **named)
         return functional_groups.normalize_groups(tensors, options)
 
-    def explain_call(
-        self,
-        input: Tensor,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
-    ) -> Explanation:
-        tensors, options = self._call(input, residual, activation, negative_slope)
+    def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
+        tensors, options = self._call(input, **fused)
         return explaining.explain_group_norm(Inputs._make(tensors), GroupNormOptions._make(options))
 
 
@@ -82,7 +79,11 @@ class _InstanceNorm(symbolic.Scriptable, nn.modules.instancenorm._InstanceNorm):
         )
 
     def _call(
-        self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the fields of BatchNormTensors and those of InstanceNormOptions. Unbatched input is one sample."""
         self._check_features(input)
@@ -119,15 +120,8 @@ class _InstanceNorm(symbolic.Scriptable, nn.modules.instancenorm._InstanceNorm):
         x, *_ = tensors
         return y if x is input else y.squeeze(0)
 
-    def explain_call(
-        self,
-        input: Tensor,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
-    ) -> Explanation:
-        tensors, options = self._call(input, residual, activation, negative_slope)
+    def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
+        tensors, options = self._call(input, **fused)
         return explaining.explain_instance_norm(BatchNormTensors._make(tensors), InstanceNormOptions._make(options))
 
 

@@ -40,7 +40,7 @@ class Call(NamedTuple):
         spec: a RowSpec, ModulatedSpec, BatchNormSpec or GroupNormSpec.
         reason: why the kernels can't serve such calls, or None.
         plan: plan of a call that the kernels serve and nothing records or intercepts, or None.
-        shape: normalized_shape as given, a tuple of integers; None for a norm over channels.
+        shape: normalized_shape as passed, a tuple of integers; None for a norm over channels.
         sharding: places the results of a call on DTensors; None for other tensors.
     """
 

@@ -150,7 +150,8 @@ def launch(tensors: tuple[Any, ...], plan: BatchNormPlan) -> Tensor:
             # have other forms, which affects the backward alone
             tensors = savable(BatchNormTensors._make(tensors), plan.spec)
         return _apply(*tensors, plan)  # type: ignore[no-any-return]
-    return plan.forward(tensors, False)[0]
+    y, _, _ = plan.forward(tensors, False)
+    return y
 
 
 def record(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
@@ -171,7 +172,8 @@ def record(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
     formula = Formula._make((spec.eps, Epilogue._make((spec.activation, spec.slope))))
     if not spec.training:
         call = operator.InferenceCall._make((inputs, running_mean, running_var, bits_kind, formula))
-        return operator.inference_op(call)[0]  # type: ignore[no-any-return]
+        y, _ = operator.inference_op(call)
+        return y  # type: ignore[no-any-return]
     moved = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     counted = [] if counter is None else [counter]
     tracks = len(moved) + len(counted) > 0

@@ -44,6 +44,8 @@ class ForwardCall(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
+    """Holds the arguments of the backward's operator."""
+
     tensors: GroupBackwardTensors
     gradient_dtypes: GradientDtypes
     spec: GroupNormSpec

@@ -48,6 +48,8 @@ class InferenceCall(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
+    """Holds the arguments of the backward's operator."""
+
     tensors: BackwardTensors
     gradient_dtypes: GradientDtypes
     bits_kind: str | None

@@ -37,7 +37,7 @@ def _launcher(
     types: tuple[torch.dtype | None, ...], device: torch.device, momentum: float | None, eps: float
 ) -> Launcher:
     """Returns the launcher of `merge_ranks_kernel` for these dtypes of moments, running statistics and counter."""
-    computed = types[0]
+    computed, *_ = types
     assert computed is not None
 
     def n_programs(config: Mapping[str, Any], n_channels: int, n_ranks: int) -> int:

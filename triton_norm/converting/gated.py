@@ -70,7 +70,8 @@ GATED = {path: gating for gating, paths in _CLASSES.items() for path in paths.sp
 
 
 def dtype_of(kind: Type | None, x: Tensor, weight: Tensor) -> torch.dtype | None:
-    if kind == "input":
+    """Returns the dtype that a listed class rounds to, or None."""
+    if kind == "input" or (kind == "promoted" and weight.dtype is x.dtype):  # to promote takes 0.2 µs
         return x.dtype
     if kind == "promoted":
         return torch.promote_types(x.dtype, weight.dtype)
@@ -78,6 +79,7 @@ def dtype_of(kind: Type | None, x: Tensor, weight: Tensor) -> torch.dtype | None
 
 
 def takes(function: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Decides whether the function can be called with these arguments."""
     try:
         inspect.signature(function).bind(*inputs, **named)
     except TypeError:

@@ -20,7 +20,7 @@ from triton_norm.rows.modulated_backward import (
 from triton_norm.rows.modulated_composed import composed, through_total
 from triton_norm.rows.modulated_launches import ModulatedBackwardTensors
 from triton_norm.rows.modulated_plan import Expanding, ModulatedPlan, modulated_plan_of
-from triton_norm.rows.modulation import Modulation, expanded, modulation_of
+from triton_norm.rows.modulation import Numbering, expanded, numbering_of
 from triton_norm.rows.plan import Outputs, RowOutputs
 from triton_norm.saved import TensorMeta, check_restored, is_unsavable, meta_of, needs_gradient, needs_torch
 from triton_norm.specs import ModulatedGradientDtypes, ModulatedSpec, ModulatedTensors, RowTensors
@@ -62,7 +62,7 @@ class Facts(NamedTuple):
 
     saved: tuple[TensorMeta | None, ...] | None
     inputs: Any
-    numbers: Modulation
+    numbers: Numbering
 
     @property
     def modulation_shapes(self) -> tuple[Any, ...]:
@@ -73,7 +73,7 @@ class Facts(NamedTuple):
 
 def facts_of(saved: Sequence[Tensor | None] | None, tensors: ModulatedTensors, spec: ModulatedSpec) -> Facts:
     metas = None if saved is None else tuple(map(meta_of, saved))
-    return Facts(metas, ModulatedTensors._make(map(meta_of, tensors)), modulation_of(tensors, spec))
+    return Facts(metas, ModulatedTensors._make(map(meta_of, tensors)), numbering_of(tensors, spec))
 
 
 def _outputs(call: ForwardCall) -> Outputs:

@@ -19,7 +19,7 @@ from triton_norm.rows.modulated_launches import (
     row_sums_launcher,
 )
 from triton_norm.rows.modulated_plan import addresses_of, modulations_of, places_of
-from triton_norm.rows.modulation import Modulation
+from triton_norm.rows.modulation import Numbering
 from triton_norm.specs import ModulatedGradientDtypes, ModulatedSpec
 
 Gradients = tuple[Tensor | None, ...]
@@ -31,7 +31,7 @@ class BackwardCall(NamedTuple):
 
     tensors: ModulatedBackwardTensors
     gradient_dtypes: ModulatedGradientDtypes
-    numbers: Modulation
+    numbers: Numbering
     spec: ModulatedSpec
 
 

@@ -24,7 +24,7 @@ from triton_norm.rows.layout import (
     types_of,
     vector_of,
 )
-from triton_norm.rows.modulation import Modulation, modulation_of, row_stride
+from triton_norm.rows.modulation import Numbering, numbering_of, row_stride
 from triton_norm.rows.plan import Outputs, RowOutputs
 from triton_norm.saved import is_unsavable
 from triton_norm.specs import ModulatedSpec, ModulatedTensors, RowTensors
@@ -44,7 +44,7 @@ class Modulations(NamedTuple):
         summed: several rows have one modulation, so that its gradient is a sum over them.
     """
 
-    numbers: Modulation
+    numbers: Numbering
     strides: tuple[int, int, int]
     copied: tuple[bool, bool, bool]
     summed: bool
@@ -61,7 +61,7 @@ class Modulations(NamedTuple):
         return [readable(own, copied) for own, copied in zip(modulations, self.copied, strict=True)]
 
 
-def modulations_of(tensors: ModulatedTensors, numbers: Modulation, n_cols: int) -> Modulations:
+def modulations_of(tensors: ModulatedTensors, numbers: Numbering, n_cols: int) -> Modulations:
     n_column_axes = tensors.x.dim() - first_column_axis(tensors.x.shape, n_cols)
     result = [row_stride(own, n_column_axes) for own in (tensors.scale, tensors.shift, tensors.residual_gate)]
     strides = tuple(n_cols if stride is None else stride for stride in result)
@@ -193,7 +193,7 @@ class ModulatedPlan:
         self.saving: Any = None
         self.facts: Any = None
         self._layout = layout_of((x, residual, gate), spec.rows.n_cols, (False, False, False))
-        self._modulations = modulations_of(tensors, modulation_of(tensors, spec), spec.rows.n_cols)
+        self._modulations = modulations_of(tensors, numbering_of(tensors, spec), spec.rows.n_cols)
         are_contiguous = all(parameter is None or parameter.is_contiguous() for parameter in (weight, bias))
         self._copies = not are_contiguous or any(self._layout.copied) or any(self._modulations.copied)
         self._places = places_of(tensors, _PARAMETERS)

@@ -12,7 +12,7 @@ from triton_norm.rows.layout import first_column_axis
 from triton_norm.specs import ModulatedSpec, ModulatedTensors
 
 
-class Modulation(NamedTuple):
+class Numbering(NamedTuple):
     """Numbers the modulations: row r of x has number r // n_tokens % n_modulations.
 
     Args:
@@ -63,7 +63,7 @@ def expanded(tensors: ModulatedTensors, spec: ModulatedSpec) -> ModulatedTensors
     return tensors._replace(**wider) if wider else tensors
 
 
-def modulation_of(tensors: ModulatedTensors, spec: ModulatedSpec) -> Modulation:
+def numbering_of(tensors: ModulatedTensors, spec: ModulatedSpec) -> Numbering:
     """Returns the numbers of modulations after `expanded`; without any, each row has a number of its own."""
     x = tensors.x
     n_outer = first_column_axis(x.shape, spec.rows.n_cols)
@@ -74,8 +74,8 @@ def modulation_of(tensors: ModulatedTensors, spec: ModulatedSpec) -> Modulation:
             if lengths[axis] != 1:
                 break
             n_tokens *= x.shape[axis]
-        return Modulation(n_tokens, math.prod(lengths))
-    return Modulation(1, x.numel() // spec.rows.n_cols)
+        return Numbering(n_tokens, math.prod(lengths))
+    return Numbering(1, x.numel() // spec.rows.n_cols)
 
 
 def row_stride(own: Tensor | None, n_column_axes: int) -> int | None:

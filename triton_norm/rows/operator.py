@@ -38,6 +38,8 @@ class ForwardCall(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
+    """Holds the arguments of the backward's operator."""
+
     tensors: RowBackwardTensors
     gradient_dtypes: GradientDtypes
     spec: RowSpec
