@@ -76,7 +76,7 @@ def _explain_rows(function: str, named: dict[str, Any]) -> Explanation:
 
 def _copied_rows(tensors: dict[str, Tensor | None], n_cols: int) -> list[str]:
     return [
-        f"the {name}: its columns are not adjacent, or its rows lie along more than three axes"
+        f"the {name}: its columns are not adjacent, or its rows run along more than three axes"
         for name, tensor in tensors.items()
         if tensor is not None and tensor.numel() and copies(tensor, n_cols)
     ]
@@ -128,9 +128,12 @@ def _explain_channels(
     call = check(tensors, options)
     x, residual, weight, bias, *_ = tensors
     read: Any = layout
-    reason = "neither its channels nor its positions lie side by side"
+    reason = "neither its channels nor its positions are adjacent"
     if isinstance(call.spec, GroupNormSpec):
-        read, reason = group_layout, "a sample's elements lie with gaps, neither channels-first nor channels-last"
+        read, reason = (
+            group_layout,
+            "a sample has gaps, and is neither channels-first nor channels-last",
+        )
     kind = read.kind_of(x) if x.numel() else ""
     copied = [
         f"the {name}: {reason}"

@@ -1,9 +1,10 @@
 """Caches plans: from the signature of a call to the plan that serves calls like it.
 
-A signature is a key, made of everything that is not a tensor, and the forms of the tensors. A form is all that decides
-how a tensor is read, and who takes a call on it: class, dtype, device, shape, strides, requires_grad, and dispatch
-keys. With this thread's state the keys tell whether a tensor is negated or an inference tensor, and whether autocast, a
-transform of torch.func or torch.jit.trace would take the call. A call of the same signature needs no further checks.
+A signature is a key, made of everything that is not a tensor, and guards on the tensors. A guard checks all that
+decides how a tensor is read, and who takes a call on it: class, dtype, device, shape, strides, requires_grad, and
+dispatch keys. With this thread's state the keys tell whether a tensor is negated or an inference tensor, and whether
+autocast, a transform of torch.func or torch.jit.trace would take the call. A call of the same signature needs no
+further checks.
 
 The families of kernels build the plans; this module doesn't look inside.
 """
@@ -21,23 +22,23 @@ from triton_norm.tuning.memory import when_forgotten
 
 MOST_KEYS = 4096
 """The cache has at most this many keys: calls of ever new shapes must not exhaust memory."""
-MOST_FORMS = 16
-"""A key has at most this many plans, each for other forms: nor must calls of ever new strides."""
+MOST_PLANS = 16
+"""A key has at most this many plans, each with other guards: calls of ever new strides must not exhaust it, either."""
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-class FormsInPython:
-    """Holds the forms of some tensors."""
+class GuardsInPython:
+    """Guards some tensors as torch.compile's own class does."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        self._forms = list(map(_form, tensors))
+        self._facts = list(map(_guarded_facts, tensors))
 
     def check(self, *tensors: Any) -> bool:
-        return list(map(_form, tensors)) == self._forms
+        return list(map(_guarded_facts, tensors)) == self._facts
 
 
-def _form(tensor: Any) -> tuple[Any, ...] | None:
+def _guarded_facts(tensor: Any) -> tuple[Any, ...] | None:
     if not isinstance(tensor, Tensor):
         return None
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
@@ -49,24 +50,24 @@ def _form(tensor: Any) -> tuple[Any, ...] | None:
 _guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 
-def forms_of(*tensors: Tensor) -> Any:
-    """Returns the forms of some tensors: torch.compile's own class, in C++, if torch has it and no tensor is repeated.
+def guards_on(*tensors: Tensor) -> Any:
+    """Returns guards on some tensors: torch.compile's own class, in C++, if torch has it and no tensor is repeated.
 
-    Its check takes 0.25 µs for three tensors, that of `FormsInPython` 4 µs (Python 3.11, torch 2.13).
+    Its check takes 0.25 µs for three tensors, that of `GuardsInPython` 4 µs (Python 3.11, torch 2.13).
     """
     if _guards is None or len(set(map(id, tensors))) < len(tensors):
-        return FormsInPython(*tensors)
+        return GuardsInPython(*tensors)
     return _guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
-class FormsOfDTensors:
-    """Holds the forms of some tensors with DTensors among them, and how these are placed.
+class GuardsOnDTensors:
+    """Guards some tensors with DTensors among them, and how these are placed.
 
     Meshes are compared by identity: one that replaces an equal mesh, whose processes have ended, has other groups.
     """
 
     def __init__(self, *tensors: Any) -> None:
-        self._check, self._specs = forms_of(*tensors).check, [getattr(tensor, "_spec", None) for tensor in tensors]
+        self._check, self._specs = guards_on(*tensors).check, [getattr(tensor, "_spec", None) for tensor in tensors]
         self._locals = [type(getattr(tensor, "_local_tensor", None)) for tensor in tensors]
 
     def check(self, *tensors: Any) -> bool:
@@ -83,7 +84,7 @@ class FormsOfDTensors:
 
 _plans: dict[Any, tuple[Callable[[Any], Any], list[tuple[Callable[..., bool], Any]]]] = {}
 """Maps (key, first tensor's shape) to a function that picks the tensors that are not None, and the plans, each with the
-check of its forms. Layers of one model differ mostly in shape, and a look-up is faster than several checks."""
+check of its guards. Layers of one model differ mostly in shape, and a look-up is faster than several checks."""
 
 when_forgotten(_plans.clear)
 
@@ -94,7 +95,7 @@ _NO_PLAN = KeyError, TypeError, AttributeError, RuntimeError
 
 def find(key: Any, tensors: Sequence[Tensor | None]) -> Any:
     """Returns the plan of calls of this signature, or None. Returns None, too, under a mode of operators or
-    forward-mode differentiation, which forms don't tell.
+    forward-mode differentiation, which guards don't tell.
 
     Args:
         key: tells which tensors are None, if any may be.
@@ -134,6 +135,6 @@ def keep(key: Any, tensors: Sequence[Tensor | None], plan: Any) -> None:
     if len(_plans) >= MOST_KEYS:
         _plans.clear()
     _, plans = _plans.setdefault((key, present[0].shape), (pick, []))
-    if len(plans) >= MOST_FORMS:
+    if len(plans) >= MOST_PLANS:
         plans.clear()
-    plans.append(((FormsOfDTensors if distributed else forms_of)(*present).check, plan))
+    plans.append(((GuardsOnDTensors if distributed else guards_on)(*present).check, plan))

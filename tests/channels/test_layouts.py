@@ -114,6 +114,6 @@ def test_explain_tells_of_copies(device):
     assert explain(triton_norm.batch_norm, x[..., ::2], None, None, training=True).copies
     assert not explain(triton_norm.batch_norm, x, None, None, training=True).copies
     said = explain(triton_norm.batch_norm, x, None, None, training=True, residual=other)
-    assert said.copies == ("the residual: neither its channels nor its positions lie side by side",)
+    assert said.copies == ("the residual: neither its channels nor its positions are adjacent",)
     assert not explain(triton_norm.batch_norm, x, None, None, training=True, residual=x + 1).copies
     assert not explain(triton_norm.BatchNorm2d(4, device=device), other, residual=other + 1, activation="relu").copies

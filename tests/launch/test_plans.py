@@ -16,7 +16,7 @@ from triton_norm.rows import operator
 from triton_norm.rows.backward import RowBackwardTensors
 from triton_norm.specs import GradientDtypes, RowSpec, RowTensors
 
-FORMS = [plans.FormsInPython, plans.forms_of]
+GUARDS = [plans.GuardsInPython, plans.guards_on]
 X, WEIGHT = torch.randn(4, 6), nn.Parameter(torch.randn(6))
 OTHERS = {
     "shape": lambda: torch.randn(5, 6),
@@ -40,26 +40,26 @@ def saved(monkeypatch):
     return plans._plans
 
 
-@pytest.mark.parametrize("forms", FORMS)
-def test_equal_forms_match(forms):
-    check = forms(X, WEIGHT).check
+@pytest.mark.parametrize("guards", GUARDS)
+def test_guards_pass_equal_tensors(guards):
+    check = guards(X, WEIGHT).check
     assert check(X, WEIGHT)
     assert check(torch.randn(4, 6), nn.Parameter(torch.zeros(6)))
     with torch.no_grad():
         assert check(X + 1, WEIGHT)
 
 
-@pytest.mark.parametrize("forms", FORMS)
+@pytest.mark.parametrize("guards", GUARDS)
 @pytest.mark.parametrize("difference", OTHERS)
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_other_forms_do_not_match(forms, difference):
-    if difference == "sparse" and forms is plans.FormsInPython:
+def test_guards_stop_other_tensors(guards, difference):
+    if difference == "sparse" and guards is plans.GuardsInPython:
         pytest.skip("has no strides, and is not kept")
-    assert not forms(X, WEIGHT).check(OTHERS[difference](), WEIGHT)
+    assert not guards(X, WEIGHT).check(OTHERS[difference](), WEIGHT)
 
 
 def refused(x, check):
-    """Adds whether the forms were told apart, and gives a scalar to differentiate."""
+    """Adds whether the guards told the tensors apart, and gives a scalar to differentiate."""
     seen.append((check(x, WEIGHT), check(X, WEIGHT)))
     return x.sum()
 
@@ -67,14 +67,14 @@ def refused(x, check):
 seen: list[tuple[bool, bool]] = []
 
 
-@pytest.mark.parametrize("forms", FORMS)
+@pytest.mark.parametrize("guards", GUARDS)
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
-def test_whoever_may_take_a_call_changes_the_forms(forms):
-    check = forms(X, WEIGHT).check
+def test_guards_stop_calls_that_others_may_take(guards):
+    check = guards(X, WEIGHT).check
     seen.clear()
     torch.func.grad(lambda x: refused(x, check))(X)
     torch.func.vmap(lambda x: refused(x, check))(X[None])
-    if forms is plans.forms_of:  # what asks for sizes in Python is recorded
+    if guards is plans.guards_on:  # what asks for sizes in Python is recorded
         torch.jit.trace(lambda x: refused(x, check), (X,), check_trace=False)
     with torch.inference_mode():
         refused(X, check)
@@ -118,13 +118,13 @@ def test_no_plan_serves_while_a_mode_takes_calls(saved):
 
 def test_the_cache_is_bounded(saved, monkeypatch):
     monkeypatch.setattr(plans, "MOST_KEYS", 3)
-    monkeypatch.setattr(plans, "MOST_FORMS", 2)
+    monkeypatch.setattr(plans, "MOST_PLANS", 2)
     for n in range(1, 9):
         plans.keep(n, (X,), n)
         strided = torch.empty(2 * n).as_strided((2,), (n,))
         plans.keep("one", (strided,), n)
         assert len(saved) <= 3
-        assert all(len(forms) <= 2 for _, forms in saved.values())
+        assert all(len(entries) <= 2 for _, entries in saved.values())
         assert plans.find("one", (strided,)) == n
 
 

@@ -321,7 +321,7 @@ def test_thousands_of_shapes_are_not_all_remembered(name, launched, monkeypatch)
 
 @pytest.mark.parametrize("name", ["rows", "channels"])
 def test_ever_new_strides_are_not_all_remembered(name, launched, monkeypatch):
-    monkeypatch.setattr(plans, "MOST_FORMS", 5)
+    monkeypatch.setattr(plans, "MOST_PLANS", 5)
     for stride in range(4, 104):
         x = torch.empty(2 * stride).as_strided((2, 4), (stride, 1))
         if name == "rows":

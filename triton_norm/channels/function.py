@@ -147,7 +147,7 @@ def launch(tensors: tuple[Any, ...], plan: BatchNormPlan) -> Tensor:
     """
     if plan.requires_grad and torch.is_grad_enabled():
         if plan.saves_copies:
-            # have other forms, which affects the backward alone
+            # guards don't pass the copies, which affects the backward alone
             tensors = savable(BatchNormTensors._make(tensors), plan.spec)
         return _apply(*tensors, plan)  # type: ignore[no-any-return]
     y, _, _ = plan.forward(tensors, False)

@@ -134,7 +134,7 @@ class Groups(NamedTuple):
 
     def by_column(self) -> Read | None:
         """Returns the launch's view of each sample as rows of groups, with parameters of their columns, or None if
-        positions lie side by side, or a row of whole groups is too wide."""
+        positions are adjacent, or a row of whole groups is too wide."""
         _, n_groups, per_group, n_positions = self.shape
         if self.kind == "flat" or n_positions == 1 or n_groups * per_group >= MOST_COLUMNS:
             return None

@@ -222,7 +222,7 @@ def forward(
 class Allocation:
     """Allocates dx and dresidual, in the layout `kind`, and dweight and dbias [C], where needed.
 
-    It serves calls whose x and weight have the forms of these. For a tensor like another torch allocates fastest.
+    It serves calls whose x and weight have the dtypes and strides of these. torch allocates fastest by empty_like.
     """
 
     def __init__(self, x: Tensor, weight: Tensor | None, gradient_dtypes: GradientDtypes, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Stores elements that lie side by side, but don't begin or end where an aligned access does.
+"""Stores adjacent elements that don't begin or end where an aligned access does.
 
 A window is the aligned accesses that have such elements: the first and the last may have some of others, too. They are
 loaded by whole accesses, of which a neighbour loads the first or the last again.

@@ -47,7 +47,7 @@ class RowLayout(NamedTuple):
     """Describes how tensors of one shape are read as rows.
 
     Args:
-        n_inner, n_middle: rows along the inner two axes; None, both, if all rows lie along one axis.
+        n_inner, n_middle: rows along the inner two axes; None, both, if all rows are along one axis.
         strides: strides of each tensor, or of its copy; None for a tensor that is None.
         copied: tells of each tensor whether it has to be copied first.
     """

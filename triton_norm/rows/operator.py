@@ -321,7 +321,7 @@ def launch(tensors: tuple[Any, ...], plan: RowPlan) -> Any:
     if plan.requires_grad and torch.is_grad_enabled():
         if plan.is_unsavable:
             x, *others = tensors
-            tensors = x.clone(), *others  # has another form, which affects the backward alone
+            tensors = x.clone(), *others  # guards don't pass the copy, which affects the backward alone
         return _apply(*tensors, plan)
     y, total, _ = plan.forward(tensors, False)
     return y if total is None else (y, total)
