@@ -19,6 +19,7 @@ from triton_norm.rows.layout import (
     present,
     readable,
     rounded_to,
+    row_vecs,
     types_of,
     vector_of,
 )
@@ -131,8 +132,8 @@ def _backward_launcher(
     extents = n_cols | x.extents | dy.extents | (0 if dtotal is None else dtotal.extents)
     swept = dy_spread, dtotal_spread, types.x, gradient_dtypes.dx_dtype, gradient_dtypes.dresidual_dtype
     vector = vector_of(misaligned, extents, [dtype.itemsize for dtype in present(swept)])
-    (x_row, *x_outer), (dy_row, *dy_outer) = x.over(vector), dy.over(vector)
-    dtotal_row, *dtotal_outer = (0, None, None) if dtotal is None else dtotal.over(vector)
+    (x_row, *x_outer), (dy_row, *dy_outer) = row_vecs(x, vector), row_vecs(dy, vector)
+    dtotal_row, *dtotal_outer = row_vecs(dtotal, vector)
     read = types.dy, types.dtotal, types.x
     stored = max(dtype.itemsize for dtype in present(read))
     work = RowWork(n_cols, names(read), stored, compute.itemsize)

@@ -43,6 +43,11 @@ class RowStrides(NamedTuple):
         return self.inner // unit, middle, outer
 
 
+def row_vecs(strides: RowStrides | None, vector: int) -> tuple[int, int | None, int | None]:
+    """Returns a kernel's arguments row_vecs, middle_vecs and outer_vecs of one tensor, which may be None."""
+    return (0, None, None) if strides is None else strides.over(vector)
+
+
 class RowLayout(NamedTuple):
     """Describes how tensors of one shape are read as rows.
 

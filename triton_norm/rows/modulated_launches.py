@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from triton_norm.launch import Launcher
-from triton_norm.rows.layout import RowLayout, Types, names, present, vector_of
-from triton_norm.rows.modulated_plan import Modulations, constants_of, formula_of, outer
+from triton_norm.rows.layout import RowLayout, Types, names, present, row_vecs, vector_of
+from triton_norm.rows.modulated_plan import Modulations, constants_of, formula_of
 from triton_norm.specs import ModulatedSpec, ModulatedTensors
 from triton_norm.tuning import modulated_spaces
 from triton_norm.tuning.configs import vector_width
@@ -151,7 +151,7 @@ class LauncherKey(NamedTuple):
 def backward_launcher(key: LauncherKey) -> Launcher:
     """Returns the launcher of a backward."""
     vector, layout = key.vector, key.layout
-    total, dy, dtotal, x, gate = (outer(strides, vector) for strides in layout.strides)
+    total, dy, dtotal, x, gate = (row_vecs(strides, vector) for strides in layout.strides)
     return Launcher(
         _kernels().modulated_backward_kernel,
         modulated_spaces.modulated_backward(key.work, gpu_of(key.device)),
@@ -171,7 +171,7 @@ def backward_launcher(key: LauncherKey) -> Launcher:
 def row_sums_launcher(key: LauncherKey) -> Launcher:
     """Returns the launcher of the kernel that sums long rows before the backward."""
     vector, layout, constants = key.vector, key.layout, key.constants
-    total, dy, _, _, gate = (outer(strides, vector) for strides in layout.strides)
+    total, dy, _, _, gate = (row_vecs(strides, vector) for strides in layout.strides)
     scale_vecs, _, _ = key.modulations.over(vector)
 
     def n_programs(config: Mapping[str, Any], n_rows: int, n_tokens: int, n_modulations: int) -> int:

@@ -12,7 +12,6 @@ from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous, triton_dtype
 from triton_norm.rows.layout import (
     RowLayout,
-    RowStrides,
     Types,
     first_column_axis,
     layout_of,
@@ -21,6 +20,7 @@ from triton_norm.rows.layout import (
     present,
     readable,
     rounded_to,
+    row_vecs,
     types_of,
     vector_of,
 )
@@ -68,11 +68,6 @@ def modulations_of(tensors: ModulatedTensors, numbers: Numbering, n_cols: int) -
     copied = tuple(stride is None for stride in result)
     summed = numbers.n_modulations < tensors.x.numel() // n_cols
     return Modulations(numbers, strides, copied, summed)  # type: ignore[arg-type]
-
-
-def outer(strides: RowStrides | None, vector: int) -> tuple[int | None, ...]:
-    """Returns the kernel's arguments for the strides of one tensor."""
-    return (0, None, None) if strides is None else strides.over(vector)
 
 
 def constants_of(spec: ModulatedSpec, compute: torch.dtype, has_gate: bool, vector: int) -> dict[str, Any]:
@@ -139,9 +134,9 @@ def _forward_launcher(
         n_programs,
         (
             *(n_cols // vector, layout.n_inner, layout.n_middle),
-            *outer(x_strides, vector),
-            *outer(residual_strides, vector),
-            *outer(gate_strides, vector),
+            *row_vecs(x_strides, vector),
+            *row_vecs(residual_strides, vector),
+            *row_vecs(gate_strides, vector),
             *modulations.over(vector),
         ),
         EPS=spec.rows.eps,

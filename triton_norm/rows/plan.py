@@ -19,6 +19,7 @@ from triton_norm.rows.layout import (
     present,
     readable,
     rounded_to,
+    row_vecs,
     types_of,
     vector_of,
 )
@@ -64,8 +65,7 @@ def _forward_launcher(
     itemsizes = [dtype.itemsize for dtype in present((*swept, types.y))]
     extents = n_cols | x.extents | (0 if residual is None else residual.extents)
     vector = vector_of(misaligned, extents, itemsizes)
-    x_row, *x_outer = x.over(vector)
-    residual_row, *residual_outer = (0, None, None) if residual is None else residual.over(vector)
+    (x_row, *x_outer), (residual_row, *residual_outer) = row_vecs(x, vector), row_vecs(residual, vector)
     stored = max(dtype.itemsize for dtype in present(swept))
     work, gpu = RowWork(n_cols, names(swept), stored, compute.itemsize, name_of(types.y)), gpu_of(device)
     return Launcher(
