@@ -96,7 +96,7 @@ def test_layer_norm_is_the_same_in_evaluation(device: str) -> None:
 def test_an_element_depends_on_the_elements_that_share_its_mean(
     norm: nn.Module, shape: tuple[int, ...], reduced: tuple[int, ...], device: str
 ) -> None:
-    """Checks what the picture in the README shows."""
+    """Checks the claim of the picture in docs/norms.md."""
     torch.manual_seed(0)
     x = torch.randn(shape, device=device, requires_grad=True)
     element = (1,) * len(shape)

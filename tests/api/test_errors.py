@@ -1,4 +1,4 @@
-"""Wrong calls of batch_norm and of BatchNorm's modules, alone and in a group; what looks wrong to us, and is not."""
+"""Wrong calls of batch_norm and of BatchNorm's modules, alone and in a group, and calls that only look wrong."""
 
 from typing import Any
 

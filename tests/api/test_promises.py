@@ -54,7 +54,7 @@ def floor(module: str) -> int:
 
 
 def imported(source: Path) -> list[str]:
-    """Dotted names, with what is taken from them."""
+    """Returns the dotted names that a source imports."""
     names = []
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
@@ -181,7 +181,7 @@ def docstrings(source: Path) -> list[str]:
 
 @pytest.mark.parametrize("source", WRITTEN, ids=lambda path: path.relative_to(TESTS.parent).as_posix())
 def test_docstrings_begin_with_a_verb_or_their_subject(source):
-    """Returns, Launches, Validates: not a preposition, nor a word that relates to what is not there."""
+    """Returns, Launches, Validates: not a preposition, nor a word that relates to nothing."""
     result = docstrings(source)
     assert [text for text in result if text.split()[0].strip(",:;.") in NO_BEGINNING] == []
     assert [text for text in result if text.startswith("The same")] == []

@@ -1,4 +1,4 @@
-"""Wrong calls of layer_norm and rms_norm, and of all that is not a norm; what looks wrong to us, and is not."""
+"""Wrong calls of layer_norm and rms_norm, and of all that is not a norm, and calls that only look wrong."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""The table of activations: each entry against torch, and an error for what is not in it, wherever that arrives."""
+"""The table of activations: each entry against torch, and an error for a name that it lacks, wherever that arrives."""
 
 import pytest
 import torch

@@ -83,7 +83,7 @@ def test_tensors_that_are_not_saved_may_be_overwritten(device):
     ],
 )
 def test_gradients_of_both_orders(activation, residual, training, device):
-    """Covers what no op of test_saved.py has: activations with a kink, and GELU."""
+    """Covers activations with a kink, and GELU, which no op of test_saved.py has."""
     kind, shape = ("last", (3, 2)) if residual else ("flat", (2, 2, 2))
     call = drawn(shape, kind, device, torch.float64, training=training, residual=residual, activation=activation)
     leaves = [tensor.requires_grad_() for tensor in call.inputs() if tensor is not None]

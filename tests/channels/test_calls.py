@@ -62,7 +62,7 @@ def test_module_without_a_counter(device):
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_a_module_used_twice_before_backward(activation, device):
-    """Its running statistics move between: what is kept for the backward are the batch's own."""
+    """Its running statistics move between: the backward uses the batch's own, which are saved."""
     theirs, ours = (norms.BatchNorm1d(5, device=device) for norms in (nn, triton_norm))
     x, residual = torch.randn(2, 8, 5, device=device)
     leaves = [[t.clone().requires_grad_() for t in (x, residual)] for _ in range(2)]

@@ -36,8 +36,8 @@ def state(module):
     }
 )
 def test_checkpoints_move_both_as_often(use_reentrant, norm_dtype, momentum, path, device):
-    """torch counts before it normalizes. A checkpoint that need not be whole ends its second forward as soon as what it
-    needs has been saved, and must not have moved the statistics, and not yet counted, by then."""
+    """torch counts before it normalizes. A checkpoint that need not be whole ends its second forward as soon as it has
+    saved all it needs, and must not have moved the statistics, and not yet counted, by then."""
     result = []
     for library in (nn, triton_norm):
         torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_what_torch_refuses_leaves_neither_moved(monkeypatch, device):
     }
 )
 def test_mutation_of_saved_tensors(activation, statistics, path, device):
-    """A mode of torch's that follows what is written, and keeps what was saved."""
+    """A mode of torch's that follows writes, and clones saved tensors before them."""
     result = []
     for library in (nn, triton_norm):
         module = library.BatchNorm1d(3, track_running_stats=statistics != "untracked", device=device)

@@ -66,7 +66,7 @@ class Inside(nn.Conv2d):
 
 
 class Named(nn.Conv2d):
-    """Computes what a Conv2d does."""
+    """Computes a Conv2d."""
 
 
 class OfAnyRank(nn.modules.batchnorm._BatchNorm):

@@ -63,7 +63,7 @@ STRIDED = {
 
 @pytest.mark.parametrize("of", ["x", "residual", "dy"])
 def test_calls_that_differ_in_strides_alone(of, device):
-    """One after the other, and once more: what is remembered of one is not taken for another's."""
+    """One after the other, and once more: no plan is taken for another call's."""
     call = drawn((4, 8, 6, 6), "flat", device, residual=torch.float32, activation="silu")
     for laid_out in (*STRIDED.values(), *STRIDED.values()):
         call.of(**{of: laid_out(getattr(call, of))}).against_oracle()

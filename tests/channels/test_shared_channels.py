@@ -1,4 +1,4 @@
-"""Programs that share a channel, in one launch and in two: they keep what they can and wait for each other."""
+"""Programs that share a channel, in one launch and in two: they wait for each other with x in registers."""
 
 import functools
 

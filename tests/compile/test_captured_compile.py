@@ -1,4 +1,4 @@
-"""Norms under torch.compile where sizes depend on data, in control flow, and where what is saved is decided by others:
+"""Norms under torch.compile where sizes depend on data, in control flow, and where others decide on the saved tensors:
 as torch's own layers in eager mode."""
 
 import functools

@@ -110,7 +110,7 @@ STORED = [
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "training", "backend"), STORED)
 def test_stored_code_is_loaded_elsewhere_and_not_compiled_again(kind, training, backend, tmp_path):
-    """No guard of what Dynamo compiled holds in one process alone."""
+    """No guard of Dynamo's holds in one process alone."""
     first = counted(kind, training, backend, tmp_path, stores=True)
     assert first["dynamo_cache"] == {"dynamo_cache_miss": 1}
     second = counted(kind, training, backend, tmp_path, stores=True, stance="fail_on_recompile")

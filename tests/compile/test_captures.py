@@ -1,6 +1,6 @@
 """Programs that torch.export and make_fx record of a norm, run and trained later: as torch's own layers in eager mode.
 
-Left out is what torch's own layers can't do under the same tool.
+Cases that torch's own layers can't pass under the same tool are left out.
 """
 
 import copy
@@ -150,7 +150,7 @@ class Loss(nn.Module):
 
 
 def run_joint(program: ExportedProgram, inputs: Batch) -> dict[str, Tensor]:
-    """Returns what a program of forward and backward gives, by the names of `captured.trained`, for one step."""
+    """Returns the results of a program of forward and backward, by the names of `captured.trained`, for one step."""
     signature, values = program.graph_signature, iter(inputs)
     state = {**program.state_dict, **program.constants}
     arguments = [next(values) if spec.target is None else state[spec.target] for spec in signature.input_specs]

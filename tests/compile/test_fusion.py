@@ -87,7 +87,7 @@ def drawn(shapes, dtype, device):
 
 
 def compiled(function, norm, tensors, training, **options):
-    """Returns the code of the forward, and in training of the backward, and what they give."""
+    """Returns the code of the forward, and in training of the backward, and their results."""
     with generated() as codes, torch.set_grad_enabled(training):
         run = torch.compile(lambda *arguments: function(norm, *arguments), fullgraph=True, **options)
         result = stepped(run, tensors, training)
@@ -283,7 +283,7 @@ def test_batch_norm_is_fused_with_its_neighbours(types, channels_last, training,
 
 @pytest.mark.parametrize("training", [True, False])
 def test_backend_triton_keeps_the_operators(training, device):
-    """And leaves what stands beside them to kernels of their own, which so are counted."""
+    """Their neighbours are then kernels of their own, which are counted."""
     function, *shapes = ROWS["add, LayerNorm, GELU"]
     leaves = drawn(shapes, torch.float32, device)
     with triton_norm.backend("triton"):

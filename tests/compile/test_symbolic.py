@@ -1,4 +1,4 @@
-"""torch.fx and torch.jit.script over this library's layers: they do what they do to torch's."""
+"""torch.fx and torch.jit.script over this library's layers: the same as over torch's."""
 
 import copy
 import functools

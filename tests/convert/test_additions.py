@@ -1,4 +1,4 @@
-"""Forwards in which additions and the norms of their sums are joined: which ones, and what stays as it was."""
+"""Forwards in which additions and the norms of their sums are joined: which ones, and all else unchanged."""
 
 import functools
 import gc

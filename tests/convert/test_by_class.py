@@ -1,4 +1,4 @@
-"""Tools that look a module's exact class up in a table: after revert they do what they do to torch's own."""
+"""Tools that look a module's exact class up in a table: after revert they work as on torch's own."""
 
 import copy
 from collections.abc import Callable

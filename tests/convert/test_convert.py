@@ -1,4 +1,4 @@
-"""convert and revert: what is swapped, what stays, what is left alone and why."""
+"""convert and revert: which modules change, which stay and why, and all that must not change."""
 
 import copy
 import pickle

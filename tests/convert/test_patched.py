@@ -139,7 +139,7 @@ def test_torchs_norms_take_their_argument_by_its_name(module, name, shape, devic
 
 
 class Lazy(types.ModuleType):
-    """Imports what is asked of it, which fails, as packages of many optional parts do."""
+    """Imports any attribute that is looked up, which fails, as packages of many optional parts do."""
 
     def __getattr__(self, name: str):
         raise RuntimeError("Failed to import")

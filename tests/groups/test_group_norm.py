@@ -1,4 +1,4 @@
-"""group_norm and instance_norm, with what may be fused behind them, on both paths against torch."""
+"""group_norm and instance_norm, with a residual and an activation, on both paths against torch."""
 
 import itertools
 

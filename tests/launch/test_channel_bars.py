@@ -181,10 +181,10 @@ def in_flight(record):
 def excess(record):
     """Returns the faults of the bytes that a call moves.
 
-    With bits, each weight once, as the other programs find it in cache, and so is what a program reads a second time in
-    one launch: of that, for all programs that run at once, there may be no more than a share of the cache. Apart
-    from that, with a bar of its own, what programs of a channel leave for each other and read within microseconds:
-    partial sums, what they wait with, and the statistics again.
+    Bits count, and each weight once, as the other programs find it in cache. So do elements that a program reads a
+    second time in one launch: those of all programs that run at once may take only a part of the cache. Partial sums,
+    counters and statistics, which programs of a channel leave for each other and read within microseconds, are apart,
+    with a bar of their own.
     """
     if record["status"] != "ok":
         return [record["message"]]

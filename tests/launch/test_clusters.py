@@ -1,4 +1,4 @@
-"""Clusters of blocks: where they are offered, what a search does with one that fails, and their compiled code.
+"""Clusters of blocks: where they are offered, how a search treats one that fails, and their compiled code.
 
 Triton 3.9 is the first to reduce over a cluster. With an older one the choice is tested, and nothing is compiled.
 """
@@ -278,7 +278,7 @@ def compiled(code, *arguments):
 
 
 def check(record):
-    """Asserts that a cluster does not spill, wait by atomics, or load behind a barrier what it has stored: a barrier of
+    """Asserts that a cluster does not spill, wait by atomics, or load its own stores behind a barrier: a barrier of
     one block does not order another's stores before it."""
     assert (record["spill_stores"], record["atomics"], record["loaded_back"]) == (0, [], []), record
     assert record["barriers"] > 0, record

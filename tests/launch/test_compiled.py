@@ -145,7 +145,7 @@ def skip_beside_a_driver():
 
 
 def run_over_a_stub(code, **environment):
-    """Runs the code where launches go to a stub of CUDA. What is compiled stays in Triton's cache, for the others."""
+    """Runs the code where launches go to a stub of CUDA. The binaries stay in Triton's cache, for the others."""
     skip_beside_a_driver()
     done = processes.run("-c", OVER_A_STUB, code, **environment)
     if done.returncode == 77:

@@ -139,7 +139,7 @@ class NoWaiting(TorchDispatchMode):
 
 @EVERY_MODEL
 def test_the_models_here_can_be_captured(name, device):
-    """Also where there is no GPU to capture them on: converted they compute what they did, and wait for nothing."""
+    """Also where there is no GPU to capture them on: converted they compute the same, and wait for nothing."""
     model, inputs = converted(name, device)
     plain, x = copy.deepcopy(model), inputs(device)
     triton_norm.revert(plain)
@@ -195,7 +195,7 @@ def test_steps_of_an_optimizer_on_a_graphed_callable():
 
 
 def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of it and what each replay fills, after calls in a side stream, as torch.cuda.graph asks for."""
+    """Returns a graph of it and the result that replays fill. torch.cuda.graph wants calls in a side stream first."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -304,7 +304,7 @@ A_WHILE = 50_000_000  # cycles, tens of milliseconds
 @pytest.mark.parametrize("first", [True, False], ids=["first call", "later call"])
 @pytest.mark.parametrize("name", STREAMED)
 def test_kernels_run_in_the_current_stream(name, first):
-    """There the input comes late; in any other stream a kernel would read what was there before."""
+    """There the input comes late; in any other stream a kernel would read the memory's former contents."""
     norm, width, shape = STREAMED[name]
     module, source = norm(width, device="cuda"), torch.randn(shape, device="cuda")
     expected = trained(copy.deepcopy(module), source, 1)

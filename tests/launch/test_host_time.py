@@ -55,7 +55,7 @@ def plain_of(case):
 
 
 def ratios(records):
-    """Returns each case's ratio and what was seen of it, of the cases that are held to that."""
+    """Returns the ratio of each case that has a bar, and the record that it is from."""
     result = {}
     for case, record in records.items():
         plain = records.get(plain_of(case))

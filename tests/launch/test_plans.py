@@ -1,4 +1,4 @@
-"""The cache of plans: what a signature tells apart, and how little a call like an earlier one does."""
+"""The cache of plans: the calls that signatures tell apart, and how little a call like an earlier one does."""
 
 import os
 import sys
@@ -175,7 +175,7 @@ LAUNCHING = {*map(str, (PACKAGE / "launch.py", *(PACKAGE / "kernels").iterdir(),
 
 
 def functions_of(call) -> list[str]:
-    """Returns the library's functions that a call runs, in order, but for what launching takes."""
+    """Returns the library's functions that a call runs, in order, but for those that launch."""
     result = []
 
     def note(frame, event, argument):

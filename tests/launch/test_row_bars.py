@@ -104,8 +104,8 @@ def bar(record):
     ],
 )
 def test_bytes(dtype, columns):
-    """Counts what slices of a GPU of 132 multiprocessors move, with the fp32 sums of dweight and dbias, and each weight
-    once: the other programs find it in cache.
+    """Counts the bytes that slices of a GPU of 132 multiprocessors move, with the fp32 sums of dweight and dbias, and
+    each weight once: the other programs find it in cache.
     """
     counted = records(f"COLUMNS = {columns}{TRAFFIC}", dtype, TRITON_INTERPRET="1")
     assert {record["shape"][-1] for record in counted} == set(columns)

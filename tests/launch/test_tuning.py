@@ -1,4 +1,4 @@
-"""Launch choices: every config is right, the search is triton.autotune's, and what it finds is kept."""
+"""Launch choices: every config is right, the search is triton.autotune's, and its result is stored."""
 
 import contextlib
 import itertools
@@ -214,7 +214,7 @@ def test_a_key_names_the_outputs_type_where_it_is_not_xs(types, output, key):
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU its own choices are known")
 def test_outputs_of_other_types_have_choices_of_their_own(unknown_gpu, timings, device):
-    """Those of x's type have the one that was measured for calls that don't say what they want."""
+    """Outputs of x's type have the choice that was measured for calls without out_dtype."""
     x, weight = torch.randn(3, 40, device=device).bfloat16(), torch.ones(40, device=device)
     for out_dtype in (None, torch.bfloat16, torch.float32, torch.float16):
         triton_norm.rms_norm(x, (40,), weight, out_dtype=out_dtype)

@@ -61,7 +61,7 @@ HOOKING = pytest.mark.parametrize("hook", [follow, count, count_and_follow])
 
 @pytest.fixture
 def computes(launched, device):
-    """Checks that a model computes what it should, with so many launches."""
+    """Checks a model's results, and its number of launches."""
     x = torch.randn(6, 8, device=device)
     expected = model_of(device)(x)
 

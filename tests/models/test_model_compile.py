@@ -22,7 +22,7 @@ pytestmark = [
 
 
 class Recorder:
-    """A backend for torch.compile that runs what is traced, forward and backward, and keeps its code."""
+    """A backend for torch.compile that runs traced forwards and backwards, and stores their code."""
 
     def __init__(self) -> None:
         self.graphs: list[str] = []

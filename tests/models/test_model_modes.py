@@ -151,7 +151,7 @@ def autocast_step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tens
 
 @pytest.mark.parametrize("name", ["bert", "vit", "llama", "gemma", "t5", "resnet", "convnext"])
 def test_autocast_on_a_cpu(name: str) -> None:
-    """The sums of transformers' blocks stay in fp32; what convolutions give is in bf16."""
+    """The sums of transformers' blocks stay in fp32; results of convolutions are in bf16."""
     model, inputs = built(name, TINY)
     reference = expected(model, inputs, autocast_step)
     theirs, _ = types_of(copy.deepcopy(model), lambda model: autocast_step(model, inputs))

@@ -1,7 +1,7 @@
 """Models of Hugging Face's transformers take a step of training as they are, converted, and reverted: all else equal.
 
-On torch's path the bits are the same. The kernels round otherwise, so what they give is held to the same model in fp64,
-which they may be as far from as the model that isn't converted.
+On torch's path the bits are the same. The kernels round otherwise, so their results are compared with the same model in
+fp64, from which they may be as far as the unconverted model's.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def nearly_same_bits(actual: Tensor, other: Tensor) -> None:
 
 @pytest.mark.parametrize("name", HALVES)
 def test_a_step_in_bf16(name: str, device: str) -> None:
-    """Each norm rounds where Hugging Face's does, of what it is given in the model."""
+    """Each norm rounds its input in the model where Hugging Face's does."""
     model, inputs = built(name, TINY, device)
     model.bfloat16()
     reference = expected(model, inputs)

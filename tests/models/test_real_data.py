@@ -2,7 +2,7 @@
 
 Two trainings that differ only in rounding drift apart, and how fast depends on the network and the step size, not on
 the norm. So each bound is measured: the torch.nn network is trained again with every parameter moved by at most one ulp
-before every step, and triton_norm may stray from it by a small multiple of what that does to the losses.
+before every step, and triton_norm may stray from it by a small multiple of the change that this makes to the losses.
 """
 
 from __future__ import annotations

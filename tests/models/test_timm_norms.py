@@ -1,4 +1,4 @@
-"""timm's norms: each listed class, its numbers, and what stands between a norm and its activation."""
+"""timm's norms: each listed class, its numbers, and modules between a norm and its activation."""
 
 from __future__ import annotations
 

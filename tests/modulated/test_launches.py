@@ -1,4 +1,4 @@
-"""Launches of rows with a gate or a modulation: how many, what they move and save, and their machine code."""
+"""Launches of rows with a gate or a modulation: their number, bytes moved and saved, and their machine code."""
 
 from unittest import mock
 

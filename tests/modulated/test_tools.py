@@ -95,7 +95,7 @@ def test_inductor_with_changing_sizes(backend):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("gate_first", [False, True])
 def test_inductor_fuses_a_gated_norm_with_its_neighbours(gate_first, training):
-    """One generated kernel computes the forward and what is before and behind it, unless the kernels are asked for."""
+    """One generated kernel computes the forward and its neighbours, unless the backend is "triton"."""
 
     def function(x, weight, gate):
         return triton_norm.rms_norm(x.sin(), (64,), weight, gate=gate.cos(), gate_first=gate_first) + x

@@ -1,7 +1,7 @@
 """Counts and strides past 2^31 and 2^32, by address arithmetic: of huge launches, a few programs run.
 
-All memory is reserved, reads as zeros, and takes place only where it is touched: what the other programs would have
-read and left is zeros, of which the truth is known as well.
+All memory is reserved, reads as zeros, and takes place only where it is touched: the other programs would
+have read and left zeros, whose results are known as well.
 """
 
 import functools

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.unguarded
 
 
 class Step:
-    """A training step: a call, and its backward for ones. `state` is what it moves, the next step moves it on."""
+    """A training step: a call, and its backward for ones. `state`: tensors that each step updates."""
 
     def __init__(self, call: Callable[..., Any], *leaves: Tensor, state: tuple[Tensor, ...] = ()) -> None:
         self.call, self.leaves, self.state = call, leaves, state
@@ -164,7 +164,7 @@ def fail_everywhere(step: Step, zeros: Zeros, failing: Callable[[int], Any], err
     """A step for each place that can fail, in which that fails, and one in which nothing does; returns how many places
     there are.
 
-    `failing(place)` is a context in which what comes at that place raises.
+    `failing(place)` is a context in which the event at that place raises.
     """
     before, expected = step.moved(), step()
     after = step.moved()

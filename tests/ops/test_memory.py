@@ -194,7 +194,7 @@ CHANNEL_SHAPES = [  # bf16, whether channels lie last; programs that share a cha
 
 @contextlib.contextmanager
 def workspace() -> Iterator[Callable[[Sequence[Tensor]], int]]:
-    """Gives a function from what is left of a call to the bytes of all else that was allocated."""
+    """Yields a function from the tensors that a call leaves to the bytes of all else that it allocated."""
     made: dict[int, Tensor] = {}
 
     def bytes_beside(left: Sequence[Tensor]) -> int:

@@ -100,7 +100,7 @@ def test_the_largest_error_that_was_seen(device):
 
 
 def test_layouts_of_one_shape_in_turn(device):
-    """Calls of one kind remember what was saved; how many bytes the bits take depends on the layout too."""
+    """Plans remember the shapes of saved tensors; the bytes that bits take depend on the layout too."""
     x, residual, dy = torch.randn(3, 3, 3, 4, 5, device=device)
     weight = torch.rand(3, device=device)
     result = []

@@ -1,4 +1,4 @@
-"""The perf suite's command line: what is selected, what is refused and how it says so."""
+"""The perf suite's command line: the points that options select, and the messages for those that it refuses."""
 
 import json
 import os
@@ -21,7 +21,7 @@ VERBS = (
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """Undoes what a command does to its process."""
+    """Undoes a command's effects on its process."""
     before = os.environ.copy()
     handler = signal.getsignal(signal.SIGTERM)
     yield

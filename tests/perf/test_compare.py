@@ -1,4 +1,4 @@
-"""`perf compare`: what fails, what is told, and which files are refused. Every time is made up."""
+"""`perf compare`: its failures and notes, and the files that it refuses. Every time is made up."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def run(*records, gpu="NVIDIA Made-Up", steps=()):
 
 @pytest.fixture
 def compared(tmp_path):
-    """The exit status, what is said, and why it is refused, for two files' contents."""
+    """Returns the exit status, the output, and the errors, for two files' contents."""
 
     def call(old, new, fail_below=0.95, **options):
         paths = []

@@ -36,7 +36,7 @@ COMPILED = [contender for contender in CONTENDERS if contender.compiles]
 
 
 class FakeTimer:
-    """Runs what it is to time, by no clock."""
+    """Runs functions without a clock."""
 
     device = "cpu"
 

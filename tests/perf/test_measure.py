@@ -1,4 +1,4 @@
-"""Timing where no GPU is needed: the order of events, calls in turn, and what a run that fails leaves."""
+"""Timing where no GPU is needed: the order of events, calls in turn, and the remains of a run that fails."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace

@@ -241,7 +241,7 @@ def test_the_table_of_every_point_sorts_and_filters(shown):
 
 def test_sorting_takes_in_proportion_to_the_rows(driver, tmp_path):
     """6000 rows once against 600 rows ten times, in turn, by the fastest of many: 1.1 to 1.9 times as long was seen, on
-    a busy machine. What is done for each pair of rows, or has the page laid out anew for each row, is 10 times as long.
+    a busy machine. Work for each pair of rows, or a new layout of the page for each row, takes 10 times as long.
     """
     rows = [[f"name {7919 * i % 6007}", f"{7919 * i % 6007:,}", "1.00"] for i in range(6000)]
     tables = [(["name", "figure", "one"], rows[:count]) for count in (600, 6000)]

@@ -1,4 +1,4 @@
-"""A timed run as a whole, and in several processes: what is kept, and what another run goes on with."""
+"""A timed run as a whole, and in several processes: stored results, and runs that go on from them."""
 
 import pytest
 import torch

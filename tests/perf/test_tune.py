@@ -1,4 +1,4 @@
-"""`perf tune` without a GPU: what it chooses from made-up times."""
+"""`perf tune` without a GPU: its choices from made-up times."""
 
 import json
 
@@ -186,7 +186,7 @@ def test_what_a_config_leaves_unwritten_is_not_taken_from_an_earlier_call(unknow
 
 
 def test_choices_that_are_wrong_together_are_left_out(unknown_gpu, monkeypatch, tmp_path):
-    """Statistics that no output of the forward shows, wrong with one config: what a later backward is wrong by."""
+    """Statistics that no output of the forward shows, wrong with one config: a later backward is wrong by them."""
     fastest = forward_space().configs[1]
     failing(
         monkeypatch,

@@ -1,4 +1,4 @@
-"""`perf tune` without a GPU: its files, runs that are cut off, and that the library takes up what it writes."""
+"""`perf tune` without a GPU: its files, runs that are cut off, and the library's use of its files."""
 
 import json
 
@@ -145,7 +145,7 @@ def test_a_run_ends_with_its_time(unknown_gpu, monkeypatch, tmp_path):
 
 
 def test_a_gpu_that_no_longer_answers_ends_the_run(unknown_gpu, monkeypatch, tmp_path):
-    """All that is known by then is written, but for what was being launched; nothing is confirmed."""
+    """All that is known by then is written, but for the launch that failed; nothing is confirmed."""
     dead = []
 
     class Dying(MadeUpTimes):

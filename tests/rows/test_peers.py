@@ -79,7 +79,7 @@ def test_the_bits_do_not_depend_on_the_programs_order(share, device):
 
 
 def test_places_by_program_id_hang_where_tickets_do_not(share, monkeypatch, device):
-    """The programs start backwards, and as many are held at once as share a row, less what one more row would need."""
+    """The programs start backwards, and run together in a number that a row's peers fit into, and two rows' do not."""
     share(100)
     x = torch.randn(5, 100, device=device)
     adverse = functools.partial(

@@ -22,7 +22,7 @@ TARGETS = pytest.mark.parametrize(
 def records(code, *arguments, **environment):
     """Returns `found` as `code` leaves it, run where TRITON_INTERPRET is not set but by `environment`.
 
-    What is compiled stays in Triton's cache, for the other tests and the report.
+    The binaries stay in Triton's cache, for the other tests and the report.
     """
     script = f"import json, sys\n{code}\nfor record in found:\n    print(json.dumps(record))"
     printed = processes.output("-c", script, *arguments, OMP_NUM_THREADS="1", **environment)

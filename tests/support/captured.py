@@ -1,4 +1,4 @@
-"""A norm with what may be fused into it, of this library and composed of torch's layers, for captures of either."""
+"""A norm with a residual and an activation, of this library and composed of torch's layers, for captures of either."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -105,7 +105,7 @@ def trained(run: Callable[..., Tensor], state: nn.Module, data: Iterable[Batch])
     """Returns outputs and all gradients of a step on each batch, and the buffers after them, by name.
 
     Args:
-        run: what was captured.
+        run: the captured program.
         state: the module that holds the parameters and buffers of `run`.
     """
     result = {}
@@ -124,7 +124,7 @@ def trained(run: Callable[..., Tensor], state: nn.Module, data: Iterable[Batch])
 def assert_as_torchs(
     kind: str, training: bool, capture: Callable[[nn.Module, Batch], nn.Module], sizes: tuple[int, ...] = (6, 6)
 ) -> None:
-    """Checks that what `capture` makes of a norm trains as torch's layers do that nothing has captured.
+    """Checks that the program that `capture` makes of a norm trains as torch's layers do in eager mode.
 
     In evaluation a tool may leave the counter out.
     """

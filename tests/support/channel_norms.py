@@ -1,4 +1,4 @@
-"""Calls of batch_norm in every layout, with what may be fused behind it, and their exact results.
+"""Calls of batch_norm in every layout, with a residual and an activation, and their exact results.
 
 Where z, which is activated, is next to 0, the derivative may be either side's: `drawn` has no such z if there is a
 residual to move it by, and no dy there otherwise.

@@ -1,4 +1,4 @@
-"""Every op and mode as a function of four tensors, for tests of what none of them may get wrong."""
+"""Every op and mode as a function of four tensors, for tests that all of them have to pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ class Own(nn.Sequential):
 
 
 class Reduced(nn.Sequential):
-    """Is copied in its own way, with what a subclass could leave out."""
+    """Is copied in its own way, with an attribute that a subclass could leave out."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Reduced, tuple(self)

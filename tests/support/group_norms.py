@@ -1,4 +1,4 @@
-"""Calls of group_norm and instance_norm of either library, with what may be fused behind them."""
+"""Calls of group_norm and instance_norm of either library, with a residual and an activation."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType

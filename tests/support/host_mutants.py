@@ -11,7 +11,7 @@ from triton_norm.tuning.memory import forget
 
 @contextmanager
 def mutated(module: ModuleType, function: str, old: str, new: str) -> Iterator[None]:
-    """Replaces the function in its module within this context, and forgets what it has returned."""
+    """Replaces the function in its module within this context, and forgets its cached results."""
     source = inspect.getsource(inspect.unwrap(getattr(module, function)))
     assert source.count(old) == 1, f"{function} has {old!r} {source.count(old)} times: write this mutant anew"
     scope = dict(vars(module))

@@ -64,7 +64,7 @@ def operators(code: str) -> set[str]:
 
 
 def stepped(function: Function, tensors: list[Tensor], training: bool) -> list[Tensor]:
-    """Returns what the function returns, and in training the gradients of the tensors that it uses, for gradients that
+    """Returns the function's results, and in training the gradients of the tensors that it uses, for gradients that
     are the same in each call."""
     leaves = [tensor.detach().requires_grad_(training) for tensor in tensors]
     outputs = function(*leaves)

@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers, small and with random weights, and what a step of training makes of them."""
+"""Models of Hugging Face's transformers, small and with random weights, and the results of a training step of them."""
 
 from __future__ import annotations
 

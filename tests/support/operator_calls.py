@@ -1,4 +1,4 @@
-"""Calls of every operator, for tests of what all operators have to do."""
+"""Calls of every operator, for tests that all operators have to pass."""
 
 import torch
 

@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A model as transformers has it, a batch, and what one process makes of them."""
+    """A model as transformers has it, a batch, and the results of one process."""
 
     model: nn.Module
     batch: Named
@@ -92,8 +92,8 @@ def step(model: nn.Module, batch: Named, world: World | None = None) -> Step:
 
 
 def errors(actual: Named, exact: Named) -> Named:
-    """The largest in each tensor, per its largest value; of what cancels but for rounding, as the gradient of a key's
-    bias in attention does, per a tenth of the largest value of all."""
+    """The largest in each tensor, per its largest value; of values that cancel but for rounding, as the gradient of a
+    key's bias in attention, per a tenth of the largest value of all."""
     assert actual.keys() == exact.keys()
     largest = {name: tensor.abs().max() for name, tensor in exact.items()}
     least = max(largest.values()) / 10

@@ -1,7 +1,7 @@
 """The time that a test waits before it calls something hung.
 
 No test is decided by a number of seconds. Whoever waits waits up to LIMIT_S, which only ends what would last for ever.
-What should be fast is held to a ratio to something that is timed beside it: see test_host_time.py and test_page.py.
+Speed is tested as a ratio to something that is timed in turn with it: see test_host_time.py and test_page.py.
 """
 
 import time

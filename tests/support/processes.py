@@ -1,8 +1,8 @@
 """Processes that tests start. None outlives its test, nor does what it has started: whatever the test does, they are
 killed and waited for, and their pipes are closed.
 
-Otherwise a failed test fails others: what it left running takes their time, and Python warns of a process or a pipe
-that is dropped, which is an error, in whichever test it collects garbage.
+Otherwise a failed test fails others: processes that it left running take their time, and Python warns of a process or
+a pipe that is dropped, which is an error, in whichever test it collects garbage.
 """
 
 import contextlib
@@ -59,14 +59,14 @@ def started(*arguments: str, limit_s: float = patience.LIMIT_S, **environment: s
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Returns what Python prints with these arguments, and its exit status."""
+    """Returns the output of Python with these arguments, and its exit status."""
     with started(*arguments, **environment) as process:
         output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def output(*arguments: str, **environment: str) -> str:
-    """Returns what Python prints with these arguments; raises AssertionError with its errors if it fails."""
+    """Returns the output of Python with these arguments; raises AssertionError with its errors if it fails."""
     done = run(*arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout

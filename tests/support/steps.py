@@ -1,4 +1,4 @@
-"""Models of torch's norms, and what a few steps make of them, for tests of tools that rewrite models."""
+"""Models of torch's norms, and the results of a few steps, for tests of tools that rewrite models."""
 
 import copy
 import io

@@ -145,7 +145,7 @@ def values(hard: str, shape: Shape, axes: Sequence[int], generator: torch.Genera
 
 
 def moments_of(x: Tensor, axes: Shape) -> Moments:
-    """Returns the moments of x. Kernels add the mean of what a first mean leaves, x − mean, and round the mean itself:
+    """Returns the moments of x. Kernels add the mean of x − mean, with a first mean, and round the mean itself:
     the sizes of both are terms of its error."""
     moments = moments_about(x.mean(axes, keepdim=True), x, axes)
     return moments._replace(mean_terms=moments.mean_terms + (x - moments.mean).abs().mean(axes, keepdim=True))

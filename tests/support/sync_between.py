@@ -1,4 +1,4 @@
-"""More of what the processes of test_sync_batch_norm.py go through: between forward and backward, and counters."""
+"""More scenarios of test_sync_batch_norm.py: between forward and backward, and counters."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from support.worlds import World
 
 
 def between_forward_and_backward(world: World) -> None:
-    """Saved tensors come back with other strides, gradients are duals or batches, the bias and the input are what other
-    norms can't bear: each gives the gradients that the undisturbed call gives."""
+    """Saved tensors come back with other strides, gradients are duals or batches, the bias and the input change as
+    other norms can't bear: each gives the gradients that the undisturbed call gives."""
     for kind, dtype, activation in (("last", torch.float32, "relu"), ("flat", torch.float64, "leaky_relu")):
         shape = shape_of(UNEVEN, world, 6, 5, 4)
         part = share_of(world, drawn(shape, kind, world.device, dtype, residual=dtype, activation=activation), UNEVEN)

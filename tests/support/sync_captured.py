@@ -1,4 +1,4 @@
-"""More of what the processes of test_sync_batch_norm.py go through: programs that are recorded, and trained later."""
+"""More scenarios of test_sync_batch_norm.py: programs that are recorded, and trained later."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A clock that is none, for what times."""
+"""A stand-in for a clock."""
 
 from triton_norm.tuning.limits import INTERPRETED
 

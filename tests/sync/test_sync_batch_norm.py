@@ -1,4 +1,4 @@
-"""SyncBatchNorm in processes of its own that talk over gloo, and what of it one process can tell."""
+"""SyncBatchNorm in processes of its own that talk over gloo, and in one process alone."""
 
 import functools
 

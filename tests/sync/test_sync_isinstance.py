@@ -1,4 +1,4 @@
-"""SyncBatchNorm is one of torch's: to what looks for those by isinstance, in copies of it, and as what it converts."""
+"""SyncBatchNorm is one of torch's: to tools that look for those by isinstance, in copies, and in conversions."""
 
 import copy
 import pickle

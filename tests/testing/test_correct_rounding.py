@@ -34,7 +34,7 @@ pytestmark = pytest.mark.unguarded
 
 
 def in_a_process(script: str, *arguments: str, **environment: str) -> str:
-    """Returns what a script prints in a process of its own, which has no TRITON_INTERPRET but by `environment`."""
+    """Returns the output of a script in a process of its own, which has no TRITON_INTERPRET but by `environment`."""
     done = processes.run("-W", "error", "-c", script, *arguments, PYTHONPATH=str(ROOT), **environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""The interpreter, patched, against torch's arithmetic bit for bit; and what it reports to an observer."""
+"""The interpreter, patched, against torch's arithmetic bit for bit, and its reports to an observer."""
 
 import numpy as np
 import pytest

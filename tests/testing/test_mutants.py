@@ -1,4 +1,4 @@
-"""The suite's own checks of the kernels, each held to see what it is for: kernels that are wrong in one place."""
+"""The suite's own checks of the kernels, each against mutants that it has to catch, wrong in one place."""
 
 import functools
 import math
@@ -36,7 +36,7 @@ else:
 
 
 class BarrierError(AssertionError):
-    """A program's threads use what other threads of it have stored, or tell other programs of it, with no barrier."""
+    """A program's threads use stores of its other threads, or tell other programs of them, with no barrier."""
 
 
 class _Barriers(interpreter.Observer if INTERPRETED else object):

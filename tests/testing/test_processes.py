@@ -121,7 +121,7 @@ def test_after_it():
 
 
 def test_a_failed_test_fails_no_other(tmp_path):
-    """Not even by what Python says of a process and of pipes that are dropped, in whichever test it is said."""
+    """Not even by Python's warnings of a process and of pipes that are dropped, in whichever test they come."""
     (tmp_path / "test_two.py").write_text(TWO_TESTS)
     done = processes.run(
         "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "-q", str(tmp_path), PYTHONPATH="tests"
