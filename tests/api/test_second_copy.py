@@ -22,8 +22,8 @@ def step(module, x):
 
 def check(one, other):
     x = torch.randn(5, 8)
-    for found, expected in zip(step(one, x), step(other, x), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(step(one, x), step(other, x), strict=True):
+        torch.testing.assert_close(actual, expected)
     torch._dynamo.reset()
     run = torch.compile(copy.deepcopy(one), fullgraph=True, backend="aot_eager")
     run(x.clone().requires_grad_()).sum().backward()
@@ -32,7 +32,7 @@ torch.manual_seed(0)
 """
 
 IMPORTED_AGAIN = """
-kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "triton_norm"}
+first_copy = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "triton_norm"}
 import triton_norm as second
 assert second is not triton_norm and second.OPERATORS[0] is not triton_norm.OPERATORS[0]
 one, other = (nn.Sequential(library.BatchNorm1d(8), library.LayerNorm(8)) for library in (second, triton_norm))

@@ -26,16 +26,16 @@ import torch
 
 for file in Path(sys.argv[1]).glob("*.pt2"):
     run = torch.export.load(file).module()
-    found = []
+    results = []
     for batch in torch.load(file.with_suffix(".batches")):
         leaves = [tensor.requires_grad_() for tensor in batch]
         run.zero_grad()
         y = run(*leaves)
         y.sin().sum().backward()
-        found += [y.detach(), *(leaf.grad for leaf in leaves)]
-        found += [parameter.grad.clone() for _, parameter in sorted(run.named_parameters())]
-    found += [buffer for _, buffer in sorted(run.named_buffers())]
-    torch.save(found, file.with_suffix(".found"))
+        results += [y.detach(), *(leaf.grad for leaf in leaves)]
+        results += [parameter.grad.clone() for _, parameter in sorted(run.named_parameters())]
+    results += [buffer for _, buffer in sorted(run.named_buffers())]
+    torch.save(results, file.with_suffix(".results"))
 """
 
 
@@ -58,7 +58,7 @@ def test_exported_programs_train_where_this_library_is_not(tmp_path):
         expected[number] = [*steps[0], *steps[1], *(buffer for _, buffer in sorted(theirs.named_buffers()))]
     processes.output("-c", ELSEWHERE, str(tmp_path))
     for number, tensors in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / f"{number}.found"), tensors, **TOLERANCE)
+        torch.testing.assert_close(torch.load(tmp_path / f"{number}.results"), tensors, **TOLERANCE)
 
 
 COMPILED = """
@@ -79,8 +79,8 @@ data = batches(6, 6)
 with triton_norm.backend(backend):
     run = torch.compile(ours, fullgraph=True)
     with torch.compiler.set_stance(stance):
-        found = trained(run, ours, data)
-torch.testing.assert_close(found, trained(theirs, theirs, data), **TOLERANCE)
+        results = trained(run, ours, data)
+torch.testing.assert_close(results, trained(theirs, theirs, data), **TOLERANCE)
 if stores == "True":
     PrecompileContext.save_to_dynamo_cache()
 print(json.dumps({name: dict(counted) for name, counted in torch._dynamo.utils.counters.items()}))

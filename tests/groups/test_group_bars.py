@@ -16,17 +16,17 @@ from perf import resources, workloads
 
 target, dtypes, quick = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "quick"
 chosen = [each for each in workloads.SAMPLE_BARS if each.quick or not quick]
-found = resources.records(workloads.layer_bars(chosen, dtypes=dtypes), [target])
+made_records = resources.records(workloads.layer_bars(chosen, dtypes=dtypes), [target])
 """
 TRAFFIC = """
 from perf import traffic
 from perf.points import Point, Workload
 from triton_norm.testing.stub_driver import H100
 
-found = []
+made_records = []
 for shape, layout, mode in json.loads(sys.argv[1]):
     workload = Workload("groups", "bars", tuple(shape), "", layout)
-    found.append(traffic.count(Point("group_norm_silu", mode, "bf16", workload), H100))
+    made_records.append(traffic.count(Point("group_norm_silu", mode, "bf16", workload), H100))
 """
 BAR = 1.02
 # Sums that programs leave for each other, and for the launch that adds them up, are at most this part of the floor.

@@ -49,7 +49,7 @@ NARROWER = ("SHARED", "LANES", "WIDTH")  # constants of launches that change siz
 
 def representatives(points, target):
     # One point for each way of launching: of launches that differ in sizes alone, the largest tiles'.
-    found = {}
+    largest = {}
     for point in points:
         with resources.launches_of(point, target) as launches:
             ways = [
@@ -60,16 +60,16 @@ def representatives(points, target):
                 prod(dict(launch.config.blocks).values()) * launch.constants.get("LANES", 1) for launch in launches
             )
         way = point.op, point.mode, point.dtype, str(ways)
-        if way not in found or found[way][0] < size:
-            found[way] = size, point
-    return [point for _, point in found.values()]
+        if way not in largest or largest[way][0] < size:
+            largest[way] = size, point
+    return [point for _, point in largest.values()]
 
 
 target, (ops, dtypes, shapes) = sys.argv[1], map(json.loads, sys.argv[2:])
 chosen = [Workload("channels", "", tuple(shape), "", layout) for shape, layout in shapes] or workloads.CHANNEL_BARS
 points = workloads.layer_bars(chosen, ops, dtypes=dtypes)
 points = representatives(points, resources.TARGETS[target])
-found = resources.records(points, [target], at_once=len(points))
+made_records = resources.records(points, [target], at_once=len(points))
 """
 
 TRAFFIC = """
@@ -85,8 +85,8 @@ def slices(op, dtype):
     return workloads.layer_bars(workloads.CHANNEL_SLICES, (op,), dtypes=(dtype,))
 
 
-found = list(traffic.records(slices("batch_norm", "bf16") + slices("batch_norm_add_relu", "bf16"), gpu))
-found += traffic.records(slices("batch_norm", "fp32") + slices("batch_norm_eval", "bf16"))
+made_records = list(traffic.records(slices("batch_norm", "bf16") + slices("batch_norm_add_relu", "bf16"), gpu))
+made_records += traffic.records(slices("batch_norm", "fp32") + slices("batch_norm_eval", "bf16"))
 """
 
 
@@ -228,7 +228,7 @@ points = [
     Point(op, mode, "bf16", image) for op in ("batch_norm", "batch_norm_add_relu") for image in images for mode in MODES
 ]
 points += [Point("layer_norm", "forward", "bf16", Workload("rows", "", (2, 65536), ""))]
-found = [traffic.count(point, gpu) for point in points]
+made_records = [traffic.count(point, gpu) for point in points]
 """
 
 

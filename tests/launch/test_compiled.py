@@ -51,10 +51,10 @@ def calls(n_rows, n_cols, dtype=torch.bfloat16):
         gate, *modulations = own
         tokens = x.view(n_rows, 1, n_cols).expand(n_rows, 3, n_cols)
         named = dict(zip(("scale", "shift", "residual_gate"), modulations))
-        found = triton_norm.layer_norm(tokens, (n_cols,), weight, bias, residual=tokens, **named)
-        torch.autograd.grad(found, [x, weight, bias, *modulations], found)
-        found = triton_norm.rms_norm(x[:, None], (n_cols,), weight, gate=gate, weight_offset=1.0, eps=1e-6)
-        torch.autograd.grad(found, [x, weight, gate], found)
+        y = triton_norm.layer_norm(tokens, (n_cols,), weight, bias, residual=tokens, **named)
+        torch.autograd.grad(y, [x, weight, bias, *modulations], y)
+        y = triton_norm.rms_norm(x[:, None], (n_cols,), weight, gate=gate, weight_offset=1.0, eps=1e-6)
+        torch.autograd.grad(y, [x, weight, gate], y)
 
 searched = []
 search_for_real = launch.search
@@ -100,17 +100,17 @@ def widths(offset):
     x = torch.randn(8 * 1024 + 8).bfloat16()[offset:][: 8 * 1024].view(8, 1024)
     triton_norm.layer_norm(x, (1024,), torch.ones(1024).bfloat16())
     (kernel,) = [kernel for kernel in compiled() if id(kernel) not in seen]
-    found = re.findall(r"ld\\.global[\\w.:]*?(?:\\.v(\\d))?\\.b(\\d+) ", kernel.asm["ptx"])
-    return min(int(count or 1) * int(bits) // 8 for count, bits in found)
+    loads = re.findall(r"ld\\.global[\\w.:]*?(?:\\.v(\\d))?\\.b(\\d+) ", kernel.asm["ptx"])
+    return min(int(count or 1) * int(bits) // 8 for count, bits in loads)
 
 assert [widths(offset) for offset in (0, 4, 2, 1)] == [16, 8, 4, 2]
 """
 
 FUSION = """
 def contract():
-    found = [kernel.metadata.enable_fp_fusion for kernel in compiled()]
-    assert all(found), found
-    return len(found)
+    fuses = [kernel.metadata.enable_fp_fusion for kernel in compiled()]
+    assert all(fuses), fuses
+    return len(fuses)
 
 calls(4, 1000)
 started = contract()
@@ -129,7 +129,7 @@ from perf.points import MODES, Point, Workload
 
 rows = Workload("rows", "", (64, 1000), "")
 images = Workload("channels", "", (4, 8, 4, 4), "")
-found = [
+made_records = [
     [name, kernel.metadata.enable_fp_fusion]
     for name in ("sm_90", "gfx942")
     for op, workload in (("layer_norm", rows), ("batch_norm", images))

@@ -20,7 +20,7 @@ from perf import resources, workloads
 target, *ops = sys.argv[1:]
 points = workloads.bars(ops, dtypes=DTYPES, columns=COLUMNS)
 points += workloads.bars(("layer_norm_residual",), ("forward",), DTYPES, COLUMNS)
-found = resources.records(points, [target], at_once=len(points))
+made_records = resources.records(points, [target], at_once=len(points))
 """
 
 ROUNDED = """
@@ -32,7 +32,7 @@ from perf import resources, workloads
 rms_norm = partial(resources.OPS["rms_norm"], x_hat_dtype=torch.bfloat16, out_dtype=torch.bfloat16)
 resources.OPS = {"rms_norm": rms_norm}
 points = workloads.bars(("rms_norm",), dtypes=("bf16",), columns=COLUMNS)
-found = resources.records(points, sys.argv[1:], at_once=len(points))
+made_records = resources.records(points, sys.argv[1:], at_once=len(points))
 """
 ROUNDED_COLUMNS = (1000, 4096, 8192, 32768)
 
@@ -42,7 +42,7 @@ from perf import traffic, workloads
 dtypes, shorter = sys.argv[1:], [n for n in COLUMNS if n <= 32768]
 points = workloads.bars(("layer_norm", "layer_norm_residual"), ("forward",), dtypes, COLUMNS, sliced=True)
 points += workloads.bars(("layer_norm",), ("backward",), dtypes, shorter, sliced=True)
-found = traffic.records(points)
+made_records = traffic.records(points)
 """
 
 

@@ -268,8 +268,8 @@ def in_threads(n_channels, times, meanwhile=None):
         return threading.get_ident(), x
 
     others = [] if meanwhile is None else [lambda: meanwhile(done)]
-    found = at_once([*(lambda x=x: call(x) for x in inputs), *others])
-    inputs = dict(found[:THREADS])
+    results = at_once([*(lambda x=x: call(x) for x in inputs), *others])
+    inputs = dict(results[:THREADS])
     each = Counter((thread, check(thread, *launch, inputs[thread])) for thread, *launch in noted)
     assert each == {(thread, name): times for thread in inputs for name in JITTED}, each
     for counted in (compilations, searches):

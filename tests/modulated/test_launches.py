@@ -196,7 +196,7 @@ import torch, triton_norm
 from perf import resources
 
 target = resources.TARGETS[sys.argv[1]]
-found = []
+made_records = []
 for names, shape, dtype in CALLS:
     n_samples, _, n_cols = shape
     own = dict.fromkeys(("scale", "shift", "residual_gate"), (n_samples, 6, n_cols))
@@ -214,7 +214,7 @@ for names, shape, dtype in CALLS:
         described = [launch.describe() for launch in launches]
         kernels = [launch.compile() for launch in launches]
     for one, code in zip(described, resources.inspect(kernels, target)):
-        found.append({**one, **code, "call": f"{names} {shape} {dtype}", "status": "ok", "message": ""})
+        made_records.append({**one, **code, "call": f"{names} {shape} {dtype}", "status": "ok", "message": ""})
 """
 WIDE = {"gate": 128, "dgate": 128} | dict.fromkeys(OUTER, 64)
 """Bits of the narrowest access, by argument."""

@@ -322,7 +322,7 @@ from perf.resources import TARGETS, compiling_for
 
 for owner, name in test_big.FACTORIES:
     setattr(owner, name, test_big.reserving(getattr(owner, name)))
-found = []
+made_records = []
 for shape in (2**31 + 5, 2), (5, 1, 2**30 - 1):
     x, dy = test_big.reserved(shape).requires_grad_(), test_big.reserved(shape)
     norms = [lambda: triton_norm.batch_norm(x, None, None, training=True, residual=dy, activation="relu")]
@@ -332,7 +332,7 @@ for shape in (2**31 + 5, 2), (5, 1, 2**30 - 1):
     for norm in norms:
         with compiling_for(TARGETS["sm_90"]) as launches:
             torch.autograd.grad(norm(), x, dy)
-            found += [[launch.kernel.__name__, launch.compile().src.signature] for launch in launches]
+            made_records += [[launch.kernel.__name__, launch.compile().src.signature] for launch in launches]
 """
 
 

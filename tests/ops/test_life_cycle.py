@@ -108,10 +108,10 @@ class Zeros:
     """Those of a stream, the same ones each time, as on a GPU."""
 
     def __init__(self) -> None:
-        self.kept = torch.zeros(64, dtype=torch.int32)
+        self.memory = torch.zeros(64, dtype=torch.int32)
 
     def __call__(self, n: int, device: torch.device) -> Tensor:
-        return self.kept[:n]
+        return self.memory[:n]
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def fail_everywhere(step: Step, zeros: Zeros, failing: Callable[[int], Any], err
                 actual = None
         moved = step.moved()
         assert same(moved, before) or same(moved, after), place
-        assert not zeros.kept.any(), place
+        assert not zeros.memory.any(), place
         assert_unlocked()
         if actual is not None:
             assert same(actual, expected)
@@ -230,11 +230,11 @@ def test_any_timing_of_a_search_fails(make, zeros, unknown_gpu, monkeypatch):
     """The launch is cut off, and leaves something in the zeros that it began with."""
     from triton.runtime.autotuner import Autotuner
 
-    search, inputs = launch.search, [zeros.kept[:0]]
+    search, inputs = launch.search, [zeros.memory[:0]]
 
     def noting(kernel: Any, space: Space, n_programs: Any, arguments: Any, constants: Any) -> Config:
         sync = dict(zip(kernel.arg_names, arguments, strict=False)).get("sync_ptr")
-        inputs[0] = zeros.kept[:0] if sync is None else sync
+        inputs[0] = zeros.memory[:0] if sync is None else sync
         return search(kernel, space, n_programs, arguments, constants)
 
     @contextlib.contextmanager

@@ -20,11 +20,11 @@ TARGETS = pytest.mark.parametrize(
 
 
 def records(code, *arguments, **environment):
-    """Returns `found` as `code` leaves it, run where TRITON_INTERPRET is not set but by `environment`.
+    """Returns the list `made_records` that `code` makes, run where TRITON_INTERPRET is not set but by `environment`.
 
     The binaries stay in Triton's cache, for the other tests and the report.
     """
-    script = f"import json, sys\n{code}\nfor record in found:\n    print(json.dumps(record))"
+    script = f"import json, sys\n{code}\nfor record in made_records:\n    print(json.dumps(record))"
     printed = processes.output("-c", script, *arguments, OMP_NUM_THREADS="1", **environment)
     return [json.loads(line) for line in printed.splitlines()]
 

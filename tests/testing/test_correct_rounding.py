@@ -67,21 +67,21 @@ def results(function, x, weight, bias, dy):
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy, allow_unused=True)]
 
-given = {name: inputs(name) for name in functions}
+every_input = {name: inputs(name) for name in functions}
 
 def all_results():
     with triton_norm.backend("triton"):
-        return {name: results(function, *given[name]) for name, function in functions.items()}
+        return {name: results(function, *every_input[name]) for name, function in functions.items()}
 
-found = {"own": all_results()}
+every_result = {"own": all_results()}
 with triton_norm.testing.correct_rounding():
-    found["repaired"] = all_results()
-found["own again"] = all_results()
+    every_result["repaired"] = all_results()
+every_result["own again"] = all_results()
 triton_norm.testing.install()
 with triton_norm.testing.guarded():
     triton_norm.testing.install()
-found["installed"] = all_results()
-torch.save((given, found), sys.argv[1])
+every_result["installed"] = all_results()
+torch.save((every_input, every_result), sys.argv[1])
 """
 
 
@@ -320,8 +320,8 @@ with triton_norm.backend("torch"):
     triton_norm.LayerNorm(4)(torch.ones(2, 4))
 new = set(sys.modules) - before
 assert "triton_norm.functional" in new
-found = [name for name in new if name.startswith(("numpy", "triton.", "triton_norm.testing"))]
-assert not found, found
+foreign = [name for name in new if name.startswith(("numpy", "triton.", "triton_norm.testing"))]
+assert not foreign, foreign
 try:
     import triton_norm.testing
 except ModuleNotFoundError as error:
