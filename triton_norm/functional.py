@@ -133,7 +133,9 @@ def layer_norm(
         if plain and not has_torch_function_variadic(*tensors):
             return normalize_rows("layer_norm", tensors, options)
     modulated = *tensors, gate, scale, shift, residual_gate
-    return _normalize_rows(layer_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype))
+    return _modulated_or_overridden(
+        layer_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype)
+    )
 
 
 def rms_norm(
@@ -188,10 +190,12 @@ def rms_norm(
         if plain and not has_torch_function_variadic(*tensors):
             return normalize_rows("rms_norm", tensors, options)
     modulated = *tensors, gate, scale, shift, residual_gate
-    return _normalize_rows(rms_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype))
+    return _modulated_or_overridden(
+        rms_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype)
+    )
 
 
-def _normalize_rows(
+def _modulated_or_overridden(
     function: Any, tensors: tuple[Any, ...], head_weight: Any, options: tuple[Any, ...], of_gate: tuple[Any, ...]
 ) -> Any:
     """Computes layer_norm or rms_norm with a gate or a modulation, or for a tensor that may override the call.

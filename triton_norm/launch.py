@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -100,6 +100,24 @@ def start(kernel: Any, count: int, arguments: Sequence[Any], constants: Mapping[
     return kernel[(count,)](*arguments, **constants, **config.keywords, **COMPILE_OPTIONS)
 
 
+class Compiled(NamedTuple):
+    """Holds a compiled kernel for `Launch`, which starts it without Triton's own launch.
+
+    Args:
+        run: Triton's launcher in C.
+        function: the kernel's handle.
+        metadata: the launch options, packed for `run`.
+        hooks: Triton's lists of launch enter and exit hooks.
+        behind: the arguments after a call's tensors and integers.
+    """
+
+    run: Callable[..., Any]
+    function: Any
+    metadata: Any
+    hooks: tuple[Sequence[Any], Sequence[Any]]
+    behind: tuple[Any, ...]
+
+
 class Launcher:
     """Starts one kernel with one set of constants on one device, for arguments of one signature.
 
@@ -127,7 +145,7 @@ class Launcher:
         self._gpu = gpu_of(device).name
         self.index = -1 if device.index is None else device.index
         self._config = choices.chosen(space, self._gpu)
-        self.ready: tuple[Any, ...] | None = None
+        self.compiled: Compiled | None = None
 
     @property
     def candidates(self) -> Sequence[Config]:
@@ -154,7 +172,7 @@ class Launcher:
             named = {**self._constants, **self._config.keywords}
             constants = (named[name] for name in self._kernel.arg_names[len(arguments) :])
             behind = (*self._scalars, *constants)
-            self.ready = compiled.run, compiled.function, compiled.packed_metadata, _hooks(), behind
+            self.compiled = Compiled(compiled.run, compiled.function, compiled.packed_metadata, _hooks(), behind)
 
     def _choose_and_start(self, integers: tuple[int, ...], arguments: Sequence[Any]) -> Any:
         if self._config is None:
@@ -199,12 +217,12 @@ class Launch:
         self.launcher.start(self._integers, tensors)
 
     def _bind(self, tensors: Sequence[Tensor | None]) -> Callable[..., bool] | None:
-        launcher, integers = self.launcher, self._integers
-        if launcher.ready is not None and launcher.config is not None and integers[0] < INT32_END:
-            run, function, metadata, self._hooks, behind = launcher.ready
+        launcher, compiled, integers = self.launcher, self.launcher.compiled, self._integers
+        if compiled is not None and launcher.config is not None and integers[0] < INT32_END:
+            self._hooks = compiled.hooks
             count = launcher.n_programs(launcher.config.keywords, *integers)
             bind = _starting_on(tuple(tensor is not None for tensor in tensors))
-            self._start = bind(run, count, function, metadata, (*integers, *behind))
+            self._start = bind(compiled.run, count, compiled.function, compiled.metadata, (*integers, *compiled.behind))
         return self._start
 
 

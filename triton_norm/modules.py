@@ -57,7 +57,7 @@ def statistics_of(module: nn.Module, counts: bool) -> tuple[Any, ...]:
     return module.running_mean, module.running_var, module.num_batches_tracked if counts else None
 
 
-def _fused_or_overridden(module: Any, forward: Any, x: Tensor, fused: tuple[Any, ...]) -> Any:
+def _modulated_or_overridden(module: Any, forward: Any, x: Tensor, fused: tuple[Any, ...]) -> Any:
     """Computes a LayerNorm or RMSNorm with a gate or a modulation, or one whose call a mode, a tensor or a tracer may
     override.
 
@@ -110,7 +110,7 @@ class LayerNorm(symbolic.Scriptable, nn.LayerNorm):
                     return functional.normalize_rows("layer_norm", tensors, options)
         of_gate = gate, gate_activation, gate_first, product_dtype
         fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
-        return _fused_or_overridden(self, LayerNorm.forward, input, fused)
+        return _modulated_or_overridden(self, LayerNorm.forward, input, fused)
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.bias, self.eps)
@@ -153,7 +153,7 @@ class RMSNorm(symbolic.Scriptable, nn.RMSNorm):
                     return functional.normalize_rows("rms_norm", tensors, options)
         of_gate = gate, gate_activation, gate_first, product_dtype
         fused = residual, *own, *of_gate, scale, shift, residual_gate, head_weight
-        return _fused_or_overridden(self, RMSNorm.forward, x, fused)
+        return _modulated_or_overridden(self, RMSNorm.forward, x, fused)
 
     def explain_call(self, x: Tensor, **fused: Any) -> Explanation:
         arguments = (self.normalized_shape, self.weight, self.eps)

@@ -299,10 +299,10 @@ def gradients(
         dy: gradient of the output of `function`, or of each of its outputs.
         may_be_unused: an output may not depend on an input, whose gradient is None then.
     """
-    differentiable = torch.is_grad_enabled()
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         targets = [view for view, needed in zip(views, needs, strict=True) if needed and view is not None]
         y = function(*views)
-        gradients = iter(torch.autograd.grad(y, targets, dy, create_graph=differentiable, allow_unused=may_be_unused))
-    return [next(gradients) if needed and view is not None else None for view, needed in zip(views, needs, strict=True)]
+        computed = iter(torch.autograd.grad(y, targets, dy, create_graph=create_graph, allow_unused=may_be_unused))
+    return [next(computed) if needed and view is not None else None for view, needed in zip(views, needs, strict=True)]

@@ -140,10 +140,10 @@ def rows(key: Any, function: str, tensors: RowTensors, options: RowOptions) -> C
 def modulated(key: Any, function: str, tensors: ModulatedTensors, options: ModulatedOptions) -> Call:
     """Resolves a call with a gate or a modulation and caches it, as `rows`."""
 
-    def plan_of(spec: Any, tensors: ModulatedTensors) -> Any:
+    def make_plan(spec: Any, tensors: ModulatedTensors) -> Any:
         return modulated_plan_of(spec, tensors) if modulation.expanded(tensors, spec) is tensors else Expanding(spec)
 
-    return _cached(key, tensors, options.rows, lambda: check_modulated(function, tensors, options), plan_of)
+    return _cached(key, tensors, options.rows, lambda: check_modulated(function, tensors, options), make_plan)
 
 
 def batch_norm(key: Any, tensors: BatchNormTensors, options: BatchNormOptions) -> Call:
@@ -161,14 +161,16 @@ def group_norm(key: Any, tensors: Inputs, options: GroupNormOptions) -> Call:
 def instance_norm(key: Any, tensors: BatchNormTensors, options: InstanceNormOptions) -> Call:
     """Resolves a call of instance_norm and caches it, as `rows`."""
 
-    def plan_of(spec: Any, tensors: BatchNormTensors) -> Any:
+    def make_plan(spec: Any, tensors: BatchNormTensors) -> Any:
         if isinstance(spec, BatchNormSpec):
             return BatchNormPlan(spec, tensors)
         inputs = Inputs._make((tensors.x, tensors.residual, tensors.weight, tensors.bias))
         tracks = tensors.running_mean is not None
         return GroupNormPlan(spec, inputs, InstanceStatistics(tensors, float(options.momentum)) if tracks else None)
 
-    return _cached(_cached_key(key, tensors), tensors, options, lambda: check_instance_norm(tensors, options), plan_of)
+    return _cached(
+        _cached_key(key, tensors), tensors, options, lambda: check_instance_norm(tensors, options), make_plan
+    )
 
 
 def _cached_key(key: Any, tensors: BatchNormTensors) -> Any:
@@ -178,14 +180,14 @@ def _cached_key(key: Any, tensors: BatchNormTensors) -> Any:
 
 
 def _cached(
-    key: Any, tensors: Any, options: Any, check: Callable[[], Call], plan_of: Callable[[Any, Any], Any]
+    key: Any, tensors: Any, options: Any, check: Callable[[], Call], make_plan: Callable[[Any, Any], Any]
 ) -> Call:
     with symbolic.untraced():
         call = check()
     if dispatch.unserved_now() is not None or captures.is_intercepted(*tensors):
         return call
     if call.reason is None and call.sharding is None:
-        call = call._replace(plan=plan_of(call.spec, tensors))
+        call = call._replace(plan=make_plan(call.spec, tensors))
     # A list has no hash, and a tensor may hold another value next time.
     if key is not None and not any(isinstance(option, (Tensor, list)) for option in options):
         plans.keep(key, tensors, call)

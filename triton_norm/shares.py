@@ -32,9 +32,9 @@ def moments(x: Tensor) -> Tensor:
     wide = x.to(compute)
     mean = wide.mean(axes, keepdim=True)
     centred = wide - mean
-    rest = centred.mean(axes, keepdim=True)
-    m2 = (centred - rest).square().sum(axes)
-    return torch.cat((mean.flatten(), rest.flatten(), m2, mean.new_full((1,), x.numel() // n_channels)))
+    mean_lo = centred.mean(axes, keepdim=True)
+    m2 = (centred - mean_lo).square().sum(axes)
+    return torch.cat((mean.flatten(), mean_lo.flatten(), m2, mean.new_full((1,), x.numel() // n_channels)))
 
 
 def merge(
@@ -48,14 +48,14 @@ def merge(
     """
     counts = gathered[:, -1:]
     has_elements = counts > 0
-    means, rests, m2s = gathered[:, :-1].unflatten(1, (3, -1)).unbind(1)
+    means, means_lo, m2s = gathered[:, :-1].unflatten(1, (3, -1)).unbind(1)
     total = counts.sum()
     divisor = total.clamp_min(1)
     base = means.index_select(0, has_elements.to(torch.int32).argmax(0))
-    shift = (torch.where(has_elements, (means - base) + rests, 0.0) * (counts / divisor)).sum(0, keepdim=True)
+    shift = (torch.where(has_elements, (means - base) + means_lo, 0.0) * (counts / divisor)).sum(0, keepdim=True)
     mean = base + shift
-    rest = (base - mean) + shift
-    delta = torch.where(has_elements, (means - mean) + (rests - rest), 0.0)
+    mean_lo = (base - mean) + shift
+    delta = torch.where(has_elements, (means - mean) + (means_lo - mean_lo), 0.0)
     m2 = (torch.where(has_elements, m2s, 0.0) + delta * (delta * counts)).sum(0)
     counted = [number + 1 for number in counter]
     moved = []
@@ -66,15 +66,15 @@ def merge(
             wide = statistic.to(torch.promote_types(statistic.dtype, gathered.dtype))
             now = (1.0 - fraction) * wide + fraction * batch.view(statistic.shape)
             moved.append(torch.where(total >= least, now, wide))
-    merged = torch.cat((mean.flatten(), rest.flatten(), torch.rsqrt(m2 / divisor + eps), total.view(1)))
+    merged = torch.cat((mean.flatten(), mean_lo.flatten(), torch.rsqrt(m2 / divisor + eps), total.view(1)))
     for statistic_, now in zip((*running, *counter), (*moved, *counted), strict=True):
         statistic_.copy_(now)  # nothing can fail from here on
     return merged
 
 
 def _statistics(x: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    mean, rest, rstd = merged[:-1].view(3, *_by_channel(x)).unbind()
-    return (x.to(merged.dtype) - mean) - rest, rstd
+    mean, mean_lo, rstd = merged[:-1].view(3, *_by_channel(x)).unbind()
+    return (x.to(merged.dtype) - mean) - mean_lo, rstd
 
 
 def _activated(x_hat: Tensor, inputs: Inputs) -> Tensor:

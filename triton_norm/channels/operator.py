@@ -76,14 +76,14 @@ class Saved(NamedTuple):
 def _forward(call: ForwardCall) -> tuple[Tensor | None, ...]:
     x, moments, unpacked = call.inputs.x, None, None
     if x.numel() == 0:  # the number of samples was unknown while recording
-        y, statistics, moments, bits = _fake_forward(call)
-        return y, statistics.zero_(), None if moments is None else moments.zero_(), bits
+        y, *others = _fake_forward(call)
+        return y, *(None if tensor is None else tensor.zero_() for tensor in others)
     if call.tracks:
         n_channels, compute = x.shape[1], reference.compute_dtype(x)
         moments = torch.full((3 * n_channels + 1,), x.numel() // n_channels, dtype=compute, device=x.device)
         unpacked = moments[:-1].view(3, n_channels)
-    result, used, left = forward(call.formula.spec(True), BatchNormTensors(*call.inputs), call.bits_kind, unpacked)
-    return result, used, moments, left
+    y, statistics, bits = forward(call.formula.spec(True), BatchNormTensors(*call.inputs), call.bits_kind, unpacked)
+    return y, statistics, moments, bits
 
 
 def _fake_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
