@@ -45,16 +45,17 @@ def weight_and_bias_of(module: nn.Module) -> tuple[Any, Any]:
     return module.weight, module.bias
 
 
-def statistics_of(module: nn.Module, counts: bool) -> tuple[Any, ...]:
-    """Returns a BatchNorm's running_mean and running_var, and its counter if it counts, as `weight_of`."""
+def tensors_of(module: Any, counts: bool) -> tuple[Any, ...]:
+    """Returns a BatchNorm's weight, bias, running_mean, running_var, and its counter if it counts, as `weight_of`."""
     if not is_compiling():
-        buffers = module._buffers
+        parameters, buffers = module._parameters, module._buffers
         try:
             counter = buffers["num_batches_tracked"] if counts else None  # an old pickle lacks it
-            return buffers["running_mean"], buffers["running_var"], counter
+            return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"], counter
         except KeyError:
             pass
-    return module.running_mean, module.running_var, module.num_batches_tracked if counts else None
+    counter = module.num_batches_tracked if counts else None
+    return module.weight, module.bias, module.running_mean, module.running_var, counter
 
 
 def _modulated_or_overridden(module: Any, forward: Any, x: Tensor, fused: tuple[Any, ...]) -> Any:
@@ -174,8 +175,7 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum, training = self.momentum, self.training
         moves = training and self.track_running_stats
-        weight, bias = weight_and_bias_of(self)
-        running_mean, running_var, counter = statistics_of(self, moves)
+        weight, bias, running_mean, running_var, counter = tensors_of(self, moves)
         if momentum is None and counter is None:
             momentum = 0.0
         uses_batch = training or (running_mean is None and running_var is None)

@@ -8,7 +8,7 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 
 from triton_norm import explaining, functional_groups, symbolic
 from triton_norm.dispatch import Explanation
-from triton_norm.modules import changed, statistics_of, weight_and_bias_of
+from triton_norm.modules import changed, tensors_of, weight_and_bias_of
 from triton_norm.specs import BatchNormTensors, GroupNormOptions, Inputs, InstanceNormOptions
 from triton_norm.symbolic import REVERTED
 
@@ -60,12 +60,8 @@ class GroupNorm(symbolic.Scriptable, nn.GroupNorm):
 class _InstanceNorm(symbolic.Scriptable, nn.modules.instancenorm._InstanceNorm):
     """Implements the forward of the three layers; torch's own `_check_input_dim` checks the rank."""
 
-    def _check_features(self, input: Tensor) -> None:
-        """Raises ValueError, or warns if the layer has no parameters, for another number of channels, as torch's."""
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        axis = input.dim() - self._get_no_batch_dim()  # type: ignore[no-untyped-call]
-        if input.size(axis) == self.num_features:
-            return
+    def _refuse_features(self, input: Tensor, axis: int) -> None:
+        """Raises ValueError, or warns if the layer has no parameters, as torch's, for an axis of another length."""
         if self.affine:
             raise ValueError(
                 f"expected input's size at dim={axis} to match num_features"
@@ -86,12 +82,14 @@ class _InstanceNorm(symbolic.Scriptable, nn.modules.instancenorm._InstanceNorm):
         negative_slope: float = 0.01,
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the fields of BatchNormTensors and those of InstanceNormOptions. Unbatched input is one sample."""
-        self._check_features(input)
-        if input.dim() == self._get_no_batch_dim():  # type: ignore[no-untyped-call]
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        axis = input.dim() - self._get_no_batch_dim()  # type: ignore[no-untyped-call]
+        if input.size(axis) != self.num_features:
+            self._refuse_features(input, axis)
+        if axis == 0:
             input = input.unsqueeze(0)
             residual = residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
-        weight, bias = weight_and_bias_of(self)
-        running_mean, running_var, _ = statistics_of(self, counts=False)
+        weight, bias, running_mean, running_var, _ = tensors_of(self, counts=False)
         momentum = 0.0 if self.momentum is None else self.momentum
         uses_input = bool(self.training or not self.track_running_stats)
         tensors = input, residual, weight, bias, running_mean, running_var, None

@@ -107,7 +107,7 @@ def find(key: Any, tensors: Sequence[Tensor | None]) -> Any:
         pick, plans = _plans[key, tensors[0].shape]  # type: ignore[union-attr]
         present = pick(tensors)
         for tensor in present:
-            if tensor.is_nested:  # the check in C++ must not ask for its strides
+            if tensor.is_nested:  # its strides are an error, in which the check in C++ would end the process
                 return None
     except _NO_PLAN:
         return None
