@@ -65,7 +65,7 @@ def check_rows(function: str, tensors: RowTensors, options: RowOptions) -> Call:
     reason, sharding = dispatch.unserved(tensors, n_cols, distributed), None
     if reason is None and distributed:
         reason = sharded.unserved(tensors, n_outer)
-        sharding = sharded.rows(tensors, spec, n_outer) if reason is None else None
+        sharding = sharded.Sharding(spec, tensors, n_outer) if reason is None else None
     return Call._make((spec, reason, None, options.normalized_shape, sharding))
 
 

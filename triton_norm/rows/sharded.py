@@ -4,8 +4,8 @@ A process has whole rows: x is sharded along axes before the rows, or replicated
 forward needs no communication. The gradients of weight and bias are partial sums where x is sharded, as torch's.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,9 +94,9 @@ def _local(tensor: Any) -> Any:
     return local
 
 
-def local_tensors(tensors: Sequence[Any]) -> list[Any]:
-    """Returns the local tensors of DTensors, and None for None."""
-    return [None if tensor is None else _local(tensor) for tensor in tensors]
+def local_tensors(tensors: Sequence[Any]) -> RowTensors:
+    """Returns the local tensors of DTensors, the fields of RowTensors; None for None."""
+    return RowTensors._make(None if tensor is None else _local(tensor) for tensor in tensors)
 
 
 def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -105,27 +105,6 @@ def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
         strides.append(step)
         step = step * length
     return tuple(reversed(strides))
-
-
-class Family(NamedTuple):
-    """Names the parts of a family of kernels that work on local tensors.
-
-    Args:
-        function: autograd function of (*tensors, plan).
-        plan_of: (spec, tensors) → plan of launches.
-        recorded_plan: (spec, tensors) → plan of operators.
-        record: (tensors, spec, is_fusible) → y, or (y, total), by an operator.
-        gradients: (context, saved tensors, dy, dtotal) → gradients by an operator.
-    """
-
-    function: Any
-    plan_of: Callable[..., Any]
-    recorded_plan: Callable[..., Any]
-    record: Callable[..., Any]
-    gradients: Callable[..., Any]
-
-
-ROWS = Family(operator.RowsFunction, plan_of, operator.RecordedPlan, operator.record, operator.recorded_gradients)
 
 
 class Sharding:
@@ -138,11 +117,11 @@ class Sharding:
         shapes: shape of each tensor, or None.
     """
 
-    def __init__(self, family: Family, spec: Any, tensors: Sequence[Any], n_outer: int) -> None:
+    def __init__(self, spec: RowSpec, tensors: Sequence[Any], n_outer: int) -> None:
         from torch.distributed.tensor import Partial
 
         x, *_ = tensors
-        self.family, self.spec, self.n_outer = family, spec, n_outer
+        self.spec, self.n_outer = spec, n_outer
         self.mesh, self.placements = x.device_mesh, x.placements
         summed = tuple(Partial() if placement.is_shard() else placement for placement in x.placements)
         self.of_gradients = self.placements, self.placements, summed, summed
@@ -154,7 +133,7 @@ class Sharding:
     def composed(self, tensors: Sequence[Any]) -> Any:
         """Returns a plan whose backward composes torch's functions of DTensors."""
         if self._composed is None:
-            self._composed = self.family.recorded_plan(self.spec, tensors)
+            self._composed = operator.RecordedPlan(self.spec, tensors)
         return self._composed
 
     def result(self, local: Tensor | None) -> Any:
@@ -212,7 +191,7 @@ class Sharding:
 
 
 class _Context:
-    """Stands in for autograd's context of a family's function, on local tensors."""
+    """Stands in for autograd's context of RowsFunction, on local tensors."""
 
     def __init__(self, plan: Any, needs_input_grad: tuple[bool, ...] = (), saved_tensors: Sequence[Any] = ()) -> None:
         self.plan, self.needs_input_grad, self.saved_tensors = plan, needs_input_grad, tuple(saved_tensors)
@@ -225,7 +204,7 @@ class _Context:
 
 
 class ShardedFunction(torch.autograd.Function):
-    """Runs a family's autograd function on the local tensors of DTensors.
+    """Runs RowsFunction on the local tensors of DTensors.
 
     Saves the DTensors themselves: only they notice changes in place, and hooks receive them as they receive torch's.
     """
@@ -235,7 +214,7 @@ class ShardedFunction(torch.autograd.Function):
         local = local_tensors(tensors)
         plan = _plan(sharding, local)
         context = _Context(plan)
-        results = sharding.family.function.forward(context, *local, plan)
+        results = operator.RowsFunction.forward(context, *local, plan)
         several = isinstance(results, tuple)
         results = results if several else (results,)
         placed = tuple(map(sharding.result, results))
@@ -251,7 +230,7 @@ class ShardedFunction(torch.autograd.Function):
         needs = *ctx.needs_input_grad[1:], False
         if torch.compiler.is_compiling():
             return None, *_recorded_backward(sharding, _Context(ctx.composed, needs, saved), dy, dtotal)
-        backward = sharding.family.function.backward
+        backward = operator.RowsFunction.backward
         if not sharding.is_local(saved[0], dy, dtotal):
             *gradients, _ = backward(_Context(ctx.composed, needs, saved), dy, dtotal)
             return None, *gradients
@@ -269,7 +248,7 @@ def _recorded_backward(sharding: Sharding, context: _Context, dy: Any, dtotal: A
         return None if gradient is None else gradient.redistribute(placements=sharding.placements).to_local()
 
     saved = [own.to_local() if isinstance(own, DTensor) else own for own in context.saved_tensors]
-    local = sharding.family.gradients(context, saved, local_of(dy), local_of(dtotal))
+    local = operator.recorded_gradients(context, saved, local_of(dy), local_of(dtotal))
     places: Any = zip(local, sharding.of_gradients, sharding.shapes, strict=True)
     return [
         None
@@ -283,13 +262,13 @@ def _recorded_backward(sharding: Sharding, context: _Context, dy: Any, dtotal: A
 _apply: Any = super(torch.autograd.Function, ShardedFunction).apply
 
 
-def _plan(sharding: Sharding, local: Sequence[Any]) -> Any:
+def _plan(sharding: Sharding, local: RowTensors) -> Any:
     """Returns a plan of launches, or of operators if a tool records them or this process has nothing to launch."""
     x, *_ = local
     present = [tensor for tensor in local if tensor is not None]
     if is_intercepted(*present) or x.numel() == 0 or any(tensor.is_neg() for tensor in present):
-        return sharding.family.recorded_plan(sharding.spec, local)
-    return sharding.family.plan_of(sharding.spec, local)
+        return operator.RecordedPlan(sharding.spec, local)
+    return plan_of(sharding.spec, local)
 
 
 def _run(tensors: Sequence[Any], sharding: Sharding) -> Any:
@@ -310,16 +289,11 @@ def _record(tensors: Sequence[Any], sharding: Sharding, is_fusible: bool) -> Any
     x, *_ = tensors
     pairs = zip(tensors, sharding.of_gradients, strict=True)
     local = [None if tensor is None else tensor.to_local(grad_placements=places) for tensor, places in pairs]
-    results = sharding.family.record(RowTensors._make(local), sharding.spec, is_fusible)
+    results = operator.record(RowTensors._make(local), sharding.spec, is_fusible)
     sizes = {"shape": x.shape, "stride": _contiguous_strides(x.shape)}
     if not isinstance(results, tuple):
         return DTensor.from_local(results, sharding.mesh, sharding.placements, **sizes)
     return tuple(DTensor.from_local(result, sharding.mesh, sharding.placements, **sizes) for result in results)
-
-
-def rows(tensors: RowTensors, spec: RowSpec, n_outer: int) -> Sharding:
-    """Returns the sharding of a call that `unserved` has no reason against."""
-    return Sharding(ROWS, spec, tensors, n_outer)
 
 
 def normalize(tensors: Sequence[Any], sharding: Sharding, is_fusible: bool) -> Any:
