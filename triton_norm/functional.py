@@ -277,11 +277,11 @@ def batch_norm(
     tensors = input, residual, weight, bias, running_mean, running_var, num_batches_tracked
     options = training, momentum, eps, activation, negative_slope
     if has_torch_function_variadic(*tensors):
-        return _overridable_batch_norm(tensors, options)
+        return overridable_batch_norm(tensors, options)
     return normalize_channels(tensors, options)
 
 
-def _overridable_batch_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+def overridable_batch_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     """Computes batch_norm, or calls the override by a mode or a tensor, if there is one; as normalize_channels."""
     input, residual, weight, bias, running_mean, running_var, counter = tensors
     training, momentum, eps, activation, negative_slope = options

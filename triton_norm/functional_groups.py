@@ -69,10 +69,18 @@ def group_norm(
     tensors = input, residual, weight, bias
     options = num_groups, eps, activation, negative_slope
     if has_torch_function_variadic(*tensors):
-        instead = instead_of(group_norm, F.group_norm, tensors, (residual, activation, negative_slope))
-        if instead is not None:
-            return instead(input, num_groups, weight=weight, bias=bias, eps=eps)  # type: ignore[no-any-return]
+        return overridable_group_norm(tensors, options)
     return normalize_groups(tensors, options)
+
+
+def overridable_group_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """Computes group_norm, or calls the override by a mode or a tensor, if there is one; as normalize_groups."""
+    input, residual, weight, bias = tensors
+    num_groups, eps, *fused = options
+    instead = instead_of(group_norm, F.group_norm, tensors, (residual, *fused))
+    if instead is None:
+        return normalize_groups(tensors, options)
+    return instead(input, num_groups, weight=weight, bias=bias, eps=eps)  # type: ignore[no-any-return]
 
 
 def normalize_groups(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
@@ -193,11 +201,11 @@ def instance_norm(
     tensors = input, residual, weight, bias, running_mean, running_var, None
     options = use_input_stats, momentum, eps, activation, negative_slope
     if has_torch_function_variadic(*tensors):
-        return _overridable_instance_norm(tensors, options)
+        return overridable_instance_norm(tensors, options)
     return normalize_instances(tensors, options)
 
 
-def _overridable_instance_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+def overridable_instance_norm(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     """Computes instance_norm, or calls the override by a mode or a tensor, if there is one; as normalize_instances."""
     input, residual, weight, bias, running_mean, running_var, _ = tensors
     use_input_stats, momentum, eps, *fused = options

@@ -209,8 +209,7 @@ class _BatchNorm(symbolic.Scriptable, nn.modules.batchnorm._BatchNorm):
 
 def _called(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     if has_torch_function_variadic(*tensors):
-        named = BatchNormTensors._make(tensors)._asdict() | BatchNormOptions._make(options)._asdict()
-        return functional.batch_norm(named.pop("x"), **named)
+        return functional.overridable_batch_norm(tensors, options)
     return functional.normalize_channels(tensors, options)
 
 

@@ -48,8 +48,7 @@ class GroupNorm(symbolic.Scriptable, nn.GroupNorm):
                 return instead(input, **changed(GroupNorm.forward, fused))  # type: ignore[no-any-return]
         tensors, options = self._call(input, residual, activation, negative_slope)
         if has_torch_function_variadic(*tensors):
-            named = Inputs._make(tensors)._asdict() | GroupNormOptions._make(options)._asdict()
-            return functional_groups.group_norm(named.pop("x"), **named)
+            return functional_groups.overridable_group_norm(tensors, options)
         return functional_groups.normalize_groups(tensors, options)
 
     def explain_call(self, input: Tensor, **fused: Any) -> Explanation:
@@ -110,9 +109,7 @@ class _InstanceNorm(symbolic.Scriptable, nn.modules.instancenorm._InstanceNorm):
                 return instead(input, **changed(_InstanceNorm.forward, fused))  # type: ignore[no-any-return]
         tensors, options = self._call(input, residual, activation, negative_slope)
         if has_torch_function_variadic(*tensors):
-            named = BatchNormTensors._make(tensors)._asdict() | InstanceNormOptions._make(options)._asdict()
-            del named["num_batches_tracked"]
-            y = functional_groups.instance_norm(named.pop("x"), **named)
+            y = functional_groups.overridable_instance_norm(tensors, options)
         else:
             y = functional_groups.normalize_instances(tensors, options)
         x, *_ = tensors
