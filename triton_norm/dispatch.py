@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from triton_norm import captures, overrides, plain
 from triton_norm.channels import layout
 from triton_norm.tuning import limits
-from triton_norm.tuning.limits import MOST_COLUMNS
+from triton_norm.tuning.limits import MOST_ROW_COLUMNS
 
 INTERPRETED = limits.INTERPRETED
 BACKENDS = ("auto", "triton", "torch")
@@ -135,8 +135,8 @@ def unserved(tensors: Sequence[Tensor | None], columns: int | None = None, is_di
             return "a tensor holds its elements negated, as the imaginary part of a conjugate does"
         if not plain.has_memory(tensor):
             return "a tensor has no memory of its own, as one that was kept from a transform of torch.func"
-    if columns is not None and plain.holds(columns > MOST_COLUMNS):
-        return f"a row has more than {MOST_COLUMNS} columns"
+    if columns is not None and plain.holds(columns > MOST_ROW_COLUMNS):
+        return f"a row has more than {MOST_ROW_COLUMNS} columns"
     if plain.holds(x.numel() == 0):
         return "the input has no elements"
     return layout.beyond(x.shape) if columns is None else None

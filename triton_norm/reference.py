@@ -22,7 +22,7 @@ from triton_norm.specs import (
     RowSpec,
 )
 
-MOST_AXES = 64
+MOST_REDUCED_AXES = 64
 """torch's sums reduce at most this many axes."""
 
 
@@ -142,7 +142,7 @@ def batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
     second. Doesn't update running statistics."""
     whole, residual, weight, bias, running_mean, running_var, _ = tensors
     x = whole
-    if x.dim() > MOST_AXES:
+    if x.dim() > MOST_REDUCED_AXES:
         x, residual = x.flatten(2), None if residual is None else residual.flatten(2)
     axes = (0, *range(2, x.dim()))
     shape = (1, -1, *(1 for _ in x.shape[2:]))
@@ -168,7 +168,7 @@ def group_norm(tensors: Inputs, spec: GroupNormSpec) -> Tensor:
     channels of each group of a sample."""
     whole, residual, weight, bias = tensors
     x = whole
-    if x.dim() >= MOST_AXES:  # a group has an axis more
+    if x.dim() >= MOST_REDUCED_AXES:  # a group has an axis more
         x, residual = x.flatten(2), None if residual is None else residual.flatten(2)
     shape = (1, -1, *(1 for _ in x.shape[2:]))
     n_groups = max(spec.n_groups, 1)  # InstanceNorm has none without channels
@@ -213,7 +213,7 @@ def move_running_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor
     If the batch's size is unknown while recording, an empty batch leaves both unchanged, and one value a channel leaves
     the variance unchanged.
     """
-    if x.dim() > MOST_AXES:
+    if x.dim() > MOST_REDUCED_AXES:
         x = x.flatten(2)
     axes = (0, *range(2, x.dim()))
     n: Any = x.shape[0] * math.prod(x.shape[2:])

@@ -24,7 +24,7 @@ from triton_norm.channels import layout
 from triton_norm.testing.stub_driver import H100, as_on_gpu
 from triton_norm.tuning import choices
 from triton_norm.tuning.configs import next_power_of_2
-from triton_norm.tuning.limits import INTERPRETED, MOST_COLUMNS
+from triton_norm.tuning.limits import INTERPRETED, MOST_ROW_COLUMNS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs all programs, in memory of its own")
@@ -288,7 +288,7 @@ def test_no_grid_is_larger_than_cuda_takes(shape, strides, least, monkeypatch):
     dy = reserved(shape, strides)
     with as_on_gpu(H100, start=lambda *launch: launched.append(named(*launch))):
         norms = [lambda: triton_norm.batch_norm(x, None, None, training=True, residual=dy, activation="relu")]
-        if shape[-1] <= MOST_COLUMNS and x.stride(-1) == 1:
+        if shape[-1] <= MOST_ROW_COLUMNS and x.stride(-1) == 1:
             weight = torch.ones(shape[-1], requires_grad=True)
             norms.append(lambda: triton_norm.layer_norm(x, shape[-1:], weight))
         for norm in norms:

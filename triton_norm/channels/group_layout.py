@@ -10,8 +10,8 @@ from torch import Tensor
 from triton_norm.channels.launches import Instances, Read, Types
 from triton_norm.channels.layout import (
     MOST_CHANNELS,
-    MOST_COLUMNS,
     MOST_POSITIONS,
+    MOST_SAMPLE_COLUMNS,
     Placement,
     channels_last,
     dense_like,
@@ -129,14 +129,14 @@ class Groups(NamedTuple):
             size, per_parameter = per_group * n_positions, n_positions if applies else None
             return self._read((1, n_groups, size), "flat", 1, lambda _: (0, size, 1), per_parameter)
         folds = channel_spaces.folds(n_positions, per_group, self.itemsize, limits_in_force())
-        kind = "folded" if folds and n_groups * per_group < MOST_COLUMNS else "flat"
+        kind = "folded" if folds and n_groups * per_group < MOST_SAMPLE_COLUMNS else "flat"
         return self._in_rows(kind, 1 if applies else None)
 
     def by_column(self) -> Read | None:
         """Returns the launch's view of each sample as rows of groups, with parameters of their columns, or None if
         positions are adjacent, or a row of whole groups is too wide."""
         _, n_groups, per_group, n_positions = self.shape
-        if self.kind == "flat" or n_positions == 1 or n_groups * per_group >= MOST_COLUMNS:
+        if self.kind == "flat" or n_positions == 1 or n_groups * per_group >= MOST_SAMPLE_COLUMNS:
             return None
         return self._in_rows("folded", 1) if channel_spaces.folds_groups(per_group, limits_in_force()) else None
 

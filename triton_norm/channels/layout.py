@@ -15,7 +15,7 @@ from triton_norm.tuning.limits import VECTOR_BYTES, limits_in_force
 MOST_POSITIONS = 2**30
 """A sample has at most this many positions: the kernels number them, and those of a tile past the end, in 32 bits."""
 
-MOST_COLUMNS = 2**30
+MOST_SAMPLE_COLUMNS = 2**30
 """A folded sample has at most this many columns: the kernels number them in 32 bits."""
 
 MOST_CHANNELS = 2**29
@@ -121,7 +121,7 @@ def kind_of(x: Tensor) -> str:
     strides = _strides(x)
     copied = strides is None or strides[2] != 1
     gapless = copied or n_channels == 1 or (strides is not None and strides[1] == n_positions)
-    numbered = n_channels * n_positions < MOST_COLUMNS
+    numbered = n_channels * n_positions < MOST_SAMPLE_COLUMNS
     limits = limits_in_force()
     folds = gapless and numbered and holds(channel_spaces.folds(n_samples, n_positions, x.itemsize, limits))
     return "folded" if folds else "flat"

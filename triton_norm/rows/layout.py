@@ -14,7 +14,7 @@ from triton_norm.tuning.configs import vector_width
 Types = tuple[torch.dtype | None, ...]
 
 
-MOST_AXES = 3
+MOST_ROW_AXES = 3
 """A tensor is read without a copy if its rows can be numbered along this many axes."""
 
 
@@ -103,7 +103,7 @@ def copies(x: Tensor, n_cols: int, broadcast: bool = False) -> bool:
     if x.is_neg() or _column_stride(x, axis, n_cols) not in ((0, 1) if broadcast else (1,)):
         return True
     lengths, _ = _row_axes(x.shape[:axis], [x.stride()])
-    return len(lengths) > MOST_AXES
+    return len(lengths) > MOST_ROW_AXES
 
 
 def _dense_strides(shape: Sequence[int]) -> list[int]:
@@ -132,7 +132,7 @@ def layout_of(tensors: Sequence[Tensor | None], n_cols: int, broadcast: Sequence
         places = [place for place, tensor in enumerate(tensors) if tensor is not None]
         strides = [_dense_strides(shape) if copied[place] else tensors[place].stride() for place in places]  # type: ignore[union-attr]
         lengths, steps = _row_axes(shape[:axis], strides)
-        if len(lengths) <= MOST_AXES:
+        if len(lengths) <= MOST_ROW_AXES:
             break
         copied[max(place for place in places if not (copied[place] or tensors[place].is_contiguous()))] = True  # type: ignore[union-attr]
     result: list[RowStrides | None] = [None] * len(tensors)

@@ -23,7 +23,7 @@ VECTOR_BYTES = 16
 # A program has at most 1024 threads, on every GPU.
 MOST_THREADS = 1024
 # A row is at most as long as Triton's largest tile, since one backward program may have to hold all of it.
-MOST_COLUMNS = 2**20
+MOST_ROW_COLUMNS = 2**20
 # An NVIDIA multiprocessor has 64 K 32-bit registers, of which a thread can use 255.
 REGISTERS_PER_SM = 64 * 1024
 MOST_REGISTERS_PER_THREAD = 255
