@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn import functional
 
 from perf.ops import BULK, MODULATIONS, PARAMETERS, STATISTICS, TENSORS, Functions
 from perf.points import BOTH, STRIDED, Point
+from triton_norm import launch
+from triton_norm.tuning.configs import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 EPS = 1e-5
@@ -145,3 +149,29 @@ def candidate(name: str, point: Point, forward: Forward, inputs: Inputs) -> Cand
         return y, backward(y)
 
     return Candidate(name, lambda: None, both) if point.mode == BOTH else Candidate(name, forward, backward)
+
+
+@contextmanager
+def launches_noted() -> Iterator[list[dict[str, Any]]]:
+    """Lists the kernel and the config of each launch of this library inside, in order.
+
+    While Triton has a hook, no call starts a compiled kernel directly, past `launch.start`.
+    """
+    from triton import knobs
+
+    launches: list[dict[str, Any]] = []
+    start, hooks = launch.start, knobs.runtime.launch_enter_hook
+
+    def noted(kernel: Any, count: int, arguments: Any, constants: Any, config: Config) -> Any:
+        launches.append({"kernel": kernel.__name__, "config": config.keywords})
+        return start(kernel, count, arguments, constants, config)
+
+    def hook(_: Any) -> None:
+        """Does nothing."""
+
+    hooks.add(hook)
+    try:
+        with mock.patch.object(launch, "start", noted):
+            yield launches
+    finally:
+        hooks.remove(hook)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -25,6 +25,8 @@ STEP_RIVALS = {
 STATUS_TEXT = {"wrong": "outside tolerance"}
 """Texts that stand for a status, unless its name does."""
 LAYOUT_TEXT = {"contiguous": "NCHW", "channels_last": "NHWC", STRIDED: "strided"}
+ALONE = "one block"
+"""The form of programs that share nothing."""
 NOT_TIMED = "Nothing was timed on this machine: it has no GPU."
 
 
@@ -139,13 +141,31 @@ def access_bits(record: Resources) -> int:
     return max(map(int, {**record["loads"], **record["stores"]}), default=128)
 
 
-def form_text(record: Resources) -> str:
-    """Returns how many blocks or programs share a row or channel, if its config tells; records before clusters do not
-    have their blocks."""
-    n_blocks, n_peers = record.get("blocks", 1), record["config"].get("PEERS", 1)
+def form_text(config: Mapping[str, Any]) -> str:
+    """Returns how many blocks or programs share a row or channel, if a launch's config tells."""
+    n_blocks, n_peers = config.get("num_ctas", 1), config.get("PEERS", 1)
     if n_blocks > 1:
-        return f"cluster of {n_blocks}, {record['clusters']} at once"
-    return f"{n_peers} peers" if n_peers > 1 else "one block"
+        return f"cluster of {n_blocks}"
+    return f"{n_peers} peers" if n_peers > 1 else ALONE
+
+
+def blocks_of(record: Timing | Traffic) -> int:
+    """Returns the most blocks of a cluster of a call; 1 of a call without clusters, and of older records."""
+    return max((launch.get("config", {}).get("num_ctas", 1) for launch in record.get("launches", [])), default=1)
+
+
+def reads_twice(record: Timing | Traffic) -> bool:
+    """Returns whether a kernel was launched twice in a call, first to reduce and then to apply."""
+    kernels = [launch["kernel"] for launch in record.get("launches", [])]
+    return len(set(kernels)) < len(kernels)
+
+
+def forms_text(record: Timing | Traffic) -> str:
+    """Returns the form of a call's launches: clusters, two launches, or programs that share a row, if any."""
+    if reads_twice(record):
+        return "two launches"
+    forms = dict.fromkeys(form_text(launch.get("config", {})) for launch in record.get("launches", []))
+    return ", ".join(form for form in forms if form != ALONE)
 
 
 def ulps_of(record: Numerics, output: str) -> Ulps:

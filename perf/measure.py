@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch._C._autograd import DeviceType
 
-from perf.calls import Candidate, Inputs, bind, candidate, make_inputs
+from perf.calls import Candidate, Inputs, bind, candidate, launches_noted, make_inputs
 from perf.contenders import Contender
+from perf.findings import OURS
 from perf.gate import TOLERANCE, errors, expected, outputs, verdict
 from perf.points import Point
 from perf.records import Spread, Timing, in_a_line, made
@@ -169,12 +170,21 @@ def _admit(
         if not calls:
             return record | {"status": "unsupported", "message": "the contender has no such op"}, []
         measured = errors(outputs(point, calls[0], sets[0]), exact)
+        if contender.name == OURS:
+            record["launches"] = _launches(calls[0])
         timer.synchronize()
     except Exception as error:
         return record | {"status": "error", "message": in_a_line(error)}, []
     message = verdict(measured, contender.accuracy * TOLERANCE[point.dtype])
     record["errors"] = {name: overall for name, (overall, _) in measured.items()}
     return record | {"status": "wrong" if message else "ok", "message": message}, [] if message else calls
+
+
+def _launches(entry: Candidate) -> list[dict[str, Any]]:
+    state = entry.prepare()
+    with launches_noted() as launches:
+        entry.run(state)
+    return launches
 
 
 def _kernels(calls: Sequence[Candidate], timer: Timer) -> list[str]:

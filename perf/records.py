@@ -73,12 +73,14 @@ class Timing(PointFields, Outcome, Spread, total=False):
         errors: of each output, relative to fp64's by norm.
         gbps: floor_bytes over the median time.
         kernels: names of what ran on the GPU, in order.
+        launches: of this library, the kernel and the config of each, in order; `num_ctas` are the blocks of a cluster.
     """
 
     contender: str
     errors: dict[str, float]
     gbps: float
     kernels: list[str]
+    launches: list[dict[str, Any]]
 
 
 class Step(Outcome, Spread, total=False):
@@ -107,7 +109,7 @@ class Traffic(PointFields, Outcome, total=False):
 
     Args:
         multiprocessors: of the GPU that it was launched for.
-        launches: of each the kernel, its programs that accessed memory, and bytes "loaded" and "stored".
+        launches: as of a Timing, with the programs that accessed memory, and bytes "loaded" and "stored".
         bytes, footprint: of all accesses, and with each address once a direction.
         again: bytes by group that a program had loaded before in the same launch.
     """

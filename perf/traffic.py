@@ -20,8 +20,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from perf.calls import Inputs, bind, candidate, make_inputs
-from perf.findings import uncached
+from perf.calls import Inputs, bind, candidate, launches_noted, make_inputs
+from perf.findings import blocks_of, uncached
 from perf.gate import TOLERANCE, errors, expected, named, verdict
 from perf.ops import BITS, BULK, MODULATIONS, PARAMETERS, STATISTICS, triton_norm_functions
 from perf.points import Point
@@ -92,10 +92,10 @@ class TrafficCounter(Observer):
 
     def __init__(self) -> None:
         self.memories: dict[int, Memory] = {}
-        self.kernels: list[str] = []
         self.moved: Counter[tuple[int, int, str]] = Counter()
         self.again: Counter[int] = Counter()
         self.programs: list[set[Program]] = []
+        self._kernel = ""
         self._starts: Array = np.zeros(0, dtype=np.int64)
         self._last_loader: dict[int, Array] = {}
         self._asked: set[tuple[int, Program]] = set()
@@ -108,7 +108,7 @@ class TrafficCounter(Observer):
             memory.names.add(name.removesuffix("_ptr"))
             starts.add(memory.start)
         self._starts = np.array(sorted(starts), dtype=np.int64)
-        self.kernels.append(kernel)
+        self._kernel = kernel
         self.programs.append(set())
         self._last_loader.clear()
         self._asked.clear()
@@ -145,11 +145,11 @@ class TrafficCounter(Observer):
         low, high = int(lanes.min()), int(lanes.max())
         memory = self.memories[int(self._starts[int(np.searchsorted(self._starts, low, side="right")) - 1])]
         if not memory.start <= low <= high < memory.end:
-            raise IndexError(f"{self.kernels[-1]}: a {kind} that is not within one tensor")
+            raise IndexError(f"{self._kernel}: a {kind} that is not within one tensor")
         return memory
 
     def _move(self, memory: Memory, way: str, size: int) -> None:
-        self.moved[len(self.kernels) - 1, memory.start, way] += size
+        self.moved[len(self.programs) - 1, memory.start, way] += size
 
 
 def _groups(counter: TrafficCounter, tensors: dict[str, torch.Tensor]) -> dict[int, str]:
@@ -174,7 +174,7 @@ def _tensors(inputs: Inputs, *results: dict[str, torch.Tensor]) -> dict[str, tor
     return {name: tensors[name] for name in (*BULK, *PARAMETERS, *MODULATIONS, *STATISTICS) if name in tensors}
 
 
-def _figures(counter: TrafficCounter, groups: dict[int, str]) -> dict[str, Any]:
+def _figures(counter: TrafficCounter, groups: dict[int, str], launches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ways = ("loaded", "stored")
     moved: Counter[tuple[str, str]] = Counter()
     by_launch: Counter[tuple[int, str]] = Counter()
@@ -188,8 +188,8 @@ def _figures(counter: TrafficCounter, groups: dict[int, str]) -> dict[str, Any]:
     again = {group: sum(size for start, size in counter.again.items() if groups[start] == group) for group in UNSHARED}
     return {
         "launches": [
-            {"kernel": kernel, "programs": len(programs), **{way: by_launch[launch, way] for way in ways}}
-            for launch, (kernel, programs) in enumerate(zip(counter.kernels, counter.programs, strict=True))
+            {**launch, "programs": len(programs), **{way: by_launch[place, way] for way in ways}}
+            for place, (launch, programs) in enumerate(zip(launches, counter.programs, strict=True))
         ],
         "bytes": {group: {way: moved[group, way] for way in ways} for group in GROUPS},
         "footprint": {group: {way: touched[group, way] for way in ways} for group in GROUPS},
@@ -198,6 +198,11 @@ def _figures(counter: TrafficCounter, groups: dict[int, str]) -> dict[str, Any]:
         "total_bytes": sum(moved.values()),
         "footprint_bytes": sum(touched.values()),
     }
+
+
+def h100(blocks: int = 1) -> Gpu:
+    """Returns an H100 with clusters of at most so many blocks. The interpreter ignores the blocks of a launch."""
+    return replace(H100, most_blocks=blocks)
 
 
 def slice_of(gpu: Gpu, multiprocessors: int) -> Gpu:
@@ -249,12 +254,12 @@ def count(point: Point, gpu: Gpu = H100) -> Traffic:
         inputs.reset()
         call = candidate("triton_norm", point, forward, inputs)
         state = call.prepare()
-        with observe(counter):
+        with observe(counter), launches_noted() as launches:
             result = call.run(state)
     computed = named(point, result, inputs)
     before = {} if state is None else named(replace(point, mode="forward"), state, inputs)
     message = verdict(errors(computed, exact), TOLERANCE[point.dtype])
-    figures = _figures(counter, _groups(counter, _tensors(inputs, before, computed)))
+    figures = _figures(counter, _groups(counter, _tensors(inputs, before, computed)), launches)
     outcome = {"multiprocessors": gpu.multiprocessors, "status": "wrong" if message else "ok", "message": message}
     return made(Traffic, point.describe(), outcome, figures)
 
@@ -273,4 +278,5 @@ def line(record: Traffic) -> str:
         return f"{name}: {record['status']}, {record['message']}"
     again = f", {record['again_bytes'] / record['floor_bytes']:.3f} of it again" if record["again_bytes"] else ""
     of_floor = f"{record['total_bytes'] / record['floor_bytes']:.3f} of the floor{again}"
-    return f"{name}: {of_floor}, {uncached(record):.3f} without reads from cache, {record['status']}"
+    cluster = f", clusters of {blocks_of(record)}" if blocks_of(record) > 1 else ""
+    return f"{name}: {of_floor}, {uncached(record):.3f} without reads from cache{cluster}, {record['status']}"

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from perf.charts import forms
 from perf.charts.style import DASHED, GRID, INK, Style, in_order, legend, panel, sheet, short, styles_of
 from perf.findings import OURS, input_bytes, shape_text
 from perf.ops import TITLE
@@ -45,17 +46,21 @@ AXES = {
 }
 LAYOUT = {"contiguous": "channels first", "channels_last": "channels last", STRIDED: "strided"}
 
+# Sizes of marks in typographic points: in GB/s against size, and faint ones in shares of the copy bandwidth.
+MARK_POINTS, FAINT_POINTS = 5.5, 3.5
+
 Key = tuple[str, str, int]
 """Group, layout, and where rows grow in number the columns."""
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """Styles, roof and height that all panels of a picture share."""
+    """Styles, roof and height that all panels of a picture share; `forms`: those of our launches are marked."""
 
     styles: dict[str, Style]
     roof: float | None
     top: float
+    forms: bool
 
 
 def _key(record: Timing) -> Key:
@@ -67,7 +72,8 @@ def throughput(records: Sequence[Timing], roof: float | None) -> Figure:
     groups, layouts = list(AXES), list(LAYOUT)
     keys = sorted({_key(r) for r in records}, key=lambda key: (groups.index(key[0]), layouts.index(key[1]), key[2]))
     names = in_order(record["contender"] for record in records if record["status"] != "unsupported")
-    scale = _Scale(styles_of(names), roof, 1.08 * max([r["gbps"] for r in ok(records)] + [roof or 0.0, 1.0]))
+    top = 1.08 * max([r["gbps"] for r in ok(records)] + [roof or 0.0, 1.0])
+    scale = _Scale(styles_of(names), roof, top, forms.has_clusters(records))
     across = min(len(keys), 2 if len(keys) <= 6 else 4)
     lines = -(-len(keys) // across)
     figure = sheet(3.3 * lines + 0.3)
@@ -88,7 +94,10 @@ def _panel(ax: Axes, key: Key, records: Sequence[Timing], scale: _Scale) -> None
     for number, (name, style) in enumerate(scale.styles.items()):
         aside = 0.0 if connected else 0.7 * ((number + 0.5) / len(scale.styles) - 0.5)
         mine = sorted((r for r in records if r["contender"] == name), key=lambda r: places[shape_text(r)])
-        _series(ax, name, style, [(places[shape_text(r)] + aside, r) for r in mine], connected)
+        placed = [(places[shape_text(r)] + aside, r) for r in mine]
+        _series(ax, name, style, placed, connected)
+        if name == OURS and scale.forms:
+            forms.mark(ax, [(x, r["gbps"], r) for x, r in placed if r["status"] == "ok"], MARK_POINTS, numbers=True)
         failed = [places[shape_text(r)] + aside for r in mine if r["status"] in ("wrong", "error")]
         if failed:
             feet = [(0.025 + 0.05 * number) * scale.top] * len(failed)
@@ -133,7 +142,7 @@ def _series(ax: Axes, name: str, style: Style, placed: Sequence[tuple[float, Tim
     front = 4 if name == "triton_norm" else 3
     ax.errorbar(
         [x for x, _ in timed], y, yerr=[slow, fast], color=style.colour, marker=style.marker, label=name, zorder=front,
-        markersize=5.5 * style.size, markeredgecolor="white", markeredgewidth=0.5, elinewidth=1.1,
+        markersize=MARK_POINTS * style.size, markeredgecolor="white", markeredgewidth=0.5, elinewidth=1.1,
         linewidth=(2.0 if front == 4 else 1.2) if connected else 0,
     )  # fmt: skip
 
@@ -153,6 +162,7 @@ def shares(records: Sequence[Timing], copy_gbps: float) -> Figure:
     figure = sheet(max(0.16 * len(styles) * len(keys), 0.3 * len(keys)) + 0.9)
     ax = figure.subplots()
     panel(ax, "", "x")
+    marked = forms.has_clusters(timed)
     for line, key in enumerate(keys):
         at_key = [r for r in timed if (r["op"], r["mode"], r["dtype"]) == key]
         for number, (name, style) in enumerate(styles.items()):
@@ -162,7 +172,9 @@ def shares(records: Sequence[Timing], copy_gbps: float) -> Figure:
                 x = [r["gbps"] / copy_gbps for r in mine]
                 whole = len(mine) >= sum(r["contender"] == OURS for r in at_key)
                 look = {"color": style.colour}
-                ax.plot(x, [y] * len(x), style.marker, alpha=0.35, markersize=3.5 * style.size, **look)  # type: ignore[arg-type]
+                ax.plot(x, [y] * len(x), style.marker, alpha=0.35, markersize=FAINT_POINTS * style.size, **look)  # type: ignore[arg-type]
+                if name == OURS and marked:
+                    forms.mark(ax, [(r["gbps"] / copy_gbps, y, r) for r in mine], FAINT_POINTS, numbers=False)
                 if whole:
                     ax.plot(median(x), y, style.marker, markersize=7 * style.size, **look)  # type: ignore[arg-type]
     for name, style in styles.items():

@@ -17,6 +17,7 @@ from perf.findings import (
     columns_of,
     counted,
     device_of,
+    forms_text,
     layout_text,
     pairs,
     speedups,
@@ -95,7 +96,7 @@ def _means_table(run: Run) -> Table:
 
 
 def _timed_table(run: Run) -> Table:
-    copy = run.get("copy_gbps")
+    copy, tells_forms = run.get("copy_gbps"), any("launches" in r for r in run["records"])
     over_torch: dict[int, float] = {}
     for who in dict.fromkeys(r["contender"] for r in run["records"]):
         over_torch |= {id(record): ratio for record, ratio in pairs(run["records"], "torch", who)}
@@ -109,6 +110,7 @@ def _timed_table(run: Run) -> Table:
             "source": r["source"],
             "contender": r["contender"],
             "status": _status(r),
+            **({"form": forms_text(r)} if tells_forms else {}),
             "µs": r.get("median_us"),
             "GB/s": r.get("gbps"),
             "of copy": Cell(share, is_short(r, copy)),
@@ -120,7 +122,7 @@ def _timed_table(run: Run) -> Table:
             "message": r["message"],
         }
 
-    return table_of([row(r) for r in run["records"]], words=7, notes=1)
+    return table_of([row(r) for r in run["records"]], words=8 if tells_forms else 7, notes=1)
 
 
 def _status(record: Outcome) -> Cell:
@@ -133,18 +135,17 @@ MOST_OPS = 8
 
 def speed_bars(run: Run) -> list[Block]:
     """Returns how many times as fast as each rival ours is, on the points that both were timed on."""
-    rivals, ratios_of = charts.by_rival(run["records"])
-    if not ratios_of:
+    rivals, compared_by = charts.by_rival(run["records"])
+    if not compared_by:
         return []
     colours = {who: style.colour for who, style in styles_of(rivals).items()}
-    modes = [mode for mode in PASSES if any(mode in key for key in ratios_of)]
+    modes = [mode for mode in PASSES if any(mode in key for key in compared_by)]
 
     def bars(op: str, mode: str) -> list[Bar]:
-        ratios = {who: ratios_of[op, mode, who] for who in rivals if (op, mode, who) in ratios_of}
-        means = {who: geometric_mean(each) for who, each in ratios.items()}
-        return [Bar([(mean, colours[who])], f"{mean:.2f}× ({len(ratios[who])})") for who, mean in means.items()]
+        compared = {who: compared_by[op, mode, who] for who in rivals if (op, mode, who) in compared_by}
+        return [Bar([(charts.mean_of(c), colours[who])], charts.mean_text(c)) for who, c in compared.items()]
 
-    timed = [op for op in TITLE if any(op in key for key in ratios_of)]
+    timed = [op for op in TITLE if any(op in key for key in compared_by)]
     rows = [(TITLE[op], [bars(op, mode) for mode in modes]) for op in timed[:MOST_OPS]]
     note = (
         "Geometric means of a rival's time over ours, each bar on the points that both were timed on; their number in "

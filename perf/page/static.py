@@ -13,6 +13,7 @@ from perf.findings import (
     OUTPUTS,
     Findings,
     access_bits,
+    blocks_of,
     columns_of,
     counted,
     form_text,
@@ -109,7 +110,8 @@ def traffic_bars(records: Sequence[Traffic], title: str, note: str) -> list[Bloc
             if mode in by_mode:
                 r = by_mode[mode]
                 parts = [(part_bytes(r, part) / r["floor_bytes"], colour) for part, (_, _, colour) in PARTS.items()]
-                label = f"{r['total_bytes'] / r['floor_bytes']:.2f}, {len(r['launches'])} L"
+                cluster = f", clusters of {blocks_of(r)}" if blocks_of(r) > 1 else ""
+                label = f"{r['total_bytes'] / r['floor_bytes']:.2f}, {len(r['launches'])} L{cluster}"
                 cells.append([Bar(parts, label)])
             else:
                 cells.append([])
@@ -174,7 +176,7 @@ def machine_code(findings: Findings) -> list[Block]:
             **columns_of(r),
             "loads": Cell(widths(r["loads"]), access_bits(r) < NARROW_BITS),
             "stores": widths(r["stores"]),
-            "form": form_text(r),
+            "form": form_text(r["config"]) + (f", {r['clusters']} at once" if r.get("blocks", 1) > 1 else ""),
             "warps": r["warps"],
             "registers": r["registers"],
             "spilled": Cell(_spills(r), r["spill_stores"] > 0),

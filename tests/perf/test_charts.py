@@ -1,11 +1,13 @@
 """The pictures, of made-up results: each is drawn whatever was found."""
 
 import random
+import re
+from itertools import cycle
 
 import pytest
 
 from perf import charts, workloads
-from perf.charts import style
+from perf.charts import forms, style
 from perf.ops import FAMILY
 from perf.points import PASSES, Point
 
@@ -38,6 +40,17 @@ def timings(contenders, modes=PASSES, ops=tuple(FAMILY), seed=0):
                     times = {"median_us": median, "p20_us": 0.97 * median, "p80_us": 1.05 * median, "host_us": 9.0}
                     records.append(record | times | {"gbps": gbps})
     return records
+
+
+def with_forms(records, blocks):
+    """Gives our points launches: clusters of these blocks in turn, and two launches where they are 1."""
+    configs = cycle([{"num_ctas": n}] if n > 1 else [{}, {}] for n in blocks)
+    return [
+        r | {"launches": [{"kernel": "made_up", "config": config} for config in next(configs)]}
+        if r["contender"] == "triton_norm"
+        else r
+        for r in records
+    ]
 
 
 def all_failed(records):
@@ -103,6 +116,44 @@ def test_every_panel_of_errors_has_tick_labels(records):
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):
             assert any(label.get_text() and label.get_visible() for label in axis.get_ticklabels())
+
+
+def marks(figure, label):
+    """Returns the places of the marks of a form."""
+    lines = [line for ax in figure.axes for line in ax.lines if line.get_label() == label]
+    return [place for line in lines for place in line.get_xydata().tolist()]
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "batch_norm"])
+def test_forms_of_our_launches_are_marked_where_some_are_clusters(op):
+    """Of some 20 points 3 in 4 are clusters; a failed one, and those of other contenders, have no mark."""
+    records = [r for r in timings(SOME, ("forward",), (op,)) if r["dtype"] == "bf16"]
+    records = with_forms(records, (2, 4, 8, 1))
+    right = [r for r in records if r["contender"] == "triton_norm" and r["status"] == "ok"]
+    n_blocks = [r["launches"][0]["config"].get("num_ctas", 1) for r in right]
+    clusters = [str(n) for n in n_blocks if n > 1]
+    counts = len(clusters), n_blocks.count(1)
+    assert min(counts) > 2
+    figure = charts.throughput(records, 4100.0)
+    assert is_drawn(figure)
+    assert (len(marks(figure, forms.NUMBERED)), len(marks(figure, forms.TWICE))) == counts
+    assert {y for _, y in marks(figure, forms.NUMBERED)} <= {r["gbps"] for r in right}
+    assert sorted(text.get_text() for ax in figure.axes for text in ax.texts) == sorted(clusters)
+    figure = charts.shares(records, 4100.0)
+    assert (len(marks(figure, forms.CLUSTER)), len(marks(figure, forms.TWICE))) == counts
+    assert set(labels(figure)) == {*SOME, forms.CLUSTER, forms.TWICE, "copy, 4,100 GB/s"}
+    (text, *_) = [text.get_text() for text in charts.over_rivals(records).axes[0].texts]
+    n_points, n_clusters = map(int, re.fullmatch(r" *[\d.]+× \((\d+), (\d+) clusters\)", text).groups())
+    assert 0 < n_clusters <= min(n_points - 1, len(clusters))
+
+
+@pytest.mark.parametrize("blocks", [(1,), None], ids=("two launches", "not recorded"))
+def test_nothing_tells_of_forms_without_a_cluster(blocks):
+    records = timings(SOME, ("forward",), ("batch_norm",))
+    records = records if blocks is None else with_forms(records, blocks)
+    for figure in (charts.throughput(records, None), charts.shares(records, 4100.0), charts.over_rivals(records)):
+        assert not {forms.CLUSTER, forms.NUMBERED, forms.TWICE} & set(labels(figure))
+        assert not any("cluster" in text.get_text() for ax in figure.axes for text in ax.texts)
 
 
 def test_contenders_have_styles_of_their_own():

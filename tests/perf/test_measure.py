@@ -9,8 +9,9 @@ from torch._C._autograd import DeviceType
 
 from perf import calls, measure
 from perf.contenders import Contender
-from perf.ops import torch_functions
+from perf.ops import torch_functions, triton_norm_functions
 from perf.points import Point, Workload
+from support import processes
 from support.timers import FakeTimer
 
 pytestmark = pytest.mark.unguarded
@@ -135,3 +136,46 @@ def test_a_gpu_that_stops_answering_leaves_no_figure(monkeypatch):
 
 def test_copy_bandwidth_counts_bytes_read_and_written():
     assert measure.copy_bandwidth(FakeTimer(), size=5000, seconds=0) == pytest.approx(1, rel=0.01)
+
+
+def test_the_launches_of_our_calls_are_recorded():
+    """The second point's forward is not timed, and so it is not among its launches."""
+    ours = Contender("triton_norm", triton_norm_functions)
+    for mode, kernels in (
+        ("forward", ["rows_forward_kernel"]),
+        ("backward", ["rows_backward_kernel", "rows_backward_finalise_kernel"]),
+    ):
+        point = Point("layer_norm", mode, "fp32", ROWS)
+        mine, torchs = measure.measure_point(point, [ours, TORCH], FakeTimer(), seconds=0)
+        assert [launch["kernel"] for launch in mine["launches"]] == kernels
+        assert all(launch["config"]["num_warps"] > 0 for launch in mine["launches"])
+        assert "launches" not in torchs
+
+
+OVER_A_STUB = """
+import tempfile
+from pathlib import Path
+
+import torch
+import triton_norm
+from perf.calls import launches_noted
+from triton_norm.testing import stub_driver
+
+if not stub_driver.missing():
+    with tempfile.TemporaryDirectory() as folder, stub_driver.installed(Path(folder)) as launches:
+        x = torch.randn(2, 64)
+        for _ in range(3):
+            triton_norm.rms_norm(x, (64,))
+        with launches_noted() as noted:
+            triton_norm.rms_norm(x, (64,))
+        triton_norm.rms_norm(x, (64,))
+        print(launches(), *[launch["kernel"] for launch in noted])
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stub would be a second driver")
+def test_launches_that_start_compiled_kernels_directly_are_noted_too():
+    printed = processes.output("-c", OVER_A_STUB)
+    if not printed.strip():
+        pytest.skip("the stub can't be built here")
+    assert printed.split() == ["5", "rows_forward_kernel"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from perf import findings, report, workloads
+from perf.page import speed, static
 from perf.page.blocks import Cell, Paragraph, Section, Table, render
 from support import processes, results
 from support.patience import LIMIT_S, until
@@ -265,9 +266,45 @@ def test_without_scripts_all_is_there_and_nothing_that_needs_them(driver, writte
         driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-def test_the_form_of_a_launch():
-    """Records that are older than clusters lack their blocks."""
-    record = results.resources()
-    assert findings.form_text(record) == "one block"
-    assert findings.form_text(record | {"config": {"PEERS": 4}}) == "4 peers"
-    assert findings.form_text(record | {"blocks": 8, "clusters": 16}) == "cluster of 8, 16 at once"
+def test_forms_of_launches_are_told():
+    """Records that are older than clusters tell nothing of blocks, nor of the launches of a timed call."""
+    config = results.resources()["config"]
+    assert findings.form_text(config) == "one block"
+    assert findings.form_text(config | {"PEERS": 4}) == "4 peers"
+    assert findings.form_text(config | {"num_ctas": 8}) == "cluster of 8"
+
+    def call(*blocks, kernels=("forward", "backward")):
+        configs = [{} if n == 1 else {"num_ctas": n} for n in blocks]
+        return {"launches": [{"kernel": k, "config": c} for k, c in zip(kernels, configs, strict=False)]}
+
+    for record, n_blocks, text in (
+        ({}, 1, ""),
+        ({"launches": [{"kernel": "older", "programs": 2}]}, 1, ""),
+        (call(1, 1), 1, ""),
+        (call(1, 4), 4, "cluster of 4"),
+        (call(1, 1, kernels=("same", "same")), 1, "two launches"),
+    ):
+        assert (findings.blocks_of(record), findings.forms_text(record)) == (n_blocks, text)
+
+
+def test_tables_and_bars_show_clusters():
+    run = results.timing(workloads.points(dtypes=("bf16",), ops=("rms_norm",), modes=("forward",)))
+    without = speed._timed_table(run)
+    assert "form" not in without.head
+    ours = next(r for r in run["records"] if r["contender"] == "triton_norm")
+    ours["launches"] = [{"kernel": "rows_forward_kernel", "config": {"num_ctas": 4}}]
+    table = speed._timed_table(run)
+    place = table.head.index("form")
+    assert table.is_words(place)
+    assert sum(row[place].text == "cluster of 4" for row in table.rows) == 1
+    counted = results.traffic()
+    (bars,) = static.traffic_bars([counted], "", "")
+    (launch,) = counted["launches"]
+    launch["config"] = {"num_ctas": 8}
+    (marked,) = static.traffic_bars([counted], "", "")
+    before, after = (shown.rows[0][1][0][0].text for shown in (bars, marked))
+    assert after == f"{before}, clusters of 8"
+    result = results.findings()
+    result.resources = [results.resources() | {"config": {"num_ctas": 8}, "blocks": 8, "clusters": 16}]
+    *_, fold = static.machine_code(result)
+    assert "cluster of 8, 16 at once" in [cell.text for cell in fold.blocks[0].rows[0]]
