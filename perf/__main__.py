@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     verb("host", time_host, "time of a call on the host on top of its launches, over a stub of CUDA's driver", lines)
     text = "operators and launches of a training step of each model, converted and not, over a stub of CUDA's driver"
     launches = verb("launches", count_launches, text, points, lines)
-    launches.add_argument("--write", action="store_true", help="put the table into docs/convert.md")
+    either = launches.add_mutually_exclusive_group()
+    either.add_argument("--write", action="store_true", help="put the table into docs/convert.md")
+    options.choose_blocks(either)
     readme = verb("readme", write_readme, "the figures of the documents, from the results files that are stored")
     readme.add_argument("files", nargs="*", type=Path, help="results to store first")
     return parser
@@ -243,7 +245,7 @@ def count_traffic(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)  # as many as the interpreter has
     points = options.inspected_of(args, workloads.traffic_points)
-    return _tell("traffic", traffic.records(points), traffic.line, args.lines)
+    return _tell("traffic", traffic.records(points, traffic.h100(args.blocks)), traffic.line, args.lines)
 
 
 def compare_numerics(args: argparse.Namespace) -> int:
@@ -257,7 +259,7 @@ def compile_resources(args: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from perf import resources
 
-    targets = resources.targets_of(args.target or resources.TARGETS)
+    targets = resources.targets_of(args.target or resources.TARGETS, args.blocks)
     points = options.inspected_of(args, workloads.resource_points)
     return _tell(
         "resources", resources.records(points, targets, every_config=args.every_config), resources.line, args.lines
@@ -268,7 +270,7 @@ def compare_code(args: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from perf import code, resources
 
-    targets = resources.targets_of(args.target or ["sm_90"])
+    targets = resources.targets_of(args.target or ["sm_90"], args.blocks)
     before = code.load(args.compare) if args.compare else {}
     points = options.inspected_of(args, workloads.resource_points)
     now = code.hashes(points, targets, args.every_config)
@@ -291,10 +293,12 @@ def count_launches(args: argparse.Namespace) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as built:
         os.environ["TRITON_CACHE_DIR"] = built
-        from perf import launches, models
+        from perf import launches, models, resources
 
+        if args.blocks > 1:
+            resources.require_clusters()
         chosen = [model for model in models.MODELS if set(model.ops) & set(args.op)]
-        counted = list(launches.records(Path(built), chosen))
+        counted = list(launches.records(Path(built), chosen, args.blocks))
     failed = _tell("launches", counted, launches.line, args.lines)
     if args.write and not failed:
         launches.write(counted, STORED)

@@ -18,7 +18,7 @@ import triton
 from perf import assembly
 from perf.points import Point
 from perf.records import Refused
-from perf.resources import TARGETS, Target, compile_point
+from perf.resources import Target, compile_point
 
 Code = dict[str, dict[str, str]]  # by point and target, then by place and name of a launch: the SHA-256 of its code
 
@@ -32,17 +32,15 @@ def _hash(kernel: Any) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def _hashes(point: Point, target: Target, every_config: bool) -> dict[str, str]:
-    compiled = compile_point(point, target, every_config)
-    return {f"{place} {launch.kernel.__name__}": _hash(kernel) for place, (launch, kernel) in enumerate(compiled)}
-
-
-def hashes(points: Sequence[Point], targets: Sequence[str], every_config: bool = False) -> Code:
+def hashes(points: Sequence[Point], targets: Sequence[Target], every_config: bool = False) -> Code:
     """Compiles the launches of all points for all targets, of the first or of every config; returns their hashes."""
     code: Code = {}
-    for name in targets:
+    for target in targets:
         for point in points:
-            code[f"{name} {point}"] = _hashes(point, TARGETS[name], every_config)
+            compiled = compile_point(point, target, every_config)
+            code[f"{target.name} {point}"] = {
+                f"{place} {launch.kernel.__name__}": _hash(kernel) for place, (launch, kernel) in enumerate(compiled)
+            }
     return code
 
 

@@ -11,6 +11,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from perf.models import MODELS, STEPS, Model, Trained
 from perf.records import Launches, Refused, Run, in_a_line, made, ok
 from triton_norm import captures, plans
 from triton_norm.testing import stub_driver
+from triton_norm.tuning.limits import assumed
 
 convert: Callable[..., object] = triton_norm.convert
 WAYS: dict[str, Callable[[nn.Module], object]] = {"as it is": lambda module: None, "converted": convert}
@@ -146,13 +148,19 @@ def measure(model: Model, launches: Callable[[], int]) -> Iterator[Launches]:
             yield made(Launches, record, {"status": "error", "message": in_a_line(error)})
 
 
-def records(folder: Path, chosen: Sequence[Model] = MODELS) -> Iterator[Launches]:
-    """Yields one record for each model and way; the stub is built in `folder`."""
+def records(folder: Path, chosen: Sequence[Model] = MODELS, blocks: int = 1) -> Iterator[Launches]:
+    """Yields one record for each model and way.
+
+    Args:
+        folder: where the stub is built.
+        blocks: the most blocks of a cluster.
+    """
     reason = stub_driver.missing() or models.missing()
     if reason:
         yield {"model": "all", "way": "all", "status": "skipped", "message": reason}
         return
-    with stub_driver.installed(folder) as launches:
+    gpu = replace(stub_driver.STUB_GPU, most_blocks=blocks)
+    with stub_driver.installed(folder) as launches, assumed(gpu):
         for model in chosen:
             yield from measure(model, launches)
 

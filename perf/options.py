@@ -22,6 +22,8 @@ SHORT = {"fwd": "forward", "bwd": "backward", "fwd_bwd": BOTH}
 QUICK_SECONDS = 420.0
 OUT = Path("perf-report")
 FAIL_BELOW = 0.95
+BLOCKS = (1, 2, 4, 8)
+"""Numbers of blocks of clusters that run on every GPU that has clusters."""
 EXAMPLE = '[{"shape": [16384, 4096]}, {"shape": [32, 64, 56, 56], "layout": "channels_last"}]'
 
 
@@ -80,9 +82,16 @@ def parents() -> tuple[argparse.ArgumentParser, ...]:
 def choose_inspected(part: argparse.ArgumentParser, compiled: bool) -> None:
     """Adds options that narrow the points that need no GPU, and the targets that they are compiled for."""
     part.add_argument("--points", type=int, default=None, help="only the first so many points")
+    choose_blocks(part, default=None if compiled else 1)
     if compiled:
         part.add_argument("--target", action="append", help="only for this GPU, such as sm_90; may be repeated")
         part.add_argument("--every-config", action="store_true", help="all that a search would try, not the first")
+
+
+def choose_blocks(part: argparse._ActionsContainer, default: int | None = 1) -> None:
+    """Adds the blocks of clusters that an assumed GPU has; None: as many as this version of Triton compiles."""
+    text = f"assume clusters of up to this many blocks, on GPUs that have them (default: {default or 'as Triton has'})"
+    part.add_argument("--blocks", type=int, choices=BLOCKS, default=default, help=text)
 
 
 def is_quick(args: argparse.Namespace) -> bool:

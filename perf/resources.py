@@ -26,7 +26,7 @@ from triton_norm.testing.stub_driver import as_on_gpu
 from triton_norm.tuning import choices
 from triton_norm.tuning.channel_clusters import APART, CLUSTERS
 from triton_norm.tuning.configs import Config, Space
-from triton_norm.tuning.limits import Gpu, most_blocks_of
+from triton_norm.tuning.limits import CLUSTERS_SINCE, PORTABLE_BLOCKS, Gpu, most_blocks_of
 
 OPS = triton_norm_functions()
 
@@ -35,7 +35,10 @@ OPS = triton_norm_functions()
 class Target:
     """Describes a GPU, and the capacity of each of its multiprocessors (NVIDIA: SM, AMD: CU).
 
-    `cache`: bytes of L2, as the driver tells them: of an MI300X those of one XCD, which its programs share.
+    Args:
+        cache: bytes of L2, as the driver tells them: of an MI300X those of one XCD, which its programs share.
+        blocks: blocks that a multiprocessor holds at once.
+        cluster_blocks: most blocks of a cluster, where this version of Triton compiles clusters for the GPU.
     """
 
     name: str
@@ -50,11 +53,13 @@ class Target:
     shared_reserved: int
     blocks: int
     threads_per_block: int = 1024
+    cluster_blocks: int = PORTABLE_BLOCKS
 
     @property
     def most_blocks(self) -> int:
-        """Returns the most blocks of a cluster with this version of Triton."""
-        return most_blocks_of(divmod(self.gpu.arch, 10) if self.gpu.backend == "cuda" else None)
+        """Returns the most blocks of a cluster with this version of Triton; 1 without clusters."""
+        capability = divmod(self.gpu.arch, 10) if self.gpu.backend == "cuda" else None
+        return min(self.cluster_blocks, most_blocks_of(capability))
 
 
 TARGETS = {
@@ -68,11 +73,30 @@ TARGETS = {
 }
 
 
-def targets_of(names: Collection[str]) -> list[str]:
-    """Returns the names; raises Refused where one is no target's."""
+def targets_of(names: Collection[str], blocks: int | None = None) -> list[Target]:
+    """Returns targets by their names.
+
+    Args:
+        blocks: the most blocks of a cluster; None: as many as this version of Triton compiles.
+
+    Raises:
+        Refused: a name is no target's, or no target can have clusters of several blocks.
+    """
     if unknown := [name for name in names if name not in TARGETS]:
         raise Refused(f"{unknown[0]!r} is none of the targets {', '.join(TARGETS)}")
-    return list(names)
+    targets = [replace(TARGETS[name], cluster_blocks=blocks or PORTABLE_BLOCKS) for name in names]
+    if blocks and blocks > 1:
+        require_clusters()
+        if all(target.most_blocks == 1 for target in targets):
+            raise Refused(f"none of {', '.join(names)} has clusters")
+    return targets
+
+
+def require_clusters() -> None:
+    """Raises Refused where Triton is too old to compile clusters."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < CLUSTERS_SINCE:
+        since = ".".join(map(str, CLUSTERS_SINCE))
+        raise Refused(f"clusters of several blocks take Triton {since} or later, and this is {triton.__version__}")
 
 
 def occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple[int, str]:
@@ -238,14 +262,14 @@ def _some(points: Sequence[Point], target: Target, known: dict[str, Code], every
 
 
 def records(
-    points: Sequence[Point], targets: Sequence[str] = tuple(TARGETS), at_once: int = 8, every_config: bool = False
+    points: Sequence[Point], targets: Sequence[Target], at_once: int = 8, every_config: bool = False
 ) -> Iterator[Resources]:
     """Yields records of the config that is tried first on a GPU not known yet, or of every one that a search would
     try."""
-    known: dict[str, dict[str, Code]] = {name: {} for name in targets}
+    known: dict[str, dict[str, Code]] = {target.name: {} for target in targets}
     for start in range(0, len(points), at_once):
-        for name in targets:
-            yield from _some(points[start : start + at_once], TARGETS[name], known[name], every_config)
+        for target in targets:
+            yield from _some(points[start : start + at_once], target, known[target.name], every_config)
 
 
 def line(record: Resources) -> str:

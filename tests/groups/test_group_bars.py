@@ -16,7 +16,7 @@ from perf import resources, workloads
 
 target, dtypes, quick = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "quick"
 chosen = [each for each in workloads.SAMPLE_BARS if each.quick or not quick]
-made_records = resources.records(workloads.layer_bars(chosen, dtypes=dtypes), [target])
+made_records = resources.records(workloads.layer_bars(chosen, dtypes=dtypes), resources.targets_of([target]))
 """
 TRAFFIC = """
 from perf import traffic

@@ -15,6 +15,7 @@ import pytest
 from perf import findings, workloads
 from perf.points import ITEMSIZE, LAYOUTS, MODES
 from perf.workloads import CHANNEL_OPS
+from support import processes
 from support.bars import moved, records, wanting
 from support.gpus import H100
 from triton_norm.tuning import channel_spaces
@@ -69,7 +70,7 @@ target, (ops, dtypes, shapes) = sys.argv[1], map(json.loads, sys.argv[2:])
 chosen = [Workload("channels", "", tuple(shape), "", layout) for shape, layout in shapes] or workloads.CHANNEL_BARS
 points = workloads.layer_bars(chosen, ops, dtypes=dtypes)
 points = representatives(points, resources.TARGETS[target])
-made_records = resources.records(points, [target], at_once=len(points))
+made_records = resources.records(points, resources.targets_of([target]), at_once=len(points))
 """
 
 TRAFFIC = """
@@ -215,29 +216,21 @@ def test_bytes():
     assert not any(wrong.values()), "\n".join(f"{name}: {', '.join(case)}" for name, case in wrong.items() if case)
 
 
-CLUSTERS = """
-from dataclasses import replace
-
-from perf import traffic
-from perf.points import MODES, Point, Workload
-from triton_norm.testing.stub_driver import H100
-
-gpu = replace(H100, most_blocks=8)
-images = Workload("channels", "", (4, 2, 64, 64), ""), Workload("channels", "", (64, 32, 4, 4), "", "channels_last")
-points = [
-    Point(op, mode, "bf16", image) for op in ("batch_norm", "batch_norm_add_relu") for image in images for mode in MODES
-]
-points += [Point("layer_norm", "forward", "bf16", Workload("rows", "", (2, 65536), ""))]
-made_records = [traffic.count(point, gpu) for point in points]
-"""
-
-
-def test_bytes_of_clusters():
+def test_bytes_of_clusters(tmp_path):
     """A program is a cluster: the interpreter ignores its number of blocks. Each reads once, and exchanges nothing."""
-    for record in records(CLUSTERS, TRITON_INTERPRET="1"):
+    shapes = [{"shape": [4, 2, 64, 64]}, {"shape": [64, 32, 4, 4], "layout": "channels_last"}, {"shape": [2, 65536]}]
+    file = tmp_path / "shapes.json"
+    file.write_text(json.dumps(shapes))
+    chosen = "--shapes", str(file), "--op", "layer_norm,batch_norm,batch_norm_add_relu", "--dtype", "bf16"
+    printed = processes.output("-m", "perf", "traffic", "--blocks", "8", "--lines", *chosen)
+    counted = [json.loads(line) for line in printed.splitlines()]
+    *of_channels, forward, backward = counted
+    assert (len(of_channels), backward["launches"][0]["config"]["num_ctas"]) == (8, 8)
+    for record in (*of_channels, forward):
         assert record["status"] == "ok", record["message"]
         (launch,) = record["launches"]
-        assert launch["programs"] == {"contiguous": 2, "channels_last": 1}.get(record["layout"], 2), record
+        assert 1 < launch["config"]["num_ctas"] <= 8, record
+        assert launch["programs"] == {"contiguous": 2, "channels_last": 1}[record["layout"]], record
         assert sum(record["bytes"]["partials"].values()) <= 16, record  # the count of batches
         assert 1 <= findings.uncached(record) <= BAR, named(record)
         assert record["again"]["bulk"] == 0, named(record)

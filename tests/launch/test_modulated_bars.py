@@ -17,7 +17,7 @@ from perf import resources, workloads
 target, dtypes, quick = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "quick"
 chosen = [each for each in workloads.GATED_OR_MODULATED_BARS if each.quick or not quick]
 points = workloads.layer_bars(chosen, workloads.GATED_OR_MODULATED_OPS, dtypes=dtypes)
-made_records = resources.records(points, [target])
+made_records = resources.records(points, resources.targets_of([target]))
 """
 TRAFFIC = """
 from perf import traffic, workloads
@@ -31,7 +31,7 @@ from perf.points import Workload
 
 chosen = [Workload("gated", "", (64, 16384), ""), Workload("modulated", "", (2, 32, 16384), "")]
 points = workloads.layer_bars(chosen, workloads.GATED_OR_MODULATED_OPS, dtypes=("bf16",))
-made_records = resources.records(points, [sys.argv[1]])
+made_records = resources.records(points, resources.targets_of(sys.argv[1:2]))
 """
 MOST_OVER_FLOOR = {"forward": 1.001, "backward": 1.05}
 # dweight takes once more the sums that dscale has taken, from cache.

@@ -20,7 +20,7 @@ from perf import resources, workloads
 target, *ops = sys.argv[1:]
 points = workloads.bars(ops, dtypes=DTYPES, columns=COLUMNS)
 points += workloads.bars(("layer_norm_residual",), ("forward",), DTYPES, COLUMNS)
-made_records = resources.records(points, [target], at_once=len(points))
+made_records = resources.records(points, resources.targets_of([target]), at_once=len(points))
 """
 
 ROUNDED = """
@@ -32,7 +32,7 @@ from perf import resources, workloads
 rms_norm = partial(resources.OPS["rms_norm"], x_hat_dtype=torch.bfloat16, out_dtype=torch.bfloat16)
 resources.OPS = {"rms_norm": rms_norm}
 points = workloads.bars(("rms_norm",), dtypes=("bf16",), columns=COLUMNS)
-made_records = resources.records(points, sys.argv[1:], at_once=len(points))
+made_records = resources.records(points, resources.targets_of(sys.argv[1:]), at_once=len(points))
 """
 ROUNDED_COLUMNS = (1000, 4096, 8192, 32768)
 

@@ -10,6 +10,7 @@ from perf import __main__ as cli
 from perf import environment, options, workloads
 from perf.ops import OPS
 from perf.points import BOTH, MODES, PASSES
+from triton_norm.tuning import limits
 
 pytestmark = pytest.mark.unguarded
 
@@ -162,6 +163,8 @@ def test_a_file_without_shapes_is_refused(content, said, capsys, tmp_path):
         (("run", "--seconds", "0"), "'0' is no time to measure in"),
         (("run", "--seconds", "nan"), "'nan' is no time to measure in"),
         (("resources", "--target", "sm_20"), "'sm_20' is none of the targets sm_80"),
+        (("traffic", "--blocks", "3"), "argument --blocks: invalid choice: 3"),
+        (("launches", "--blocks", "8", "--write"), "not allowed with argument"),
         (("code",), "one of the arguments --save --compare is required"),
         (("code", "--save", "code.json", "--target", "sm_20"), "'sm_20' is none of the targets sm_80"),
         (("code", "--compare", "absent.json"), "absent.json"),
@@ -170,6 +173,28 @@ def test_a_file_without_shapes_is_refused(content, said, capsys, tmp_path):
 )
 def test_what_is_not_known_is_refused_with_what_is(arguments, said, capsys):
     assert said in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("resources",), ("resources", "--target", "sm_90"), ("code", "--save", "code.json"), ("launches",)],
+    ids=" ".join,
+)
+def test_clusters_are_refused_where_triton_does_not_compile_them(arguments, capsys, monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.8.1")
+    said = refused(capsys, *arguments, "--blocks", "2")
+    assert said.endswith("clusters of several blocks take Triton 3.9 or later, and this is 3.8.1")
+
+
+def test_clusters_are_refused_where_no_target_has_them(capsys, monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    said = refused(capsys, "resources", "--blocks", "2", "--target", "sm_80", "--target", "gfx942")
+    assert said == "perf resources: none of sm_80, gfx942 has clusters"
+
+
+def test_blocks_that_can_be_assumed_are_portable():
+    assert max(options.BLOCKS) == limits.PORTABLE_BLOCKS
+    assert all(n & (n - 1) == 0 for n in options.BLOCKS)
 
 
 @pytest.mark.parametrize("verb", ["run", "tune"])
