@@ -8,30 +8,30 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from perf import environment, options, workloads
 from perf.findings import NOT_TIMED, Findings
 from perf.points import Point
-from perf.records import RESULTS, Outcome, Refused, ResultsFile, dumped, read
+from perf.records import RESULTS, STATIC, Outcome, Refused, ResultsFile, dumped, read
 
 Do = Callable[[argparse.Namespace], int]
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "perf" / "results"
 NO_GPU = "this machine has no GPU, and nothing else is worth timing."
-STATIC = ("traffic", "resources", "numerics")
-"""Kinds of records that need no clock."""
 PROCESSES = (
     ("resources", "--target=sm_80", "--target=sm_90"),
     ("resources", "--target=sm_100", "--target=gfx942"),
     ("traffic",),
     ("numerics",),
 )
-"""Commands that make them. Compiling takes longest, where Triton's cache is empty."""
+"""Commands that make the records without a clock. Compiling takes longest, where Triton's cache is empty."""
+# Verbs under Triton's interpreter, and those that compile: it is switched on or off before Triton is imported.
+INTERPRETED, COMPILED = ("traffic",), ("resources", "code", "host", "launches")
 # Exit statuses: of an interrupted run, and of one that ended early.
 INTERRUPTED, FAILED = 130, 3
 # A process that is told to end has this long to.
@@ -50,6 +50,10 @@ def require_gpu() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if args.verb in INTERPRETED:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif args.verb in COMPILED:
+        os.environ.pop("TRITON_INTERPRET", None)
     try:
         return int(args.do(args))
     except Refused as reason:
@@ -113,7 +117,7 @@ def everything(args: argparse.Namespace) -> int:
 
     file = ResultsFile(args.out / RESULTS, environment.describe(), args.resume)
     file.drop(STATIC)
-    stored, findings = Findings({}), Findings(file.results.run["environment"])
+    stored, findings = Findings(environment={}), Findings(environment=file.results.run["environment"])
     report.load(sorted(STORED.glob("*.jsonl")), stored)
     try:
         if environment.has_gpu():
@@ -166,7 +170,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def run_timing(args: argparse.Namespace) -> int:
     require_gpu()
     file = ResultsFile(args.out / RESULTS, environment.describe(), args.resume)
-    findings = Findings(file.results.run["environment"])
+    findings = Findings(environment=file.results.run["environment"])
     _time_into(file, findings, args)
     return _finish(findings, args.out)
 
@@ -195,7 +199,7 @@ def _finish(findings: Findings, out: Path) -> int:
 def report_files(args: argparse.Namespace) -> int:
     from perf import report
 
-    findings = Findings(environment.describe())
+    findings = Findings(environment=environment.describe())
     report.load(args.files, findings)
     return _finish(findings, args.out)
 
@@ -238,7 +242,6 @@ def _tell(kind: str, records: Iterable[Outcome], line: Callable[[Any], str], as_
 
 
 def count_traffic(args: argparse.Namespace) -> int:
-    os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     from perf import traffic
@@ -249,25 +252,22 @@ def count_traffic(args: argparse.Namespace) -> int:
 
 
 def compare_numerics(args: argparse.Namespace) -> int:
-    os.environ["TRITON_INTERPRET"] = "0" if environment.has_gpu() else "1"
+    os.environ["TRITON_INTERPRET"] = str(int(not environment.has_gpu()))
     from perf import numerics
 
     return _tell("numerics", numerics.records(), numerics.line, args.lines)
 
 
 def compile_resources(args: argparse.Namespace) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)
     from perf import resources
 
     targets = resources.targets_of(args.target or resources.TARGETS, args.blocks)
     points = options.inspected_of(args, workloads.resource_points)
-    return _tell(
-        "resources", resources.records(points, targets, every_config=args.every_config), resources.line, args.lines
-    )
+    records = resources.records(points, targets, every_config=args.every_config)
+    return _tell("resources", records, resources.line, args.lines)
 
 
 def compare_code(args: argparse.Namespace) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)
     from perf import code, resources
 
     targets = resources.targets_of(args.target or ["sm_90"], args.blocks)
@@ -280,25 +280,29 @@ def compare_code(args: argparse.Namespace) -> int:
     return 0
 
 
-def time_host(args: argparse.Namespace) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)
+@contextmanager
+def _folder_of_stub() -> Iterator[Path]:
+    """Makes a folder for the stub of CUDA's driver, and for what Triton compiles over it."""
     with tempfile.TemporaryDirectory() as built:
         os.environ["TRITON_CACHE_DIR"] = built
+        yield Path(built)
+
+
+def time_host(args: argparse.Namespace) -> int:
+    with _folder_of_stub() as built:
         from perf import host
 
-        return _tell("host", host.records(Path(built)), host.line, args.lines)
+        return _tell("host", host.records(built), host.line, args.lines)
 
 
 def count_launches(args: argparse.Namespace) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)
-    with tempfile.TemporaryDirectory() as built:
-        os.environ["TRITON_CACHE_DIR"] = built
+    with _folder_of_stub() as built:
         from perf import launches, models, resources
 
         if args.blocks > 1:
             resources.require_clusters()
         chosen = [model for model in models.MODELS if set(model.ops) & set(args.op)]
-        counted = list(launches.records(Path(built), chosen, args.blocks))
+        counted = list(launches.records(built, chosen, args.blocks))
     failed = _tell("launches", counted, launches.line, args.lines)
     if args.write and not failed:
         launches.write(counted, STORED)

@@ -58,7 +58,7 @@ def _version(distribution: str) -> str:
 _at_this_point: set[str] = set()
 
 
-def _compiled(name: str, functions: Functions, **options: Any) -> Functions:
+def _compiled(name: str, load: Callable[[], Functions], **options: Any) -> Functions:
     """Compiles a contender's functions. When one comes again, the next point has begun, and torch's caches are
     cleared.
 
@@ -69,35 +69,22 @@ def _compiled(name: str, functions: Functions, **options: Any) -> Functions:
         _at_this_point.clear()
     _at_this_point.add(name)
     compiled = partial(torch.compile, dynamic=False, fullgraph=True, **options)
-    return {op: compiled(function) for op, function in functions.items()}
+    return {op: compiled(function) for op, function in load().items()}
 
 
-def _torch_compile() -> Functions:
-    return _compiled("torch", torch_functions())
-
-
-def _max_autotune() -> Functions:
-    return _compiled("torch, max-autotune", torch_functions(), mode="max-autotune-no-cudagraphs")
-
-
-def _triton_norm_compiled() -> Functions:
-    compiled = _compiled("triton_norm", triton_norm_functions())
-    return {op: _by_default_policy(function) for op, function in compiled.items()}
-
-
-def _triton_norm_forced() -> Functions:
-    return _compiled("triton_norm, kernels forced", triton_norm_functions())
-
-
-def _by_default_policy(function: Function) -> Function:
-    """Returns the function as it is called by default: the suite itself forces the kernels."""
+def _compiled_by_default() -> Functions:
+    """Returns this library's functions, compiled and called by the default policy: the suite forces the kernels."""
     import triton_norm
 
-    def call(*arguments: Any) -> Any:
-        with triton_norm.backend("auto"):
-            return function(*arguments)
+    def by_default(function: Function) -> Function:
+        def call(*arguments: Any) -> Any:
+            with triton_norm.backend("auto"):
+                return function(*arguments)
 
-    return call
+        return call
+
+    compiled = _compiled("triton_norm", triton_norm_functions)
+    return {op: by_default(function) for op, function in compiled.items()}
 
 
 def _kernels_only() -> AbstractContextManager[Any]:
@@ -116,20 +103,27 @@ _TORCH = ("torch", "triton")
 CONTENDERS = [
     Contender("triton_norm", triton_norm_functions, _OURS, ("triton_norm", "triton"), scope=_kernels_only),
     Contender("torch", torch_functions, ("torch",), accuracy=ACCURACY_OF_TORCH),
-    Contender("torch.compile", _torch_compile, _TORCH, _TORCH, compiles=True, accuracy=ACCURACY_OF_TORCH),
+    Contender(
+        "torch.compile",
+        partial(_compiled, "torch", torch_functions),
+        _TORCH,
+        _TORCH,
+        compiles=True,
+        accuracy=ACCURACY_OF_TORCH,
+    ),
     Contender(
         "torch.compile, max-autotune",
-        _max_autotune,
+        partial(_compiled, "torch, max-autotune", torch_functions, mode="max-autotune-no-cudagraphs"),
         _TORCH,
         _TORCH,
         compiles=True,
         searches=True,
         accuracy=ACCURACY_OF_TORCH,
     ),
-    Contender("triton_norm, compiled", _triton_norm_compiled, _OURS, ("triton_norm", "torch", "triton"), compiles=True),
+    Contender("triton_norm, compiled", _compiled_by_default, _OURS, ("triton_norm", "torch", "triton"), compiles=True),
     Contender(
         "triton_norm, compiled, kernels forced",
-        _triton_norm_forced,
+        partial(_compiled, "triton_norm, kernels forced", triton_norm_functions),
         _OURS,
         ("triton_norm", "torch", "triton"),
         compiles=True,

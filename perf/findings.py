@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import prod
 from typing import Any
 
 from perf.ops import BULK, FAMILY, ROW_FAMILIES, TITLE
 from perf.points import ITEMSIZE, MODE_TITLE, PASSES, STRIDED
-from perf.records import Numerics, PointFields, Resources, Results, Run, Step, Timing, Traffic, Ulps, ok
+from perf.records import STATIC, Numerics, PointFields, Resources, Results, Run, Static, Step, Timing, Traffic, Ulps, ok
 
 OURS = "triton_norm"
 OUTPUTS = ("y", "dx")
@@ -30,8 +31,8 @@ ALONE = "one block"
 NOT_TIMED = "Nothing was timed on this machine: it has no GPU."
 
 
-@dataclass
-class Findings:
+@dataclass(kw_only=True)
+class Findings(Static):
     """The content of one report.
 
     Args:
@@ -43,9 +44,6 @@ class Findings:
 
     environment: dict[str, str]
     timed: list[Run] = field(default_factory=list)
-    traffic: list[Traffic] = field(default_factory=list)
-    resources: list[Resources] = field(default_factory=list)
-    numerics: list[Numerics] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     timed_here: bool = False
     interrupted: bool = False
@@ -53,9 +51,8 @@ class Findings:
     def add(self, results: Results) -> None:
         if results.run["records"] or results.run["steps"]:
             self.timed.append(results.run)
-        self.traffic += results.traffic
-        self.resources += results.resources
-        self.numerics += results.numerics
+        for kind in STATIC:
+            getattr(self, kind).extend(getattr(results, kind))
 
 
 def pairs(records: Sequence[Timing], over: str, of: str = OURS) -> list[tuple[Timing, float]]:
@@ -86,13 +83,18 @@ def step_speedups(steps: Sequence[Step]) -> list[tuple[Step, str, float]]:
     return speedups
 
 
+def passes(records: Sequence[Timing]) -> Iterator[tuple[str, str, list[Timing]]]:
+    """Yields op and mode with the records of each, where there are any."""
+    for op, mode in product(TITLE, PASSES):
+        if mine := [record for record in records if (record["op"], record["mode"]) == (op, mode)]:
+            yield op, mode, mine
+
+
 def split(records: Sequence[Timing]) -> Iterator[tuple[str, str, str, list[Timing]]]:
     """Yields op, mode and dtype with the records of each."""
-    for op in TITLE:
-        for mode in PASSES:
-            mine = [record for record in records if (record["op"], record["mode"]) == (op, mode)]
-            for dtype in dict.fromkeys(record["dtype"] for record in mine):
-                yield op, mode, dtype, [record for record in mine if record["dtype"] == dtype]
+    for op, mode, mine in passes(records):
+        for dtype in dict.fromkeys(record["dtype"] for record in mine):
+            yield op, mode, dtype, [record for record in mine if record["dtype"] == dtype]
 
 
 def device_of(run: Run) -> str:

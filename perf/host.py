@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from triton.backends.nvidia import driver as nvidia
 
 import triton_norm
-from perf.records import Host, in_a_line, made
+from perf.records import Host, failed, made
 from triton_norm.rows import operator
 from triton_norm.rows.backward import RowBackwardTensors
 from triton_norm.specs import GradientDtypes, RowSpec, RowTensors
@@ -235,7 +235,7 @@ def records(folder: Path) -> Iterator[Host]:
             try:
                 yield made(Host, {"case": case.name, "status": "ok", "message": ""}, measure(case, launches))
             except Exception as error:
-                yield {"case": case.name, "status": "error", "message": in_a_line(error)}
+                yield made(Host, {"case": case.name}, failed(error))
 
 
 def ratio(record: Host) -> float | None:

@@ -27,7 +27,7 @@ import triton_norm
 from perf import models, readme
 from perf.findings import device_of
 from perf.models import MODELS, STEPS, Model, Trained
-from perf.records import Launches, Refused, Run, in_a_line, made, ok
+from perf.records import Launches, Refused, Run, failed, made, ok
 from triton_norm import captures, plans
 from triton_norm.testing import stub_driver
 from triton_norm.tuning.limits import assumed
@@ -137,7 +137,7 @@ def measure(model: Model, launches: Callable[[], int]) -> Iterator[Launches]:
         with Counted():
             trained = Trained(model, "cpu")
     except Exception as error:
-        yield made(Launches, model.describe(), {"way": "all", "status": "error", "message": in_a_line(error)})
+        yield made(Launches, model.describe(), {"way": "all"}, failed(error))
         return
     for way in WAYS:
         record = made(Launches, model.describe(), {"way": way, "status": "ok", "message": ""})
@@ -145,7 +145,7 @@ def measure(model: Model, launches: Callable[[], int]) -> Iterator[Launches]:
             operators, count = step_of(trained, way, launches)
             yield made(Launches, record, {"operators": operators, "launches": count})
         except Exception as error:
-            yield made(Launches, record, {"status": "error", "message": in_a_line(error)})
+            yield made(Launches, record, failed(error))
 
 
 def records(folder: Path, chosen: Sequence[Model] = MODELS, blocks: int = 1) -> Iterator[Launches]:

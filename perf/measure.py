@@ -15,7 +15,7 @@ from perf.contenders import Contender
 from perf.findings import OURS
 from perf.gate import TOLERANCE, errors, expected, outputs, verdict
 from perf.points import Point
-from perf.records import Spread, Timing, in_a_line, made
+from perf.records import Outcome, Spread, Timing, failed, in_a_line, made
 
 WARMUPS = 3
 HOST_CALLS = 9
@@ -31,8 +31,7 @@ class Stopped(RuntimeError):
 
     def __init__(self, records: Sequence[Any], error: BaseException) -> None:
         super().__init__(in_a_line(error))
-        failed = {"status": "error", "message": str(self)}
-        self.records = [record | failed if record["status"] == "ok" else record for record in records]
+        self.records = [record | failed(error) if record["status"] == "ok" else record for record in records]
 
 
 class Timer(Protocol):
@@ -153,16 +152,15 @@ def _input_sets(point: Point, device: str) -> list[Inputs]:
     return [first, *(make_inputs(point, device, seed) for seed in range(1, count))]
 
 
-def _record(point: Point, contender: Contender, status: str, message: str) -> Timing:
-    outcome = {"contender": contender.name, "status": status, "message": message}
-    return made(Timing, point.describe(), outcome)
+def _record(point: Point, contender: Contender, outcome: Outcome) -> Timing:
+    return made(Timing, point.describe(), {"contender": contender.name}, outcome)
 
 
 def _admit(
     contender: Contender, point: Point, sets: Sequence[Inputs], exact: dict[str, torch.Tensor], timer: Timer
 ) -> tuple[Timing, list[Candidate]]:
     """Builds a contender's calls, one for each set of inputs, and holds the first one's results against fp64."""
-    record = _record(point, contender, "ok", "")
+    record = _record(point, contender, {"status": "ok", "message": ""})
     try:
         functions = contender.load()
         forwards = [bind(point, functions, inputs) for inputs in sets]
@@ -174,7 +172,7 @@ def _admit(
             record["launches"] = _launches(calls[0])
         timer.synchronize()
     except Exception as error:
-        return record | {"status": "error", "message": in_a_line(error)}, []
+        return made(Timing, record, failed(error)), []
     message = verdict(measured, contender.accuracy * TOLERANCE[point.dtype])
     record["errors"] = {name: overall for name, (overall, _) in measured.items()}
     return record | {"status": "wrong" if message else "ok", "message": message}, [] if message else calls
@@ -195,10 +193,6 @@ def _kernels(calls: Sequence[Candidate], timer: Timer) -> list[str]:
         return [f"not told: {in_a_line(error)}"]
 
 
-def _failed(point: Point, contenders: Sequence[Contender], error: Exception) -> list[tuple[Timing, list[Candidate]]]:
-    return [(_record(point, contender, "error", in_a_line(error)), []) for contender in contenders]
-
-
 def measure_point(point: Point, contenders: Sequence[Contender], timer: Timer, seconds: float = 0.12) -> list[Timing]:
     """Returns one record for each contender: timed, or with the reason why not."""
     try:
@@ -209,7 +203,7 @@ def measure_point(point: Point, contenders: Sequence[Contender], timer: Timer, s
         entries = [calls for _, calls in admitted if calls]
         timings = iter(time_interleaved(entries, timer, seconds) if entries else [])
     except Exception as error:
-        admitted, timings = _failed(point, contenders, error), iter(())
+        admitted, timings = [(_record(point, contender, failed(error)), []) for contender in contenders], iter(())
     records = []
     for record, calls in admitted:
         if calls:

@@ -13,9 +13,9 @@ from torch import nn
 
 import triton_norm
 from perf.calls import DTYPES, Candidate
-from perf.gate import TOLERANCE
+from perf.gate import TOLERANCE, errors
 from perf.measure import Stopped, Timer, time_interleaved
-from perf.records import Spread, Step, in_a_line, made
+from perf.records import Spread, Step, failed, in_a_line, made
 
 Built = tuple[nn.Module, torch.Tensor]
 
@@ -205,11 +205,8 @@ BASES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def _distances(results: dict[str, torch.Tensor], exact_results: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {
-        name: float((results[name] - exact).norm() / exact.norm().clamp_min(1e-300))
-        for name, exact in exact_results.items()
-    }
+def _distances(results: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: overall for name, (overall, _) in errors(results, exact).items()}
 
 
 def verdict(distances: dict[str, float], distances_of_torch: dict[str, float], tolerance: float) -> str:
@@ -235,7 +232,7 @@ def _admitted(trained: Trained, names: Sequence[str]) -> Iterator[tuple[Step, nn
             with WAYS[name].scope():
                 distances = _distances(trained.results(module), exact)
         except Exception as error:
-            yield record | {"status": "error", "message": in_a_line(error)}, None
+            yield made(Step, record, failed(error)), None
             continue
         message = verdict(distances, torchs, TOLERANCE[trained.model.dtype])
         record |= {"errors": distances, "status": "wrong" if message else "ok", "message": message}
@@ -259,8 +256,7 @@ def measure_step(model: Model, contenders: Collection[str], timer: Timer, second
         timings = time_interleaved(calls, timer, seconds, backlog=False) if calls else []
         spreads = dict(zip(modules, timings, strict=True))
     except Exception as error:
-        message = in_a_line(error)
-        records = [_step(model, name, status="error", message=message) for name in names]
+        records = [_step(model, name, **failed(error)) for name in names]
     else:
         records = [made(Step, record, _per_step(record, spreads)) for record, _ in admitted]
     try:

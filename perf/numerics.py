@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from unittest import mock
 
 import torch
@@ -18,18 +19,9 @@ from perf import ops
 from perf.calls import DTYPES, Inputs, bind
 from perf.environment import has_gpu
 from perf.findings import OUTPUTS, OVERFLOWING, ulps_of, ulps_text
-from perf.ops import (
-    BULK,
-    FAMILY,
-    MODULATIONS,
-    PARAMETERS,
-    TENSORS,
-    Functions,
-    torch_functions,
-    triton_norm_functions,
-)
+from perf.ops import BULK, FAMILY, MODULATIONS, PARAMETERS, TENSORS, Functions, torch_functions, triton_norm_functions
 from perf.points import Point, Workload
-from perf.records import Numerics, Ulps, in_a_line, made
+from perf.records import Numerics, Ulps, failed, made
 from triton_norm import launch, trials
 
 Draw = Callable[[int, torch.dtype, torch.Generator], torch.Tensor]
@@ -166,23 +158,14 @@ def measure(point: Point, data: str, n: int) -> dict[str, Ulps]:
 
 
 def records() -> Iterator[Numerics]:
-    for op in OPS:
-        for dtype in TYPES:
-            for data in DATA:
-                for columns in FEWER_COLUMNS.get(op, COLUMNS):
-                    point = Point(op, "backward", dtype, _workload(FAMILY[op], columns))
-                    identity = {
-                        "op": op,
-                        "dtype": dtype,
-                        "data": data,
-                        "columns": columns,
-                        "status": "ok",
-                        "message": "",
-                    }
-                    try:
-                        yield made(Numerics, identity, measure(point, data, columns))
-                    except Exception as error:
-                        yield made(Numerics, identity, {"status": "error", "message": in_a_line(error)})
+    for op, dtype, data in product(OPS, TYPES, DATA):
+        for columns in FEWER_COLUMNS.get(op, COLUMNS):
+            point = Point(op, "backward", dtype, _workload(FAMILY[op], columns))
+            about = {"op": op, "dtype": dtype, "data": data, "columns": columns, "status": "ok", "message": ""}
+            try:
+                yield made(Numerics, about, measure(point, data, columns))
+            except Exception as error:
+                yield made(Numerics, about, failed(error))
 
 
 def line(record: Numerics) -> str:

@@ -19,14 +19,14 @@ from perf.findings import (
     is_worse,
     layout_text,
     pairs,
-    speedups,
+    passes,
     ulps_of,
     ulps_text,
     worst,
 )
 from perf.ops import TITLE
-from perf.points import MODE_TITLE, PASSES
-from perf.records import Refused, Results, Run, Timing, dumped, ok, read
+from perf.points import MODE_TITLE
+from perf.records import STATIC, Refused, Results, Run, Timing, dumped, ok, read
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -58,7 +58,7 @@ def store(files: Sequence[Path], folder: Path) -> None:
             contents[f"{_stem(results.run)}.jsonl"] = [dumped("facts", facts), *timed]
         if results.traffic and results.resources:
             lines = [dumped("facts", {name: facts[name] for name in ("format", "environment")})]
-            for kind in ("traffic", "resources", "numerics"):
+            for kind in STATIC:
                 lines += [dumped(kind, record) for record in getattr(results, kind)]
             contents[COUNTED] = lines
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,12 +118,10 @@ def _timed(run: Run, where: str) -> str:
     names = {r["contender"] for r in ok(run["records"])}
     rivals = {name: title for name, title in RIVALS.items() if name in names}
     rows = []
-    for op in TITLE:
-        for mode in PASSES:
-            mine = [r for r in run["records"] if (r["op"], r["mode"]) == (op, mode)]
-            if any(speedups(mine, name) for name in rivals):
-                cells = [_share(mine, copy), *(_faster(mine, name) for name in rivals)]
-                rows.append([TITLE[op], MODE_TITLE[mode], *cells])
+    for op, mode, mine in passes(run["records"]):
+        if any(pairs(mine, name) for name in rivals):
+            cells = [_share(mine, copy), *(_faster(mine, name) for name in rivals)]
+            rows.append([TITLE[op], MODE_TITLE[mode], *cells])
     text = (
         "Share of a copy's bandwidth: the bytes that an op has to move over the time it takes, as a share of the "
         f"{copy:.0f} GB/s of a plain copy; lowest to highest, and median, of the points that move {LARGE_BYTES >> 20} "

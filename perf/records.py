@@ -15,6 +15,8 @@ from typing import Any, TypedDict, TypeVar, cast
 
 FORMAT = 3
 RESULTS = "results.jsonl"
+STATIC = ("traffic", "resources", "numerics")
+"""Kinds of records that need no clock."""
 SAME = ("GPU", "driver", "torch", "triton", "commit")
 """Facts of the environment that a run must have in common with the one that it goes on with."""
 
@@ -241,18 +243,28 @@ class Run(TypedDict, total=False):
 
 
 @dataclass
-class Results:
-    """All that a results file holds."""
+class Static:
+    """Records that need no clock."""
 
-    run: Run = field(default_factory=lambda: Run(environment={}, records=[], steps=[]))
     traffic: list[Traffic] = field(default_factory=list)
     resources: list[Resources] = field(default_factory=list)
     numerics: list[Numerics] = field(default_factory=list)
 
+    @property
+    def static(self) -> list[Outcome]:
+        return [*self.traffic, *self.resources, *self.numerics]
+
+
+@dataclass
+class Results(Static):
+    """All that a results file holds."""
+
+    run: Run = field(default_factory=lambda: Run(environment={}, records=[], steps=[]))
+
     def add(self, kind: str, record: Any) -> None:
         """Adds a record; raises KeyError for an unknown kind."""
         lists: dict[str, list[Any]] = {"timing": self.run["records"], "step": self.run["steps"]}
-        lists |= {"traffic": self.traffic, "resources": self.resources, "numerics": self.numerics}
+        lists |= {name: getattr(self, name) for name in STATIC}
         if kind == "facts":
             self.run.update(record)
         else:
@@ -339,6 +351,10 @@ def made(kind: type[Known], *parts: Mapping[str, Any]) -> Known:
 
 def ok(records: Sequence[Known]) -> list[Known]:
     return [record for record in records if record["status"] == "ok"]
+
+
+def failed(error: BaseException) -> Outcome:
+    return {"status": "error", "message": in_a_line(error)}
 
 
 def in_a_line(error: BaseException) -> str:

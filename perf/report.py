@@ -53,6 +53,6 @@ def has_failed(findings: Findings) -> bool:
     here = findings.timed[:1] if findings.timed_here else []
     timed = [record for run in here for record in (*run["records"], *run["steps"])]
     statuses = [record["status"] for record in timed if record["contender"].startswith(OURS)]
-    statuses += [record["status"] for record in (*findings.traffic, *findings.resources, *findings.numerics)]
+    statuses += [record["status"] for record in findings.static]
     unsound = any(run.get("stopped") or run.get("tests", {}).get("passed") is False for run in here)
     return bool(findings.problems) or unsound or bool({"wrong", "error"} & set(statuses))

@@ -20,7 +20,7 @@ from perf import assembly, ptx
 from perf.calls import bind, candidate, make_inputs
 from perf.ops import triton_norm_functions
 from perf.points import Point
-from perf.records import Code, Refused, Resources, in_a_line, made, task_name
+from perf.records import Code, Refused, Resources, failed, made, task_name
 from triton_norm.launch import COMPILE_OPTIONS
 from triton_norm.testing.stub_driver import as_on_gpu
 from triton_norm.tuning import choices
@@ -254,7 +254,7 @@ def _some(points: Sequence[Point], target: Target, known: dict[str, Code], every
             for launch, kernel in compile_point(point, target, every_config):
                 compiled_kernels.append(({**described, **launch.describe(), "status": "ok", "message": ""}, kernel))
         except Exception as error:
-            yield made(Resources, described, {"kernel": "", "status": "error", "message": in_a_line(error)})
+            yield made(Resources, described, {"kernel": ""}, failed(error))
     new = {kernel.hash: kernel for _, kernel in compiled_kernels if kernel.hash not in known}
     known |= dict(zip(new, inspect(list(new.values()), target), strict=True))
     for description, kernel in compiled_kernels:

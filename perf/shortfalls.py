@@ -21,6 +21,7 @@ from perf.findings import (
     layout_text,
     pairs,
     speedups,
+    split,
     step_speedups,
     ulps_of,
     ulps_text,
@@ -247,8 +248,8 @@ def _slower(run: Run, over: str, least: float, chosen: Callable[[Timing], bool],
 
 def _slower_than_torch(run: Run) -> Cases:
     yield from _slower(run, "torch", 1.0, lambda record: True)
-    for (op, mode, dtype), least in MEANS.items():
-        ratios = speedups([r for r in run["records"] if (r["op"], r["mode"], r["dtype"]) == (op, mode, dtype)], "torch")
+    for op, mode, dtype, records in split(run["records"]):
+        least, ratios = MEANS.get((op, mode, dtype), 0.0), speedups(records, "torch")
         if ratios and (mean := geometric_mean(ratios)) < least:
             figure = f"{mean:.2f}× torch's speed where {least:g}× is wanted"
             points = counted(len(ratios), "point")

@@ -25,7 +25,7 @@ from perf.findings import blocks_of, uncached
 from perf.gate import TOLERANCE, errors, expected, named, verdict
 from perf.ops import BITS, BULK, MODULATIONS, PARAMETERS, STATISTICS, triton_norm_functions
 from perf.points import Point
-from perf.records import Traffic, in_a_line, made, task_name
+from perf.records import Traffic, failed, made, task_name
 from triton_norm.testing.interleave import interleaved
 from triton_norm.testing.interpreter import (
     AccessKind,
@@ -269,7 +269,7 @@ def records(points: Sequence[Point], gpu: Gpu = H100) -> Iterator[Traffic]:
         try:
             yield count(point, slice_of(gpu, point.workload.multiprocessors))
         except Exception as error:
-            yield made(Traffic, point.describe(), {"status": "error", "message": in_a_line(error)})
+            yield made(Traffic, point.describe(), failed(error))
 
 
 def line(record: Traffic) -> str:

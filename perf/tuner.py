@@ -96,8 +96,23 @@ class Trial:
         }
 
 
-class Launch:
-    """One launch of a call, which can be made again with any config: see `launch.search`."""
+class Again:
+    """Something that a call did with the config `used`, and that can be done again with any of its space."""
+
+    used: Config
+
+    def zero(self) -> None:
+        """Zeroes the memory in which zeros are expected, if any."""
+
+    def start(self, config: Config) -> None:
+        raise NotImplementedError
+
+    def candidate(self, name: str, config: Config) -> Candidate:
+        return Candidate(name, self.zero, lambda _: self.start(config))
+
+
+class Launch(Again):
+    """One launch of a call: see `launch.search`."""
 
     def __init__(
         self,
@@ -116,7 +131,6 @@ class Launch:
         self._arguments, self._sync = list(by_name.values()), by_name.get("sync_ptr")
 
     def zero(self) -> None:
-        """Zeroes the memory that the kernel expects zeros in."""
         if self._sync is not None:
             self._sync.zero_()
 
@@ -124,24 +138,15 @@ class Launch:
         count = self._n_programs(config.keywords)
         launch.start(self._kernel, count, self._arguments, self._constants, config)
 
-    def candidate(self, name: str, config: Config) -> Candidate:
-        return Candidate(name, self.zero, lambda _: self.start(config))
 
-
-class Ways:
-    """Ways to run a call, which can be run again: see `trials.fastest`."""
+class Way(Again):
+    """One of the ways to run a call, which makes its own workspace: see `trials.fastest`."""
 
     def __init__(self, runs: Mapping[Config, Callable[[], None]], used: Config) -> None:
         self.used, self._runs = used, runs
 
-    def zero(self) -> None:
-        """Does nothing: a way makes its own workspace."""
-
     def start(self, config: Config) -> None:
         self._runs[config]()
-
-    def candidate(self, name: str, config: Config) -> Candidate:
-        return Candidate(name, self.zero, lambda _: self.start(config))
 
 
 class Tuner:
@@ -152,7 +157,7 @@ class Tuner:
         self.keys: dict[Point, list[Key]] = {}
         self._timer, self._gpu = timer, gpu
         self._point: Point | None = None
-        self._launches: dict[Key, Launch | Ways] = {}
+        self._launches: dict[Key, Again] = {}
         self._timed: set[tuple[Any, ...]] = set()
 
     @contextmanager
@@ -182,9 +187,9 @@ class Tuner:
 
     def _fastest(self, space: Space, kernel: Any, gpu: str, runs: Mapping[Config, Callable[[], None]]) -> Config:
         """Returns the best way so far that works, as `_search` does."""
-        return self._first(space, lambda way: Ways(runs, way))
+        return self._first(space, lambda way: Way(runs, way))
 
-    def _first(self, space: Space, make: Callable[[Config], Launch | Ways]) -> Config:
+    def _first(self, space: Space, make: Callable[[Config], Again]) -> Config:
         key = space.kernel, space.key
         trial = self.trials.setdefault(key, Trial(space))
         best = trial.choice
@@ -195,7 +200,7 @@ class Tuner:
                 return config
         raise RuntimeError(f"no config of {space.kernel} works for {space.key or 'any columns'}")
 
-    def _works(self, trial: Trial, made: Launch | Ways, config: Config) -> bool:
+    def _works(self, trial: Trial, made: Again, config: Config) -> bool:
         made.zero()
         try:
             made.start(config)
@@ -233,7 +238,7 @@ class Tuner:
         assert forward is not None
         return candidate("triton_norm", point, forward, inputs)
 
-    def _time(self, key: Key, made: Launch | Ways) -> dict[Config, float]:
+    def _time(self, key: Key, made: Again) -> dict[Config, float]:
         trial = self.trials[key]
         able = [config for config in trial.working if self._works(trial, made, config)]
         if not able:

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from perf.charts.forms import has_clusters
 from perf.charts.style import DASHED, INK, in_order, legend, panel, sheet, styles_of
-from perf.findings import OURS, blocks_of, counted, pairs
+from perf.findings import OURS, blocks_of, counted, pairs, passes
 from perf.ops import TITLE
 from perf.points import MODE_TITLE, PASSES
 from perf.records import Timing, ok
@@ -25,10 +25,7 @@ Compared = list[tuple[Timing, float]]
 def by_rival(records: Sequence[Timing]) -> tuple[list[str], dict[tuple[str, str, str], Compared]]:
     """Returns the rivals in their order, and the speed-ups by op, pass and rival where there are any."""
     rivals = [who for who in in_order(r["contender"] for r in ok(records)) if not who.startswith(OURS)]
-    of_pass = {
-        (op, mode): [r for r in records if (r["op"], r["mode"]) == (op, mode)] for op in TITLE for mode in PASSES
-    }
-    compared = {(*key, rival): pairs(mine, rival) for key, mine in of_pass.items() for rival in rivals}
+    compared = {(op, mode, rival): pairs(mine, rival) for op, mode, mine in passes(records) for rival in rivals}
     return rivals, {key: each for key, each in compared.items() if each}
 
 

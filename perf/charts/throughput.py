@@ -12,9 +12,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from perf.charts import forms
 from perf.charts.style import DASHED, GRID, INK, Style, in_order, legend, panel, sheet, short, styles_of
-from perf.findings import OURS, input_bytes, shape_text
+from perf.findings import OURS, input_bytes, shape_text, split
 from perf.ops import TITLE
-from perf.points import MODE_TITLE, PASSES, STRIDED
+from perf.points import MODE_TITLE, STRIDED
 from perf.records import Timing, ok
 
 FAILED = "failed (in its contender's colour)"
@@ -151,26 +151,19 @@ def shares(records: Sequence[Timing], copy_gbps: float) -> Figure:
     """Draws the floor's bytes over time as a share of the copy bandwidth: a line for each op, pass and dtype, a faint
     mark for each point of a contender, and a large one for the median of those that were timed on as many as ours."""
     timed = ok(records)
-    keys = [
-        (op, mode, dtype)
-        for op in TITLE
-        for mode in PASSES
-        for dtype in dict.fromkeys(r["dtype"] for r in timed)
-        if any((r["op"], r["mode"], r["dtype"]) == (op, mode, dtype) for r in timed)
-    ]
+    lines = list(split(timed))
     styles = styles_of(in_order(r["contender"] for r in timed))
-    figure = sheet(max(0.16 * len(styles) * len(keys), 0.3 * len(keys)) + 0.9)
+    figure = sheet(max(0.16 * len(styles), 0.3) * len(lines) + 0.9)
     ax = figure.subplots()
     panel(ax, "", "x")
     marked = forms.has_clusters(timed)
-    for line, key in enumerate(keys):
-        at_key = [r for r in timed if (r["op"], r["mode"], r["dtype"]) == key]
+    for line, (_, _, _, of_line) in enumerate(lines):
         for number, (name, style) in enumerate(styles.items()):
             y = line + 0.75 * ((number + 0.5) / len(styles) - 0.5)
-            mine = [r for r in at_key if r["contender"] == name]
+            mine = [r for r in of_line if r["contender"] == name]
             if mine:
                 x = [r["gbps"] / copy_gbps for r in mine]
-                whole = len(mine) >= sum(r["contender"] == OURS for r in at_key)
+                whole = len(mine) >= sum(r["contender"] == OURS for r in of_line)
                 look = {"color": style.colour}
                 ax.plot(x, [y] * len(x), style.marker, alpha=0.35, markersize=FAINT_POINTS * style.size, **look)  # type: ignore[arg-type]
                 if name == OURS and marked:
@@ -179,11 +172,11 @@ def shares(records: Sequence[Timing], copy_gbps: float) -> Figure:
                     ax.plot(median(x), y, style.marker, markersize=7 * style.size, **look)  # type: ignore[arg-type]
     for name, style in styles.items():
         ax.plot([], [], style.marker, markersize=7 * style.size, color=style.colour, label=name)
-    for line in range(len(keys) - 1):
+    for line in range(len(lines) - 1):
         ax.axhline(line + 0.5, color=GRID, linewidth=0.8, zorder=0)
     ax.axvline(1, color=INK, linewidth=1.2, linestyle=DASHED, label=f"copy, {copy_gbps:,.0f} GB/s")
-    ax.set_yticks(range(len(keys)), [f"{TITLE[op]}, {MODE_TITLE[mode]}, {dtype}" for op, mode, dtype in keys])
-    ax.set_ylim(max(len(keys), 1) - 0.5, -0.5)
+    ax.set_yticks(range(len(lines)), [f"{TITLE[op]}, {MODE_TITLE[mode]}, {dtype}" for op, mode, dtype, _ in lines])
+    ax.set_ylim(max(len(lines), 1) - 0.5, -0.5)
     ax.set_xlim(0, None)
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.set_xlabel("bytes that must move ÷ time, of the copy bandwidth", fontsize=8.5)

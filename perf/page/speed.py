@@ -71,16 +71,15 @@ def _throughput(findings: Findings, run: Run) -> list[Block]:
         if ok(records):
             name = f"{TITLE[op]}, {MODE_TITLE[mode]}, {dtype}"
             caption = f"{name}. {floor_of(op, mode).text}. Bars from the 20th to the 80th percentile, cold L2."
-            without = {r["contender"] for r in records} - {
-                r["contender"] for r in records if r["status"] != "unsupported"
-            }
+            has_op = {r["contender"] for r in records if r["status"] != "unsupported"}
+            without = {r["contender"] for r in records} - has_op
             caption += f" Without such an op: {', '.join(sorted(without))}." if without else ""
             draw = partial(charts.throughput, records, run.get("copy_gbps"))
             pictures.setdefault(op, []).extend(picture(findings, name, draw, caption))
-    folds: list[Block] = []
-    for op, drawn in pictures.items():
-        folds.append(Fold(f"{TITLE[op]}: GB/s by size", drawn, opened=not folds))
-    return folds
+    return [
+        Fold(f"{TITLE[op]}: GB/s by size", drawn, opened=place == 0)
+        for place, (op, drawn) in enumerate(pictures.items())
+    ]
 
 
 def _means_table(run: Run) -> Table:
@@ -115,14 +114,16 @@ def _timed_table(run: Run) -> Table:
             "GB/s": r.get("gbps"),
             "of copy": Cell(share, is_short(r, copy)),
             "× torch": Cell("" if ratio is None else f"{ratio:.2f}", slow),
-            "20 %": r.get("p20_us"),
-            "80 %": r.get("p80_us"),
-            "host µs": r.get("host_us"),
+            **_spread(r),
             "error": f"{max(r['errors'].values()):.1e}" if r.get("errors") else "",
             "message": r["message"],
         }
 
     return table_of([row(r) for r in run["records"]], words=8 if tells_forms else 7, notes=1)
+
+
+def _spread(record: Timing | Step) -> dict[str, Any]:
+    return {"20 %": record.get("p20_us"), "80 %": record.get("p80_us"), "host µs": record.get("host_us")}
 
 
 def _status(record: Outcome) -> Cell:
@@ -196,9 +197,7 @@ def _steps_table(records: Sequence[Step]) -> Table:
             "without norms": without,
             "norms' share": f"{1 - without / r['median_us']:.0%}" if without is not None else "",
             "norms": r.get("norms"),
-            "20 %": r.get("p20_us"),
-            "80 %": r.get("p80_us"),
-            "host µs": r.get("host_us"),
+            **_spread(r),
             "message": r["message"],
         }
 

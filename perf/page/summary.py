@@ -53,8 +53,7 @@ def _notices(findings: Findings) -> list[Block]:
     if findings.interrupted:
         notes.append("The run was interrupted: this is the part that was finished.")
     notes += [f"The timed run stopped early: {run['stopped']}" for run in findings.timed if run.get("stopped")]
-    static = (*findings.traffic, *findings.resources, *findings.numerics)
-    failed = sum(record["status"] != "ok" for record in static)
+    failed = sum(record["status"] != "ok" for record in findings.static)
     if failed:
         notes.append(f"{counted(failed, 'record')} of something that failed: see what falls short.")
     notes += findings.problems

@@ -36,7 +36,7 @@ def write(path: Path, run: Record, **others: Sequence[Record]) -> Path:
 
 
 def findings() -> Findings:
-    return Findings(dict(HERE))
+    return Findings(environment=dict(HERE))
 
 
 def _timed(point: Point, contender: str, generator: torch.Generator) -> Record:
