@@ -13,13 +13,12 @@ from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 from perf import records
-from perf.records import Refused, Run, task_name
+from perf.records import FAILURES, Refused, Run, task_name
 
 Key = tuple[str, str, str]
 """Group, title and contender of a point."""
 REFERENCE = "torch"
 OK, REGRESSED = 0, 1
-FAILURES = ("wrong", "error")
 
 
 class Pair(NamedTuple):

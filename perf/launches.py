@@ -7,7 +7,6 @@ right form with undefined contents. The operators are those that PyTorch dispatc
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -32,10 +31,11 @@ from triton_norm import captures, plans
 from triton_norm.testing import stub_driver
 from triton_norm.tuning.limits import assumed
 
-convert: Callable[..., object] = triton_norm.convert
-WAYS: dict[str, Callable[[nn.Module], object]] = {"as it is": lambda module: None, "converted": convert}
-if "fuse" in inspect.signature(convert).parameters:
-    WAYS["fused"] = lambda module: convert(module, fuse=True)
+WAYS: dict[str, Callable[[nn.Module], object]] = {
+    "as it is": lambda module: None,
+    "converted": triton_norm.convert,
+    "fused": lambda module: triton_norm.convert(module, fuse=True),
+}
 """Changes a model in place, by the names of columns."""
 # Operators on fewer elements are computed: models choose their way by the values of small tensors.
 COMPUTED_ELEMENTS = 1 << 14

@@ -17,6 +17,8 @@ FORMAT = 3
 RESULTS = "results.jsonl"
 STATIC = ("traffic", "resources", "numerics")
 """Kinds of records that need no clock."""
+FAILURES = ("wrong", "error")
+"""Statuses of records that should have a figure."""
 SAME = ("GPU", "driver", "torch", "triton", "commit")
 """Facts of the environment that a run must have in common with the one that it goes on with."""
 

@@ -10,6 +10,7 @@ from perf.environment import machine
 from perf.findings import OURS, Findings
 from perf.page import about, speed, static, summary
 from perf.page.blocks import Section, render
+from perf.records import FAILURES
 
 
 def load(paths: Sequence[Path], findings: Findings) -> None:
@@ -55,4 +56,4 @@ def has_failed(findings: Findings) -> bool:
     statuses = [record["status"] for record in timed if record["contender"].startswith(OURS)]
     statuses += [record["status"] for record in findings.static]
     unsound = any(run.get("stopped") or run.get("tests", {}).get("passed") is False for run in here)
-    return bool(findings.problems) or unsound or bool({"wrong", "error"} & set(statuses))
+    return bool(findings.problems) or unsound or not {*FAILURES}.isdisjoint(statuses)

@@ -128,7 +128,10 @@ def _measure(plan: Plan, file: ResultsFile, reached: set[str], deadline: float, 
             if new:
                 file.add("facts", {"measuring": str(task)})
             try:
-                records = _lost(task, new) if lost == str(task) else _records(task, new, timer, plan)
+                if lost == str(task):
+                    records = _not_timed(task, new, "error", NOT_SURVIVED)
+                else:
+                    records = _records(task, new, timer, plan)
             except measure.Stopped as stopped:
                 file.add(kind, *stopped.records)
                 reached.add(str(task))
@@ -149,10 +152,6 @@ def _records(task: Task, contenders: Sequence[Contender], timer: measure.Timer, 
         records = list(models.measure_step(task, {contender.name for contender in timed}, timer))
         skipped = [contender for contender in skipped if contender.name in models.WAYS]
     return records + _not_timed(task, skipped, "skipped", COMPILED)
-
-
-def _lost(task: Task, contenders: Sequence[Contender]) -> list[Any]:
-    return _not_timed(task, contenders, "error", NOT_SURVIVED)
 
 
 def _not_timed(task: Task, contenders: Sequence[Contender], status: str, message: str) -> list[Any]:

@@ -15,7 +15,7 @@ from perf.charts.style import DASHED, GRID, INK, Style, in_order, legend, panel,
 from perf.findings import OURS, input_bytes, shape_text, split
 from perf.ops import TITLE
 from perf.points import MODE_TITLE, STRIDED
-from perf.records import Timing, ok
+from perf.records import FAILURES, Timing, ok
 
 FAILED = "failed (in its contender's colour)"
 CATEGORIES = ("networks", "layers", "models", "heads")
@@ -98,7 +98,7 @@ def _panel(ax: Axes, key: Key, records: Sequence[Timing], scale: _Scale) -> None
         _series(ax, name, style, placed, connected)
         if name == OURS and scale.forms:
             forms.mark(ax, [(x, r["gbps"], r) for x, r in placed if r["status"] == "ok"], MARK_POINTS, numbers=True)
-        failed = [places[shape_text(r)] + aside for r in mine if r["status"] in ("wrong", "error")]
+        failed = [places[shape_text(r)] + aside for r in mine if r["status"] in FAILURES]
         if failed:
             feet = [(0.025 + 0.05 * number) * scale.top] * len(failed)
             ax.plot(failed, feet, "x", color=style.colour, label=FAILED, clip_on=False, zorder=5)

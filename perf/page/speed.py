@@ -27,10 +27,9 @@ from perf.findings import (
 from perf.ops import TITLE
 from perf.page.blocks import Bar, Bars, Block, Cell, Fold, Heading, Paragraph, Table, picture, table_of
 from perf.points import MODE_TITLE, PASSES, floor_of
-from perf.records import Outcome, Run, Step, Timing, ok
+from perf.records import FAILURES, Outcome, Run, Step, Timing, ok
 from perf.shortfalls import is_short
 
-FAILED = ("wrong", "error")
 PALE = "#B9CFE0"
 SPEED_NOTE = (
     "GB/s are the bytes of the floor over the median time, for every contender by the same formula; the roof is a copy "
@@ -127,7 +126,7 @@ def _spread(record: Timing | Step) -> dict[str, Any]:
 
 
 def _status(record: Outcome) -> Cell:
-    return Cell(STATUS_TEXT.get(record["status"], record["status"]), record["status"] in FAILED)
+    return Cell(STATUS_TEXT.get(record["status"], record["status"]), record["status"] in FAILURES)
 
 
 MOST_OPS = 8

@@ -98,6 +98,7 @@ IN_A_PROCESS = """
 import copy, json, sys, tempfile
 from pathlib import Path
 import torch
+import triton_norm
 from torch import nn
 from perf import launches, models
 from perf.models import Model, Trained, resnet
@@ -111,7 +112,7 @@ model = Model("", "", (), "bf16", lambda: resnet(2, 32, **sizes), "pixel_values"
 with tempfile.TemporaryDirectory() as folder, stub_driver.installed(Path(folder)) as count:
     trained = Trained(model, "cpu")
     module = copy.deepcopy(trained.module)
-    launches.convert(module)
+    triton_norm.convert(module)
     train = trained.candidate("converted", module).run
     train(None)
     before = count()
