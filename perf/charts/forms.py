@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
 from perf.charts.style import INK
-from perf.findings import OURS, blocks_of, reads_twice
+from perf.findings import blocks_of, reads_twice
 from perf.records import Timing, ok
 
 CLUSTER, NUMBERED, TWICE = "cluster of blocks", "cluster, number of blocks", "two launches"
@@ -17,12 +17,12 @@ RING, BOX, DIGITS_POINTS = 1.8, 1.7, 6.5
 
 
 def has_clusters(records: Sequence[Timing]) -> bool:
-    """Returns whether any of the library's own points was launched as a cluster."""
-    return any(record["contender"] == OURS and blocks_of(record) > 1 for record in ok(records))
+    """Returns whether any point was launched as a cluster. Only the library's own records tell of launches."""
+    return any(blocks_of(record) > 1 for record in ok(records))
 
 
 def mark(ax: Axes, points: Sequence[tuple[float, float, Timing]], size: float, numbers: bool) -> None:
-    """Draws a ring around each point that was a cluster, and a box around each other one that took two launches.
+    """Draws a ring around each point that was a cluster, and a box around each that took two launches.
 
     Args:
         points: x and y, and the record.
@@ -30,7 +30,7 @@ def mark(ax: Axes, points: Sequence[tuple[float, float, Timing]], size: float, n
         numbers: the number of a cluster's blocks stands above its ring.
     """
     rings = [point for point in points if blocks_of(point[-1]) > 1]
-    boxes = [point for point in points if blocks_of(point[-1]) == 1 and reads_twice(point[-1])]
+    boxes = [point for point in points if reads_twice(point[-1])]
     marks = ("o", RING, rings, NUMBERED if numbers else CLUSTER), ("s", BOX, boxes, TWICE)
     for marker, scale, marked, label in marks:
         if marked:

@@ -55,7 +55,7 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class _Scale:
-    """Styles, roof and height that all panels of a picture share; `forms`: those of our launches are marked."""
+    """Styles, roof and height that all panels of a picture share; `forms`: those of launches are marked."""
 
     styles: dict[str, Style]
     roof: float | None
@@ -96,7 +96,7 @@ def _panel(ax: Axes, key: Key, records: Sequence[Timing], scale: _Scale) -> None
         mine = sorted((r for r in records if r["contender"] == name), key=lambda r: places[shape_text(r)])
         placed = [(places[shape_text(r)] + aside, r) for r in mine]
         _series(ax, name, style, placed, connected)
-        if name == OURS and scale.forms:
+        if scale.forms:
             forms.mark(ax, [(x, r["gbps"], r) for x, r in placed if r["status"] == "ok"], MARK_POINTS, numbers=True)
         failed = [places[shape_text(r)] + aside for r in mine if r["status"] in FAILURES]
         if failed:
@@ -166,7 +166,7 @@ def shares(records: Sequence[Timing], copy_gbps: float) -> Figure:
                 whole = len(mine) >= sum(r["contender"] == OURS for r in of_line)
                 look = {"color": style.colour}
                 ax.plot(x, [y] * len(x), style.marker, alpha=0.35, markersize=FAINT_POINTS * style.size, **look)  # type: ignore[arg-type]
-                if name == OURS and marked:
+                if marked:
                     forms.mark(ax, [(r["gbps"] / copy_gbps, y, r) for r in mine], FAINT_POINTS, numbers=False)
                 if whole:
                     ax.plot(median(x), y, style.marker, markersize=7 * style.size, **look)  # type: ignore[arg-type]
