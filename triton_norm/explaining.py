@@ -130,10 +130,7 @@ def _explain_channels(
     read: Any = layout
     reason = "neither its channels nor its positions are adjacent"
     if isinstance(call.spec, GroupNormSpec):
-        read, reason = (
-            group_layout,
-            "a sample has gaps, and is neither channels-first nor channels-last",
-        )
+        read, reason = group_layout, "a sample has gaps, and is neither channels-first nor channels-last"
     kind = read.kind_of(x) if x.numel() else ""
     copied = [
         f"the {name}: {reason}"
