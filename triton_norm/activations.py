@@ -17,20 +17,26 @@ class Activation(NamedTuple):
 
     Args:
         function: (z, slope) → y, torch's own.
-        gradient: (dy, z, slope) → dy · f'(z); with `side`, (dy, side(z), slope).
-        side: z → mask that f' depends on alone, so that one bit an element suffices for the backward; None: f' needs z.
+        gradient: (dy, z, slope) → dy · f'(z); with `mask`, (dy, mask(z), slope).
+        mask: z → the elements at which f'(z) = 1, if f' depends on z by this mask alone. One bit an element then
+            suffices for the backward. None: f' needs z.
 
     `slope` is leaky_relu's slope below 0; the others ignore it.
     """
 
     function: Callable[[Tensor, float], Tensor]
     gradient: Callable[[Tensor, Tensor, float], Tensor]
-    side: Callable[[Tensor], Tensor] | None = None
+    mask: Callable[[Tensor], Tensor] | None = None
 
 
 def _silu_gradient(dy: Tensor, z: Tensor, slope: float) -> Tensor:
     sigmoid = torch.sigmoid(z)
     return sigmoid * (1.0 + z * (1.0 - sigmoid)) * dy
+
+
+def _hardswish_gradient(dy: Tensor, z: Tensor, slope: float) -> Tensor:
+    ramp = dy * ((z + 1.5) / 3.0)  # z / 3 + 0.5, which would cancel near -1.5
+    return torch.where(z <= -3.0, 0.0, torch.where(z < 3.0, ramp, dy))
 
 
 def _gelu_gradient(dy: Tensor, z: Tensor, slope: float) -> Tensor:
@@ -46,20 +52,30 @@ def _gelu_tanh_gradient(dy: Tensor, z: Tensor, slope: float) -> Tensor:
     return (sigmoid + sigmoid * (1.0 - sigmoid) * z * twice_u_slope) * dy
 
 
+def _stopped(dy: Tensor, passing: Tensor, slope: float) -> Tensor:
+    return torch.where(passing, dy, 0.0)
+
+
 ACTIVATIONS = {
     "relu": Activation(
         lambda z, slope: torch.relu(z),
-        lambda dy, positive, slope: torch.where(positive, dy, 0.0),
+        _stopped,
         lambda z: ~(z <= 0),  # as torch: NaN passes, and an infinite dy stops at 0
     ),
-    "silu": Activation(lambda z, slope: F.silu(z), _silu_gradient),
-    "gelu": Activation(lambda z, slope: F.gelu(z), _gelu_gradient),
-    "gelu_tanh": Activation(lambda z, slope: F.gelu(z, approximate="tanh"), _gelu_tanh_gradient),
+    "relu6": Activation(
+        lambda z, slope: F.relu6(z),
+        _stopped,
+        lambda z: ~((z <= 0) | (z >= 6)),  # as torch on a GPU: on the CPU it lets some NaN pass, and not others
+    ),
     "leaky_relu": Activation(
         F.leaky_relu,
-        lambda dy, positive, slope: torch.where(positive, dy, dy * slope),
+        lambda dy, passing, slope: torch.where(passing, dy, dy * slope),
         lambda z: z > 0,
     ),
+    "silu": Activation(lambda z, slope: F.silu(z), _silu_gradient),
+    "hardswish": Activation(lambda z, slope: F.hardswish(z), _hardswish_gradient),
+    "gelu": Activation(lambda z, slope: F.gelu(z), _gelu_gradient),
+    "gelu_tanh": Activation(lambda z, slope: F.gelu(z, approximate="tanh"), _gelu_tanh_gradient),
 }
 
 
@@ -87,20 +103,20 @@ def gradient(dy: Tensor, z: Tensor, activation: str | None, slope: float) -> Ten
     if activation is None:
         return dy
     chosen = named(activation)
-    return chosen.gradient(dy, z if chosen.side is None else chosen.side(z), slope)
+    return chosen.gradient(dy, z if chosen.mask is None else chosen.mask(z), slope)
 
 
-def gradient_by_side(dy: Tensor, positive: Tensor, activation: str | None, slope: float) -> Tensor:
-    """Returns dy · f'(z), given side(z); raises ValueError if f' needs z itself."""
-    if not has_side(activation):
-        raise ValueError(f"the gradient of activation {activation!r} needs more than the side of 0")
+def gradient_by_mask(dy: Tensor, passing: Tensor, activation: str | None, slope: float) -> Tensor:
+    """Returns dy · f'(z), computed from mask(z); raises ValueError if f' needs z itself."""
+    if not has_mask(activation):
+        raise ValueError(f"the gradient of activation {activation!r} needs more than a mask")
     assert activation is not None
-    return named(activation).gradient(dy, positive, slope)
+    return named(activation).gradient(dy, passing, slope)
 
 
-def has_side(activation: str | None) -> bool:
+def has_mask(activation: str | None) -> bool:
     """Decides whether the gradient depends on z by a mask alone."""
-    return activation is not None and named(activation).side is not None
+    return activation is not None and named(activation).mask is not None
 
 
 GATES: dict[str | None, Callable[[Tensor], Tensor]] = {

@@ -253,7 +253,7 @@ def batch_norm(
         eps: added to the variance, under the root; positive in training.
         num_batches_tracked: an integer tensor of one element, incremented in training.
         residual: of input's shape, any of these dtypes; added before the activation.
-        activation: f: "relu", "leaky_relu", "silu", "gelu", "gelu_tanh" (GELU by tanh) or None.
+        activation: f: "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh" (GELU by tanh) or None.
         negative_slope: slope of leaky_relu below 0.
 
     Returns:
@@ -270,8 +270,8 @@ def batch_norm(
     are computed and saved in float32; in float64 for float64 input.
 
     Memory: saves x, and in training 12 bytes a channel (float64: 24), for the backward. The activation's argument is
-    recomputed from x; with a residual, one bit an element is saved ("silu", "gelu", "gelu_tanh": the residual).
-    Temporary memory: see docs/memory.md.
+    recomputed from x; with a residual, one bit an element is saved ("silu", "hardswish", "gelu", "gelu_tanh": the
+    residual). Temporary memory: see docs/memory.md.
     Source: Ioffe and Szegedy, "Batch Normalization" (2015).
     """
     tensors = input, residual, weight, bias, running_mean, running_var, num_batches_tracked

@@ -46,7 +46,7 @@ def group_norm(
         weight, bias: [C], any of these dtypes; None: 1 and 0.
         eps: added to the variance, under the root.
         residual: of input's shape, any of these dtypes; added before the activation.
-        activation: f: "relu", "leaky_relu", "silu", "gelu", "gelu_tanh" (GELU by tanh) or None.
+        activation: f: "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh" (GELU by tanh) or None.
         negative_slope: slope of leaky_relu below 0.
 
     Returns:
@@ -176,7 +176,7 @@ def instance_norm(
         momentum: weight of the batch in the running statistics.
         eps: added to the variance, under the root.
         residual: of input's shape, any of these dtypes; added before the activation.
-        activation: f: "relu", "leaky_relu", "silu", "gelu", "gelu_tanh" (GELU by tanh) or None.
+        activation: f: "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh" (GELU by tanh) or None.
         negative_slope: slope of leaky_relu below 0.
 
     Returns:

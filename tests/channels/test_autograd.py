@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import triton_norm
+from support.activations import MASKED
 from support.channel_norms import KINDS, MODES, SPLIT, bits_of, drawn
 from support.pairwise import pairwise
 from triton_norm.tuning.limits import INTERPRETED
@@ -78,12 +79,14 @@ def test_tensors_that_are_not_saved_may_be_overwritten(device):
         ("relu", None, False),
         ("leaky_relu", torch.float64, False),
         ("leaky_relu", None, True),
+        ("relu6", torch.float64, True),
+        ("hardswish", None, True),
         ("gelu", torch.float64, True),
         ("gelu_tanh", None, False),
     ],
 )
 def test_gradients_of_both_orders(activation, residual, training, device):
-    """Covers activations with a kink, and GELU, which no op of test_saved.py has."""
+    """Covers what no op of test_saved.py has: activations with kinks, and GELU."""
     kind, shape = ("last", (3, 2)) if residual else ("flat", (2, 2, 2))
     call = drawn(shape, kind, device, torch.float64, training=training, residual=residual, activation=activation)
     leaves = [tensor.requires_grad_() for tensor in call.inputs() if tensor is not None]
@@ -97,7 +100,7 @@ def test_gradients_of_both_orders(activation, residual, training, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", MASKED)
 def test_differentiated_twice_a_gradient_goes_by_the_same_bits(activation, kind, device):
     """create_graph=True has torch compute from the bits the gradients that the kernels compute from them."""
     shape, _ = SPLIT[kind]

@@ -83,7 +83,7 @@ def test_parameters_of_another_type(dtype, parameters, activation, backend, trai
     residual = None if activation is None else dtype
     call = drawn((4, 6, 9), "flat", device, dtype, training=training, residual=residual, activation=activation)
     call = call.of(weight=torch.randn(6, device=device).to(parameters), bias=call.bias.to(parameters))
-    call = call.away_from_the_kink()
+    call = call.away_from_kinks()
     with triton_norm.backend(backend):
         result = call.against_oracle()
     assert (result.y.dtype, result.dweight.dtype, result.dbias.dtype) == (dtype, parameters, parameters)
@@ -221,6 +221,10 @@ def test_nan_and_inf_where_torch_has_them(of, activation, training, device):
 
 def activated_in(activation, z):
     """Returns y, f', the terms of f' and the exponent at z, by arithmetic of 40 digits."""
+    if activation == "hardswish":
+        left = min(max(z + 3, 0), 6) / 6
+        slope = (2 * z + 3) / 6 if abs(z) < 3 else left
+        return z * left, slope, slope, 0
     if activation == "silu":
         exponent, left = z, 1 / (1 + mpmath.exp(-z))
         right = left * (1 - left) * z
@@ -234,7 +238,9 @@ def activated_in(activation, z):
     return z * left, left + right, left + abs(right), abs(exponent)
 
 
-@pytest.mark.parametrize(("activation", "farthest"), [("silu", 87.0), ("gelu", 12.8), ("gelu_tanh", 10.0)])
+@pytest.mark.parametrize(
+    ("activation", "farthest"), [("hardswish", 6.0), ("silu", 87.0), ("gelu", 12.8), ("gelu_tanh", 10.0)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_curved_activations_are_exact_far_from_zero(dtype, activation, farthest, device):
     """z is x itself: mean 0, variance 1 and eps 0. Beyond, y is subnormal in fp32, or e^-z overflows. An exponent is

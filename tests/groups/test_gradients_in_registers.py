@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import triton_norm
-from support.activations import SIDED
+from support.activations import TORCHS
 from support.channel_norms import share
-from support.group_calls import away_from_the_kink, checked, drawn, elements_loaded, laid
+from support.group_calls import checked, drawn, elements_loaded, fitted, laid
 from support.oracle import differentiated
 from support.turns import backwards, one_of_each, shuffled
 from triton_norm.channels import group_backward
@@ -90,14 +90,14 @@ def test_matches_fp64(case, use, guard, device):
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", TORCHS)
 @pytest.mark.parametrize("case", ["odd positions", "parts of a channel", "several groups", "rows of a few groups"])
 def test_activations_and_residuals(case, activation, residual, use, device):
     shape, n_groups, tile, _ = CASES[case]
     use(tile)
     inputs = drawn(shape, device, layout=layout_of(case), residual=residual)
     with interleaved():
-        checked(away_from_the_kink(inputs, n_groups) if activation in SIDED else inputs, n_groups, activation)
+        checked(fitted(inputs, n_groups, activation), n_groups, activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

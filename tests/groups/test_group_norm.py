@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import triton_norm
+from support.activations import near_a_kink, reach
 from support.group_norms import (
     CALLS,
     EVERY_CALL,
@@ -61,16 +62,17 @@ def test_matches_fp64(name, shape, layout, dtype, path, device):
 
 @PATHS
 @DTYPES
-@pytest.mark.parametrize("activation", [None, "relu", "silu", "leaky_relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "leaky_relu", "relu6", "hardswish"])
 @pytest.mark.parametrize("adds", [False, True], ids=["", "residual"])
 @EVERY_CALL
 def test_fused(name, adds, activation, dtype, path, device):
     x, residual, weight, bias = drawn((3, 6, 4, 5), device, dtype)
+    weight = weight * reach(activation)
     z = theirs(name)(*(tensor.double() for tensor in (x, residual, weight, bias)))
-    dy = torch.randn_like(x).masked_fill_(z.abs() < 0.05, 0.0)  # either side of the kink may be taken
+    dy = torch.randn_like(x).masked_fill_(near_a_kink(z, activation, 0.05), 0.0)  # either side of a kink may be taken
     if not adds:
         z = theirs(name)(x.double(), None, weight.double(), bias.double())
-        dy = dy.masked_fill_(z.abs() < 0.05, 0.0)
+        dy = dy.masked_fill_(near_a_kink(z, activation, 0.05), 0.0)
     with triton_norm.backend(path):
         assert_as_fp64(name, activation, [x, residual if adds else None, weight, bias], dy)
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import triton_norm
-from support.activations import SIDED
-from support.group_calls import CHANNELS_LAST, away_from_the_kink, checked, drawn, laid
+from support.group_calls import CHANNELS_LAST, checked, drawn, fitted, laid
 from support.oracle import DTYPES, differentiated
 
 pytestmark = pytest.mark.usefixtures("through_the_kernels")
@@ -40,13 +39,11 @@ def test_matches_fp64(shape, n_groups, layout, device):
 
 @pytest.mark.parametrize("layout", ["first", "last", "samples", "strided"])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", [None, "silu", "relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", [None, "silu", "relu", "leaky_relu", "relu6", "hardswish"])
 @pytest.mark.parametrize("n_groups", [2, 8])
 def test_activations_residuals_and_strides(n_groups, activation, residual, layout, device):
     inputs = drawn((2, 8, 6, 5), device, layout=layout, residual=residual)
-    if activation in SIDED:
-        inputs = away_from_the_kink(inputs, n_groups)
-    checked(inputs, n_groups, activation)
+    checked(fitted(inputs, n_groups, activation), n_groups, activation)
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import triton_norm
-from support.activations import SIDED
+from support.activations import TORCHS
 from support.gpus import H100, with_numbers
-from support.group_calls import away_from_the_kink, checked, drawn, elements_loaded, laid
+from support.group_calls import checked, drawn, elements_loaded, fitted, laid
 from triton_norm.tuning import group_spaces
 from triton_norm.tuning.group_spaces import WholeWork
 from triton_norm.tuning.limits import INTERPRETED
@@ -51,14 +51,14 @@ def test_matches_fp64(case, guard, device):
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, *TORCHS])
 @pytest.mark.parametrize(
     "case", ["a weight for each access", "a weight for each element", "channels of odd length", "rows"]
 )
 def test_activations_and_residuals(case, activation, residual, device):
     shape, n_groups, layout = CASES[case]
     inputs = drawn(shape, device, layout=layout, residual=residual)
-    checked(away_from_the_kink(inputs, n_groups) if activation in SIDED else inputs, n_groups, activation)
+    checked(fitted(inputs, n_groups, activation), n_groups, activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

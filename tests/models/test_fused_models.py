@@ -30,7 +30,7 @@ def regnet(layer_type: str) -> nn.Module:
 
 def mobilenet_v2(padding: bool) -> nn.Module:
     sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4, "image_size": 16}
-    config = transformers.MobileNetV2Config(hidden_act="silu", tf_padding=padding, **sizes)
+    config = transformers.MobileNetV2Config(tf_padding=padding, **sizes)
     return transformers.MobileNetV2Model(config)
 
 

@@ -97,7 +97,7 @@ def test_everything_stays_and_comes_back():
 ACTIVATED = "timm.layers.norm_act.BatchNormAct2d"
 
 
-@pytest.mark.parametrize("options", [{"act_layer": nn.Hardswish}, {"drop_layer": nn.Softplus}], ids=str)
+@pytest.mark.parametrize("options", [{"act_layer": nn.Mish}, {"drop_layer": nn.Softplus}], ids=str)
 def test_an_unknown_activation_and_a_drop_layer_are_called(options, device):
     theirs = made(ACTIVATED, **options).to(device)
     ours = copy.deepcopy(theirs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import triton_norm
 from support import operator_calls
-from support.activations import SIDED
+from support.activations import MASKED
 from triton_norm import reference
 from triton_norm.channels.layout import empty_bits
 from triton_norm.library import DEFINED
@@ -120,6 +120,8 @@ ACTIVATIONS = [
     ("relu", False),
     ("relu", True),
     ("leaky_relu", True),
+    ("relu6", True),
+    ("hardswish", False),
     ("gelu", True),
     ("gelu_tanh", False),
 ]
@@ -134,7 +136,7 @@ class BatchNorm:
 
     def __init__(self, training: bool, activation: str | None, residual: bool) -> None:
         self.training, self.activation, self.residual = training, activation, residual
-        self.kind = "flat" if residual and activation in SIDED else None  # of bits, which a call records
+        self.kind = "flat" if residual and activation in MASKED else None  # of bits, which a call records
         self.options = 1e-5, activation, SLOPE
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import triton_norm
-from support.activations import SIDED
+from support.activations import MASKED
 from support.allocations import allocations
 from support.channel_norms import ACTIVATIONS, SHAPES, bits_of, laid, running_statistics
 from support.launchers import made_launchers
@@ -98,7 +98,7 @@ def test_channels_save_x_statistics_and_a_bit_an_element(kind, shape, training, 
     request_gradients(requested, x=x, weight=weight, bias=bias, residual=residual)
     fused = {"residual": residual, "activation": activation}
     _, saved = saved_by(lambda: triton_norm.batch_norm(x, mean, var, weight, bias, training, **fused))
-    by_bits = added and activation in SIDED
+    by_bits = added and activation in MASKED
     recomputes = activation is not None and not by_bits
     referred = [x, weight, *((bias, residual) if recomputes else ()), *(() if training else (mean, var))]
     bits = [(torch.uint8, bits_of(kind, shape))] if by_bits else []

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import triton_norm
-from support.activations import SIDED
+from support.activations import MASKED
 from support.every_op import EACH_FUNCTION, EVERY_OP, OPS, PATHS, ModulatedOp
 from support.pairwise import pairwise
 
@@ -196,7 +196,7 @@ def test_batches_of_gradients(op, how, path, device):
 
 
 @PATHS
-@pytest.mark.parametrize("op", [op for op in EVERY_OP if op.activation not in SIDED], ids=str)
+@pytest.mark.parametrize("op", [op for op in EVERY_OP if op.activation not in MASKED], ids=str)
 def test_gradcheck_of_batches_and_of_second_derivatives(op, path, device):
     """Activations with a kink have no second derivative to compare with there."""
     positions = [1 for _ in op.shape[2:]]
@@ -295,7 +295,7 @@ def test_a_bias_that_is_changed_in_between(op, frozen, path, device):
         expected = torch.autograd.grad(outputs, leaves, dys, retain_graph=True)
         with torch.no_grad():
             bias.add_(100)
-        by_bits = op.function == "batch_norm" and residual is not None and op.activation in SIDED
+        by_bits = op.function == "batch_norm" and residual is not None and op.activation in MASKED
         recomputes = op.activation is not None and not by_bits
         recomputes = recomputes or isinstance(op, ModulatedOp)
         if path == "triton" and recomputes:

@@ -52,7 +52,7 @@ def sequential() -> nn.Module:
         Named(4),
         Own(nn.BatchNorm2d(4), nn.ReLU()),
         nn.InstanceNorm2d(4),
-        nn.Hardswish(),
+        nn.Mish(),
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import triton_norm
+from support.activations import near_a_kink, reach
 from support.oracle import ErrorBound, Formula, Inputs, compute_dtype, differentiated, moments_about
 from triton_norm import reference
 
@@ -70,12 +71,13 @@ def drawn(shape, device, dtype=torch.float32, layout="first", residual=False, af
     return Inputs(x * spread + 1, added if residual else None, weight, bias, dy)
 
 
-def away_from_the_kink(inputs, n_groups):
-    """Returns the inputs with a zero gradient of y where the argument of the activation is near 0."""
+def fitted(inputs, n_groups, activation):
+    """Returns inputs for an activation: z's are on all sides of its kinks, and y has no gradient near them."""
     x, residual, weight, bias, dy, _ = inputs
+    weight = weight * reach(activation)
     z = F.group_norm(x, n_groups, weight, bias)
     z = z if residual is None else z + residual
-    return inputs._replace(dy=torch.where(z.abs() < 1e-3, 0.0, dy))
+    return inputs._replace(weight=weight, dy=torch.where(near_a_kink(z, activation, 1e-3), 0.0, dy))
 
 
 def elements_loaded(n_channels, n_positions):

@@ -328,6 +328,8 @@ activations.unpack
     last, leaky_relu of a sum | value | tl.arange(0, PER_BYTE) -> (PER_BYTE - 1 - tl.arange(0, PER_BYTE))
 activations.activate
     flat, relu of a sum | value | tl.where(z < 0.0, 0.0, z) -> tl.where(z < 1.0, 0.0, z)
+    kinks, relu6 | different | tl.where(z > 6.0, 6.0, z) -> z
+    kinks, hardswish | different | tl.maximum(z + 3.0, 0.0) -> (z + 3.0)
     flat, gelu | value | z * distribution -> tl.abs(z) * distribution
     flat, gelu_tanh | value | z * sigmoid -> z
 activations.activate_backward
@@ -335,8 +337,12 @@ activations.activate_backward
     flat, gelu | value | power * DENSITY_AT_ZERO -> power
     flat, gelu_tanh | value | 3.0 * TANH_CUBIC -> TANH_CUBIC
     far gelu_tanh | different | tl.minimum(z * z, 1e30) -> z * z
-activations.gradient_by_side
-    flat, relu of a sum | value | tl.where(positive, dy, 0.0) -> dy
+    kinks, hardswish | different | z <= -3.0 -> z < -3.0
+    kinks, hardswish | different | z < 3.0 -> z <= 3.0
+activations.mask_of
+    kinks, relu6 of a sum | different | passing = (passing & (z < 6.0)) | (z != z) -> passing = passing | (z != z)
+activations.gradient_by_mask
+    flat, relu of a sum | value | tl.where(passing, dy, 0.0) -> dy
     last, leaky_relu of a sum | value | dy * SLOPE -> dy
 exponentials.exp
     far silu | different | tl.fma(x, LOG2_E, -t) + x * LOG2_E_LO -> x * 0.0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from support.activations import near_a_kink
 from triton_norm import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -25,11 +26,17 @@ class Curve(NamedTuple):
 
 
 # σ = 1 / (1 + e^-z), Φ the standard normal distribution, φ = Φ'.
+# hardswish: f' = (2 z + 3) / 6 between its kinks at -3 and 3, and is largest at 3.
 # silu: f' = σ + z σ (1 - σ) is largest at z = 2.40, where it is 1.0998; |f''| at 0, where it is 2 σ'(0) = 1/2.
 # gelu: f' = Φ + z φ, f'' = (2 - z²) φ. So f' is largest at √2, where it is 1.1289; |f''| at 0: 2 φ(0) = 0.798.
 # gelu_tanh: f' is largest at z = 1.42, where it is 1.1290; |f''| at 0, where it is √(2/π) = 2 φ(0) too.
-CURVES = {"silu": Curve(1.1, 0.5), "gelu": Curve(1.13, 0.8), "gelu_tanh": Curve(1.13, 0.8)}
-"""Activations that are curved; the others are straight on either side of 0."""
+CURVES = {
+    "hardswish": Curve(1.5, 1 / 3),
+    "silu": Curve(1.1, 0.5),
+    "gelu": Curve(1.13, 0.8),
+    "gelu_tanh": Curve(1.13, 0.8),
+}
+"""Activations that are curved; the others are straight between their kinks."""
 
 
 class Inputs(NamedTuple):
@@ -214,9 +221,9 @@ class ErrorBound:
         """Returns the error of a result with these terms, whose roundoff grows by so much beside the mean's."""
         return (self.growth + growth) * self.roundoff * terms
 
-    def near_the_kink(self) -> Tensor:
-        """Returns the elements whose z is so near 0 that the derivative of relu may be either side's."""
-        return self.z.abs() <= self.slack(self.z_terms)
+    def near_kinks(self) -> Tensor:
+        """Returns the elements whose z is so near a kink that the derivative may be either side's."""
+        return near_a_kink(self.z, self.formula.activation, self.slack(self.z_terms))
 
     def errors(self) -> Results:
         """Returns the largest error of each result, but for its final rounding."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import triton_norm
 from support import spaces
+from support.activations import KINKS
 from support.channel_norms import ACTIVATIONS, SHARED
 from support.gpus import with_numbers
 from support.oracle import DTYPES, ErrorBound, Formula, Inputs, Moments, batch_norm_on_cpu, moments_about, widen
@@ -317,9 +318,9 @@ class Channels(Case):
         return ErrorBound(formula, inputs)
 
     def settled(self, inputs: Inputs) -> Inputs:
-        if self.activation not in ("relu", "leaky_relu"):
+        if self.activation not in KINKS:
             return inputs
-        near = self.bound(inputs).near_the_kink().to(inputs.dy.device)
+        near = self.bound(inputs).near_kinks().to(inputs.dy.device)
         return inputs._replace(dy=inputs.dy.masked_fill(near, 0.0)) if near.any() else inputs
 
 

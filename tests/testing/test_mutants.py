@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import triton_norm
 from support import spaces
+from support.activations import assert_kinks_are_torchs
 from support.channel_norms import SPLIT, drawn, running_statistics, share
 from support.modulated_checks import MODULATED_CHECKS
 from support.oracle import run, ulp
@@ -287,7 +288,11 @@ def bits(numbers, monkeypatch) -> None:
     call = drawn((3, 24, 3, 5), "last", "cpu", residual=torch.float32, activation="relu")
     spec = BatchNormSpec(True, 0.1, 1e-5, "relu")
     y, _, result = plan.forward(spec, BatchNormTensors(*call.inputs()), "last")
-    assert torch.equal(layout.side_of_zero(result, call.x, "last"), y > 0), "other bits"
+    assert torch.equal(layout.mask_of_bits(result, call.x, "last"), y > 0), "other bits"
+
+
+def kinks(numbers, monkeypatch, activation: str, added: bool) -> None:
+    assert_kinks_are_torchs(activation, torch.float32, added, "cpu")
 
 
 def far_from_zero(
@@ -364,6 +369,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "flat, silu": _of(channels, kind="flat", activation="silu", training=False),
     "flat, gelu": _of(channels, kind="flat", activation="gelu", training=False),
     "flat, gelu_tanh": _of(channels, kind="flat", activation="gelu_tanh", training=False),
+    "kinks, relu6": _of(kinks, activation="relu6", added=False),
+    "kinks, relu6 of a sum": _of(kinks, activation="relu6", added=True),
+    "kinks, hardswish": _of(kinks, activation="hardswish", added=False),
     "far silu": _of(far_from_zero, activation="silu", farthest=87.0, exact=F.silu),
     "far gelu": _of(far_from_zero, activation="gelu", farthest=12.8, exact=exact_gelu),
     "far gelu_tanh": _of(far_from_zero, activation="gelu_tanh", farthest=10.0, exact=exact_gelu_tanh),

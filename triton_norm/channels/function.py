@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from triton_norm import plans, reference
-from triton_norm.activations import has_side
+from triton_norm.activations import has_mask
 from triton_norm.channels import operator
 from triton_norm.channels.layout import kind_of
 from triton_norm.channels.operator import Saved
@@ -23,7 +23,7 @@ from triton_norm.specs import BatchNormSpec, BatchNormTensors, Epilogue, Formula
 
 def bits_kind_of(tensors: BatchNormTensors, spec: BatchNormSpec) -> str | None:
     """Returns the layout of the bits that the forward saves in place of the residual; None: no bits."""
-    return kind_of(tensors.x) if tensors.residual is not None and has_side(spec.activation) else None
+    return kind_of(tensors.x) if tensors.residual is not None and has_mask(spec.activation) else None
 
 
 class BatchNormPlan:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from triton_norm import trials
-from triton_norm.activations import has_side
+from triton_norm.activations import has_mask
 from triton_norm.channels.layout import Layout, Placement, layout_of
 from triton_norm.launch import INT32_END, Launch, Launcher
 from triton_norm.library import name_of, triton_dtype
@@ -119,7 +119,7 @@ def in_two_floats(value: float) -> tuple[float, float]:
 
 
 def _is_curved(activation: str | None) -> bool:
-    return activation is not None and not has_side(activation)
+    return activation is not None and not has_mask(activation)
 
 
 class Launches:

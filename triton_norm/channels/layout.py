@@ -253,7 +253,7 @@ def empty_bits(x: Tensor, kind: str) -> Tensor:
     return x.new_empty(rows * ((used + per_byte - 1) // per_byte), dtype=torch.uint8)
 
 
-def side_of_zero(bits: Tensor, x: Tensor, kind: str) -> Tensor:
+def mask_of_bits(bits: Tensor, x: Tensor, kind: str) -> Tensor:
     """Returns the bits that a kernel has stored in the layout `kind` as booleans of x's shape."""
     rows, used = _bit_rows(x.shape, kind)
     within = torch.arange(_bits_per_byte(x.shape[1], kind), dtype=torch.uint8, device=x.device)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from triton_norm import plans, reference
-from triton_norm.activations import gradient_by_side
+from triton_norm.activations import gradient_by_mask
 from triton_norm.captures import is_intercepted
-from triton_norm.channels.layout import dense_like, empty_bits, side_of_zero
+from triton_norm.channels.layout import dense_like, empty_bits, mask_of_bits
 from triton_norm.channels.plan import (
     BackwardTensors,
     Gradients,
@@ -177,7 +177,7 @@ def composed_gradients(
         bias = bias_like(saved.x, facts)
     if saved.bits is not None:
         assert bits_kind is not None
-        dy = gradient_by_side(dy, side_of_zero(saved.bits, saved.x, bits_kind), activation, spec.slope)
+        dy = gradient_by_mask(dy, mask_of_bits(saved.bits, saved.x, bits_kind), activation, spec.slope)
         activation = None
     passes_dy = residual_needs and saved.residual is None
     result = reference.gradients(

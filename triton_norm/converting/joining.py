@@ -27,7 +27,13 @@ TAKES_ACTIVATION: frozenset[type[Any]] = frozenset(
 )
 """The forward of exactly these classes takes residual, activation and negative_slope."""
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.LeakyReLU: "leaky_relu"}
+_ACTIVATIONS = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 _OTHERS = {
     "timm.layers.activations.GELU": "gelu",
@@ -265,7 +271,7 @@ def _unknown(activation: nn.Module) -> str | None:
         return f"{cls.__name__} is not among the activations that are known"
     if not options:
         return None
-    z = torch.linspace(-4.0, 4.0, 33, device="cpu", dtype=torch.float32)
+    z = torch.linspace(-8.0, 8.0, 65, device="cpu", dtype=torch.float32)
     expected = activations.activate(z, options["activation"], options.get("negative_slope", 0.0))
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Implements activations behind a normalization, their derivatives, and the sign bits that some derivatives use.
+"""Implements activations behind a normalization, their derivatives, and the bits that some derivatives use.
 
 triton_norm/activations.py lists the activations by name. Each function here fails to compile for an unknown name.
 """
@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 
 from triton_norm.kernels.exponentials import DENSITY_AT_ZERO, TANH_CUBIC, TANH_LINEAR, exp, normal, tanh_sigmoids
+
+SIXTH = tl.constexpr(1.0 / 6.0)
+THIRD = tl.constexpr(1.0 / 3.0)
 
 
 @triton.jit
@@ -18,6 +21,10 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
         y = tl.where(z < 0.0, 0.0, z)
     elif ACTIVATION == "leaky_relu":
         y = tl.where(z > 0.0, z, z * SLOPE)
+    elif ACTIVATION == "relu6":
+        y = tl.where(z < 0.0, 0.0, tl.where(z > 6.0, 6.0, z))
+    elif ACTIVATION == "hardswish":
+        y = z * (tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * SIXTH)  # 6 · SIXTH is 1, and so y is z from 3 on
     elif ACTIVATION == "silu":
         y = z / (1.0 + exp(-z))
     elif ACTIVATION == "gelu":
@@ -32,25 +39,28 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def side_of_zero(z, ACTIVATION: tl.constexpr):
-    """Returns the mask z > 0, for gradients that depend on it alone. For "relu" NaN is positive, as in torch."""
-    positive = z > 0.0
+def mask_of(z, ACTIVATION: tl.constexpr):
+    """Returns the mask of f'(z) = 1, for gradients that depend on it alone. It has NaN, but for "leaky_relu", as in
+    torch."""
+    passing = z > 0.0
     if ACTIVATION == "relu":
-        positive = positive | (z != z)
+        passing = passing | (z != z)
+    elif ACTIVATION == "relu6":
+        passing = (passing & (z < 6.0)) | (z != z)
     elif ACTIVATION != "leaky_relu":
-        tl.static_assert(False, "the gradient of this activation needs more than the side of 0")
-    return positive
+        tl.static_assert(False, "the gradient of this activation needs more than a mask")
+    return passing
 
 
 @triton.jit
-def gradient_by_side(dy, positive, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """Returns dy · f'(z), computed from the mask z > 0."""
-    if ACTIVATION == "relu":
-        dz = tl.where(positive, dy, 0.0)
+def gradient_by_mask(dy, passing, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """Returns dy · f'(z), computed from the mask of f'(z) = 1."""
+    if ACTIVATION == "relu" or ACTIVATION == "relu6":
+        dz = tl.where(passing, dy, 0.0)
     elif ACTIVATION == "leaky_relu":
-        dz = tl.where(positive, dy, dy * SLOPE)
+        dz = tl.where(passing, dy, dy * SLOPE)
     else:
-        tl.static_assert(False, "the gradient of this activation needs more than the side of 0")
+        tl.static_assert(False, "the gradient of this activation needs more than a mask")
     return dz
 
 
@@ -67,8 +77,11 @@ def activate_backward(dy, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
         sigmoid, complement = tanh_sigmoids(z)
         minus_slope = TANH_LINEAR + 3.0 * TANH_CUBIC * tl.minimum(z * z, 1e30)  # of -2u, and finite: 0 · ∞ is NaN
         dz = dy * (sigmoid - sigmoid * complement * z * minus_slope)
+    elif ACTIVATION == "hardswish":
+        ramp = dy * ((z + 1.5) * THIRD)  # z / 3 + 0.5, which would cancel near -1.5
+        dz = tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, ramp, dy))
     else:
-        dz = gradient_by_side(dy, side_of_zero(z, ACTIVATION), ACTIVATION, SLOPE)
+        dz = gradient_by_mask(dy, mask_of(z, ACTIVATION), ACTIVATION, SLOPE)
     return dz
 
 
@@ -101,10 +114,10 @@ def bytes_of(ptr, start, end, block, layout, TILE: tl.constexpr):
 
 
 @triton.jit
-def pack(positive, PER_BYTE: tl.constexpr):
+def pack(passing, PER_BYTE: tl.constexpr):
     """Packs booleans [T, LANES] into uint8, PER_BYTE bits in each."""
-    N_BYTES: tl.constexpr = positive.shape[0] * positive.shape[1] // PER_BYTE
-    bits = tl.reshape(positive.to(tl.int32), [N_BYTES, PER_BYTE]) << tl.arange(0, PER_BYTE)[None, :]
+    N_BYTES: tl.constexpr = passing.shape[0] * passing.shape[1] // PER_BYTE
+    bits = tl.reshape(passing.to(tl.int32), [N_BYTES, PER_BYTE]) << tl.arange(0, PER_BYTE)[None, :]
     return tl.sum(bits, 1).to(tl.uint8)
 
 

@@ -7,7 +7,7 @@ merges all partial results, in fixed order. A call is one fused launch, or a red
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.activations import activate, bits_per_byte, bytes_of, pack, side_of_zero
+from triton_norm.kernels.activations import activate, bits_per_byte, bytes_of, mask_of, pack
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import (
     Moments,
@@ -322,6 +322,6 @@ def channels_forward_kernel(
                     z += tl.load(tile_at(residual, start, layout, TILE), mask=mask, other=0.0).to(COMPUTE)
                 if bits_ptr is not None:
                     places, within = bytes_of(bits_ptr, start, end, block, layout, TILE)
-                    tl.store(places, pack(side_of_zero(z, ACTIVATION) & mask, bits_per_byte(LANES, AXIS)), mask=within)
+                    tl.store(places, pack(mask_of(z, ACTIVATION) & mask, bits_per_byte(LANES, AXIS)), mask=within)
                 activated = activate(z, ACTIVATION, SLOPE)
                 tl.store(tile_at(y, start, layout, TILE), activated.to(y_ptr.dtype.element_ty), mask=mask)

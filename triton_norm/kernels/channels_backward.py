@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_norm.kernels.activations import activate_backward, bits_per_byte, bytes_of, gradient_by_side, unpack
+from triton_norm.kernels.activations import activate_backward, bits_per_byte, bytes_of, gradient_by_mask, unpack
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.tiles import (
@@ -228,8 +228,8 @@ def channels_backward_kernel(
                 if bits_ptr is not None:
                     places, within = bytes_of(bits_ptr, start, end, block, layout, TILE)
                     packed = tl.load(places, mask=within, other=0)
-                    positive = unpack(packed, T, LANES, bits_per_byte(LANES, AXIS))
-                    dz = gradient_by_side(dz, positive, ACTIVATION, SLOPE)
+                    passing = unpack(packed, T, LANES, bits_per_byte(LANES, AXIS))
+                    dz = gradient_by_mask(dz, passing, ACTIVATION, SLOPE)
                 else:
                     if BY_COLUMN:  # without scale, which would take registers
                         z = centred * rstd * weight + bias

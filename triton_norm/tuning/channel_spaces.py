@@ -193,7 +193,7 @@ class ChannelWork(NamedTuple):
         types: names of the dtypes of the inputs of x's shape.
         resident: elements of a resident tile, or 0.
         resident_bytes: bytes an element of the resident tile.
-        curved: an activation is computed whose derivative is not a constant on each side of 0, which takes registers.
+        curved: an activation is computed whose derivative is more than a mask of two values, which takes registers.
         tiles: resident tiles of a cluster, or 0.
         streams: a cluster reads a residual or bits in each sweep.
     """
