@@ -14,7 +14,10 @@ from support.steps import state_of
 
 
 class Own(nn.LayerNorm):
-    """A subclass."""
+    """A subclass with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
 class Functional(nn.Module):

@@ -181,7 +181,8 @@ class Calling(nn.Module):
 
 
 class Own(nn.GroupNorm):
-    pass
+    def forward(self, input):
+        return super().forward(input)
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")

@@ -24,6 +24,8 @@ def made(path: str, **options: Any) -> nn.Module:
     cls = find(path)
     grouped = GROUPED if cls.__name__ in ("GroupNorm", "GroupNormAct") else {}
     norm: nn.Module = cls(CHANNELS, **grouped, **options)
+    if cls.__name__ == "SyncBatchNormAct":
+        norm.drop, norm.act = nn.Identity(), nn.ReLU(inplace=True)
     for tensor in (*norm.parameters(), *norm.buffers()):
         if tensor.is_floating_point():
             nn.init.uniform_(tensor, 0.5, 1.5)
@@ -33,7 +35,7 @@ def made(path: str, **options: Any) -> nn.Module:
 def input_of(path: str, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows, or images; RmsNorm2d's kernels take channels-last ones."""
     name = path.rpartition(".")[2]
-    if "2d" not in name and "Group" not in name:
+    if not any(part in name for part in ("2d", "Group", "Sync")):
         return torch.randn(3, CHANNELS, device=device).to(dtype)
     layout = torch.channels_last if name.startswith("Rms") else torch.contiguous_format
     return torch.randn(2, CHANNELS, 3, 5, device=device).to(dtype, memory_format=layout)
@@ -95,6 +97,7 @@ def test_everything_stays_and_comes_back():
 
 
 ACTIVATED = "timm.layers.norm_act.BatchNormAct2d"
+SYNCHRONIZED = "timm.layers.norm_act.SyncBatchNormAct"
 
 
 @pytest.mark.parametrize("options", [{"act_layer": nn.Mish}, {"drop_layer": nn.Softplus}], ids=str)
@@ -182,7 +185,24 @@ def test_classes_that_differ_are_skipped(monkeypatch):
 def test_an_activated_batch_norm_is_no_sync_batch_norm():
     report = tn.convert(nn.Sequential(made(ACTIVATED)), sync_batch_norm=True)
     assert report.converted == {}
-    assert report.skipped == {"0": "BatchNormAct2d is a subclass of torch.nn.BatchNorm2d: its forward may differ"}
+    reason = "BatchNormAct2d is a subclass of torch.nn.BatchNorm2d, and can't become SyncBatchNorm"
+    assert report.skipped == {"0": reason}
+
+
+@pytest.mark.parametrize("sync_batch_norm", [False, True])
+def test_a_sync_batch_norm_is_converted_among_processes(sync_batch_norm, monkeypatch):
+    """Its trial runs on the CPU, where torch's has no training among processes, and waits for none of them."""
+    model = nn.Sequential(made(SYNCHRONIZED))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert list(tn.convert(model, sync_batch_norm=sync_batch_norm).converted) == ["0"]
+
+
+def test_a_sync_batch_norm_without_an_activation(device):
+    theirs = find(SYNCHRONIZED)(CHANNELS).to(device)  # as its constructor leaves it
+    ours = copy.deepcopy(theirs)
+    tn.convert(ours)
+    x = input_of(SYNCHRONIZED, device)
+    torch.testing.assert_close(trained(ours, ours, x), trained(theirs, theirs, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")

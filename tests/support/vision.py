@@ -128,6 +128,16 @@ class BatchNormAct2d(_Activated, nn.BatchNorm2d):
     pass
 
 
+class SyncBatchNormAct(nn.SyncBatchNorm):
+    """Has parts that timm's function, which makes it from a BatchNormAct2d, sets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if hasattr(self, "drop"):
+            x = self.drop(x)
+        return self.act(x) if hasattr(self, "act") else x
+
+
 class _GroupNorm(nn.GroupNorm):
     def __init__(self, num_channels: int, num_groups: int = 32) -> None:
         super().__init__(num_groups, num_channels)
@@ -150,6 +160,7 @@ def _timm() -> dict[str, list[type[nn.Module]]]:
     norms: list[Any] = [type("GroupNorm", (_GroupNorm,), {}), type("GroupNorm1", (_GroupNorm1,), {})]
     activated: list[Any] = [
         BatchNormAct2d,
+        SyncBatchNormAct,
         type("GroupNormAct", (_Activated, _GroupNorm), {}),
         type("GroupNorm1Act", (_Activated, _GroupNorm1), {}),
     ]

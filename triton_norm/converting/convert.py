@@ -12,30 +12,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
-from triton_norm import checks, modules, modules_groups
-from triton_norm.converting import fusing, hugging_face, timm_norms
+from triton_norm import checks, modules
+from triton_norm.converting import fusing, hugging_face, inherited, timm_norms
 from triton_norm.converting.calls import modulations_by, norms_called_by
+from triton_norm.converting.inherited import LAYERS
 from triton_norm.symbolic import REVERTED, WAS
 
 Selection = str | type[nn.Module]
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LayerNorm: modules.LayerNorm,
-    nn.RMSNorm: modules.RMSNorm,
-    nn.BatchNorm1d: modules.BatchNorm1d,
-    nn.BatchNorm2d: modules.BatchNorm2d,
-    nn.BatchNorm3d: modules.BatchNorm3d,
-    nn.SyncBatchNorm: modules.SyncBatchNorm,
-    nn.GroupNorm: modules_groups.GroupNorm,
-    nn.InstanceNorm1d: modules_groups.InstanceNorm1d,
-    nn.InstanceNorm2d: modules_groups.InstanceNorm2d,
-    nn.InstanceNorm3d: modules_groups.InstanceNorm3d,
-}
-_NORMS = (*_OURS, nn.modules.batchnorm._NormBase)
+_NORMS = (*LAYERS, nn.modules.batchnorm._NormBase)
 _UNMODULATED = ("layer_norm", "layer_norm_i2vgen", "ada_norm", "ada_norm_continuous")
 """Values of norm_type with which diffusers' BasicTransformerBlock leaves modulations to its norms."""
 
-_OF_CHANNELS = {cls.__name__.lower() for cls in _OURS} - {"layernorm", "rmsnorm"}
+_OF_CHANNELS = {cls.__name__.lower() for cls in LAYERS} - {"layernorm", "rmsnorm"}
 
 
 @dataclass(frozen=True)
@@ -76,11 +65,11 @@ def convert(
     """Converts the norms inside `model` to this library's, in place: each module keeps everything but its class.
 
     Parameters, buffers, state_dict, hooks, device, mode and shared modules are unchanged. Converted are modules of
-    exactly torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d, SyncBatchNorm, GroupNorm and InstanceNorm1d to
-    3d, and of the classes of Hugging Face's transformers in `converting/hugging_face.py`, whose arithmetic is
-    reproduced, rounding included. Adaptive norms of diffusers, in `converting/adaptive.py`, normalize, multiply and
-    add in one launch, and round once. Other norms are skipped: subclasses, whose forward may differ, parametrized and
-    unknown modules. Converting again is harmless.
+    torch.nn's classes LayerNorm, RMSNorm, BatchNorm1d to 3d, SyncBatchNorm, GroupNorm and InstanceNorm1d to 3d, of
+    subclasses that override nothing that their forward uses, and of the classes of Hugging Face's transformers in
+    `converting/hugging_face.py`, whose arithmetic is reproduced, rounding included. Adaptive norms of diffusers, in
+    `converting/adaptive.py`, normalize, multiply and add in one launch, and round once. Other norms are skipped: other
+    subclasses, whose forward may differ, parametrized and unknown modules. Converting again is harmless.
 
     A converted module is an instance of its former class, by isinstance. With `sync_batch_norm` it is one of
     torch.nn.SyncBatchNorm, but no more of BatchNorm1d to 3d, as after torch's own conversion.
@@ -307,9 +296,11 @@ def _target(cls: type[nn.Module], sync_batch_norm: bool) -> type[nn.Module] | No
     """Returns the class that modules of exactly this class are converted to, or None."""
     if sync_batch_norm and cls in modules.BATCH_NORMS:
         return modules.SyncBatchNorm
-    if sync_batch_norm and issubclass(cls, nn.modules.batchnorm._BatchNorm):
-        return _OURS.get(cls)  # a subclass of timm's can't become one
-    return _OURS.get(cls) or hugging_face.counterpart(cls) or fusing.norm_counterpart(cls)
+    synchronized = issubclass(cls, nn.SyncBatchNorm) or not issubclass(cls, nn.modules.batchnorm._BatchNorm)
+    if sync_batch_norm and not synchronized:
+        return None  # a subclass of BatchNorm can't become one of SyncBatchNorm
+    listed = LAYERS.get(cls) or hugging_face.counterpart(cls) or fusing.norm_counterpart(cls)
+    return listed or inherited.counterpart(cls)
 
 
 def _obstacle(
@@ -323,6 +314,8 @@ def _obstacle(
     if target is not None:
         if not _forward_is_its_class(module):
             return "its forward was replaced on the module itself"
+        if issubclass(target, inherited.Inheriting):
+            return None
         if fusing.is_counterpart(target):
             return timm_norms.obstacle(module) or mismatch(cls)
         return hugging_face.mismatch(module)
@@ -332,7 +325,9 @@ def _obstacle(
         if _target(base, sync_batch_norm=False) is not None:
             if parametrize.is_parametrized(module):
                 return "parametrized"
-            return f"{cls.__name__} is a subclass of {_described(base)}: its forward may differ"
+            if _target(cls, sync_batch_norm=False) is not None:
+                return f"{cls.__name__} is a subclass of {_described(base)}, and can't become SyncBatchNorm"
+            return f"{cls.__name__} is a subclass of {_described(base)}{_overriding(cls)}: its forward may differ"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and isinstance(module, _NORMS):
         return f"{cls.__name__} becomes another class in its first call"
     if isinstance(module, _NORMS):
@@ -348,6 +343,12 @@ def _obstacle(
     return None
 
 
+def _overriding(cls: type[nn.Module]) -> str:
+    """Returns the attributes, if not the forward itself, by which a subclass of torch's may compute something else."""
+    names = inherited.overridden(cls) or ["forward"]
+    return "" if "forward" in names else f" that overrides {', '.join(names)}"
+
+
 def _modulates(module: nn.Module, modulations: Callable[[Any], tuple[str, ...]]) -> str | None:
     """Returns the reason to report a module that modulates the results of LayerNorms or RMSNorms among its parts."""
     parts = {type(part).__name__.lower() for part in module.children()}
@@ -358,7 +359,7 @@ def _modulates(module: nn.Module, modulations: Callable[[Any], tuple[str, ...]])
 
 
 def _is_ours(cls: type[nn.Module]) -> bool:
-    return cls in _OURS.values() or hugging_face.is_counterpart(cls) or fusing.is_counterpart(cls)
+    return cls in LAYERS.values() or hugging_face.is_counterpart(cls) or fusing.is_counterpart(cls)
 
 
 def _described(cls: type[nn.Module]) -> str:

@@ -27,6 +27,14 @@ TAKES_ACTIVATION: frozenset[type[Any]] = frozenset(
 )
 """The forward of exactly these classes takes residual, activation and negative_slope."""
 
+
+def takes_activation(cls: type[Any]) -> bool:
+    """Decides whether this is a class of TAKES_ACTIVATION, or one that `made` has put before a subclass of torch's."""
+    if cls in TAKES_ACTIVATION:
+        return True
+    return issubclass(cls, Fused) and "original" in vars(cls) and not TAKES_ACTIVATION.isdisjoint(cls.__bases__)
+
+
 _ACTIVATIONS = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
@@ -103,7 +111,7 @@ def joined(norm: Any, x: Tensor, activation: Any, residual: Tensor | None = None
         norm: any module.
         activation: any module, or None.
     """
-    if type(norm) not in TAKES_ACTIVATION or _has_hooks(norm):
+    if not takes_activation(type(norm)) or _has_hooks(norm):
         return None
     return options_for(x, activation, residual)
 
@@ -152,6 +160,11 @@ class Fused(Scriptable):
     original: Any
 
     @classmethod
+    def preceding(cls, original: Any) -> tuple[type[Any], ...]:
+        """Returns the classes that precede `original` in the order of inheritance."""
+        return (cls,)
+
+    @classmethod
     def attributes_for(cls, original: Any) -> dict[str, Any]:
         """Returns attributes of the subclass of `original` that differ from class to class."""
         return {}
@@ -177,7 +190,7 @@ def made(mixin: Any, cls: Any) -> type[nn.Module]:
 def _made(mixin: Any, cls: Any, forward: Any) -> type[nn.Module]:
     """Returns the subclass for this forward of `cls`: code that patches a class exchanges it."""
     own = {"__module__": mixin.__module__, "__qualname__": cls.__qualname__, "original": cls}
-    return type(cls.__name__, (mixin, cls), own | mixin.attributes_for(cls))
+    return type(cls.__name__, (*mixin.preceding(cls), cls), own | mixin.attributes_for(cls))
 
 
 def _remade(mixin: Any, original: Any) -> nn.Module:
@@ -202,7 +215,7 @@ class Join(NamedTuple):
     activation: nn.Module | None = None
     residual: nn.Module | None = None
     passed: tuple[nn.Module, ...] = ()
-    takes: Callable[[Any], bool] = TAKES_ACTIVATION.__contains__
+    takes: Callable[[Any], bool] = takes_activation
 
 
 class Example(NamedTuple):
@@ -212,12 +225,14 @@ class Example(NamedTuple):
         module: a module of the class; its tensors get other values.
         inputs, named: arguments of the call: tensors on the CPU. Values are drawn for those of `inputs`.
         dtype: of parameters, and of the tensors of `inputs`.
+        trains: the module can be called in training too.
     """
 
     module: nn.Module
     inputs: tuple[Any, ...]
     named: Mapping[str, Any] = MappingProxyType({})
     dtype: torch.dtype = torch.float32
+    trains: bool = True
 
 
 def built(cls: Any, **attributes: Any) -> nn.Module:

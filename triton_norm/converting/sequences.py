@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from triton_norm.converting.joining import (
-    TAKES_ACTIVATION,
     Example,
     Fused,
     Fusible,
@@ -16,6 +15,7 @@ from triton_norm.converting.joining import (
     is_reverted,
     joined,
     options_of,
+    takes_activation,
 )
 
 _CHANNEL_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -33,7 +33,7 @@ class FusedSequential(Fused):
                 skips = False
                 continue
             options = None
-            if type(module) in TAKES_ACTIVATION and after is not None:
+            if takes_activation(type(module)) and after is not None:
                 options = joined(module, input, after)
             skips = bool(options)
             input = module(input, **options) if options else module(input)

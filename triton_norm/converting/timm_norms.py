@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from triton_norm import explaining, functional, modules, modules_groups
@@ -68,6 +69,10 @@ class TimmBatchNorm(_ActivatedNorm, modules.BatchNorm2d):  # type: ignore[misc]
     """Precedes BatchNormAct2d."""
 
     _n_axes = 4
+
+
+class TimmSyncBatchNorm(_ActivatedNorm, modules.SyncBatchNorm):  # type: ignore[misc]
+    """Precedes SyncBatchNormAct."""
 
 
 class TimmGroupNorm(_ActivatedNorm, modules_groups.GroupNorm):  # type: ignore[misc]
@@ -219,6 +224,13 @@ def _channel_examples(base: Any, arguments: tuple[Any, ...], activated: bool) ->
     return examples
 
 
+def _synchronized_examples(cls: Any) -> list[Example]:
+    """Returns examples that exchange nothing: among processes, torch refuses tensors on the CPU in training."""
+    alone = not (dist.is_available() and dist.is_initialized())
+    examples = _channel_examples(nn.SyncBatchNorm, (4,), activated=True)(cls)
+    return [example._replace(trains=alone) for example in examples]
+
+
 def _row_examples(channels_first: bool, activated: bool, bias: bool) -> Callable[[Any], list[Example]]:
     def examples(cls: Any) -> list[Example]:
         width = 4 if channels_first else 8
@@ -257,6 +269,7 @@ def _listed() -> Iterator[tuple[str, Fusible]]:
         yield name, Fusible(TimmGroupNorm, _no_joins, _channel_examples(nn.GroupNorm, arguments, activated))
     batch_norm = _channel_examples(nn.BatchNorm2d, (4,), activated=True)
     yield "norm_act.BatchNormAct2d", Fusible(TimmBatchNorm, _no_joins, batch_norm)
+    yield "norm_act.SyncBatchNormAct", Fusible(TimmSyncBatchNorm, _no_joins, _synchronized_examples)
 
 
 TIMM = {f"timm.layers.{path}": fusible for path, fusible in _listed()}
