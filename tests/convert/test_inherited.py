@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 import triton_norm as tn
 from support.steps import saved_and_loaded, state_of, trained
 from triton_norm.converting.inherited import LAYERS
+from triton_norm.converting.sums import add_and_normalize, is_row_norm
 
 N = 4
 INPUTS = {cls: (3, N) for cls in (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d, nn.SyncBatchNorm)}
@@ -211,6 +212,20 @@ def test_they_are_joined_with_activations(base, device):
     with tn.backend("triton"):
         actual = trained(ours, ours, x)
     torch.testing.assert_close(actual, trained(theirs, theirs, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [nn.LayerNorm, nn.RMSNorm])
+def test_they_take_a_sum(base, device, guard):
+    norm = OWN[base]().to(device)
+    augend, addend = torch.randn(2, 3, N, device=device)
+    expected = norm(augend + addend)
+    assert not is_row_norm(type(norm))
+    tn.convert(norm)
+    assert is_row_norm(type(norm))
+    with tn.backend("triton"):
+        y, total = add_and_normalize(norm, augend, addend)
+    torch.testing.assert_close((y, total), (expected, augend + addend), rtol=1e-4, atol=1e-5)
+    assert guard is None or [launched.arguments.keys() >= {"residual_ptr"} for launched in guard.launches] == [True]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")

@@ -29,10 +29,14 @@ TAKES_ACTIVATION: frozenset[type[Any]] = frozenset(
 
 
 def takes_activation(cls: type[Any]) -> bool:
-    """Decides whether this is a class of TAKES_ACTIVATION, or one that `made` has put before a subclass of torch's."""
-    if cls in TAKES_ACTIVATION:
-        return True
-    return issubclass(cls, Fused) and "original" in vars(cls) and not TAKES_ACTIVATION.isdisjoint(cls.__bases__)
+    """Decides whether the forward of exactly this class is that of a class of TAKES_ACTIVATION."""
+    return cls in TAKES_ACTIVATION or layer_of(cls) in TAKES_ACTIVATION
+
+
+def layer_of(cls: type[Any]) -> type[Any]:
+    """Returns the layer of this library that `made` has put before a subclass of torch's norms; other classes as they
+    are."""
+    return cls.__bases__[-2] if issubclass(cls, Fused) and "original" in vars(cls) else cls
 
 
 _ACTIVATIONS = {

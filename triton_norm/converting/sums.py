@@ -8,13 +8,13 @@ from torch import Tensor
 from triton_norm import captures, functional, modules, plain
 from triton_norm.converting.gated import SERVED
 from triton_norm.converting.hugging_face import RowNorm, is_counterpart
-from triton_norm.converting.joining import is_observed
+from triton_norm.converting.joining import is_observed, layer_of
 from triton_norm.specs import RowOptions, RowTensors
 
 
 def is_row_norm(cls: Any) -> bool:
     """Decides whether norms of exactly this class can take a sum."""
-    if cls is modules.LayerNorm or cls is modules.RMSNorm:
+    if layer_of(cls) in (modules.LayerNorm, modules.RMSNorm):
         return True
     return issubclass(cls, RowNorm) and is_counterpart(cls)
 
@@ -68,11 +68,12 @@ def _overrides(parameter: Tensor | None) -> bool:
 def _row_call(norm: Any, x: Tensor) -> tuple[str, RowTensors, RowOptions] | None:
     """Returns the arguments with which normalize_rows computes the norm's forward, or None for other norms."""
     cls = type(norm)
-    if cls is modules.LayerNorm:
+    layer = layer_of(cls)
+    if layer is modules.LayerNorm:
         weight, bias = modules.weight_and_bias_of(norm)
         options = RowOptions._make((norm.normalized_shape, norm.eps, None, 0.0, None, None))
         return "layer_norm", RowTensors._make((x, None, weight, bias)), options
-    if cls is modules.RMSNorm:
+    if layer is modules.RMSNorm:
         options = RowOptions._make((norm.normalized_shape, norm.eps, None, 0.0, None, None))
         return "rms_norm", RowTensors._make((x, None, modules.weight_of(norm), None)), options
     if isinstance(norm, RowNorm) and cls.forward is RowNorm.forward:
