@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -47,6 +47,13 @@ def standing_for(module: nn.Module) -> nn.Module | None:
     return made
 
 
+def signed(forward: Any, original: Any) -> Any:
+    """Returns a copy of this library's forward with the signature of the class's own, in which torch.jit.trace and
+    others look up the names of arguments."""
+    copied = FunctionType(forward.__code__, forward.__globals__, closure=forward.__closure__)
+    return functools.update_wrapper(copied, original)
+
+
 def _forward_is_its_class(module: nn.Module) -> bool:
     return bool(module.forward == MethodType(type(module).forward, module))
 
@@ -88,3 +95,11 @@ def untraced() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def of_sizes(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function that compares sizes and computes no tensor, in `untraced`."""
+    if torch.compiler.is_compiling():
+        return function(*arguments)
+    with untraced():
+        return function(*arguments)

@@ -18,6 +18,7 @@ from triton_norm.dispatch import Explanation, autocasts, explanation, goes_to_tr
 from triton_norm.functional_modulated import normalize_modulated
 from triton_norm.modules import LayerNorm
 from triton_norm.specs import ModulatedOptions, ModulatedTensors, RowOptions
+from triton_norm.symbolic import of_sizes
 
 Call = tuple[str, ModulatedTensors, ModulatedOptions]
 
@@ -277,8 +278,8 @@ class AdaptiveNorm:
         adaptive = self.described
         scale, shift = self._modulation(part, chunks, adaptive)
         x = self._x(part, arguments)
-        inner = _inner(getattr(self, part.norm), x)
-        if inner is None or not (_fits(scale, x) and _fits(shift, x)):
+        inner = of_sizes(_inner, getattr(self, part.norm), x)
+        if inner is None or not (of_sizes(_fits, scale, x) and of_sizes(_fits, shift, x)):
             return None
         if adaptive.widens and torch.float64 in (x.dtype, scale.dtype):
             return None

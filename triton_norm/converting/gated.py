@@ -10,6 +10,7 @@ from triton_norm import explaining, reference, resolve
 from triton_norm.dispatch import Explanation, goes_to_triton
 from triton_norm.functional_modulated import normalize_modulated
 from triton_norm.specs import ModulatedOptions, ModulatedTensors, RowOptions
+from triton_norm.symbolic import of_sizes
 
 Type = Literal["input", "weight", "promoted"]
 
@@ -95,6 +96,10 @@ def width_of(module: Any, gating: Gating | None) -> int:
     return 2 * size if gating.groups == "group_size" else 64 * size
 
 
+def _fits(x: Tensor, gate: Tensor, weight: Tensor) -> bool:
+    return gate.shape == x.shape and x.shape[-1:] == weight.shape
+
+
 class GatedRMSNorm:
     """Precedes a listed gated RMSNorm in the order of inheritance. Calls that the kernels can't serve go to that class.
 
@@ -112,14 +117,14 @@ class GatedRMSNorm:
             return None
         activation = ACTIVATIONS.get("silu" if gating.activation is None else getattr(self, gating.activation))
         serves = x.dtype in SERVED and gate.dtype in SERVED and weight.dtype in SERVED and activation is not None
-        if not serves or gate.shape != x.shape or x.shape[-1:] != weight.shape:
+        if not serves or not of_sizes(_fits, x, gate, weight):
             return None
         if gating.ranks is not None and x.dim() not in gating.ranks:
             return None
         gate_first = not self.norm_before_gate if gating.gate_first is None else gating.gate_first
         dtypes = dtype_of(gating.x_hat, x, weight), dtype_of(gating.y, x, weight)
         product = None if gate_first else dtype_of(gating.product, x, weight)
-        n_groups = self._n_groups(x.shape[-1])
+        n_groups = self._n_groups(weight.shape[0])
         if n_groups > 1:
             x, gate, weight = (tensor.unflatten(-1, (n_groups, -1)) for tensor in (x, gate, weight))
         inner = (None, None, gate, weight) if n_groups > 1 else (weight, None, gate, None)

@@ -24,7 +24,7 @@ from triton_norm.converting.gated import (
 from triton_norm.dispatch import Explanation, goes_to_triton
 from triton_norm.modules import LayerNorm
 from triton_norm.specs import RowOptions, RowSpec, RowTensors
-from triton_norm.symbolic import Scriptable
+from triton_norm.symbolic import Scriptable, signed
 
 
 class Arithmetic(NamedTuple):
@@ -272,15 +272,18 @@ def _counterpart(cls: Any, path: str) -> type[nn.Module]:
         "argument": _argument(cls),
     }
     if path in ARITHMETIC:
-        return type(cls.__name__, (RowNorm, cls), of_class | {"arithmetic": ARITHMETIC[path]})
+        of_class |= {"arithmetic": ARITHMETIC[path], "forward": signed(RowNorm.forward, cls.forward)}
+        return type(cls.__name__, (RowNorm, cls), of_class)
     if path in GATED:
-        return type(cls.__name__, (GatedRMSNorm, _Made, cls), of_class | {"gating": GATED[path]})
+        of_class |= {"gating": GATED[path], "forward": signed(GatedRMSNorm.forward, cls.forward)}
+        return type(cls.__name__, (GatedRMSNorm, _Made, cls), of_class)
     if path in ADAPTIVE:
         _, *parameters = inspect.signature(cls.forward).parameters.values()
         own = {
             "adaptive": ADAPTIVE[path],
             "names": tuple(parameter.name for parameter in parameters),
             "defaults": {each.name: each.default for each in parameters if each.default is not each.empty},
+            "forward": signed(AdaptiveNorm.forward, cls.forward),
         }
         return type(cls.__name__, (AdaptiveNorm, _Made, cls), of_class | own)
     # super() in the class's own forward is then this library's LayerNorm.
