@@ -60,10 +60,12 @@ def _torch_normalize(function: str, tensors: RowTensors, options: RowOptions, sp
     x, residual, weight, bias = tensors
     shape = tuple(options.normalized_shape)
     if residual is not None:
-        total = reference.add(x, residual, spec.total_dtype or residual.dtype)
+        dtype = spec.total_dtype or residual.dtype
+        read = reference.add(x, residual, dtype)
         spec = spec._replace(out_dtype=spec.out_dtype or x.dtype, total_dtype=None)
-        summed = RowTensors._make((total, None, weight, bias))
-        return _torch_normalize(function, summed, options._replace(residual_dtype=None), spec), total
+        options = options._replace(residual_dtype=None, eps=spec.eps)  # RMSNorm's default goes by x's dtype
+        summed = RowTensors._make((read, None, weight, bias))
+        return _torch_normalize(function, summed, options, spec), read.to(dtype)
     autocast = autocasts(function, x)
     own_dtype = torch.float32 if autocast and x.dtype in HALVES else x.dtype
     plain = spec.weight_offset == 0.0 and spec.x_hat_dtype is None and spec.out_dtype in (None, own_dtype)

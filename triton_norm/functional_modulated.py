@@ -98,11 +98,11 @@ def _torch_modulated(tensors: ModulatedTensors, normalized_shape: tuple[int, ...
         return reference.modulate(x, normalized_shape, tensors, spec, norm).contiguous()
     dtype = spec.rows.total_dtype or residual.dtype
     if residual_gate is None:
-        total = reference.add(x, residual, dtype)
+        read = reference.add(x, residual, dtype)
     else:
-        total = reference.add_gated(x, residual, residual_gate, x.dim() - len(normalized_shape), dtype)
+        read = reference.add_gated(x, residual, residual_gate, x.dim() - len(normalized_shape), dtype)
     spec = spec._replace(rows=spec.rows._replace(out_dtype=spec.rows.out_dtype or x.dtype))
-    return reference.modulate(total, normalized_shape, tensors, spec, norm).contiguous(), total
+    return reference.modulate(read, normalized_shape, tensors, spec, norm).contiguous(), read.to(dtype)
 
 
 def _torch_norm(

@@ -20,6 +20,15 @@ has_memory = torch._C._has_storage
 `is_grads_batched` have none."""
 
 
+def computed_in(*dtypes: torch.dtype | None) -> torch.dtype:
+    """Returns the type that a call computes in.
+
+    Args:
+        dtypes: of x and of total.
+    """
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def is_subclass(tensor: Tensor) -> bool:
     """Decides whether the tensor's class has behaviour of its own."""
     return tensor.__class__ not in TYPES  # torch.compile can store no guard on type(tensor) for another process

@@ -44,9 +44,14 @@ def affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_off
 
 
 def add(x: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns x + residual, rounded once."""
+    """Returns x + residual, rounded once to dtype: in float64 if x is float64, and otherwise of dtype."""
     compute = torch.float64 if dtype == torch.float64 else compute_dtype(x, residual)
-    return (x.to(compute) + residual.to(compute)).to(dtype)
+    return _total(x.to(compute) + residual.to(compute), x, dtype)
+
+
+def _total(wide: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a total, which is normalized in float64 if x is float64."""
+    return rounded(wide, dtype) if x.dtype == torch.float64 else wide.to(dtype)
 
 
 def normalize(
@@ -60,9 +65,15 @@ def normalize(
     x_hat = x.to(compute_dtype(x))
     if spec.centred:
         x_hat = x_hat - x_hat.mean(axes, keepdim=True)
-    x_hat = x_hat * torch.rsqrt((x_hat * x_hat).mean(axes, keepdim=True) + spec.eps)
+    x_hat = x_hat / root((x_hat * x_hat).mean(axes, keepdim=True) + spec.eps)
     x_hat = rounded(x_hat, spec.x_hat_dtype)
     return affine(x_hat, weight, bias, spec.weight_offset).to(spec.out_dtype or x.dtype)
+
+
+def root(squares: Tensor) -> Tensor:
+    """Returns a standard deviation, to divide by: torch.rsqrt's gradient has the third power of its result, which
+    leaves float32's range for inputs of 1e13."""
+    return squares.sqrt()
 
 
 def outer_shape(shape: Sequence[int], x_shape: Sequence[int], n_outer: int, per_head: bool) -> list[int]:
@@ -81,10 +92,10 @@ def _modulation(own: Tensor, x: Tensor, n_outer: int, per_head: bool, dtype: tor
 
 
 def add_gated(x: Tensor, residual: Tensor, residual_gate: Tensor, n_outer: int, dtype: torch.dtype) -> Tensor:
-    """Returns residual + residual_gate · x, rounded once."""
+    """Returns residual + residual_gate · x, as `add`."""
     compute = torch.float64 if dtype == torch.float64 else compute_dtype(x, residual)
     gate = _modulation(residual_gate, x, n_outer, False, compute)
-    return (residual.to(compute) + gate * x.to(compute)).to(dtype)
+    return _total(residual.to(compute) + gate * x.to(compute), x, dtype)
 
 
 def modulate(
@@ -134,7 +145,10 @@ def statistics(total: Tensor, gate: Tensor | None, axes: tuple[int, ...], spec: 
 
 def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Returns x rounded to this dtype, but in its own. The gradient is not rounded, unlike a cast's. None: x."""
-    return x if dtype is None else x + (x.to(dtype).to(x.dtype) - x).detach()  # exact
+    if dtype is None or dtype == x.dtype:
+        return x
+    narrow = x.to(dtype).to(x.dtype)
+    return x + (narrow - x).masked_fill(narrow == x, 0.0).detach()  # exact; infinity less infinity would be NaN
 
 
 def batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
@@ -156,7 +170,7 @@ def batch_norm(tensors: BatchNormTensors, spec: BatchNormSpec) -> Tensor:
         var = running_var.to(wide.dtype).view(shape)
     weight = None if weight is None else weight.reshape(shape)
     bias = None if bias is None else bias.reshape(shape)
-    z = affine(centred * torch.rsqrt(var + spec.eps), weight, bias)
+    z = affine(centred / root(var + spec.eps), weight, bias)
     if residual is not None:
         z = z + residual.to(wide.dtype)
     y = activate(z, spec.activation, spec.slope).to(x.dtype)
@@ -175,7 +189,7 @@ def group_norm(tensors: Inputs, spec: GroupNormSpec) -> Tensor:
     grouped = x.to(compute_dtype(x)).unflatten(1, (n_groups, x.shape[1] // n_groups))
     axes = tuple(range(2, grouped.dim()))
     centred = grouped - grouped.mean(axes, keepdim=True)
-    x_hat = centred * torch.rsqrt((centred * centred).mean(axes, keepdim=True) + spec.eps)
+    x_hat = centred / root((centred * centred).mean(axes, keepdim=True) + spec.eps)
     weight = None if weight is None else weight.reshape(shape)
     bias = None if bias is None else bias.reshape(shape)
     z = affine(x_hat.flatten(1, 2), weight, bias)

@@ -320,16 +320,34 @@ def code_of(function) -> list[str]:
     return result
 
 
-DIGESTS = {2: "0e60d8a70df13f01"}
+DIGESTS = {3: "c98de5aec783a0e5"}
 """Digests of `decomposed` and of all that it calls here, by version."""
 
+MODULATED_DIGESTS = {2: "17f48279294e1f2a"}
+"""Digests of `decomposed_modulated`, likewise."""
 
-def test_a_change_of_what_inductor_is_given_is_a_version_of_its_own():
-    parts = fusible.decomposed, fusible._axes, fusible._stored, reference.add, reference.affine, reference.compute_dtype
+OF_BOTH = (
+    *(fusible._axes, fusible._stored),
+    *(reference.add, reference._total, reference.rounded, reference.affine, reference.compute_dtype),
+)
+OF_MODULATED = (
+    *(fusible.decomposed_modulated, reference.add_gated, reference.modulate),
+    *(reference._modulation, reference.outer_shape, reference.normalize, reference.root, reference.statistics),
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "digests", "parts"),
+    [
+        ("VERSION", DIGESTS, (fusible.decomposed, *OF_BOTH)),
+        ("MODULATED_VERSION", MODULATED_DIGESTS, (*OF_MODULATED, *OF_BOTH)),
+    ],
+)
+def test_a_change_of_what_inductor_is_given_is_a_version_of_its_own(version, digests, parts):
     digest = hashlib.sha256(" ".join(token for part in parts for token in code_of(part)).encode()).hexdigest()[:16]
-    assert DIGESTS.get(fusible.VERSION) == digest, (
+    assert digests.get(getattr(fusible, version)) == digest, (
         "What Inductor takes the operator apart into has changed, and torch's caches on disk know it by its name. "
-        f"Count fusible.VERSION up, and add the new version to DIGESTS with {digest!r}."
+        f"Count fusible.{version} up, and add the new version to its digests with {digest!r}."
     )
 
 

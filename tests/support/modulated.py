@@ -74,7 +74,7 @@ class Modulated:
         chunks: modulations that are views of a wider tensor.
         needs: names of the tensors that need a gradient.
         used: outputs with a gradient: "y", "total" or "both".
-        by_torch: torch's path computes in total's type, and rounds the gradients of total to it.
+        by_torch: torch's path rounds the gradients of total to its type, unless x is of float64.
     """
 
     function: str
@@ -114,7 +114,7 @@ class Modulated:
 
     @property
     def computed(self) -> torch.dtype:
-        return F64 if self.total_dtype == F64 or (self.dtypes["x"] == F64 and not self.by_torch) else F32
+        return F64 if F64 in (self.total_dtype, self.dtypes["x"]) else F32
 
     def drawn(self, device: str) -> Tensors:
         """Returns the tensors of the call, and dy and dtotal."""
@@ -306,7 +306,8 @@ class Bound:
         of_total = wide["dtotal"]
         if of_total is not None and case.used != "y":
             dtotal, dtotal_terms = dtotal + of_total, dtotal_terms + of_total.abs()
-        rest = self._rounded_on_the_way(dtotal) if case.by_torch else torch.zeros_like(v)
+        rounds = case.by_torch and case.dtypes["x"] != F64
+        rest = self._rounded_on_the_way(dtotal) if rounds else torch.zeros_like(v)
         put("residual", dtotal, dtotal_terms, rest)
         gate = torch.ones_like(v) if wide["residual_gate"] is None else self.along("residual_gate")
         put("x", dtotal * gate, dtotal_terms * gate.abs(), rest * gate.abs())

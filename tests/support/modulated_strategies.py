@@ -1,7 +1,6 @@
 """Calls with a gate or a modulation, as property tests draw them."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ def modulation_shapes(draw: Any, outer: Shape, row: Shape) -> Shape:
 
 
 @st.composite
-def modulated(draw: Any, hard: Sequence[str] = HARD, by_torch: bool = False) -> Modulated:
+def modulated(draw: Any, by_torch: bool = False) -> Modulated:
     """Draws a call of any shape, types, strides and options."""
     outer = tuple(draw(st.lists(st.integers(1, 4), max_size=4).filter(lambda lengths: math.prod(lengths) <= 24)))
     row = draw(st.one_of(st.tuples(st.integers(1, 70)), st.tuples(st.integers(1, 4), st.integers(1, 9))))
@@ -71,7 +70,7 @@ def modulated(draw: Any, hard: Sequence[str] = HARD, by_torch: bool = False) -> 
         placements,
         frozenset(chunks),
         eps=draw(st.sampled_from(EPSILONS[1:3] if narrow or out == F16 else EPSILONS)),
-        hard=draw(st.sampled_from(hard)),
+        hard=draw(st.sampled_from(HARD)),
         seed=draw(st.integers(0, 99)),
         cut=draw(st.sampled_from(tuple(CUTS))),
         gate_activation=draw(st.sampled_from(("silu", "silu", "sigmoid", None))),

@@ -251,6 +251,9 @@ def among_torchs_tools(world: World) -> None:
     partial = placed(x, mesh, Partial()).redistribute(placements=[Shard(1)], async_op=True)
     assert isinstance(partial.to_local(), AsyncCollectiveTensor)
     check_as_torchs([ours_of(partial, *own[1:])], [norm(F.layer_norm)(*own)])
+    added, frozen_x = placed(x, mesh, Shard(1)), own[0].detach()
+    y, total = triton_norm.layer_norm(frozen_x, (COLUMNS,), *own[1:], residual=added)
+    assert (y.requires_grad, total.requires_grad) == (True, False)
     before = own[0] * 1
     y = ours_of(before, *own[1:])
     before.add_(1)

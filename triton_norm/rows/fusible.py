@@ -11,7 +11,7 @@ from triton_norm.specs import ModulatedSpec, ModulatedTensors, RowSpec
 
 T = TypeVar("T")
 
-VERSION, MODULATED_VERSION = 2, 1
+VERSION, MODULATED_VERSION = 3, 2
 """Every change of a decomposition increments its version: torch's caches of compiled code identify an operator by its
 name."""
 
@@ -53,7 +53,8 @@ def decomposed(
     spec = RowSpec(*options)
     normalized, total = x, None
     if residual is not None:
-        normalized = total = reference.add(x, residual, spec.total_dtype or residual.dtype).contiguous()
+        dtype = spec.total_dtype or residual.dtype
+        normalized = total = reference.add(x, residual, dtype).to(dtype).contiguous()
     nothing = x.new_empty(0)
     axes = _axes(x, spec.n_cols)
     wide = (_stored(normalized) if saves else normalized).to(reference.compute_dtype(x, total))
@@ -85,11 +86,12 @@ def decomposed_modulated(x: Tensor, residual: Tensor | None, *arguments: Any) ->
     if residual is not None:
         dtype = spec.rows.total_dtype or residual.dtype
         if tensors.residual_gate is None:
-            total = reference.add(x, residual, dtype).contiguous()
+            total = reference.add(x, residual, dtype)
         else:
-            total = reference.add_gated(x, residual, tensors.residual_gate, n_outer, dtype).contiguous()
+            total = reference.add_gated(x, residual, tensors.residual_gate, n_outer, dtype)
+        total = total.to(dtype).contiguous()
     row = x.shape[n_outer:]
-    read = _stored(total) if saves else total
+    read = (_stored(total) if saves else total).to(reference.compute_dtype(x, total))
     if spec.rows.out_dtype is None:
         spec = spec._replace(rows=spec.rows._replace(out_dtype=x.dtype))
     y = reference.modulate(read, row, tensors, spec).contiguous()

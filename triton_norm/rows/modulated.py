@@ -10,6 +10,7 @@ from torch import Tensor
 from triton_norm import plans, reference
 from triton_norm.captures import is_intercepted
 from triton_norm.library import Derivative, recorded
+from triton_norm.plain import computed_in
 from triton_norm.rows import fusible
 from triton_norm.rows.modulated_backward import (
     BackwardCall,
@@ -151,7 +152,9 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
     if dy is None:  # y was not used
         return _shaped(assign((*through_total(dtotal, (dy, dtotal, *saved), spec, gradient_dtypes), None)), facts)
     if needs_torch((dy, dtotal), saved, intercepted):
-        return _shaped(assign((*composed((dy, dtotal, *saved), spec, gradient_dtypes, shapes), None)), facts)
+        (dtype, *_), *_ = facts.inputs
+        compute = computed_in(dtype, saved.total.dtype)
+        return _shaped(assign((*composed((dy, dtotal, *saved), spec, gradient_dtypes, shapes, compute), None)), facts)
     statistics = saved.statistics
     if statistics is None:
         inner = saved.weight, saved.bias, saved.gate, saved.scale, saved.shift
@@ -183,11 +186,17 @@ def _saving(tensors: Sequence[Tensor | None], spec: ModulatedSpec) -> Callable[[
     return operator.itemgetter(*map(every_name.index, names))
 
 
+def _total_needs(needs: Sequence[bool]) -> bool:
+    """Decides whether total has a gradient, given which fields of ModulatedTensors need one."""
+    there = ModulatedTensors._make(needs[: len(ModulatedTensors._fields)])
+    return bool(there.x or there.residual or there.residual_gate)
+
+
 def _setup(ctx: Any, call: ForwardCall, results: Any) -> int:
     ctx.save_for_backward(*_saving(call.tensors, call.spec)((*call.tensors, *results, None)))
     ctx.facts, ctx.spec = facts_of(None, call.tensors, call.spec), call.spec
     ctx.set_materialize_grads(False)
-    return 1 if call.tensors.residual is None else 2
+    return 2 if call.tensors.residual is not None and _total_needs(ctx.needs_input_grad) else 1
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -207,7 +216,7 @@ def _differentiate_backward(ctx: Any, *results: Tensor) -> Sequence[Tensor | Non
 
     def function(dy: Tensor, dtotal: Tensor | None, *read: Tensor | None) -> tuple[Tensor, ...]:
         tensors = dy, dtotal, *reference.differentiable(*read), saved.statistics
-        result = composed(tensors, call.spec, call.gradient_dtypes, shapes)
+        result = composed(tensors, call.spec, call.gradient_dtypes, shapes, saved.statistics.dtype)
         return tuple(
             gradient.view_as(like) for gradient, like in zip(result, results, strict=True) if gradient is not None
         )
@@ -265,6 +274,8 @@ class ModulatedFunction(torch.autograd.Function):
             plan.saving, plan.facts = saving, facts_of(saved, ModulatedTensors._make(tensors), plan.spec)
         if total is None:
             return y
+        if not _total_needs(ctx.needs_input_grad):
+            ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
         return y, total
 

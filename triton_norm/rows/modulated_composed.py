@@ -13,15 +13,21 @@ from triton_norm.specs import ModulatedGradientDtypes, ModulatedSpec, ModulatedT
 
 
 def composed(
-    tensors: Any, spec: ModulatedSpec, gradient_dtypes: ModulatedGradientDtypes, shapes: Sequence[Any]
+    tensors: Any,
+    spec: ModulatedSpec,
+    gradient_dtypes: ModulatedGradientDtypes,
+    shapes: Sequence[Any],
+    compute: torch.dtype,
 ) -> Gradients:
     """Returns the gradients of the backward kernels.
 
     Args:
         tensors: fields of ModulatedBackwardTensors; statistics are not read.
         shapes: of scale, shift and residual_gate.
+        compute: the type that the forward computed in.
     """
     dy, dtotal, total, _, weight, bias, gate, scale, shift, _, _ = tensors
+    total = total.to(compute)
     row = total.shape[first_column_axis(total.shape, spec.rows.n_cols) :]
     _, shift_shape, _ = shapes
     inner = (

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton_norm import plans
 from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous, triton_dtype
+from triton_norm.plain import computed_in
 from triton_norm.rows.layout import (
     RowLayout,
     Types,
@@ -110,7 +111,7 @@ def _forward_launcher(
     x, residual, _, _, gate, scale, shift, residual_gate = inputs
     n_cols = spec.rows.n_cols
     assert x is not None and y is not None
-    compute = torch.float64 if torch.float64 in (x, total) else torch.float32
+    compute = computed_in(x, total)
     extents = n_cols | modulations.extents
     for strides in layout.strides:
         extents |= 0 if strides is None else strides.extents

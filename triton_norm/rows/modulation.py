@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_norm.plain import collapsed_stride, holds
+from triton_norm.plain import collapsed_stride, computed_in, holds
 from triton_norm.reference import outer_shape
 from triton_norm.rows.layout import first_column_axis
 from triton_norm.specs import ModulatedSpec, ModulatedTensors
@@ -27,7 +27,7 @@ class Numbering(NamedTuple):
 def _compute_dtype(tensors: ModulatedTensors, spec: ModulatedSpec) -> torch.dtype:
     """Returns the type that the kernels compute in: float64 if x or total is."""
     total = None if tensors.residual is None else spec.rows.total_dtype or tensors.residual.dtype
-    return torch.float64 if torch.float64 in (tensors.x.dtype, total) else torch.float32
+    return computed_in(tensors.x.dtype, total)
 
 
 def _named(tensors: ModulatedTensors, spec: ModulatedSpec) -> dict[str, tuple[Tensor, bool]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton_norm import plans, reference
 from triton_norm.captures import is_intercepted
 from triton_norm.library import Derivative, recorded
-from triton_norm.plain import is_distributed
+from triton_norm.plain import computed_in, is_distributed
 from triton_norm.rows import fusible
 from triton_norm.rows.backward import Gradients, RowBackwardTensors, RowGradients, backward_plan_of
 from triton_norm.rows.layout import first_column_axis
@@ -101,10 +101,17 @@ def _fake_backward(call: BackwardCall) -> Gradients:
     return RowGradients(x, weight, call.gradient_dtypes, (call.spec.n_cols,), exact=False)(x, weight)
 
 
-def _composed(tensors: RowBackwardTensors, spec: RowSpec, gradient_dtypes: GradientDtypes) -> Gradients:
-    """Returns the gradients of the backward kernels, composed of torch's functions."""
+def _composed(
+    tensors: RowBackwardTensors, spec: RowSpec, gradient_dtypes: GradientDtypes, compute: torch.dtype
+) -> Gradients:
+    """Returns the gradients of the backward kernels, composed of torch's functions.
+
+    Args:
+        tensors: statistics are not read.
+        compute: the type that the forward computed in.
+    """
     dy, dtotal, x, weight, _, _ = tensors
-    row = (spec.n_cols,)
+    x, row = x.to(compute), (spec.n_cols,)
     # A DTensor is gathered where a sharded axis is joined with others.
     flat = (*x.shape[: first_column_axis(x.shape, spec.n_cols)], *row) if is_distributed(x) else (-1, *row)
 
@@ -158,7 +165,8 @@ def _gradients(ctx: Any, saved: Saved, dy: Tensor | None, dtotal: Tensor | None)
         dx, dresidual = (None if dtotal is None or dtype is None else dtotal.to(dtype) for dtype in of_rows)
         result = dx, dresidual, None, None
     elif needs_torch((dy, dtotal), saved, intercepted):
-        result = _composed(RowBackwardTensors(dy, dtotal, saved.x, saved.weight, saved.x), spec, gradient_dtypes)
+        read = RowBackwardTensors(dy, dtotal, saved.x, saved.weight, saved.x)
+        result = _composed(read, spec, gradient_dtypes, computed_in(facts.dx, saved.x.dtype))
     else:
         statistics = saved.statistics
         if statistics is None:
@@ -183,7 +191,8 @@ def _setup(ctx: Any, call: ForwardCall, results: tuple[Tensor | None, ...]) -> i
     ctx.save_for_backward(x if total is None else total, weight, *statistics)
     ctx.facts, ctx.spec = facts_of(None, call.tensors), call.spec
     ctx.set_materialize_grads(False)
-    return 1 if total is None else 2
+    needs = needs_of(ctx)
+    return 2 if total is not None and (needs.x or needs.residual) else 1
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -202,7 +211,7 @@ class _SavedTwice(NamedTuple):
 def _setup_backward(ctx: Any, call: BackwardCall, results: tuple[Tensor | None, ...]) -> int:
     dy, dtotal, x, weight, _, _ = call.tensors
     ctx.save_for_backward(dy, dtotal, x, weight)
-    ctx.gradient_dtypes, ctx.spec = call.gradient_dtypes, call.spec
+    ctx.gradient_dtypes, ctx.spec, ctx.compute = call.gradient_dtypes, call.spec, call.tensors.statistics.dtype
     return len(results)
 
 
@@ -212,7 +221,8 @@ def _differentiate_backward(ctx: Any, *gradients: Tensor) -> list[Tensor | None]
 
     def function(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
         x, weight = reference.differentiable(x, weight)
-        result = _composed(RowBackwardTensors(dy, dtotal, x, weight, x), ctx.spec, ctx.gradient_dtypes)
+        read = RowBackwardTensors(dy, dtotal, x, weight, x)
+        result = _composed(read, ctx.spec, ctx.gradient_dtypes, ctx.compute)
         return tuple(gradient for gradient in result if gradient is not None)
 
     dy_needs, dtotal_needs, x_needs, weight_needs, *_ = ctx.needs_input_grad
@@ -282,6 +292,9 @@ class RowsFunction(torch.autograd.Function):
             plan.facts = facts_of(saved, inputs)
         if total is None:
             return y
+        x_needs, residual_needs, *_ = ctx.needs_input_grad
+        if not (x_needs or residual_needs):
+            ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
         return y, total
 

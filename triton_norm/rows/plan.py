@@ -10,6 +10,7 @@ from torch import Tensor
 from triton_norm import plans
 from triton_norm.launch import Launch, Launcher
 from triton_norm.library import contiguous, name_of, triton_dtype
+from triton_norm.plain import computed_in
 from triton_norm.rows.layout import (
     RowLayout,
     empty_options,
@@ -60,7 +61,7 @@ def _forward_launcher(
     """Returns the launcher of a forward for this layout of x and residual."""
     n_cols, (x, residual) = spec.n_cols, layout.strides
     assert x is not None
-    compute = torch.float64 if torch.float64 in (types.x, types.total) else torch.float32
+    compute = computed_in(types.x, types.total)
     swept = types.x, types.residual, types.total
     itemsizes = [dtype.itemsize for dtype in present((*swept, types.y))]
     extents = n_cols | x.extents | (0 if residual is None else residual.extents)
@@ -91,7 +92,7 @@ class RowOutputs:
         self._y = empty_options(x, spec.out_dtype, exact)
         self._total = {} if residual is None else empty_options(residual, spec.total_dtype, exact)
         total_dtype = None if residual is None else spec.total_dtype or residual.dtype
-        self.compute = torch.float64 if torch.float64 in (x.dtype, total_dtype) else torch.float32
+        self.compute = computed_in(x.dtype, total_dtype)
         self._like = x.new_empty(0, dtype=self.compute)
         self._n_statistics = x.numel() // spec.n_cols * (2 if spec.centred else 1)
 

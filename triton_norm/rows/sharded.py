@@ -195,9 +195,13 @@ class _Context:
 
     def __init__(self, plan: Any, needs_input_grad: tuple[bool, ...] = (), saved_tensors: Sequence[Any] = ()) -> None:
         self.plan, self.needs_input_grad, self.saved_tensors = plan, needs_input_grad, tuple(saved_tensors)
+        self.non_differentiable: tuple[Tensor, ...] = ()
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *results: Tensor) -> None:
+        self.non_differentiable = results
 
     def set_materialize_grads(self, value: bool) -> None:
         """Does nothing: the sharded function's own context has this option."""
@@ -213,13 +217,14 @@ class ShardedFunction(torch.autograd.Function):
     def forward(ctx: Any, sharding: Sharding, *tensors: Any) -> Any:
         local = local_tensors(tensors)
         plan = _plan(sharding, local)
-        context = _Context(plan)
+        context = _Context(plan, ctx.needs_input_grad[1:])
         results = operator.RowsFunction.forward(context, *local, plan)
         several = isinstance(results, tuple)
         results = results if several else (results,)
         placed = tuple(map(sharding.result, results))
         whole = dict(zip(map(id, (*local, *results)), (*tensors, *placed), strict=True))
         ctx.save_for_backward(*(whole.get(id(tensor), tensor) for tensor in context.saved_tensors))
+        ctx.mark_non_differentiable(*(whole[id(result)] for result in context.non_differentiable))
         ctx.set_materialize_grads(not several)
         ctx.sharding, ctx.plan, ctx.composed = sharding, plan, sharding.composed(tensors)
         return placed if several else placed[0]
