@@ -188,8 +188,8 @@ def _saving(tensors: Sequence[Tensor | None], spec: ModulatedSpec) -> Callable[[
 
 def _total_needs(needs: Sequence[bool]) -> bool:
     """Decides whether total has a gradient, given which fields of ModulatedTensors need one."""
-    there = ModulatedTensors._make(needs[: len(ModulatedTensors._fields)])
-    return bool(there.x or there.residual or there.residual_gate)
+    needed = ModulatedTensors._make(needs[: len(ModulatedTensors._fields)])
+    return bool(needed.x or needed.residual or needed.residual_gate)
 
 
 def _setup(ctx: Any, call: ForwardCall, results: Any) -> int:
