@@ -127,8 +127,8 @@ def test_blocks_of_a_channel(kernel, kind, elements, expected):
 @pytest.mark.parametrize(
     "mutant",
     [
-        ("plan_clusters", "gpu.most_blocks == 1", "gpu.most_blocks == 0"),  # where there are no clusters
-        ("plan_clusters", "blocks > 2 * gpu.most_blocks", "blocks > 4 * gpu.most_blocks"),  # past 16 blocks
+        ("blocks_of", "gpu.most_blocks == 1", "gpu.most_blocks == 0"),  # where there are no clusters
+        ("blocks_of", "blocks > 2 * gpu.most_blocks", "blocks > 4 * gpu.most_blocks"),  # past 16 blocks
         ("plan_clusters", "blocks <= gpu.most_blocks", "True"),  # 16 first
         ("plan_clusters", 'work.kind != "folded" and', ""),
         ("forms", "if portable", "if not portable"),

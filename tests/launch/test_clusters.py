@@ -212,13 +212,14 @@ def tensors(dtype, *shapes, last=False):
         x = torch.empty(shape, dtype=dtype)
         yield (x.contiguous(memory_format=torch.channels_last) if last else x).requires_grad_()
 
-def tell(call, name, clusters=True):
+def tell(call, name, clusters=True, gradients=False):
     with compiling_for(target, clusters) as launches:
         result = call()
         y = result[0] if isinstance(result, tuple) else result
         forward = len(launches)
         y.backward(torch.empty_like(y))
         counts = forward, len(launches) - forward
+        del launches[: forward * gradients]
         kept = [
             replace(one, config=config)
             for one in launches
@@ -271,6 +272,27 @@ tell(lambda: triton_norm.instance_norm(x, weight=weight, bias=bias), "instances"
 batch_norm(half, 32, 64, 7, 7, clusters=False)
 """
 
+# An example of each limit, with as many elements a thread as it allows. "shape" is that of group_norm's x.
+OF_GROUPS = """
+def group_norm(dtype, shape, n_groups, activation=None, residual=False):
+    x, added, weight, bias = tensors(dtype, shape, shape, shape[1:2], shape[1:2])
+    fused = {"activation": activation, "residual": added if residual else None}
+    name = f"{dtype} {shape} {activation} {residual}"
+    tell(lambda: triton_norm.group_norm(x, n_groups, weight, bias, **fused), name, gradients=True)
+
+half, single = torch.bfloat16, torch.float32
+for dtype in (half, single):
+    group_norm(dtype, (2, 320, 64, 64), 32)  # ten channels of 4,096
+    group_norm(dtype, (2, 320, 64, 64), 32, "silu")
+group_norm(half, (2, 2048, 4, 4), 1)  # channels of two accesses
+group_norm(half, (2, 256, 14, 14), 1)  # accesses of 8 bytes
+group_norm(half, (1, 128, 128, 128), 8)  # 262,144 elements
+group_norm(half, (2, 512, 7, 7), 1, "gelu_tanh")  # windows
+group_norm(single, (2, 64, 35, 35), 2)
+group_norm(single, (2, 320, 64, 64), 32, "relu", True)
+group_norm(single, (2, 320, 32, 32), 32, "gelu_tanh", True)
+"""
+
 
 def compiled(code, *arguments):
     printed = processes.output("-c", COMPILE + code, *arguments)
@@ -321,6 +343,25 @@ def test_compiled_channels(target):
     # One block's folded statistics and means do go through memory.
     assert "statistics" in forward["loaded_back"]
     assert "means" in backward["loaded_back"]
+
+
+@pytest.mark.long
+@pytest.mark.unguarded
+@pytest.mark.skipif(not HAS_CLUSTERS, reason="Triton 3.9 is the first with clusters")
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_compiled_gradients_of_groups(target):
+    """Two launches: x and dy are read by the first, in as many places as dx is stored, and the second adds up sums."""
+    records = compiled(OF_GROUPS, target)
+    assert {record["kernel"] for record in records} == {"groups_fused_backward_kernel"}
+    assert {record["blocks"] for record in records} == {2, 4, 8, 16}
+    assert len({record["name"] for record in records}) == 11
+    for record in records:
+        check(record)
+        assert record["launches"][1] == 2, record
+        x, dy, dx = (record["accesses"][name] for name in ("x", "dy", "dx"))
+        assert x["load"] == dy["load"], record
+        assert set(x["load"]) == {"64" if "14, 14" in record["name"] else "128"}, record
+        assert "35" in record["name"] or "7, 7" in record["name"] or x["load"] == dx["store"], record
 
 
 OVER_A_STUB = """

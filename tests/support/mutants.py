@@ -282,6 +282,7 @@ groups.move_by_samples_kernel
 groups_backward.rows_of
     groups | bounds | (group < n_groups) & -> (group < n_groups + 1) &
     shared groups | race | member // n_chunks * R + row % R -> row % R
+    groups of clusters | different | group = block + tl.zeros -> group = 0 * block + tl.zeros
     parts of channels | race | chunk * W + -> 0 * chunk +
     parts of channels | race | sample * n_chunks + chunk -> sample * n_chunks
     parts of channels | different | exists & (vec < channel_size) -> exists & (vec < channel_size - 1)
@@ -297,13 +298,15 @@ windows.store_window
 groups_backward.load_gradient
     groups, expanded | different | rows.index.to(tl.int64) * channel_stride -> rows.index.to(tl.int64) * 0
     groups, expanded | different | tl.where(rows.in_range, of_channels, 0.0) -> tl.where(rows.exists, of_channels, 0.0)
+groups_backward.by_group
+    groups of clusters | different | total = tl.sum(values, 0, keep_dims=True) -> total = values
 groups_backward.sum_members
     shared groups | different | mask=member < n_members -> mask=member < n_members - 1
 groups_backward.groups_fused_backward_kernel
     groups | different | slots = rows.row.to(tl.int64) * n_channels + -> slots = 0 * rows.row.to(tl.int64) +
     groups | different | sum_dz_centred * rstd, -> sum_dz_centred,
-    groups | different | by_group(sum_dz * weight, M, R) -> by_group(sum_dz, M, R)
-    groups | different | by_group(sum_dz_centred * weight, M, R) -> by_group(sum_dz_centred, M, R)
+    groups | different | by_group(sum_dz * weight, M, -> by_group(sum_dz, M,
+    groups | different | by_group(sum_dz_centred * weight, M, -> by_group(sum_dz_centred, M,
     groups | different | rstd * rstd -> rstd
     shared groups | race | wait(sync_ptr, block, n_members) -> wait(sync_ptr, block, n_members - 1)
     shared groups | race | own = team + member.to(tl.int64) * n_groups -> own = team

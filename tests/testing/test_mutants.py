@@ -129,13 +129,17 @@ def groups(
     shape: tuple[int, ...] = (9, 4, 3, 5),
     tile: int | None = None,
     expanded: bool = False,
+    clusters: bool = False,
 ) -> None:
     """More samples than the backward adds at a time, with statistics that differ from sample to sample.
 
-    With a `tile`, programs share a group. The gradient of y may be expanded over positions.
+    With a `tile`, programs share a group, or clusters have one in the backward. The gradient of y may be expanded over
+    positions.
     """
     if tile is not None:
         share(numbers, tile, multiprocessors=12)
+    if clusters:
+        numbers(most_blocks=8, cluster_group_elements=1)
     x, dy = torch.randn(2, *shape) * torch.linspace(1, 3, shape[0]).view(-1, 1, 1, 1)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -395,6 +399,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "parts of channels": _of(groups, shape=(2, 4, 6, 10), tile=32),
     "shared rows of groups": _of(groups, last=True, n_groups=4, shape=(2, 12, 9, 7), tile=512),
     "shared groups": _of(groups, shape=(3, 16, 7, 7), tile=128),
+    "groups of clusters": _of(groups, shape=(2, 6, 8, 12), tile=64, clusters=True),
     "shared groups, last": _of(groups, last=True, shape=(3, 6, 2, 3), tile=8),
 }
 """The checks of real tests, of few elements; right kernels pass each."""

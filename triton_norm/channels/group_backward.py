@@ -3,9 +3,9 @@
 Where a group fits into registers, one launch reads x and dy once: by groups whose positions are adjacent, or by rows of
 groups whose channels are. It leaves sums over each sample's channels, which a second, small launch adds up for dweight
 and dbias. Otherwise results are computed by channel, in two launches and one between them for the groups' means.
+Clusters that have whole groups may do either in one launch; the faster way is chosen by a trial.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from triton_norm import activations, plans
 from triton_norm.channels.group_layout import Groups, as_readable, copies, dtypes_of, groups_of, kind_of, shape_of
-from triton_norm.channels.launches import Forms, Launches, Step, Types
+from triton_norm.channels.launches import Forms, Launches, Step, Types, kernel_of
 from triton_norm.channels.plan import Allocation, Gradients
-from triton_norm.channels.whole_groups import Gradient, gradient_launch
+from triton_norm.channels.whole_groups import Gradient, cluster_launch, gradient_launch
 from triton_norm.launch import Launch, Launcher, zeros
 from triton_norm.library import contiguous
 from triton_norm.reference import compute_dtype
 from triton_norm.specs import GradientDtypes, GroupNormSpec, Phase
-from triton_norm.tuning import group_spaces
+from triton_norm.tuning import channel_clusters, group_spaces
 from triton_norm.tuning.channel_spaces import Plan
 from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of
 from triton_norm.tuning.memory import remembered
@@ -44,8 +44,12 @@ class GroupBackwardTensors(NamedTuple):
     statistics: Tensor
 
 
+Way = Gradient | list[Step]
+"""The launch that has groups in registers, or the steps by channel."""
+
+
 @remembered
-def _backward_forms(groups: Groups, spec: GroupNormSpec, phase: Phase, constant: bool) -> Forms:
+def _forms_by_channel(groups: Groups, spec: GroupNormSpec, phase: Phase, constant: bool) -> Forms[list[Step]]:
     activations.check(spec.activation)
     _, _, per_group, _ = groups.shape
     read = groups.by_channel()
@@ -78,11 +82,25 @@ def _backward_forms(groups: Groups, spec: GroupNormSpec, phase: Phase, constant:
     return launches.with_clusters(apart, lambda plan: step(Phase.FUSED, plan))
 
 
-@functools.cache
-def _combining_kernel() -> Any:
-    from triton_norm.kernels import groups_backward
+@remembered
+def _forms(groups: Groups, spec: GroupNormSpec, phase: Phase, constant: bool) -> Forms[Way]:
+    """Returns the ways to compute the gradients: in registers if a group fits, or else by channel; and by clusters, if
+    one program does not have whole groups.
 
-    return groups_backward.groups_backward_kernel
+    Args:
+        constant: dx is not computed.
+    """
+    whole = None if constant else gradient_launch(groups, spec)
+    if whole is not None and not whole.n_partials:
+        return Forms(whole)
+    forms: Forms[Way] = _forms_by_channel(groups, spec, phase, constant) if whole is None else Forms(whole)
+    clusters = None if constant or forms.clusters is not None else cluster_launch(groups, spec)
+    if clusters is None:
+        return forms
+    space = clusters.launch.launcher.space
+    portable = space.configs[0].num_ctas <= gpu_of(groups.device).most_blocks
+    n_launches = len(forms.apart) if isinstance(forms.apart, list) else 1
+    return Forms(forms.apart, clusters, channel_clusters.forms(space, n_launches, portable))
 
 
 @remembered
@@ -94,7 +112,7 @@ def _combining_launcher(types: Types, n_channels: int, per_group: int, device: t
         return n_means + (-(-n_channels // config["BLOCK_C"]) if has_parameters else 0)
 
     space = group_spaces.groups_backward(gpu_of(device))
-    return Launcher(_combining_kernel(), space, device, n_programs, (n_channels,), PER_GROUP=per_group)
+    return Launcher(kernel_of("groups_backward_kernel"), space, device, n_programs, (n_channels,), PER_GROUP=per_group)
 
 
 class GroupBackwardPlan:
@@ -116,7 +134,7 @@ class GroupBackwardPlan:
         are_contiguous = all(tensor is None or tensor.is_contiguous() for tensor in others)
         are_read = not any(copies(tensor, self._kind) for tensor in swept) and not copies(dy, self._kind, True)
         self._copies = not (are_contiguous and are_read)
-        self._launches: dict[Any, tuple[Gradient | list[Step], Launch | None]] = {}
+        self._launches: dict[Any, tuple[Way, Launch | None]] = {}
 
     def __call__(self, tensors: Sequence[Any]) -> Gradients:
         """Returns the gradients that are wanted.
@@ -126,26 +144,36 @@ class GroupBackwardPlan:
         """
         if self._copies:
             tensors = self._readable(GroupBackwardTensors._make(tensors))
-        dy, x, residual, weight, _, statistics = tensors
-        result = dx, dresidual, dweight, dbias = self._allocate(x, weight)
+        dy, x, residual, weight, *_ = tensors
+        result = self._allocate(x, weight)
         added = 0 if residual is None else residual.data_ptr() % VECTOR_BYTES
         key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added
-        launches, combine = self._launches.get(key) or self._prepare(key, tensors, result)
-        if isinstance(launches, list):
-            self._by_channel(launches, combine, GroupBackwardTensors._make(tensors), result)
-            return result
+        self._run(*(self._launches.get(key) or self._prepare(key, tensors, result)), tensors, result)
+        return result
+
+    def _run(self, way: Way, combine: Launch | None, tensors: Sequence[Any], result: Gradients) -> None:
+        """Fills the gradients.
+
+        Args:
+            combine: the launch that combines the sums over channels, if any.
+            tensors: fields of GroupBackwardTensors.
+        """
+        if isinstance(way, list):
+            self._by_channel(way, combine, GroupBackwardTensors._make(tensors), result)
+            return
+        _, x, *_, statistics = tensors
+        dx, dresidual, dweight, dbias = result
         dweight_sums = dbias_sums = partials = sync = None
-        n_sums = launches.n_rows * self._n_channels
+        n_sums = way.n_rows * self._n_channels
         if dweight is not None:
             dweight_sums = self._like.new_empty(n_sums)
         if dbias is not None:
             dbias_sums = self._like.new_empty(n_sums)
-        if launches.n_partials:
-            partials, sync = self._like.new_empty(launches.n_partials), zeros(launches.n_counts, x.device)
-        launches(tensors, (dx, dresidual, dweight_sums, dbias_sums), (partials, sync))
+        if way.n_partials:
+            partials, sync = self._like.new_empty(way.n_partials), zeros(way.n_counts, x.device)
+        way(tensors, (dx, dresidual, dweight_sums, dbias_sums), (partials, sync))
         if combine is not None:
             combine(dweight_sums, dbias_sums, None, statistics, None, dweight, dbias)
-        return result
 
     def _readable(self, tensors: GroupBackwardTensors) -> GroupBackwardTensors:
         """Returns tensors that the kernels can read. A hook may have restored them with other strides."""
@@ -184,37 +212,34 @@ class GroupBackwardPlan:
         if combine is not None and not by_group:
             combine(*combined)
 
-    def _prepare(
-        self, key: Any, tensors: Sequence[Any], result: Gradients
-    ) -> tuple[Gradient | list[Step], Launch | None]:
+    def _prepare(self, key: Any, tensors: Sequence[Any], result: Gradients) -> tuple[Way, Launch | None]:
         """Returns the launches, and the one that combines the sums over channels, if any."""
         dy, x, residual, *others = tensors
-        dx, _, dweight, dbias = result
         groups = groups_of(self._kind, self._spec.n_groups, (x, dy, residual), (*others, *result))
-        in_registers = None if dx is None else gradient_launch(groups, self._spec)
+        forms = _forms(groups, self._spec, self._phase, self._constant)
+        read = GroupBackwardTensors._make(tensors)
+        way = forms.chosen(x.device, lambda way: self._run(way, self._combining(way, read, result), read, result))
+        self._launches[key] = launches = way, self._combining(way, read, result)
+        return launches
+
+    def _combining(self, way: Way, tensors: GroupBackwardTensors, result: Gradients) -> Launch | None:
+        """Returns the launch that combines the sums over channels that these launches leave, if any."""
+        dx, _, dweight, dbias = result
         n_samples, n_groups, per_group, n_positions = self._shape
         n_rows, n_means = n_samples, 0
-        if in_registers is not None:
-            n_rows = in_registers.n_rows
+        if not isinstance(way, list):
+            n_rows = way.n_rows
         elif dx is not None and per_group > 1:
             n_means = n_samples * n_groups
-        combine = None
-        if n_means or dweight is not None or dbias is not None:
-            weight, *_ = others
-            compute = self._like.dtype
-            needs = (dweight is not None or n_means > 0, dbias is not None or n_means > 0)
-            sums = [compute if one else None for one in needs]
-            inputs = (None if weight is None else weight.dtype, compute) if n_means else (None, compute)
-            types = *sums, *inputs, compute if n_means else None, *dtypes_of((dweight, dbias))
-            launcher = _combining_launcher(types, self._n_channels, per_group, groups.device)
-            combine = Launch(launcher, per_group * n_positions, n_rows, n_means)
-        launches: Gradient | list[Step] | None = in_registers
-        if launches is None:
-            read = GroupBackwardTensors._make(tensors)
-            forms = _backward_forms(groups, self._spec, self._phase, self._constant)
-            launches = forms.chosen(dy.device, lambda steps: self._by_channel(steps, combine, read, result))
-        self._launches[key] = launches, combine
-        return launches, combine
+        if not n_means and dweight is None and dbias is None:
+            return None
+        compute, weight = self._like.dtype, tensors.weight
+        needs = dweight is not None or n_means > 0, dbias is not None or n_means > 0
+        sums = [compute if one else None for one in needs]
+        inputs = (None if weight is None else weight.dtype, compute) if n_means else (None, compute)
+        types = *sums, *inputs, compute if n_means else None, *dtypes_of((dweight, dbias))
+        launcher = _combining_launcher(types, self._n_channels, per_group, tensors.x.device)
+        return Launch(launcher, per_group * n_positions, n_rows, n_means)
 
 
 def group_backward_plan_of(

@@ -36,7 +36,7 @@ def _forward_launches(read: Read, waits: bool, activation: str | None) -> Launch
 
 
 @remembered
-def _forward_forms(groups: Groups, spec: GroupNormSpec) -> Forms:
+def _forward_forms(groups: Groups, spec: GroupNormSpec) -> Forms[list[Step]]:
     activations.check(spec.activation)
     _, _, per_group, _ = groups.shape
     by_channel = groups.by_channel()

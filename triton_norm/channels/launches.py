@@ -3,7 +3,8 @@
 import functools
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -84,32 +85,44 @@ class Step(NamedTuple):
         return self.launch.launcher.space
 
 
-class Forms(NamedTuple):
+Way_co = TypeVar("Way_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Forms(Generic[Way_co]):
     """Holds two ways to launch one part of the work, and the space of the choice between them, None if there is one.
 
     Args:
-        apart: the steps without clusters.
-        clusters: the step whose programs are clusters with whole channels, if any.
+        apart: the launches without clusters.
+        clusters: the launch whose programs are clusters with whole channels or groups, if any.
     """
 
-    apart: list[Step]
-    clusters: list[Step] | None = None
+    apart: Way_co
+    clusters: Way_co | None = None
     space: Space | None = None
 
-    def chosen(self, device: torch.device, run: Callable[[list[Step]], None]) -> list[Step]:
-        """Returns the steps that are chosen. A search runs each way many times."""
+    def chosen(self, device: torch.device, run: Callable[[Way_co], None]) -> Way_co:
+        """Returns the way that is chosen. A search runs each of them many times."""
         if self.space is None or self.clusters is None:
             return self.apart
         ways = {channel_clusters.APART: self.apart, channel_clusters.CLUSTERS: self.clusters}
         runs = {way: functools.partial(run, ways[way]) for way in self.space.configs}
-        return ways[trials.choose(self.space, _kernel(self.space.kernel), device, runs)]
+        return ways[trials.choose(self.space, kernel_of(self.space.kernel), device, runs)]
 
 
 @functools.cache
-def _kernel(name: str) -> Any:
-    from triton_norm.kernels import channels, channels_backward
+def kernel_of(name: str) -> Any:
+    """Returns the kernel of this name, of those that work on channels or groups."""
+    from triton_norm.kernels import channels, channels_backward, groups, groups_backward
 
-    return getattr(channels if name == "channels_forward_kernel" else channels_backward, name)
+    kernels = (
+        channels.channels_forward_kernel,
+        channels_backward.channels_backward_kernel,
+        groups.groups_forward_kernel,
+        groups_backward.groups_fused_backward_kernel,
+        groups_backward.groups_backward_kernel,
+    )
+    return {kernel.__name__: kernel for kernel in kernels}[name]
 
 
 def in_two_floats(value: float) -> tuple[float, float]:
@@ -118,7 +131,8 @@ def in_two_floats(value: float) -> tuple[float, float]:
     return high, value - high
 
 
-def _is_curved(activation: str | None) -> bool:
+def is_curved(activation: str | None) -> bool:
+    """Decides whether an activation's derivative is computed, and not one of two constants."""
     return activation is not None and not has_mask(activation)
 
 
@@ -135,7 +149,7 @@ class Launches:
         activation: str | None = None,
     ) -> None:
         self._kernel, self._read, self._resident_bytes, self._adds = kernel, read, resident_bytes, adds
-        self._curved = _is_curved(activation)
+        self._curved = is_curved(activation)
         gpu = gpu_of(read.device)
         self._n_instances, per_parameter, instance_strides = 1, None, []
         if read.instances is not None:
@@ -235,7 +249,7 @@ class Launches:
         if self._kernel != BACKWARD:
             constants["TILES"] = plan.tiles
         launcher = Launcher(
-            _kernel(self._kernel),
+            kernel_of(self._kernel),
             self._space(phase, plan, swept),
             self._read.device,
             functools.partial(_n_programs, n_blocks),
@@ -257,7 +271,7 @@ class Launches:
         alone = phase is Phase.FUSED and n_splits == 1 and not layout.fold
         return Step(launch, phase.reduces, phase.applies, partials, 2 + n_blocks, alone)
 
-    def with_clusters(self, apart: list[Step], make: Callable[[Plan], Step]) -> Forms:
+    def with_clusters(self, apart: list[Step], make: Callable[[Plan], Step]) -> Forms[list[Step]]:
         """Returns these steps, and the step of clusters that `make` prepares, if these launches have any."""
         if self._clusters is None:
             return Forms(apart)

@@ -67,7 +67,7 @@ def _types(tensors: Sequence[Tensor | None]) -> Types:
 
 
 @remembered
-def _forward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms:
+def _forward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms[list[Step]]:
     activations.check(spec.activation)
     x, residual = read.placements
     assert x is not None
@@ -179,7 +179,7 @@ class ForwardPlan:
         read = as_readable(x, self._kind).tensor, added, contiguous(weight), contiguous(bias), *running, counter
         return BatchNormTensors._make(read)
 
-    def _prepare(self, x: Tensor, residual: Tensor | None, others: Types) -> Forms:
+    def _prepare(self, x: Tensor, residual: Tensor | None, others: Types) -> Forms[list[Step]]:
         placements = (
             as_readable(x, self._kind).placement,
             None if residual is None else as_readable(residual, self._kind).placement,
@@ -259,7 +259,7 @@ def gradients(x: Tensor, gradient_dtypes: GradientDtypes, bits_kind: str | None)
 
 
 @remembered
-def _backward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms:
+def _backward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms[list[Step]]:
     activations.check(spec.activation)
     x, dy, residual = read.placements
     assert x is not None and dy is not None
@@ -358,7 +358,7 @@ class BackwardPlan:
         )
         return BackwardTensors._make((*swept, contiguous(bits), *map(contiguous, of_channels)))
 
-    def _prepare(self, sweeps: Sequence[Any], others: Types) -> Forms:
+    def _prepare(self, sweeps: Sequence[Any], others: Types) -> Forms[list[Step]]:
         x, dy, residual = sweeps
         placement = None if residual is None else as_readable(residual, self._kind).placement
         placements = (

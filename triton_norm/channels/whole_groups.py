@@ -1,14 +1,13 @@
 """Prepares the launches of a GroupNorm that keep groups in registers: a forward of several groups a program, and a
 backward."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from triton_norm.channels.group_layout import Groups, Slices
-from triton_norm.channels.launches import Launches
+from triton_norm.channels.launches import Launches, is_curved, kernel_of
 from triton_norm.channels.layout import Placement, vector_of
 from triton_norm.launch import Launch, Launcher
 from triton_norm.library import name_of, triton_dtype
@@ -18,13 +17,6 @@ from triton_norm.tuning.configs import next_power_of_2
 from triton_norm.tuning.group_spaces import WholeWork
 from triton_norm.tuning.limits import VECTOR_BYTES, gpu_of, limits_in_force
 from triton_norm.tuning.memory import remembered
-
-
-@functools.cache
-def _kernel(name: str) -> Any:
-    from triton_norm.kernels import groups, groups_backward
-
-    return getattr(groups if name == "groups_forward_kernel" else groups_backward, name)
 
 
 def _strides(slices: Slices | None, vector: int) -> tuple[int, int]:
@@ -87,7 +79,7 @@ def forward_launch(groups: Groups, spec: GroupNormSpec) -> Launch | None:
     x, residual = (_strides(slices, vector) for slices in groups.slices)
     geometry = n_groups, rows, size, size if windows else per_parameter // run, n_groups * per_group
     launcher = Launcher(
-        _kernel("groups_forward_kernel"),
+        kernel_of("groups_forward_kernel"),
         group_spaces.whole(work, gpu),
         groups.device,
         lambda config, count: -(-count // config["M"]),
@@ -146,10 +138,21 @@ def gradient_launch(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
 
     None if a group does not fit into registers.
     """
-    return _by_column(groups, spec) if groups.kind == "last" and groups.shape[-1] > 1 else _by_channel(groups, spec)
+    return _by_column(groups, spec) if _in_rows(groups) else _by_channel(groups, spec)
 
 
-def _by_channel(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
+@remembered
+def cluster_launch(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
+    """Returns the launch of clusters that compute the same, each with a whole group, or None if there is none, or one
+    program has whole groups."""
+    return None if _in_rows(groups) else _by_channel(groups, spec, clusters=True)
+
+
+def _in_rows(groups: Groups) -> bool:
+    return groups.kind == "last" and groups.shape[-1] > 1
+
+
+def _by_channel(groups: Groups, spec: GroupNormSpec, clusters: bool = False) -> Gradient | None:
     """Returns the launch of programs that have channels of a group, or parts of one, whose positions are adjacent."""
     n_samples, n_groups, per_group, n_positions = groups.shape
     x_slices, dy_slices, _ = groups.slices
@@ -159,16 +162,17 @@ def _by_channel(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
     x_type, dy_type, residual_type = groups.types
     types = tuple(name_of(dtype) for dtype in (dy_type, x_type, residual_type) if dtype is not None)
     gpu = gpu_of(groups.device)
-    curved = spec.activation is not None
+    curved = is_curved(spec.activation) if clusters else spec.activation is not None
     itemsize = x_slices.itemsize + dy_slices.itemsize
-    work = group_spaces.gradient_work((per_group, n_positions), vector, types, itemsize, curved, gpu)
+    planned = group_spaces.gradient_cluster if clusters else group_spaces.gradient_work
+    work = planned((per_group, n_positions), vector, types, itemsize, curved, gpu)
     if work is None:
         return None
     x, dy, residual = (_strides(slices, vector)[0] for slices in groups.slices)
     dy_channel = None if dy_slices.spread else dy_slices.channel_stride
     n_members, size = work.members, n_positions if work.windows else n_positions // vector
     launcher = Launcher(
-        _kernel("groups_fused_backward_kernel"),
+        kernel_of("groups_fused_backward_kernel"),
         group_spaces.gradient(work, gpu),
         groups.device,
         lambda config, count: count * n_members if n_members > 1 else -(-count // config["M"]),
@@ -180,6 +184,7 @@ def _by_channel(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
         R=work.channels,
         W=work.accesses,
         WINDOWS=work.windows,
+        CLUSTER=clusters,
         COMPUTE=triton_dtype(torch.float64 if x_type == torch.float64 else torch.float32),
     )
     teams, partials = n_samples * n_groups, 2 * n_members if n_members > 1 else 0

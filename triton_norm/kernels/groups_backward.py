@@ -16,7 +16,7 @@ class Rows(NamedTuple):
     """Bundles where a program's channels are. All but `vec` are [n, 1, 1].
 
     Args:
-        group, sample: the channel's group among those of all samples, and its sample.
+        group, sample: the channel's group among those of all samples, and its sample; [1, 1, 1] in a cluster.
         index: the channel among those of its sample.
         exists: mask of the channels that exist.
         row: the channel's row of the sums over positions.
@@ -52,14 +52,19 @@ def rows_of(
     W: tl.constexpr,
     V: tl.constexpr,
     WINDOWS: tl.constexpr,
+    CLUSTER: tl.constexpr,
 ):
     """Returns the channels of the M groups of a block, R of each, which are those of a member of the group's team.
 
-    A member has one of n_chunks parts of each of its channels.
+    A member has one of n_chunks parts of each of its channels, and a cluster one whole group.
     """
     row = tl.arange(0, M * R)[:, None, None]
-    group = block * M + row // R
-    channel = member // n_chunks * R + row % R
+    if CLUSTER:
+        group = block + tl.zeros([1, 1, 1], tl.int32)
+        channel = row
+    else:
+        group = block * M + row // R
+        channel = member // n_chunks * R + row % R
     chunk = member % n_chunks
     vec = chunk * W + tl.arange(0, W)[None, :, None]
     exists = (group < n_groups) & (channel < per_group)
@@ -114,15 +119,24 @@ def load_gradient(ptr, rows, sample_stride, channel_stride, V: tl.constexpr):
 
 
 @triton.jit
-def by_group(values, M: tl.constexpr, R: tl.constexpr):
-    """Returns the sums [M, 1] over the R channels of each group, of values [M · R, 1, 1]."""
-    return tl.sum(tl.reshape(values, [M, R]), 1, keep_dims=True)
+def by_group(values, M: tl.constexpr, R: tl.constexpr, CLUSTER: tl.constexpr):
+    """Returns the sums [M, 1] over the R channels of each group, of values [M · R, 1, 1]; [1, 1, 1] in a cluster.
+
+    In a cluster a reshaped sum would bring all elements into another layout, through shared memory.
+    """
+    if CLUSTER:
+        total = tl.sum(values, 0, keep_dims=True)
+    else:
+        total = tl.sum(tl.reshape(values, [M, R]), 1, keep_dims=True)
+    return total
 
 
 @triton.jit
-def to_channels(values, M: tl.constexpr, R: tl.constexpr):
-    """Returns the values [M, 1] of groups for each of their channels, [M · R, 1, 1]."""
-    return tl.reshape(tl.broadcast_to(values, [M, R]), [M * R, 1, 1])
+def to_channels(values, M: tl.constexpr, R: tl.constexpr, CLUSTER: tl.constexpr):
+    """Returns the values of groups, as `by_group` has them, for each of their channels: [M · R, 1, 1] or [1, 1, 1]."""
+    if not CLUSTER:
+        values = tl.reshape(tl.broadcast_to(values, [M, R]), [M * R, 1, 1])
+    return values
 
 
 @triton.jit
@@ -164,14 +178,16 @@ def groups_fused_backward_kernel(
     R: tl.constexpr,
     W: tl.constexpr,
     WINDOWS: tl.constexpr,
+    CLUSTER: tl.constexpr,
     COMPUTE: tl.constexpr,
     M: tl.constexpr,
 ):
     """Computes dx = (dz · weight − mean(dz · weight) − (x − mean) · mean(dz · weight · x_hat) · rstd) · rstd,
     dresidual = dz, and each sample's sums for dweight and dbias, from dz = dy · f'(z), as channels_backward_kernel.
 
-    A program has M groups. If PEERS > 1, n_members programs share a group, each with R of its channels, or with one of
-    n_chunks parts of a channel. They leave each other their sums, and wait.
+    A program has M groups; a cluster has one, in the registers of its blocks. If PEERS > 1, n_members programs share a
+    group, each with R of its channels, or with one of n_chunks parts of a channel. They leave each other their sums,
+    and wait.
 
     Grid: cdiv(n_groups, M), or n_groups · n_members.
     Bytes: reads x, dy and residual once, and writes dx and dresidual once. With WINDOWS, neighbouring channels read
@@ -192,20 +208,23 @@ def groups_fused_backward_kernel(
         R: channels of a group, or of a member's part of it, padded to a power of two.
         W: accesses that read a channel, or a chunk of it, padded to a power of two.
         WINDOWS: positions are no multiple of V, and channels are read as windows; those of a sample are.
+        CLUSTER: a program is a cluster of blocks. M, PEERS and n_chunks are then 1.
     """
     if PEERS > 1:
         block, member = take_place(sync_ptr, n_members)
     else:
         block = tl.program_id(0)
         member = block * 0
-    rows = rows_of(block, member, n_groups, groups_per_sample, per_group, n_chunks, channel_size, M, R, W, V, WINDOWS)
+    rows = rows_of(
+        block, member, n_groups, groups_per_sample, per_group, n_chunks, channel_size, M, R, W, V, WINDOWS, CLUSTER
+    )
     mask = rows.in_range
     dz = load_gradient(dy_ptr, rows, dy_sample_vecs, dy_channel_stride, V).to(COMPUTE)
     x = tl.load(pointers_to(x_ptr, rows, x_sample_vecs, V), mask=mask, other=0.0).to(COMPUTE)
     own = mask
     if WINDOWS:
         own = mask & in_window(rows.vec, rows.first, rows.end, V)
-    groups = Channels(rows.group, rows.exists, n_groups)
+    groups = Channels(rows.group, rows.group < n_groups if CLUSTER else rows.exists, n_groups)
     mean, mean_lo, rstd = load_statistics(statistics_ptr, None, None, groups, 0.0, COMPUTE)
     n_channels = groups_per_sample * per_group
     channels = Channels(rows.index, rows.exists, n_channels)
@@ -226,8 +245,8 @@ def groups_fused_backward_kernel(
         tl.store(dweight_sums_ptr + slots, sum_dz_centred * rstd, mask=rows.exists)
     if dbias_sums_ptr is not None:
         tl.store(dbias_sums_ptr + slots, sum_dz, mask=rows.exists)
-    of_dz = by_group(sum_dz * weight, M, R)
-    of_dz_centred = by_group(sum_dz_centred * weight, M, R)
+    of_dz = by_group(sum_dz * weight, M, R, CLUSTER)
+    of_dz_centred = by_group(sum_dz_centred * weight, M, R, CLUSTER)
     if PEERS > 1:
         team = partials_ptr + block + tl.zeros([1, 1], tl.int64)
         kind = n_members.to(tl.int64) * n_groups
@@ -241,8 +260,8 @@ def groups_fused_backward_kernel(
         if arrive(sync_ptr, block) == 2 * n_members - 1:
             close(sync_ptr, block, n_groups, None)
     fraction = 1.0 / to_float(per_group * channel_size * (1 if WINDOWS else V), COMPUTE)
-    mean_dz = to_channels(of_dz * fraction, M, R)
-    slope = to_channels(of_dz_centred * fraction, M, R) * rstd * rstd
+    mean_dz = to_channels(of_dz * fraction, M, R, CLUSTER)
+    slope = to_channels(of_dz_centred * fraction, M, R, CLUSTER) * rstd * rstd
     dx = (dz * weight - mean_dz - centred * slope) * rstd
     sample_vecs = tl.full([], n_channels, tl.int64) * channel_size // (V if WINDOWS else 1)
     store(dx_ptr, dx, rows, sample_vecs, V, WINDOWS)

@@ -6,7 +6,7 @@ Compiled by Triton 3.9 for sm_90 and sm_100 these don't spill; no GPU has run th
 from typing import NamedTuple
 
 from triton_norm.tuning.channel_spaces import BACKWARD, ChannelWork, Plan, SharedChannels
-from triton_norm.tuning.configs import Space, config, next_power_of_2, space_of
+from triton_norm.tuning.configs import Config, Space, config, next_power_of_2, space_of
 from triton_norm.tuning.limits import MOST_REGISTERS_PER_THREAD, REGISTERS_PER_SM, Gpu
 from triton_norm.tuning.memory import remembered
 
@@ -46,6 +46,14 @@ def _of_thread(work: SharedChannels | ChannelWork, backward: bool, gpu: Gpu) -> 
     return work.vector, most // work.vector
 
 
+def blocks_of(threads: int, gpu: Gpu) -> int | None:
+    """Returns the fewest blocks of a cluster with these threads, or None if it would have too few or too many, or there
+    are no clusters."""
+    blocks = max(2, -(-threads // (_MOST_WARPS * gpu.warp)))
+    too_few, too_many = threads < 2 * _LEAST_WARPS * gpu.warp, blocks > 2 * gpu.most_blocks
+    return None if gpu.most_blocks == 1 or too_few or too_many else blocks
+
+
 def plan_clusters(work: SharedChannels, kernel: str, is_group: bool, gpu: Gpu) -> Clusters | None:
     """Returns the plan of a launch whose programs have whole blocks of channels, or None if there are no clusters, or
     a block is too small or too large for one.
@@ -59,33 +67,35 @@ def plan_clusters(work: SharedChannels, kernel: str, is_group: bool, gpu: Gpu) -
     fits = work.kind != "folded" and 0 < work.resident_bytes <= 4 * n_resident
     fits = fits and work.vector * work.resident_bytes >= limits.narrow_access_bytes * n_resident
     fits = fits and (work.kind == "flat" or work.lanes >= _LEAST_COLUMNS)
-    if gpu.most_blocks == 1 or not fits or elements * work.resident_bytes < limits.cluster_least_bytes:
+    if not fits or elements * work.resident_bytes < limits.cluster_least_bytes:
         return None
     per_thread, most_tiles = _of_thread(work, backward, gpu)
     threads = next_power_of_2(-(-elements // (per_thread * most_tiles)))
     tile = max(threads * per_thread, work.lanes)
-    blocks = -(-threads // (_MOST_WARPS * gpu.warp))
-    if threads < 2 * _LEAST_WARPS * gpu.warp or blocks > 2 * gpu.most_blocks:
+    blocks = blocks_of(threads, gpu)
+    if blocks is None:
         return None
     total = elements * work.n_blocks * work.resident_bytes
-    fills = max(blocks, 2) * work.n_blocks * limits.one_launch_sms_per_program >= gpu.multiprocessors
+    fills = blocks * work.n_blocks * limits.one_launch_sms_per_program >= gpu.multiprocessors
     if not (is_group or fills or total <= limits.small_bytes):
         return None
     return Clusters(Plan(tile, work.n_groups, -(-elements // tile)), blocks <= gpu.most_blocks)
 
 
-@remembered
-def clusters(work: ChannelWork, gpu: Gpu) -> Space:
-    """Returns the configs of a launch: blocks that have a multiprocessor to themselves, or share it."""
-    per_thread, _ = _of_thread(work, work.kernel == BACKWARD, gpu)
-    warps = work.resident // per_thread // gpu.warp
+def configs_of(threads: int, gpu: Gpu, **constants: int) -> list[Config]:
+    """Returns the configs of clusters with these threads. A block has a multiprocessor to itself, or shares it."""
+    warps = threads // gpu.warp
     fitting = [n for n in (_MOST_WARPS, _MOST_WARPS // 2, _LEAST_WARPS) if 2 <= warps // n <= gpu.most_blocks]
     limit = min(REGISTERS_PER_SM // (_MOST_WARPS * gpu.warp), MOST_REGISTERS_PER_THREAD)
-    configs = [
-        config(n, maxnreg=limit, num_ctas=warps // n, T=work.resident // work.lanes, BLOCK_K=work.merged(gpu.limits))
-        for n in fitting[:2] or [_MOST_WARPS]
-    ]
-    return space_of(work.kernel, work.key(gpu.limits), configs)
+    return [config(n, maxnreg=limit, num_ctas=warps // n, **constants) for n in fitting[:2] or [_MOST_WARPS]]
+
+
+@remembered
+def clusters(work: ChannelWork, gpu: Gpu) -> Space:
+    """Returns the configs of a launch. T and BLOCK_K are as in channel_spaces.channels."""
+    per_thread, _ = _of_thread(work, work.kernel == BACKWARD, gpu)
+    tile = {"T": work.resident // work.lanes, "BLOCK_K": work.merged(gpu.limits)}
+    return space_of(work.kernel, work.key(gpu.limits), configs_of(work.resident // per_thread, gpu, **tile))
 
 
 def forms(space: Space, n_launches: int, portable: bool) -> Space:

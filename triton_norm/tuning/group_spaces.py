@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from triton_norm.tuning import channel_clusters
 from triton_norm.tuning.configs import Config, Space, config, next_power_of_2, space_of, warps_for
 from triton_norm.tuning.limits import MOST_REGISTERS_PER_THREAD, MOST_THREADS, REGISTERS_PER_SM, Gpu
 from triton_norm.tuning.memory import remembered
@@ -78,7 +79,7 @@ def whole(work: WholeWork, gpu: Gpu) -> Space:
 
 
 class GradientWork(NamedTuple):
-    """Describes groups whose gradient is computed in registers, by one program or by members of a team.
+    """Describes groups whose gradient is computed in registers, by one program, by members of a team, or by a cluster.
 
     Args:
         members: programs that share a group.
@@ -87,8 +88,10 @@ class GradientWork(NamedTuple):
         accesses: accesses that read a channel, or a member's part of it, a power of two.
         vector: elements of an access.
         types: names of the dtypes of the inputs of x's shape.
-        curved: an activation is computed, which takes registers.
+        curved: an activation is computed, which takes registers; of a cluster one whose derivative is not a constant
+            on each side of 0.
         windows: a channel begins and ends within accesses.
+        blocks: the fewest blocks of a cluster; 1: a program is one block.
     """
 
     members: int
@@ -99,6 +102,7 @@ class GradientWork(NamedTuple):
     types: tuple[str, ...]
     curved: bool
     windows: bool = False
+    blocks: int = 1
 
     @property
     def elements(self) -> int:
@@ -106,11 +110,18 @@ class GradientWork(NamedTuple):
 
     @property
     def key(self) -> str:
-        role = "waits" if self.members > 1 else "alone"
+        role = "clusters" if self.blocks > 1 else "waits" if self.members > 1 else "alone"
         named = f"{role}, {self.channels} channels of {self.accesses} by {self.vector}, {', '.join(self.types)}"
         if self.windows:
             named += ", windows"
         return f"{named}, curved" if self.curved else named
+
+
+def _read(n_positions: int, vector: int) -> tuple[int, bool]:
+    """Returns the elements of the accesses that read a channel at most, and whether it is read as windows, of which the
+    first access may begin with all but one element of another channel."""
+    windows = n_positions % vector > 0
+    return n_positions + (vector - 1 if windows else 0), windows
 
 
 def gradient_work(
@@ -125,9 +136,7 @@ def gradient_work(
         itemsize: bytes of an element of x and one of dy together.
     """
     per_group, n_positions = shape
-    windows = n_positions % vector > 0
-    if windows:  # the first access may begin with all but one element of another channel
-        n_positions += vector - 1
+    n_positions, windows = _read(n_positions, vector)
     most = gpu.limits.interpreted_tile_elements
     if not gpu.interpreted:
         most = min(gpu.limits.whole_group_elements, gpu.limits.resident_bytes.flat // itemsize)
@@ -146,9 +155,38 @@ def gradient_work(
     return GradientWork(members, chunks, channels, accesses, vector, types, curved, windows)
 
 
+def _of_cluster_thread(work: GradientWork, gpu: Gpu) -> int:
+    """Returns the elements that a thread of a cluster has: half of the limit with an activation, windows or a residual,
+    which take registers, and a quarter with an activation and one of the others."""
+    others = work.windows or len(work.types) > 2
+    return gpu.limits.cluster_group_elements // (4 if work.curved and others else 2 if work.curved or others else 1)
+
+
+def gradient_cluster(
+    shape: tuple[int, int], vector: int, types: tuple[str, ...], itemsize: int, curved: bool, gpu: Gpu
+) -> GradientWork | None:
+    """Returns the work of a cluster that has a whole group, or None if there are no clusters, a group is too small or
+    too large for one, or it is one channel, which is read as a BatchNorm's.
+
+    Args: as in `gradient_work`.
+    """
+    per_group, n_positions = shape
+    narrow = vector * itemsize < 2 * gpu.limits.narrow_access_bytes
+    if per_group == 1 or narrow or "float64" in types:
+        return None
+    n_positions, windows = _read(n_positions, vector)
+    accesses, channels = next_power_of_2(-(-n_positions // vector)), next_power_of_2(per_group)
+    work = GradientWork(1, 1, channels, accesses, vector, types, curved, windows)
+    blocks = channel_clusters.blocks_of(work.elements // _of_cluster_thread(work, gpu), gpu)
+    return None if blocks is None else work._replace(blocks=blocks)
+
+
 @remembered
 def gradient(work: GradientWork, gpu: Gpu) -> Space:
     """Returns the configs of a launch. M is the groups of a program."""
+    if work.blocks > 1:
+        clusters = channel_clusters.configs_of(work.elements // _of_cluster_thread(work, gpu), gpu, M=1)
+        return space_of("groups_fused_backward_kernel", work.key, clusters)
     tiles: tuple[int, ...] = (work.elements,) if work.members > 1 else _TILES
     if gpu.interpreted:
         tiles = (gpu.limits.interpreted_tile_elements,) if work.members == 1 else tiles

@@ -74,6 +74,9 @@ class Limits:
     # A thread of a cluster has at most this many elements of a channel in the forward: 48 channels-last spilled 10
     # registers, and 64 channels-first 16 (sm_90, Triton 3.9).
     cluster_elements: ByKind = ByKind(flat=56, last=32, folded=0)
+    # A thread of a cluster has at most this many elements of a group in GroupNorm's backward, of 16-bit types and fp32
+    # alike: both are in registers as fp32. With SiLU 32 spilled 9 registers, windows 12, and a residual 4 (Triton 3.9).
+    cluster_group_elements: int = 32
     # A multiprocessor has this many row elements in registers in the backward, each with x, dy and two sums.
     rows_backward_elements_per_sm: int = 8 * 1024
     # A program that sums over the rows of one modulation has at least this many rows: two sums in float32, written and
