@@ -56,8 +56,8 @@ def test_machine_code(target, dtypes, which):
         launches.setdefault(call, []).append(record)
     for (op, mode, *_), made in launches.items():
         assert len(made) <= {"forward": 2, "backward": 3}[mode], op
-        if made[0]["floor_bytes"] > 1 << 26:  # a large input is worked on by two programs a multiprocessor or more
-            assert all(r["programs"] >= 2 * 132 for r in made if r["kernel"] in KERNELS)
+        if made[0]["floor_bytes"] > 1 << 26:  # a large input is worked on by two blocks a multiprocessor or more
+            assert all(r["programs"] * r["blocks"] >= 2 * 132 for r in made if r["kernel"] in KERNELS)
 
 
 READ_ONCE = [  # shape, layout, mode, programs of an H100

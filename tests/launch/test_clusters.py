@@ -337,7 +337,8 @@ def test_compiled_channels(target):
             assert sum(x.values()) == record["tiles"], record
             assert record["launches"][0] == 1
     of = {(record["kernel"], record["name"], record["blocks"]) for record in records}
-    assert {kernel for kernel, *_ in of} == {"channels_forward_kernel", "channels_backward_kernel"}
+    names = {"channels_forward_kernel", "channels_backward_kernel", "groups_fused_backward_kernel"}
+    assert {kernel for kernel, *_ in of} == names
     first = [record["blocks"] for record in records if record["kernel"] == "channels_forward_kernel"]
     assert {2, 4, 8, 16} <= set(first)
     # One block's folded statistics and means do go through memory.

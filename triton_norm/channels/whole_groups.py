@@ -143,8 +143,7 @@ def gradient_launch(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
 
 @remembered
 def cluster_launch(groups: Groups, spec: GroupNormSpec) -> Gradient | None:
-    """Returns the launch of clusters that compute the same, each with a whole group, or None if there is none, or one
-    program has whole groups."""
+    """Returns the launch that computes the same by clusters, each with a whole group, or None if there is none."""
     return None if _in_rows(groups) else _by_channel(groups, spec, clusters=True)
 
 
