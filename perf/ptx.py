@@ -12,6 +12,7 @@ _ACCESS = re.compile(r"\b(ld|st)(?:\.volatile)?\.global(\.[\w.:]+)\s(.*);")
 _COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global\S*\s+\[.*?\], \[ *(%rd\d+).*?\], (0x\w+)")
 _ATOMIC = re.compile(r"\b(?:atom|red)[\w.:]*\.global[\w.:]*\.([a-z]+\d+(?:x\d)?)\s")
 _BARRIER = re.compile(r"^\s*(?:@!?%p\d+ )?(?:bar\.sync|barrier\.)")
+_CLUSTER_BARRIER = re.compile(r"\bbarrier\.cluster\.wait\b")
 _LABEL = re.compile(r"(\$\w+):")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
 _ADDRESS = re.compile(r"\[ *(%rd\d+)")
@@ -109,6 +110,26 @@ def loaded_back(ptx: str, signature: Mapping[str, str]) -> list[str]:
             elif name in before_barrier:
                 result.add(name)
     return sorted(result)
+
+
+def order(ptx: str, signature: Mapping[str, str], argument: str) -> list[str]:
+    """Returns "load" for loads through an argument, "barrier" for those of a cluster, and "atomic", in their order;
+    neighbours of one kind are told once.
+
+    Args:
+        signature: as in `accesses`.
+    """
+    pointers, origins = _pointers(signature), _origins(ptx)
+    result: list[str] = []
+    for line in ptx.splitlines():
+        loads = [register for kind, register, _ in _accesses(line) if kind == "load"]
+        kinds = {
+            "load": any(_name_of(register, origins, pointers) == argument for register in loads),
+            "barrier": _CLUSTER_BARRIER.search(line),
+            "atomic": _ATOMIC.search(line),
+        }
+        result += [kind for kind, present in kinds.items() if present and result[-1:] != [kind]]
+    return result
 
 
 def atomics(ptx: str) -> list[str]:

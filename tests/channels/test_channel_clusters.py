@@ -32,14 +32,17 @@ TILES = {
     ("last", (5, 40, 8, 8)): 2,  # two blocks of 32 channels, the last with eight
     ("last", (300, 8)): 2,  # features
     ("flat", (7, 2, 191)): None,  # an odd number of positions: accesses of one element, and no cluster
+    ("folded", (17, 20, 7, 7)): 3,  # three blocks of eight channels, the last of four; the third tile has one row
+    ("folded", (16, 8, 5, 5)): 4,  # four full tiles
+    ("folded", (24, 5, 7, 7)): None,  # an odd number of columns: accesses of one element, and no cluster
 }
 
 
 @pytest.fixture
 def small(numbers):
     """Clusters of 256 threads, which have eight elements each."""
-    few = ByKind(flat=8, last=8, folded=0)
-    numbers(most_blocks=8, cluster_least_bytes=0, cluster_elements=few, thread_resident_bytes=ByKind(32, 32, 32))
+    few = ByKind(flat=8, last=8, folded=16)
+    numbers(most_blocks=8, cluster_least_bytes=0, cluster_elements=few, thread_resident_bytes=ByKind(32, 32, 64))
 
 
 @pytest.fixture
@@ -87,10 +90,14 @@ def launch_of(work, kernel, is_group=False, gpu=WITH_CLUSTERS):
     plan = result.plan
     assert plan.groups_per_split == work.n_groups
     assert plan.tile * plan.tiles >= work.n_groups * work.lanes > plan.tile * (plan.tiles - 1)
-    one = ChannelWork(kernel, "clusters", work.kind, work.lanes, 8, 1, ("bfloat16",), plan.tile, work.resident_bytes)
+    one = ChannelWork(
+        kernel, "clusters", work.kind, work.lanes, work.vector, 1, ("bfloat16",), plan.tile, work.resident_bytes
+    )
     space = clusters(one._replace(run=work.run, curved=work.curved, tiles=plan.tiles, streams=work.streams), gpu)
     for config in space.configs:
         assert config["T"] * work.lanes == plan.tile
+        assert config["BLOCKS"] == config.num_ctas
+        assert work.kind != "folded" or config["T"] % config["BLOCKS"] == 0
         assert 4 <= config.num_warps <= 16
         assert config.maxnreg * 32 * config.num_warps <= 64 * 1024
     return [config.num_ctas for config in space.configs], channel_clusters.forms(space, 2, result.portable).configs[
@@ -109,11 +116,16 @@ SIZES = [
     (FORWARD, "flat", 802_816, None),
     (FORWARD, "last", 3_136, ([8], True)),  # 14 × 14 × 16
     (FORWARD, "last", 6_272, ([16], False)),
-    (FORWARD, "folded", 12_544, None),  # statistics of its channels would go through memory
+    (FORWARD, "folded", 31, ([2], True)),  # 31 samples of 7 × 7
+    (FORWARD, "folded", 320, ([8], True)),  # 80 elements a thread
+    (FORWARD, "folded", 321, ([16], False)),
+    (FORWARD, "folded", 641, None),
     (BACKWARD, "flat", 131_072, ([8], True)),
     (BACKWARD, "flat", 131_080, ([16], False)),
     (BACKWARD, "flat", 401_408, None),
     (BACKWARD, "last", 2_048, ([8], True)),
+    (BACKWARD, "folded", 128, ([8], True)),  # 32 elements a thread
+    (BACKWARD, "folded", 129, ([16], False)),
 ]
 
 
@@ -127,10 +139,11 @@ def test_blocks_of_a_channel(kernel, kind, elements, expected):
 @pytest.mark.parametrize(
     "mutant",
     [
-        ("blocks_of", "gpu.most_blocks == 1", "gpu.most_blocks == 0"),  # where there are no clusters
-        ("blocks_of", "blocks > 2 * gpu.most_blocks", "blocks > 4 * gpu.most_blocks"),  # past 16 blocks
+        ("warps_of", "gpu.most_blocks == 1", "gpu.most_blocks == 0"),  # where there are no clusters
+        ("warps_of", "else 2 * gpu.most_blocks", "else 4 * gpu.most_blocks"),  # past 16 blocks
         ("plan_clusters", "blocks <= gpu.most_blocks", "True"),  # 16 first
-        ("plan_clusters", 'work.kind != "folded" and', ""),
+        ("_most_warps", "_MOST_FOLDED_WARPS if", "MOST_WARPS if"),
+        ("_of_thread", "MOST_WARPS // _most_warps(work)", "1"),
         ("forms", "if portable", "if not portable"),
     ],
     ids=lambda mutant: f"{mutant[0]}: {mutant[1]} -> {mutant[2]}",
@@ -142,6 +155,16 @@ def test_wrong_choices_are_caught(mutant):
 
     with host_mutants.mutated(channel_clusters, *mutant), pytest.raises((AssertionError, ZeroDivisionError)):
         check()
+
+
+def test_a_block_of_a_cluster_has_whole_rows_of_a_folded_tile():
+    """Of 1024 lanes eight warps have a row, in accesses of four elements, and four have less."""
+    wide = work_of(FORWARD, "folded", 32)._replace(lanes=1024, vector=4)
+    assert launch_of(wide, FORWARD) == ([2], True)
+    assert launch_of(wide._replace(lanes=2048, vector=8), FORWARD) is None
+    mutant = "_warps", "n * gpu.warp * per_thread >= work.lanes", "True"
+    with host_mutants.mutated(channel_clusters, *mutant), pytest.raises(AssertionError):
+        launch_of(wide, FORWARD)
 
 
 @pytest.mark.parametrize(("columns", "offered"), [(2, False), (4, False), (8, True)])
@@ -186,28 +209,22 @@ def test_half_types_and_groups(name, numbers, taken, guard, device):
 
 @interpreted
 @pytest.mark.usefixtures("small")
-def test_running_statistics_move_once(device, taken, guard):
-    """The first program counts: nothing else asks for the count."""
-    x, (mean, var), count = torch.randn(3, 5, 20, 20), running_statistics(5, device), torch.tensor(7)
-    norm = torch.nn.BatchNorm2d(5, dtype=torch.float64)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(("shape", "tiles"), [((3, 5, 20, 20), 2), ((17, 16, 7, 7), 3)])  # two blocks of 8 channels
+def test_running_statistics_move_once(shape, tiles, momentum, device, taken, guard):
+    """The first program counts, if nothing else asks for the count, or else the last to arrive."""
+    x, (mean, var), count = torch.randn(shape), running_statistics(shape[1], device), torch.tensor(7)
+    norm = torch.nn.BatchNorm2d(shape[1], momentum=momentum, dtype=torch.float64)
+    norm.num_batches_tracked.fill_(7)
     for buffer, value in ((norm.running_mean, mean), (norm.running_var, var)):
         buffer.copy_(value)
     exact = norm(x.double())
-    y = triton_norm.batch_norm(x, mean, var, training=True, momentum=0.1, num_batches_tracked=count)
+    y = triton_norm.batch_norm(x, mean, var, training=True, momentum=momentum, num_batches_tracked=count)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean.double(), norm.running_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var.double(), norm.running_var, rtol=1e-6, atol=1e-6)
-    assert (count.item(), taken) == (8, [2])
-    assert "sync_ptr" not in guard.launches[0].arguments
-
-
-@interpreted
-@pytest.mark.usefixtures("small")
-def test_a_cumulative_average_has_no_cluster(device, taken):
-    """Each program reads the count before the last one moves it, and no barrier is the cluster's."""
-    x, (mean, var), count = torch.randn(3, 2, 20, 20), running_statistics(2, device), torch.tensor(0)
-    triton_norm.batch_norm(x, mean, var, training=True, momentum=None, num_batches_tracked=count)
-    assert taken == []
+    assert (count.item(), taken) == (8, [tiles])
+    assert ("sync_ptr" in guard.launches[0].arguments) == (momentum is None)
 
 
 def searched(monkeypatch, folder, times_ms, fails=False):

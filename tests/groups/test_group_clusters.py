@@ -7,9 +7,8 @@ import torch
 
 import triton_norm
 from support import host_mutants
-from support.activations import SIDED
 from support.gpus import H100, changed
-from support.group_calls import away_from_the_kink, checked, drawn, elements_loaded
+from support.group_calls import checked, drawn, elements_loaded, fitted
 from support.oracle import differentiated
 from support.pairwise import pairwise
 from support.spaces import unknown_gpu
@@ -74,7 +73,7 @@ def test_matches_fp64(case, guard, device):
 @pairwise(
     {
         "case": ["three channels of four", "many channels", "odd positions"],
-        "activation": ["relu", "silu", "gelu", "gelu_tanh", None],
+        "activation": ["relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", None],
         "residual": [False, True],
         "layout": ["first", "samples"],
         "dtype": [torch.float32, torch.bfloat16],
@@ -83,7 +82,7 @@ def test_matches_fp64(case, guard, device):
 def test_activations_types_and_strides(case, activation, residual, layout, dtype, guard, device):
     shape, n_groups = CASES[case]
     inputs = drawn(shape, device, dtype, layout, residual)
-    checked(away_from_the_kink(inputs, n_groups) if activation in SIDED else inputs, n_groups, activation)
+    checked(fitted(inputs, n_groups, activation), n_groups, activation)
     cluster_of(guard)
 
 
@@ -249,9 +248,8 @@ def test_blocks_of_a_group(shape, vector, types, curved, expected):
 @pytest.mark.parametrize(
     "mutant",
     [
-        (channel_clusters, "blocks_of", "gpu.most_blocks == 1", "gpu.most_blocks == 0"),  # where there are no clusters
-        (channel_clusters, "blocks_of", "blocks > 2 * gpu.most_blocks", "blocks > 4 * gpu.most_blocks"),  # past 16
-        (channel_clusters, "blocks_of", "2 * _LEAST_WARPS", "_LEAST_WARPS"),
+        (channel_clusters, "warps_of", "else 2 * gpu.most_blocks", "else 4 * gpu.most_blocks"),  # past 16
+        (channel_clusters, "warps_of", "2 <= count", "1 <= count"),
         (group_spaces, "gradient_cluster", "per_group == 1 or ", ""),
         (group_spaces, "gradient_cluster", "narrow or ", ""),
         (group_spaces, "gradient_cluster", ' or "float64" in types', ""),

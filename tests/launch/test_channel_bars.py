@@ -218,14 +218,15 @@ def test_bytes():
 
 def test_bytes_of_clusters(tmp_path):
     """A program is a cluster: the interpreter ignores its number of blocks. Each reads once, and exchanges nothing."""
-    shapes = [{"shape": [4, 2, 64, 64]}, {"shape": [64, 32, 4, 4], "layout": "channels_last"}, {"shape": [2, 65536]}]
+    shapes = [{"shape": [4, 2, 64, 64]}, {"shape": [64, 32, 4, 4], "layout": "channels_last"}]
+    shapes += [{"shape": [32, 16, 7, 7]}, {"shape": [2, 65536]}]  # folded: eight channels a program
     file = tmp_path / "shapes.json"
     file.write_text(json.dumps(shapes))
     chosen = "--shapes", str(file), "--op", "layer_norm,batch_norm,batch_norm_add_relu", "--dtype", "bf16"
     printed = processes.output("-m", "perf", "traffic", "--blocks", "8", "--lines", *chosen)
     counted = [json.loads(line) for line in printed.splitlines()]
     *of_channels, forward, backward = counted
-    assert (len(of_channels), backward["launches"][0]["config"]["num_ctas"]) == (8, 8)
+    assert (len(of_channels), backward["launches"][0]["config"]["num_ctas"]) == (12, 8)
     for record in (*of_channels, forward):
         assert record["status"] == "ok", record["message"]
         (launch,) = record["launches"]

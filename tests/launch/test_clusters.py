@@ -233,6 +233,8 @@ def tell(call, name, clusters=True, gradients=False):
             told |= {"kernel": one.kernel.__name__, "name": name, "launches": counts}
             told |= {"tiles": one.constants.get("TILES")}
             told |= {"loaded_back": ptx.loaded_back(kernel.asm["ptx"], kernel.src.signature)}
+            told |= {"order": ptx.order(kernel.asm["ptx"], kernel.src.signature, "num_batches_tracked")}
+            told |= {"gathers": kernel.asm["ttgir"].count("tt.gather")}
             print(json.dumps({**told, "barriers": kernel.asm["ptx"].count("barrier.cluster")}))
 """
 
@@ -247,13 +249,13 @@ for norm in (triton_norm.layer_norm, triton_norm.rms_norm):
 """
 
 OF_CHANNELS = """
-def batch_norm(dtype, *shape, last=False, activation=None, residual=False, clusters=True):
+def batch_norm(dtype, *shape, last=False, activation=None, residual=False, clusters=True, momentum=0.1):
     x, added = tensors(dtype, shape, shape, last=last)
     mean, var, count = torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)
     weight, bias = tensors(torch.float32, shape[1:2], shape[1:2])
     fused = {"activation": activation, "residual": added if residual else None}
-    name = f"{dtype} {shape} {last} {activation} {residual}"
-    statistics = mean, var, weight, bias, True
+    name = f"{dtype} {shape} {last} {activation} {residual} {momentum}"
+    statistics = mean, var, weight, bias, True, momentum
     tell(lambda: triton_norm.batch_norm(x, *statistics, num_batches_tracked=count, **fused), name, clusters)
 
 half = torch.bfloat16
@@ -264,9 +266,15 @@ batch_norm(half, 128, 64, 32, 32, activation="relu", residual=True)  # 131,072
 batch_norm(torch.float32, 64, 256, 28, 28)
 batch_norm(half, 64, 256, 28, 28, activation="gelu", residual=True)
 batch_norm(half, 8, 256, 14, 14, last=True, activation="relu", residual=True)
+batch_norm(half, 32, 64, 7, 7, activation="relu", residual=True)  # folded: two blocks
+batch_norm(half, 320, 64, 7, 7, activation="gelu", residual=True, momentum=None)  # the most on 8 blocks
+batch_norm(half, 640, 240, 3, 3)  # 24 channels a block of columns
+batch_norm(torch.float32, 128, 64, 7, 7, activation="silu")
 x, weight, bias = tensors(half, (8, 320, 64, 64), (320,), (320,))
 for n in (32, 64):  # elements of an access have one weight, or each its own
     tell(lambda: triton_norm.group_norm(x, n, weight, bias, activation="silu"), f"{n} groups")
+(x,), (weight, bias) = tensors(half, (8, 320, 32, 32), last=True), tensors(half, (320,), (320,))
+tell(lambda: triton_norm.group_norm(x, 32, weight, bias, activation="silu"), "folded groups")
 x, weight, bias = tensors(half, (8, 32, 256, 256), (32,), (32,))
 tell(lambda: triton_norm.instance_norm(x, weight=weight, bias=bias), "instances")
 batch_norm(half, 32, 64, 7, 7, clusters=False)
@@ -301,8 +309,13 @@ def compiled(code, *arguments):
 
 def check(record):
     """Asserts that a cluster does not spill, wait by atomics, or load its own stores behind a barrier: a barrier of
-    one block does not order another's stores before it."""
-    assert (record["spill_stores"], record["atomics"], record["loaded_back"]) == (0, [], []), record
+    one block does not order another's stores before it. Nor does it gather, which reads one block's values alone.
+
+    An average over all batches is counted by an atomic. All blocks have read the count behind a cluster's barrier."""
+    assert (record["spill_stores"], record["loaded_back"], record["gathers"]) == (0, [], 0), record
+    if record["atomics"]:
+        assert record["name"].endswith("None"), record
+        assert (record["atomics"], record["order"][:3]) == (["u32"], ["load", "barrier", "atomic"]), record
     assert record["barriers"] > 0, record
     assert 1 < record["blocks"] * record["clusters"] <= 148 * 32, record
 

@@ -49,6 +49,16 @@ def test_what_is_stored_before_a_barrier_and_loaded_behind_it():
         assert ptx.loaded_back(declared + text, SIGNATURE) == expected, text
 
 
+def test_order_of_loads_barriers_and_atomics():
+    """A cluster's barrier is its `wait`; another argument's load and one block's barrier are not told."""
+    wait = "barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n"
+    atomic = "@%p3 atom.global.gpu.acq_rel.add.u32 %r7, [ %rd1 + 0 ], %r8;\n"
+    text = "ld.param.b64 %rd1, [kernel_param_0];\nld.param.b64 %rd2, [kernel_param_2];\n"
+    text += LOAD + LOAD.replace("%rd1", "%rd2") + BARRIER + wait + wait + STORE + atomic + LOAD
+    assert ptx.order(text, SIGNATURE, "x") == ["load", "barrier", "atomic", "load"]
+    assert ptx.order(text, SIGNATURE, "y") == ["load", "barrier", "atomic"]
+
+
 def test_atomics_by_type():
     assert ptx.atomics(KERNEL) == ["u32"]
     for kind, added in (("f32", "add.f32"), ("bf16", "add.noftz.bf16"), ("f16x2", "add.noftz.f16x2")):

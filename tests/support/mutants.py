@@ -11,6 +11,8 @@ from unittest import mock
 
 import triton
 
+from support.cluster_mutants import CLUSTERS
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -151,8 +153,6 @@ moments.centre
 moments.moments_of
     off-centre sums | value | tile_sum(centred * centred, AXIS) -> tile_sum(x * x, AXIS) - count * mean * mean
     off-centre flat | off-centre | tile_sum(centred * centred, AXIS) -> tile_sum(x * x, AXIS) - count * mean * mean
-moments.moments_of_tiles
-    clusters | value | tl.where(masks[place], tiles -> tl.where(masks[place] | True, tiles
 moments.scaled_from
     off-centre last, two launches | off-centre | x * 0.25 - shift * 0.25 -> x * 0.25 - shift * 0.0
 moments.take_in
@@ -214,6 +214,7 @@ channels.move_running
     running statistics | moved | (1.0 - factor) * running -> (1.0 - factor) * (1.0 - factor) * running
 channels.factor_of
     cumulative statistics | moved | tl.load(num_batches_tracked_ptr) + 1 -> tl.load(num_batches_tracked_ptr) + 2
+    cumulative clusters | moved | tl.load(num_batches_tracked_ptr) + 1 -> tl.load(num_batches_tracked_ptr) + 2
     fp64 statistics | moved | to_float(momentum_rest, COMPUTE) -> 0.0
 channels.finalise_statistics
     flat | value | moments.m2.dtype) + EPS) -> moments.m2.dtype)) + EPS
@@ -229,13 +230,11 @@ channels.channels_forward_kernel
     running statistics, two launches | barrier | tl.debug_barrier() -> pass
     flat | race | wait(sync_ptr, block, n_splits + 1) -> wait(sync_ptr, block, n_splits)
     last | unwritten | else end - first, T) -> else end - first - T, T)
-    clusters | value | raw = tiles[TILES - 1 - place] -> raw = tiles[place]
-    clusters | race | if block == 0: -> if block >= 0:
     whole tiles | unwritten | (end - 1 - first) // T * T -> (end - first) // T * T
     folded | value | if not TOGETHER or swept > 0 -> if not TOGETHER
     off-centre flat | off-centre | (raw.to(COMPUTE) - mean) - mean_lo -> raw.to(COMPUTE) - mean
 channels_backward.channels_backward_kernel
-    last | value | tile_sum(dz * centred, AXIS) -> tile_sum(dz * raw_x.to(COMPUTE), AXIS)
+    last | value | channel_sum(dz * centred, -> channel_sum(dz * raw_x.to(COMPUTE),
     last, two launches | value | tile_sum(sum_dz_centred, AXIS) -> tile_sum(sum_dz, AXIS)
     flat | value | if sweep == 0 or swept > 0 -> if sweep == 0
     folded | race | wait(sync_ptr, block, n_splits + 1) -> wait(sync_ptr, block, n_splits)
@@ -456,4 +455,4 @@ modulated_finalise.modulated_backward_finalise_kernel
     modulated rows | value | dy_ptr = sums_ptr + DY_SUMS -> dy_ptr = sums_ptr + X_HAT_SUMS
 """)
 
-MUTANTS = [*ROWS, *BOTH, *CHANNELS, *MODULATED]
+MUTANTS = [*ROWS, *BOTH, *CHANNELS, *_read(CLUSTERS), *MODULATED]

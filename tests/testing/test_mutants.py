@@ -243,6 +243,15 @@ def off_centre_channels(numbers, monkeypatch, kind: str = "flat", one_launch: bo
     """Both ways; dweight is held to dy's size, and not to x's."""
     shape, tile = SPLIT[kind]
     share(numbers, tile, one_launch)
+    _off_centre(shape, kind)
+
+
+def off_centre_folded_clusters(numbers, monkeypatch) -> None:
+    small_clusters(numbers)
+    _off_centre(FOLDED_IN_CLUSTERS, "folded")
+
+
+def _off_centre(shape: tuple[int, ...], kind: str) -> None:
     x, dy, weight = 1e6 + torch.randn(shape), torch.randn(shape), torch.ones(shape[1])
     if kind == "last":
         x, dy = (tensor.to(memory_format=torch.channels_last) for tensor in (x, dy))
@@ -256,9 +265,18 @@ def off_centre_channels(numbers, monkeypatch, kind: str = "flat", one_launch: bo
 def statistics_move(
     numbers, monkeypatch, one_launch: bool = True, momentum: float | None = 0.1, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Twice; the counter counts, and the zeros that launches begin with are left zeros."""
     shape, tile = SPLIT["flat"]
     share(numbers, tile, one_launch)
+    _moves_statistics(monkeypatch, shape, momentum, dtype)
+
+
+def cumulative_clusters(numbers, monkeypatch) -> None:
+    small_clusters(numbers)  # two channels, each of a program: both read the counter before it moves
+    _moves_statistics(monkeypatch, (3, 2, 20, 20), None, torch.float32)
+
+
+def _moves_statistics(monkeypatch, shape: tuple[int, ...], momentum: float | None, dtype: torch.dtype) -> None:
+    """Twice; the counter counts, and the zeros that launches begin with are left zeros."""
     saved = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(plan, "zeros", lambda n, device: saved[:n])
     moved = *running_statistics(shape[1], "cpu", dtype), torch.tensor(0)
@@ -278,10 +296,22 @@ def same_statistics(moved: tuple[torch.Tensor, ...], exact: nn.Module, tolerance
         assert torch.allclose(actual.double(), expected, rtol=tolerance, atol=tolerance), "moved otherwise"
 
 
+FOLDED_IN_CLUSTERS = (10, 16, 5, 5)  # two blocks of eight channels; three tiles of four rows, the third not full
+
+
+def small_clusters(numbers) -> None:
+    few = ByKind(flat=8, last=8, folded=12)
+    numbers(most_blocks=8, cluster_least_bytes=0, cluster_elements=few, thread_resident_bytes=ByKind(32, 32, 64))
+
+
+def folded_clusters(numbers, monkeypatch) -> None:
+    small_clusters(numbers)
+    drawn(FOLDED_IN_CLUSTERS, "folded", "cpu").against_oracle()
+
+
 def clusters(numbers, monkeypatch) -> None:
     """Two tiles a channel, of which the second is not full; two channels."""
-    few = ByKind(flat=8, last=8, folded=0)
-    numbers(most_blocks=8, cluster_least_bytes=0, cluster_elements=few, thread_resident_bytes=ByKind(32, 32, 32))
+    small_clusters(numbers)
     drawn((3, 2, 20, 20), "flat", "cpu").against_oracle()
     count, x = torch.tensor(0), torch.randn(3, 2, 20, 20)
     triton_norm.batch_norm(x, torch.zeros(2), torch.ones(2), training=True, num_batches_tracked=count)
@@ -356,6 +386,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "rows along axes": rows_along_axes,
     "long sums": long_sums,
     "clusters": clusters,
+    "folded clusters": folded_clusters,
+    "off-centre folded clusters": off_centre_folded_clusters,
+    "cumulative clusters": cumulative_clusters,
     "weight offset": weight_offset,
     "rounded x_hat": rounded_x_hat,
     "expanded rows": expanded_rows,

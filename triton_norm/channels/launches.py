@@ -15,7 +15,6 @@ from triton_norm.launch import INT32_END, Launch, Launcher
 from triton_norm.library import name_of, triton_dtype
 from triton_norm.specs import Phase
 from triton_norm.tuning import channel_clusters, channel_spaces
-from triton_norm.tuning.channel_clusters import Clusters
 from triton_norm.tuning.channel_spaces import BACKWARD, ChannelWork, Plan, SharedChannels
 from triton_norm.tuning.configs import Space
 from triton_norm.tuning.limits import gpu_of
@@ -147,7 +146,9 @@ class Launches:
         streamed_bytes: float = 0.0,
         adds: bool = False,
         activation: str | None = None,
+        in_clusters: bool = False,
     ) -> None:
+        self._arguments = kernel, read, resident_bytes, streamed_bytes, adds, activation
         self._kernel, self._read, self._resident_bytes, self._adds = kernel, read, resident_bytes, adds
         self._curved = is_curved(activation)
         gpu = gpu_of(read.device)
@@ -156,12 +157,17 @@ class Launches:
             self._n_instances, per_parameter = read.instances.n_instances, read.instances.elements_per_parameter
             pairs = zip(read.instances.strides, read.instances.spread, strict=True)
             instance_strides = [stride for stride, spread in pairs if spread and stride is not None]
+        most_columns = None
+        if in_clusters:
+            most_columns = gpu.limits.most_folded_cluster_columns
+        elif per_parameter is not None:
+            most_columns = gpu.limits.most_folded_group_columns
         self.layout: Layout = layout_of(
             read.shape,
             read.kind,
             *filter(None, read.placements),
             instance_strides=instance_strides,
-            narrow=per_parameter is not None,
+            most_columns=most_columns,
         )
         self.run, self.parameter_runs = self.layout.runs(per_parameter)
         self._shared = SharedChannels(
@@ -180,8 +186,6 @@ class Launches:
         plan_fused = channel_spaces.plan_channels if read.instances is None else channel_spaces.plan_groups
         plan = plan_fused(self._shared, gpu) if resident_bytes else None
         self._plan: Plan = plan or channel_spaces.plan_channels_apart(self._shared, gpu)
-        is_group = read.instances is not None
-        self._clusters: Clusters | None = channel_clusters.plan_clusters(self._shared, kernel, is_group, gpu)
 
     def _lanes_run(self) -> int | None:
         """Returns the elements of an access with a common weight and bias, or None if each channel has its own.
@@ -248,9 +252,14 @@ class Launches:
         n_splits = -(-n_groups // plan.groups_per_split)
         if self._kernel != BACKWARD:
             constants["TILES"] = plan.tiles
+        if not plan.tiles:
+            constants["BLOCKS"] = 1  # that of clusters is their config's
+        space, fold = self._space(phase, plan, swept), layout.fold
+        if fold and plan.tiles:  # Triton 3.9 fails to compile a cluster of more blocks than there are channels
+            fold = max(fold, *(config.num_ctas for config in space.configs))
         launcher = Launcher(
             kernel_of(self._kernel),
-            self._space(phase, plan, swept),
+            space,
             self._read.device,
             functools.partial(_n_programs, n_blocks),
             scalars,
@@ -260,23 +269,29 @@ class Launches:
             V=layout.vector,
             LANES=layout.lanes,
             AXIS=layout.axis,
-            FOLD=layout.fold,
-            WIDTH=layout.width,
+            FOLD=fold,
+            WIDTH=0 if plan.tiles else layout.width,
             INDEX=triton_dtype(torch.int32 if n_groups < INT32_END // 2 else torch.int64),
             COMPUTE=triton_dtype(torch.float64 if self._read.x == torch.float64 else torch.float32),
             **constants,
         )
         partials = n_splits if phase.reduces and n_splits > 1 else 0
         launch = Launch(launcher, n_groups, plan.groups_per_split)
-        alone = phase is Phase.FUSED and n_splits == 1 and not layout.fold
+        alone = phase is Phase.FUSED and n_splits == 1 and (plan.tiles > 0 or not layout.fold)
         return Step(launch, phase.reduces, phase.applies, partials, 2 + n_blocks, alone)
+
+    def of_clusters(self) -> "Launches":
+        """Returns the launches of clusters, whose folded blocks are narrower."""
+        return Launches(*self._arguments, in_clusters=True) if self._read.kind == "folded" else self
 
     def with_clusters(self, apart: list[Step], make: Callable[[Plan], Step]) -> Forms[list[Step]]:
         """Returns these steps, and the step of clusters that `make` prepares, if these launches have any."""
-        if self._clusters is None:
+        is_group = self._read.instances is not None
+        clusters = channel_clusters.plan_clusters(self._shared, self._kernel, is_group, gpu_of(self._read.device))
+        if clusters is None:
             return Forms(apart)
-        step = make(self._clusters.plan)
-        return Forms(apart, [step], channel_clusters.forms(step.space, len(apart), self._clusters.portable))
+        step = make(clusters.plan)
+        return Forms(apart, [step], channel_clusters.forms(step.space, len(apart), clusters.portable))
 
 
 def _n_programs(n_blocks: int, config: Any, n_groups: int, groups_per_split: int) -> int:

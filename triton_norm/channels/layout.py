@@ -197,13 +197,17 @@ def vector_of(placements: Sequence[Placement], *extents: int) -> int:
 
 
 def layout_of(
-    shape: Sequence[int], kind: str, *placements: Placement, instance_strides: Sequence[int] = (), narrow: bool = False
+    shape: Sequence[int],
+    kind: str,
+    *placements: Placement,
+    instance_strides: Sequence[int] = (),
+    most_columns: int | None = None,
 ) -> Layout:
     """Returns the layout in which tensors with these strides are read together, with the widest common access.
 
     Args:
         instance_strides: elements from one slice of this shape to the next, of each tensor that has slices.
-        narrow: a folded block is narrow, so that its rows can stay in registers.
+        most_columns: as in `channel_spaces.fold`; None: those of programs that share blocks of channels.
     """
     n_channels, n_positions = shape[1], math.prod(shape[2:])
     if kind == "last":
@@ -219,7 +223,10 @@ def layout_of(
     strides = [*instance_strides, *(placement.sample_stride for placement in spread)]
     if kind == "folded":
         n_columns = n_channels * n_positions
-        lanes, channels = channel_spaces.fold(n_channels, n_positions, limits_in_force(), narrow)
+        limits = limits_in_force()
+        lanes, channels = channel_spaces.fold(
+            n_channels, n_positions, limits, most_columns or limits.most_folded_columns
+        )
         vector = vector_of(spread or placements, n_columns, channels * n_positions, *strides)
         fold, width = next_power_of_2(channels), next_power_of_2(n_positions)
         return Layout(0, vector, lanes, fold, width, n_channels, n_columns, channels * n_positions, n_positions, 1)

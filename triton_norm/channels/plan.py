@@ -78,27 +78,26 @@ def _forward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms[list[St
         adds=residual is not None,
         activation=spec.activation,
     )
-    scalars = *in_two_floats(spec.momentum or 0.0), *launches.scalars(), launches.parameter_runs
+    momentum = in_two_floats(spec.momentum or 0.0)
 
-    def step(phase: Phase, plan: Plan | None = None) -> Step:
-        return launches.step(
+    def step(made: Launches, phase: Phase, plan: Plan | None = None) -> Step:
+        return made.step(
             phase,
             read.swept if phase.applies else (read.x,),
-            scalars,
+            (*momentum, *made.scalars(), made.parameter_runs),
             plan,
             EPS=spec.eps,
             CUMULATIVE=spec.momentum is None,
             LOCAL=part.local,
             STATISTICS=phase.reduces,
-            RUN=launches.run,
+            RUN=made.run,
             ACTIVATION=spec.activation,
             SLOPE=spec.slope,
         )
 
-    apart = [step(phase) for phase in launches.phases(part.phase)]
-    if spec.momentum is None:  # all programs read the counter before it moves, and a barrier is one block's own
-        return Forms(apart)
-    return launches.with_clusters(apart, lambda plan: step(Phase.FUSED, plan))
+    apart = [step(launches, phase) for phase in launches.phases(part.phase)]
+    clusters = launches.of_clusters()
+    return clusters.with_clusters(apart, lambda plan: step(clusters, Phase.FUSED, plan))
 
 
 class ForwardPlan:
@@ -268,13 +267,13 @@ def _backward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms[list[S
     resident = x.itemsize + dy.itemsize if waits else 0
     launches = Launches("channels_backward_kernel", read, resident, streamed, activation=spec.activation)
 
-    def step(phase: Phase, plan: Plan | None = None) -> Step:
-        return launches.step(
+    def step(made: Launches, phase: Phase, plan: Plan | None = None) -> Step:
+        return made.step(
             phase,
             read.swept,
-            launches.scalars(),
+            made.scalars(),
             plan,
-            DY_SPREAD=int(launches.layout.spread(dy)),
+            DY_SPREAD=int(made.layout.spread(dy)),
             EPS=spec.eps,
             LOCAL=part.local,
             CONSTANT=part.constant,
@@ -284,8 +283,9 @@ def _backward_forms(read: Read, spec: BatchNormSpec, part: Part) -> Forms[list[S
             SLOPE=spec.slope,
         )
 
-    apart = [step(phase) for phase in launches.phases(part.phase, part.constant)]
-    return launches.with_clusters(apart, lambda plan: step(Phase.FUSED, plan))
+    apart = [step(launches, phase) for phase in launches.phases(part.phase, part.constant)]
+    clusters = launches.of_clusters()
+    return clusters.with_clusters(apart, lambda plan: step(clusters, Phase.FUSED, plan))
 
 
 class BackwardPlan:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from triton_norm.kernels.activations import activate, bits_per_byte, bytes_of, mask_of, pack
+from triton_norm.kernels.clusters import moments_of_tiles, to_lanes
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import (
     Moments,
@@ -16,7 +17,6 @@ from triton_norm.kernels.moments import (
     merge_all,
     merge_places,
     moments_of,
-    moments_of_tiles,
     scaled_from,
     take_in,
     to_float,
@@ -152,6 +152,7 @@ def channels_forward_kernel(
     COMPUTE: tl.constexpr,
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Computes y = f(z) with z = (x − mean) · rstd · weight + bias + residual, the statistics of the channels, or both.
 
@@ -184,12 +185,15 @@ def channels_forward_kernel(
         parameter_runs: adjacent elements of a group with a common weight and bias, divided by RUN; None if RUN is.
         SHARED: n_splits > 1.
         INDEX: integer type of group indices.
+        TILES: tiles of a cluster that has whole channels in registers, or 0. Then WIDTH is 0.
         T: groups in a tile.
         BLOCK_K: splits merged at a time.
+        BLOCKS: blocks of a cluster, or 1.
     """
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = STATISTICS and APPLY
     IN_PLACES: tl.constexpr = AXIS == 0 and not FOLD and not TOGETHER  # column sums are slow: one, at the end
+    FOLDED_IN_CLUSTER: tl.constexpr = TILES > 0 and FOLD > 0
     COUNTS_LAST: tl.constexpr = CUMULATIVE and num_batches_tracked_ptr is not None  # every program reads the count
     n_splits = tl.cdiv(n_groups, groups_per_split).to(tl.int32)
     n_blocks = tl.num_programs(0) // n_splits
@@ -221,6 +225,9 @@ def channels_forward_kernel(
             mean = tl.zeros([T, LANES], COMPUTE)
             m2 = tl.zeros([T, LANES], COMPUTE)
             shift = zero
+        if COUNTS_LAST and TILES and running_mean_ptr is not None:
+            # Every block of a cluster has read the count before one of them arrives: the sums' barriers come first.
+            factor = factor_of(momentum, momentum_rest, num_batches_tracked_ptr, CUMULATIVE, COMPUTE)
         if TILES:
             tiles = ()
             masks = ()
@@ -228,7 +235,8 @@ def channels_forward_kernel(
                 mask = ((place * T + tl.arange(0, T))[:, None] < end) & lanes.in_range
                 tiles += (tl.load(tile_at(x, place * T, layout, TILE), mask=mask, other=0.0),)
                 masks += (mask,)
-            moments = moments_of_tiles(tiles, masks, to_float(end, COMPUTE) * lanes_per_channel, AXIS)
+            count = to_float(end, COMPUTE) * (columns_per_channel if FOLD else lanes_per_channel)
+            moments, mean, mean_lo = moments_of_tiles(tiles, masks, count, columns_per_channel, TILE, BLOCKS)
         else:
             for start in range(first, end, T):
                 mask = ((start + tl.arange(0, T))[:, None] < end) & lanes.in_range
@@ -246,7 +254,7 @@ def channels_forward_kernel(
             counts = tl.cdiv(tl.maximum(end - first - tl.arange(0, T)[:, None], 0), T)
             moments = merge_places(to_float(counts, COMPUTE), mean, m2, shift)
         per_group = V if AXIS is None else columns_per_channel
-        if FOLD:
+        if FOLD and WIDTH:
             rows = to_float(end - first, COMPUTE)
             moments = fold_moments(moments, rows, columns_per_channel, TILE)
         channels = channels_of(inside, lanes, layout, TILE)
@@ -268,10 +276,11 @@ def channels_forward_kernel(
         if comes_last:
             rstd = finalise_statistics(moments, statistics_ptr, moments_ptr, channels, total, EPS, LOCAL)
             if running_mean_ptr is not None:
-                factor = factor_of(momentum, momentum_rest, num_batches_tracked_ptr, CUMULATIVE, COMPUTE)
+                if not (COUNTS_LAST and TILES):
+                    factor = factor_of(momentum, momentum_rest, num_batches_tracked_ptr, CUMULATIVE, COMPUTE)
                 move_running(running_mean_ptr, channels, moments.mean, factor)
                 move_running(running_var_ptr, channels, moments.m2 / to_float(total - 1, COMPUTE), factor)
-            if SHARED or FOLD or COUNTS_LAST:
+            if SHARED or (FOLD and WIDTH) or COUNTS_LAST:
                 tl.debug_barrier()
             if SHARED and APPLY:
                 arrive(sync_ptr, block)
@@ -285,7 +294,14 @@ def channels_forward_kernel(
             if arrive(sync_ptr, block) == 2 * n_splits:
                 close(sync_ptr, block, n_blocks, num_batches_tracked_ptr)
     if APPLY:
-        if STATISTICS and not (SHARED or FOLD):
+        if FOLDED_IN_CLUSTER:
+            if RUN is None:
+                scale = rstd * load_parameter(weight_ptr, channels, 1.0, COMPUTE)
+                scale = to_lanes(scale, columns_per_channel, TILE, BLOCKS)
+                bias = to_lanes(load_parameter(bias_ptr, channels, 0.0, COMPUTE), columns_per_channel, TILE, BLOCKS)
+            else:
+                rstd = to_lanes(rstd, columns_per_channel, TILE, BLOCKS)
+        elif STATISTICS and not (SHARED or FOLD):
             mean = moments.mean
             mean_lo = moments.mean_lo
         else:
@@ -295,7 +311,7 @@ def channels_forward_kernel(
             mean, mean_lo, rstd = load_statistics(
                 statistics_ptr, running_mean_ptr, running_var_ptr, normalized, EPS, COMPUTE
             )
-        if RUN is None:
+        if RUN is None and not FOLDED_IN_CLUSTER:
             scale = rstd * load_parameter(weight_ptr, lanes, 1.0, COMPUTE)
             bias = load_parameter(bias_ptr, lanes, 0.0, COMPUTE)
         y_strides = dense_strides(layout, TILE)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from triton_norm.kernels.activations import activate_backward, bits_per_byte, bytes_of, gradient_by_mask, unpack
+from triton_norm.kernels.clusters import channel_sum, to_lanes
 from triton_norm.kernels.exchange import arrive, close, take_place, wait
 from triton_norm.kernels.moments import tile_sum, to_float
 from triton_norm.kernels.tiles import (
@@ -131,6 +132,7 @@ def channels_backward_kernel(
     COMPUTE: tl.constexpr,
     T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Computes dx, dresidual = dz, dweight = Σ dz · x_hat and dbias = Σ dz, from dz = dy · f'(z).
 
@@ -155,18 +157,21 @@ def channels_backward_kernel(
         weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, running_mean_ptr, running_var_ptr: [n_channels], or None.
         statistics_ptr: [3, n_channels]: mean, mean_lo and rstd; None to use the running ones.
         means_ptr: [2, n_channels], mean(dz) and mean(dz · x_hat) · rstd; None if APPLY does not need them, unused if
-            both halves are one program's, unless FOLD.
+            both halves are one program's, unless that is one block with folded channels.
         partials_ptr: workspace [2, n_splits, n_channels], used if SHARED.
         sync_ptr: 2 + n_blocks zeros.
         DY_SPREAD: 0 if dy is one element expanded over a channel's lanes, else 1.
         BY_COLUMN: channels are groups of a GroupNorm, folded, and each column has a weight and a bias of its own. Then
             dweight_ptr and dbias_ptr are [instances, n_splits, columns], the sums of each program, or None. A split is
             one tile, which T has room for.
-        LOCAL, SHARED, INDEX, T, BLOCK_K: as in channels_forward_kernel.
+        LOCAL, SHARED, INDEX, T, BLOCK_K, BLOCKS: as in channels_forward_kernel. In a cluster WIDTH is 0.
     """
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = REDUCE and APPLY and not CONSTANT
-    ALONE: tl.constexpr = TOGETHER and not (SHARED or FOLD)  # a program computes the means that it needs itself
+    ALONE: tl.constexpr = TOGETHER and not (
+        SHARED or (FOLD and WIDTH)
+    )  # a program computes the means that it needs itself
+    FOLDED_IN_CLUSTER: tl.constexpr = ALONE and FOLD > 0
     NEEDS_Z: tl.constexpr = ACTIVATION is not None and bits_ptr is None
     WEIGHTED: tl.constexpr = BY_COLUMN or (PER_STATISTIC is not None and PER_STATISTIC > 1)
     NEEDS_X: tl.constexpr = REDUCE or not CONSTANT or NEEDS_Z
@@ -191,16 +196,23 @@ def channels_backward_kernel(
     dy_strides = Strides(dy_sample_vecs, dy_group_vecs, dy_channel_vecs)
     dy = view_of(dy_ptr, dy_strides, columns, lanes, TILE, DY_SPREAD)
     x = view_of(x_ptr, Strides(x_sample_vecs, x_group_vecs, x_channel_vecs), columns, lanes, TILE)
-    normalized = lanes
-    if instance_blocks is not None:
-        normalized = of_instance(lanes, instance, n_blocks // instance_blocks, PER_STATISTIC)
-    mean, mean_lo, rstd = load_statistics(statistics_ptr, running_mean_ptr, running_var_ptr, normalized, EPS, COMPUTE)
     parameters = lanes
+    if FOLDED_IN_CLUSTER:
+        parameters = channels_of(inside, lanes, layout, TILE)
+    normalized = parameters
+    if instance_blocks is not None:
+        normalized = of_instance(parameters, instance, n_blocks // instance_blocks, PER_STATISTIC)
+    mean, mean_lo, rstd = load_statistics(statistics_ptr, running_mean_ptr, running_var_ptr, normalized, EPS, COMPUTE)
     if BY_COLUMN:
         parameters = Channels(columns, lanes.in_range, n_column_vecs * V)
     weight = load_parameter(weight_ptr, parameters, 1.0, COMPUTE)
     scale = rstd * weight
     bias = load_parameter(bias_ptr, parameters, 0.0, COMPUTE)
+    if FOLDED_IN_CLUSTER:
+        mean = to_lanes(mean, columns_per_channel, TILE, BLOCKS)
+        mean_lo = to_lanes(mean_lo, columns_per_channel, TILE, BLOCKS)
+        scale = to_lanes(scale, columns_per_channel, TILE, BLOCKS)
+        bias = to_lanes(bias, columns_per_channel, TILE, BLOCKS)
     mean_dz = tl.zeros([1, 1], COMPUTE)
     slope = tl.zeros([1, 1], COMPUTE)
     if APPLY and not CONSTANT and not REDUCE:
@@ -209,7 +221,8 @@ def channels_backward_kernel(
     first, end = span(split, groups_per_split, n_groups, INDEX)
     last = first + (end - 1 - first) // T * T
     IN_PLACES: tl.constexpr = AXIS == 0 and not TOGETHER
-    sum_dz = tl.zeros([T if IN_PLACES else 1, 1 if AXIS is None else LANES], COMPUTE)
+    SUMS: tl.constexpr = (1, FOLD, 1) if FOLDED_IN_CLUSTER else (T if IN_PLACES else 1, 1 if AXIS is None else LANES)
+    sum_dz = tl.zeros(SUMS, COMPUTE)
     sum_dz_centred = tl.zeros_like(sum_dz)
     raw_dy = tl.zeros([T, LANES], dy_ptr.dtype.element_ty)
     raw_x = tl.zeros([T, LANES], x_ptr.dtype.element_ty)
@@ -241,8 +254,12 @@ def channels_backward_kernel(
                         z += tl.load(tile_at(residual, start, layout, TILE), mask=mask, other=0.0).to(COMPUTE)
                     dz = activate_backward(dz, z, ACTIVATION, SLOPE)
             if REDUCE and sweep == 0:
-                sum_dz += dz if IN_PLACES else tile_sum(dz, AXIS)
-                sum_dz_centred += dz * centred if IN_PLACES else tile_sum(dz * centred, AXIS)
+                if IN_PLACES:
+                    sum_dz += dz
+                    sum_dz_centred += dz * centred
+                else:
+                    sum_dz += channel_sum(dz, columns_per_channel, TILE, BLOCKS)
+                    sum_dz_centred += channel_sum(dz * centred, columns_per_channel, TILE, BLOCKS)
             if APPLY and sweep == SWEEPS - 1:
                 strides = dense_strides(layout, TILE)
                 offsets = group_offsets(start, layout, strides, TILE)
@@ -270,13 +287,13 @@ def channels_backward_kernel(
                 store_columns(dbias_ptr, sum_dz, row, parameters)
                 sum_dz *= weight
                 sum_dz_centred *= weight
-            if FOLD:
+            if FOLD and WIDTH:
                 sum_dz = fold_sum(sum_dz, columns_per_channel, TILE)
                 sum_dz_centred = fold_sum(sum_dz_centred, columns_per_channel, TILE)
             sums = Sums(sum_dz, sum_dz_centred)
             channels = channels_of(inside, lanes, layout, TILE)
             channel_rstd = rstd
-            if FOLD:
+            if FOLD and WIDTH:
                 folded = channels
                 if instance_blocks is not None:
                     folded = of_instance(channels, instance, n_blocks // instance_blocks, PER_STATISTIC)
@@ -302,7 +319,7 @@ def channels_backward_kernel(
                     finalise_sums(sums, channel_rstd, None, None, left_ptr, channels, total, LOCAL)
                 else:
                     finalise_sums(sums, channel_rstd, dweight_ptr, dbias_ptr, left_ptr, channels, total, LOCAL)
-                if SHARED or FOLD:
+                if SHARED or (FOLD and WIDTH):
                     tl.debug_barrier()
                 if SHARED and TOGETHER:
                     arrive(sync_ptr, block)
@@ -316,6 +333,9 @@ def channels_backward_kernel(
                 fraction = 1.0 / to_float(total, COMPUTE)
                 mean_dz = sums.dz * fraction
                 slope = sums.dz_centred * rstd * fraction * rstd
+                if FOLD:
+                    mean_dz = to_lanes(mean_dz, columns_per_channel, TILE, BLOCKS)
+                    slope = to_lanes(slope, columns_per_channel, TILE, BLOCKS)
             elif TOGETHER:
                 mean_dz = tl.load(means_ptr + normalized.index, mask=lanes.in_range, other=0.0, cache_modifier=".cg")
                 slopes = means_ptr + normalized.n_channels + normalized.index

@@ -84,40 +84,6 @@ def moments_of(x, mask, count, AXIS: tl.constexpr, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def moments_of_tiles(tiles, masks, count, AXIS: tl.constexpr):
-    """Returns the moments of several tiles together over AXIS, in the compute type of `count`.
-
-    Means are computed as in `centre`, in a loop: the compiler would otherwise have the elements minus the first mean in
-    registers beside the elements.
-
-    Args:
-        tiles: tuple of tiles [M, N], 0 outside of their masks.
-        count: [1, 1], number of elements reduced of all tiles.
-    """
-    COMPUTE: tl.constexpr = count.dtype
-    ROWS: tl.constexpr = tiles[0].shape[0]
-    COLUMNS: tl.constexpr = tiles[0].shape[1]
-    SCALE: tl.constexpr = 1.0 / (len(tiles) * ROWS * (COLUMNS if AXIS is None else 1))
-    scaled_count = count * SCALE
-    inverse = 1.0 / scaled_count
-    first = tl.zeros([1, 1 if AXIS is None else COLUMNS], COMPUTE)
-    correction = tl.zeros_like(first)
-    for sweep in tl.range(0, 2, loop_unroll_factor=1):
-        total = tl.zeros([ROWS, COLUMNS], COMPUTE)
-        for place in tl.static_range(len(tiles)):
-            total += tl.where(masks[place], tiles[place].to(COMPUTE) - first, 0.0) * SCALE
-        mean = divide(tile_sum(total, AXIS), scaled_count, inverse)
-        first = tl.where(sweep == 0, mean, first)
-        correction = tl.where(sweep == 0, 0.0, mean)
-    total = tl.zeros([ROWS, COLUMNS], COMPUTE)
-    for place in tl.static_range(len(tiles)):
-        centred = tl.where(masks[place], (tiles[place].to(COMPUTE) - first) - correction, 0.0)
-        total += centred * centred
-    mean = first + correction
-    return Moments(mean, (first - mean) + correction, tile_sum(total, AXIS))
-
-
-@triton.jit
 def scaled_from(x, shift):
     """Returns (x − shift) / 4. The difference of two such values can't overflow."""
     return x * 0.25 - shift * 0.25

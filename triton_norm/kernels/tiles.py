@@ -35,7 +35,8 @@ class Tile(NamedTuple):
         V: elements of an aligned access.
         LANES: elements of a group.
         AXIS: axis that sums over a channel reduce, see moments.py.
-        FOLD, WIDTH: capacity of a folded block in channels, and in columns a channel; 0 in other layouts.
+        FOLD, WIDTH: capacity of a folded block in channels, and in columns a channel; 0 in other layouts. In a cluster
+            WIDTH is 0: see clusters.py.
     """
 
     T: int
@@ -108,9 +109,9 @@ def lanes_of(block, layout, TILE: tl.constexpr):
 
 @triton.jit
 def channels_of(block, lanes, layout, TILE: tl.constexpr):
-    """Returns each channel of a block once: [1, FOLD] if folded, else `lanes` unchanged."""
+    """Returns each channel of a block once: [1, FOLD] if folded, [1, FOLD, 1] in a cluster, else `lanes` unchanged."""
     if TILE.FOLD:
-        within = tl.arange(0, TILE.FOLD)[None, :]
+        within = tl.arange(0, TILE.FOLD)[None, :] if TILE.WIDTH else tl.arange(0, TILE.FOLD)[None, :, None]
         n_within = layout.block_vecs * TILE.V // layout.columns_per_channel
         index = block * n_within + within
         lanes = Channels(index, (within < n_within) & (index < lanes.n_channels), lanes.n_channels)

@@ -39,15 +39,14 @@ def _fold_unit(n_positions: int) -> int:
     return 8 // math.gcd(n_positions, 8)
 
 
-def fold(n_channels: int, n_positions: int, limits: Limits, narrow: bool = False) -> tuple[int, int]:
+def fold(n_channels: int, n_positions: int, limits: Limits, most_columns: int) -> tuple[int, int]:
     """Returns (lanes, channels) of a folded block, with the fewest idle lanes.
 
     Args:
-        narrow: the channels are whole groups of a GroupNorm, and all of their rows should stay in registers.
+        most_columns: most columns of a block, if the fewest channels that it may have are not more.
     """
-    unit, widest = _fold_unit(n_positions), limits.most_folded_columns
-    if narrow:
-        widest = min(widest, max(limits.most_folded_group_columns, next_power_of_2(unit * n_positions)))
+    unit = _fold_unit(n_positions)
+    widest = min(limits.most_folded_columns, max(most_columns, next_power_of_2(unit * n_positions)))
     most = -(-n_channels // unit) * unit
     lanes, channels = 0, 1
     for candidate in (widest, widest // 2, widest // 4):

@@ -177,15 +177,18 @@ def gradient_cluster(
     n_positions, windows = _read(n_positions, vector)
     accesses, channels = next_power_of_2(-(-n_positions // vector)), next_power_of_2(per_group)
     work = GradientWork(1, 1, channels, accesses, vector, types, curved, windows)
-    blocks = channel_clusters.blocks_of(work.elements // _of_cluster_thread(work, gpu), gpu)
-    return None if blocks is None else work._replace(blocks=blocks)
+    threads = work.elements // _of_cluster_thread(work, gpu)
+    warps = channel_clusters.warps_of(threads, channel_clusters.MOST_WARPS, gpu)
+    return work._replace(blocks=threads // (warps[0] * gpu.warp)) if warps else None
 
 
 @remembered
 def gradient(work: GradientWork, gpu: Gpu) -> Space:
     """Returns the configs of a launch. M is the groups of a program."""
     if work.blocks > 1:
-        clusters = channel_clusters.configs_of(work.elements // _of_cluster_thread(work, gpu), gpu, M=1)
+        threads, most = work.elements // _of_cluster_thread(work, gpu), channel_clusters.MOST_WARPS
+        warps = channel_clusters.warps_of(threads, most, gpu)
+        clusters = [channel_clusters.cluster_of(n, threads, most, gpu, M=1) for n in warps]
         return space_of("groups_fused_backward_kernel", work.key, clusters)
     tiles: tuple[int, ...] = (work.elements,) if work.members > 1 else _TILES
     if gpu.interpreted:

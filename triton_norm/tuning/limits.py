@@ -73,7 +73,7 @@ class Limits:
     cluster_least_bytes: int = 16 * 1024
     # A thread of a cluster has at most this many elements of a channel in the forward: 48 channels-last spilled 10
     # registers, and 64 channels-first 16 (sm_90, Triton 3.9).
-    cluster_elements: ByKind = ByKind(flat=56, last=32, folded=0)
+    cluster_elements: ByKind = ByKind(flat=56, last=32, folded=80)
     # A thread of a cluster has at most this many elements of a group in GroupNorm's backward, of 16-bit types and fp32
     # alike: both are in registers as fp32. With SiLU 32 spilled 9 registers, windows 12, and a residual 4 (Triton 3.9).
     cluster_group_elements: int = 32
@@ -92,6 +92,8 @@ class Limits:
     most_folded_columns: int = 2048
     # A folded block of whole groups is narrower, so that all of its rows can stay in registers.
     most_folded_group_columns: int = 64
+    # A cluster's folded block is narrower, since it is folded by a mask of its channels and its columns.
+    most_folded_cluster_columns: int = 256
     # A backward by rows of whole groups has at most this many columns: more leave a program few rows to keep.
     most_group_row_columns: int = 512
     # A program of a GroupNorm has whole groups of up to this many elements, padded to a power of two. A judgement.
