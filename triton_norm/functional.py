@@ -135,9 +135,7 @@ def layer_norm(
         if plain and not has_torch_function_variadic(*tensors):
             return normalize_rows("layer_norm", tensors, options)
     modulated = *tensors, gate, scale, shift, residual_gate
-    return _modulated_or_overridden(
-        layer_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype)
-    )
+    return _modulated(layer_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype))
 
 
 def rms_norm(
@@ -192,12 +190,10 @@ def rms_norm(
         if plain and not has_torch_function_variadic(*tensors):
             return normalize_rows("rms_norm", tensors, options)
     modulated = *tensors, gate, scale, shift, residual_gate
-    return _modulated_or_overridden(
-        rms_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype)
-    )
+    return _modulated(rms_norm, modulated, head_weight, options, (gate_activation, gate_first, product_dtype))
 
 
-def _modulated_or_overridden(
+def _modulated(
     function: Any, tensors: tuple[Any, ...], head_weight: Any, options: tuple[Any, ...], of_gate: tuple[Any, ...]
 ) -> Any:
     """Computes layer_norm or rms_norm with a gate or a modulation, or for a tensor that may override the call.

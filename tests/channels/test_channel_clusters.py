@@ -158,7 +158,7 @@ def test_wrong_choices_are_caught(mutant):
 
 
 def test_a_block_of_a_cluster_has_whole_rows_of_a_folded_tile():
-    """Of 1024 lanes eight warps have a row, in accesses of four elements, and four have less."""
+    """Takes 1024 lanes: eight warps have a row, in accesses of four elements, and four have less."""
     wide = work_of(FORWARD, "folded", 32)._replace(lanes=1024, vector=4)
     assert launch_of(wide, FORWARD) == ([2], True)
     assert launch_of(wide._replace(lanes=2048, vector=8), FORWARD) is None

@@ -87,7 +87,7 @@ def test_rows_that_one_block_can_not_hold_begin_with_a_cluster():
 
 
 def test_clusters_of_short_rows_load_the_next_one():
-    """Beside a program that has one row: the first of them, since a search tries both."""
+    """Asserts that a search tries them after clusters of one row each."""
     for work, space in spaces(WITH_CLUSTERS):
         if space.kernel == "rows_forward_kernel":
             stages = [candidate["STAGES"] for candidate in space.configs if candidate.num_ctas > 1]
@@ -325,7 +325,7 @@ def check(record):
 @pytest.mark.skipif(not HAS_CLUSTERS, reason="Triton 3.9 is the first with clusters")
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_compiled_rows(target):
-    """With a bias, and with a residual unless the columns are a multiple of 3. Stages load by asynchronous copies."""
+    """Compiles a bias, and a residual unless the columns are a multiple of 3. Stages load by asynchronous copies."""
     records = compiled(OF_ROWS, target, "4096", "6000", "16384", "65536", "98304")
     assert {record["kernel"] for record in records} == {"rows_forward_kernel", "rows_backward_kernel"}
     for record in records:

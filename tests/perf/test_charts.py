@@ -126,7 +126,7 @@ def marks(figure, label):
 
 @pytest.mark.parametrize("op", ["rms_norm", "batch_norm"])
 def test_forms_of_our_launches_are_marked_where_some_are_clusters(op):
-    """Of some 20 points 3 in 4 are clusters; a failed one, and those of other contenders, have no mark."""
+    """Draws some 20 points, 3 in 4 of them clusters; a failed one, and those of other contenders, have no mark."""
     records = [r for r in timings(SOME, ("forward",), (op,)) if r["dtype"] == "bf16"]
     records = with_forms(records, (2, 4, 8, 1))
     right = [r for r in records if r["contender"] == "triton_norm" and r["status"] == "ok"]

@@ -88,7 +88,9 @@ def differentiated(
     outputs = function(*own)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     requested = [leaf for leaf in own if leaf is not None and leaf.requires_grad]
-    gradients = iter(torch.autograd.grad(outputs, requested, grads[: len(outputs)]))
+    # A total has a gradient only if x or the residual needs one.
+    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=False) if output.requires_grad]
+    gradients = iter(torch.autograd.grad([output for output, _ in pairs], requested, [grad for _, grad in pairs]))
     total = outputs[1].detach() if len(outputs) > 1 else None
     of_leaves = (next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in own)
     return Results(outputs[0].detach(), total, *of_leaves)

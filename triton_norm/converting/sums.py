@@ -10,6 +10,7 @@ from triton_norm.converting.gated import SERVED
 from triton_norm.converting.hugging_face import RowNorm, is_counterpart
 from triton_norm.converting.joining import is_observed, layer_of
 from triton_norm.specs import RowOptions, RowTensors
+from triton_norm.symbolic import is_signed
 
 
 def is_row_norm(cls: Any) -> bool:
@@ -76,6 +77,6 @@ def _row_call(norm: Any, x: Tensor) -> tuple[str, RowTensors, RowOptions] | None
     if layer is modules.RMSNorm:
         options = RowOptions._make((norm.normalized_shape, norm.eps, None, 0.0, None, None))
         return "rms_norm", RowTensors._make((x, None, modules.weight_of(norm), None)), options
-    if isinstance(norm, RowNorm) and cls.forward is RowNorm.forward:
+    if isinstance(norm, RowNorm) and is_signed(cls.forward, RowNorm.forward):
         return norm.row_call(x)
     return None
