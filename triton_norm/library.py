@@ -194,6 +194,14 @@ def recorded(
     return lambda made: unfilled(made, defined(*_flat(made)))
 
 
+Types = tuple[torch.dtype | None, ...]
+"""Dtypes of several tensors, None for those that are None."""
+
+
+def dtypes_of(tensors: Sequence[Tensor | None]) -> Types:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
 @functools.cache
 def triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from triton_norm import activations, plans
-from triton_norm.channels.group_layout import Groups, as_readable, copies, dtypes_of, groups_of, kind_of, shape_of
-from triton_norm.channels.launches import Forms, Launches, Step, Types, kernel_of
+from triton_norm.channels.group_layout import Groups, as_readable, copies, groups_of, kind_of, shape_of
+from triton_norm.channels.launches import Forms, Launches, Step, kernel_of
 from triton_norm.channels.plan import Allocation, Gradients
 from triton_norm.channels.whole_groups import Gradient, cluster_launch, gradient_launch
 from triton_norm.launch import Launch, Launcher, zeros
-from triton_norm.library import contiguous
+from triton_norm.library import Types, contiguous, dtypes_of
 from triton_norm.reference import compute_dtype
 from triton_norm.specs import GradientDtypes, GroupNormSpec, Phase
 from triton_norm.tuning import channel_clusters, group_spaces

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_norm.channels.launches import Instances, Read, Types
+from triton_norm.channels.launches import Instances, Read
 from triton_norm.channels.layout import (
     MOST_CHANNELS,
     MOST_POSITIONS,
@@ -16,6 +16,7 @@ from triton_norm.channels.layout import (
     channels_last,
     dense_like,
 )
+from triton_norm.library import Types, dtypes_of
 from triton_norm.plain import collapsed_stride, holds
 from triton_norm.tuning import channel_spaces
 from triton_norm.tuning.limits import VECTOR_BYTES, limits_in_force
@@ -172,10 +173,6 @@ class Groups(NamedTuple):
 def shape_of(x: Tensor, n_groups: int) -> tuple[int, int, int, int]:
     n_samples, n_channels, *positions = x.shape
     return n_samples, n_groups, n_channels // n_groups, math.prod(positions)
-
-
-def dtypes_of(tensors: Sequence[Tensor | None]) -> Types:
-    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
 def groups_of(kind: str, n_groups: int, swept: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> Groups:

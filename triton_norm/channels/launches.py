@@ -12,14 +12,12 @@ from triton_norm import trials
 from triton_norm.activations import has_mask
 from triton_norm.channels.layout import Layout, Placement, layout_of
 from triton_norm.launch import INT32_END, Launch, Launcher
-from triton_norm.library import name_of, triton_dtype
+from triton_norm.library import Types, name_of, triton_dtype
 from triton_norm.specs import Phase
 from triton_norm.tuning import channel_clusters, channel_spaces
 from triton_norm.tuning.channel_spaces import BACKWARD, ChannelWork, Plan, SharedChannels
 from triton_norm.tuning.configs import Space
 from triton_norm.tuning.limits import gpu_of
-
-Types = tuple[torch.dtype | None, ...]
 
 
 class Instances(NamedTuple):

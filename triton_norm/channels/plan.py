@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from triton_norm import activations, plans
-from triton_norm.channels.launches import Forms, Launches, Read, Step, Types, in_two_floats
+from triton_norm.channels.launches import Forms, Launches, Read, Step, in_two_floats
 from triton_norm.channels.layout import as_readable, dense_like, empty_bits, is_dense, kind_of, reads
 from triton_norm.channels.running import copy_back
 from triton_norm.launch import zeros
-from triton_norm.library import contiguous
+from triton_norm.library import Types, contiguous, dtypes_of
 from triton_norm.reference import compute_dtype
 from triton_norm.specs import BatchNormSpec, BatchNormTensors, GradientDtypes, Phase
 from triton_norm.tuning.channel_spaces import Plan
@@ -60,10 +60,6 @@ class BackwardTensors(NamedTuple):
 
 
 _NOTHING_SWEPT = (None,) * 5
-
-
-def _types(tensors: Sequence[Tensor | None]) -> Types:
-    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
 @remembered
@@ -140,7 +136,7 @@ class ForwardPlan:
         key = x.data_ptr() % VECTOR_BYTES, added, moments is None
         steps = steps or self._steps.get(key)
         if steps is None:
-            others = _types((weight, bias, running_mean, running_var, counter, statistics, moments, bits))
+            others = dtypes_of((weight, bias, running_mean, running_var, counter, statistics, moments, bits))
             forms = self._prepare(x, residual, others)
             steps = self._steps[key] = forms.chosen(x.device, self._trial(tensors, statistics, moments))
         for step in steps:
@@ -183,7 +179,7 @@ class ForwardPlan:
             as_readable(x, self._kind).placement,
             None if residual is None else as_readable(residual, self._kind).placement,
         )
-        swept = _types((x, residual))
+        swept = dtypes_of((x, residual))
         read = Read(self._shape, self._kind, placements, x.dtype, swept, others, x.device)
         return _forward_forms(read, self._spec, self._part)
 
@@ -325,7 +321,7 @@ class BackwardPlan:
         key = dy.data_ptr() % VECTOR_BYTES, x.data_ptr() % VECTOR_BYTES, added, means is None
         steps = steps or self._steps.get(key)
         if steps is None:
-            others = _types((bits, weight, bias, statistics, running_mean, running_var, *result, means))
+            others = dtypes_of((bits, weight, bias, statistics, running_mean, running_var, *result, means))
             forms = self._prepare((x, dy, residual), others)
             steps = self._steps[key] = forms.chosen(x.device, lambda steps: self._try(steps, tensors))
         if self._has_means and not steps[0].alone:
@@ -366,7 +362,7 @@ class BackwardPlan:
             as_readable(dy, self._kind, broadcast=True).placement,
             placement,
         )
-        swept = _types((dy, x, residual))
+        swept = dtypes_of((dy, x, residual))
         read = Read(self._shape, self._kind, placements, x.dtype, swept, others, x.device)
         return _backward_forms(read, self._spec, self._part)
 

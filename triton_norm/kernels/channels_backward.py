@@ -168,9 +168,8 @@ def channels_backward_kernel(
     """
     TILE: tl.constexpr = Tile(T, V, LANES, AXIS, FOLD, WIDTH)
     TOGETHER: tl.constexpr = REDUCE and APPLY and not CONSTANT
-    ALONE: tl.constexpr = TOGETHER and not (
-        SHARED or (FOLD and WIDTH)
-    )  # a program computes the means that it needs itself
+    # A program computes the means that it needs itself.
+    ALONE: tl.constexpr = TOGETHER and not (SHARED or (FOLD and WIDTH))
     FOLDED_IN_CLUSTER: tl.constexpr = ALONE and FOLD > 0
     NEEDS_Z: tl.constexpr = ACTIVATION is not None and bits_ptr is None
     WEIGHTED: tl.constexpr = BY_COLUMN or (PER_STATISTIC is not None and PER_STATISTIC > 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from triton_norm import plans
 from triton_norm.launch import Launch, Launcher
-from triton_norm.library import contiguous, triton_dtype
+from triton_norm.library import contiguous, dtypes_of, triton_dtype
 from triton_norm.rows.layout import (
     RowLayout,
     empty_options,
@@ -20,7 +20,6 @@ from triton_norm.rows.layout import (
     readable,
     rounded_to,
     row_vecs,
-    types_of,
     vector_of,
 )
 from triton_norm.specs import GradientDtypes, RowSpec
@@ -249,7 +248,7 @@ class RowBackwardPlan:
     def _make(self, tensors: Sequence[Any], misaligned: int) -> _Backward:
         _, _, x, _, _, _ = tensors
         device, spec = x.device, self._spec
-        types = _Types._make(types_of(tensors))
+        types = _Types._make(dtypes_of(tensors))
         launcher = _backward_launcher(spec, self._gradients.gradient_dtypes, types, self._layout, misaligned, device)
         made = _Backward(launcher, self._n_rows, spec.n_cols, device)
         if launcher.config is not None:  # a search may choose a config that needs less workspace

@@ -6,13 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_norm.library import name_of, triton_dtype
+from triton_norm.library import Types, name_of, triton_dtype
 from triton_norm.plain import collapsed_stride
 from triton_norm.specs import RowSpec
 from triton_norm.tuning.configs import vector_width
-
-Types = tuple[torch.dtype | None, ...]
-
 
 MOST_ROW_AXES = 3
 """A tensor is read without a copy if its rows can be numbered along this many axes."""
@@ -176,10 +173,6 @@ def present(types: Types) -> list[torch.dtype]:
 
 def names(types: Types) -> tuple[str, ...]:
     return tuple(name_of(dtype) for dtype in present(types))
-
-
-def types_of(tensors: Sequence[Tensor | None]) -> Types:
-    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
 def exchange_workspace(

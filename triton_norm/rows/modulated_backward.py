@@ -8,8 +8,8 @@ from torch import Tensor
 
 from triton_norm import plans
 from triton_norm.launch import Launch
-from triton_norm.library import contiguous
-from triton_norm.rows.layout import layout_of, readable, types_of
+from triton_norm.library import contiguous, dtypes_of
+from triton_norm.rows.layout import layout_of, readable
 from triton_norm.rows.modulated_launches import (
     LauncherKey,
     ModulatedBackwardTensors,
@@ -206,7 +206,7 @@ class ModulatedBackwardPlan:
         made = self._made.get(misaligned)
         if made is None:
             dy, *_ = tensors
-            read, written = ModulatedBackwardTensors._make(types_of(tensors)), types_of(of_rows)
+            read, written = ModulatedBackwardTensors._make(dtypes_of(tensors)), dtypes_of(of_rows)
             own = self._layout, self._modulations, self._sums
             key = LauncherKey(self._spec, read, written, *own, misaligned, dy.device)
             made = self._made[misaligned] = _Backward(key, (self._n_rows, *self._modulations.numbers))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from triton_norm.launch import Launcher
-from triton_norm.rows.layout import RowLayout, Types, names, present, row_vecs, vector_of
+from triton_norm.library import Types
+from triton_norm.rows.layout import RowLayout, names, present, row_vecs, vector_of
 from triton_norm.rows.modulated_plan import Modulations, constants_of, formula_of
 from triton_norm.specs import ModulatedSpec, ModulatedTensors
 from triton_norm.tuning import modulated_spaces

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from triton_norm import plans
 from triton_norm.launch import Launch, Launcher
-from triton_norm.library import contiguous, triton_dtype
+from triton_norm.library import Types, contiguous, dtypes_of, triton_dtype
 from triton_norm.plain import computed_in
 from triton_norm.rows.layout import (
     RowLayout,
-    Types,
     first_column_axis,
     layout_of,
     names,
@@ -22,7 +21,6 @@ from triton_norm.rows.layout import (
     readable,
     rounded_to,
     row_vecs,
-    types_of,
     vector_of,
 )
 from triton_norm.rows.modulation import Numbering, numbering_of, row_stride
@@ -233,7 +231,7 @@ class ModulatedPlan:
     def _prepare(self, key: tuple[bool, int], arguments: Sequence[Any]) -> Launch:
         (_, misaligned), (x, *_) = key, arguments
         launcher = _forward_launcher(
-            self.spec, types_of(arguments), self._layout, self._modulations, misaligned, x.device
+            self.spec, dtypes_of(arguments), self._layout, self._modulations, misaligned, x.device
         )
         launch = self._launches[key] = Launch(launcher, self._n_rows, *self._modulations.numbers)
         return launch

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from triton_norm import plans
 from triton_norm.launch import Launch, Launcher
-from triton_norm.library import contiguous, name_of, triton_dtype
+from triton_norm.library import contiguous, dtypes_of, name_of, triton_dtype
 from triton_norm.plain import computed_in
 from triton_norm.rows.layout import (
     RowLayout,
@@ -21,7 +21,6 @@ from triton_norm.rows.layout import (
     readable,
     rounded_to,
     row_vecs,
-    types_of,
     vector_of,
 )
 from triton_norm.saved import ForwardFacts, is_unsavable
@@ -155,7 +154,7 @@ class RowPlan:
         """Returns the launch and the most programs that may share a row. Before a search these are those of any config,
         and the launch is not cached."""
         (_, misaligned), (x, *_) = key, arguments
-        types = _ForwardTypes._make(types_of(arguments))
+        types = _ForwardTypes._make(dtypes_of(arguments))
         launcher = _forward_launcher(self.spec, types, self._layout, misaligned, x.device)
         result = Launch(launcher, self._n_rows), -(-self.spec.n_cols // launcher.span)
         if launcher.config is not None:
