@@ -54,8 +54,9 @@ def tensors_of(module: Any, counts: bool) -> tuple[Any, ...]:
             return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"], counter
         except KeyError:
             pass
-    counter = module.num_batches_tracked if counts else None
-    return module.weight, module.bias, module.running_mean, module.running_var, counter
+    # An exported program has its tensors in the order in which they are read here: the counter comes last.
+    of_channels = module.weight, module.bias, module.running_mean, module.running_var
+    return *of_channels, module.num_batches_tracked if counts else None
 
 
 def _modulated_or_overridden(module: Any, forward: Any, x: Tensor, fused: tuple[Any, ...]) -> Any:

@@ -280,7 +280,8 @@ class Launches:
 
     def of_clusters(self) -> "Launches":
         """Returns the launches of clusters, whose folded blocks are narrower."""
-        return Launches(*self._arguments, in_clusters=True) if self._read.kind == "folded" else self
+        narrower = self._read.kind == "folded" and gpu_of(self._read.device).most_blocks > 1
+        return Launches(*self._arguments, in_clusters=True) if narrower else self
 
     def with_clusters(self, apart: list[Step], make: Callable[[Plan], Step]) -> Forms[list[Step]]:
         """Returns these steps, and the step of clusters that `make` prepares, if these launches have any."""
