@@ -157,7 +157,7 @@ def blocks_of(record: Timing | Traffic) -> int:
 
 
 def reads_twice(record: Timing | Traffic) -> bool:
-    """Returns whether a kernel was launched twice in a call, first to reduce and then to apply."""
+    """Decides whether a kernel was launched twice in a call, first to reduce and then to apply."""
     kernels = [launch["kernel"] for launch in record.get("launches", [])]
     return len(set(kernels)) < len(kernels)
 

@@ -104,7 +104,7 @@ def untraced() -> Iterator[None]:
 
 def of_sizes(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function that compares sizes and computes no tensor, in `untraced`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
         return function(*arguments)
     with untraced():
         return function(*arguments)

@@ -17,7 +17,7 @@ RING, BOX, DIGITS_POINTS = 1.8, 1.7, 6.5
 
 
 def has_clusters(records: Sequence[Timing]) -> bool:
-    """Returns whether any point was launched as a cluster. Only the library's own records tell of launches."""
+    """Decides whether any point was launched as a cluster. Only the library's own records tell of launches."""
     return any(blocks_of(record) > 1 for record in ok(records))
 
 

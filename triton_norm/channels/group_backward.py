@@ -218,8 +218,13 @@ class GroupBackwardPlan:
         groups = groups_of(self._kind, self._spec.n_groups, (x, dy, residual), (*others, *result))
         forms = _forms(groups, self._spec, self._phase, self._constant)
         read = GroupBackwardTensors._make(tensors)
-        way = forms.chosen(x.device, lambda way: self._run(way, self._combining(way, read, result), read, result))
-        self._launches[key] = launches = way, self._combining(way, read, result)
+
+        def combined(way: Way) -> tuple[Way, Launch | None]:
+            return way, self._combining(way, read, result)
+
+        clusters = None if forms.clusters is None else combined(forms.clusters)
+        ways = Forms(combined(forms.apart), clusters, forms.space)
+        self._launches[key] = launches = ways.chosen(x.device, lambda launches: self._run(*launches, read, result))
         return launches
 
     def _combining(self, way: Way, tensors: GroupBackwardTensors, result: Gradients) -> Launch | None:

@@ -36,7 +36,10 @@ def takes_activation(cls: type[Any]) -> bool:
 def layer_of(cls: type[Any]) -> type[Any]:
     """Returns the layer of this library that `made` has put before a subclass of torch's norms; other classes as they
     are."""
-    return cls.__bases__[-2] if issubclass(cls, Fused) and "original" in vars(cls) else cls
+    if not (issubclass(cls, Fused) and "original" in vars(cls)):
+        return cls
+    *_, layer, _ = cls.__bases__
+    return layer
 
 
 _ACTIVATIONS = {

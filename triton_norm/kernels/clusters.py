@@ -2,7 +2,7 @@
 
 Nothing goes through memory: `tl.debug_barrier` is one block's own, and what one block stores is not yet another's to
 load. Nor may values be gathered: Triton 3.9 compiles `tl.gather` to loads from the block's own shared memory. A folded
-tile's channels are therefore told apart by masks, [FOLD, LANES], and values of its channels are [FOLD, 1].
+tile's channels are therefore told apart by masks, [1, FOLD, LANES], and values of its channels are [1, FOLD, 1].
 """
 
 import triton

@@ -88,8 +88,8 @@ class GradientWork(NamedTuple):
         accesses: accesses that read a channel, or a member's part of it, a power of two.
         vector: elements of an access.
         types: names of the dtypes of the inputs of x's shape.
-        curved: an activation is computed, which takes registers; of a cluster one whose derivative is not a constant
-            on each side of 0.
+        curved: an activation is computed, which takes registers; of a cluster one whose derivative is more than a mask
+            of two values.
         windows: a channel begins and ends within accesses.
         blocks: the fewest blocks of a cluster; 1: a program is one block.
     """

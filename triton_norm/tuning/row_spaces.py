@@ -51,7 +51,7 @@ def _cluster_forward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config]:
     The second of them takes one row after another, and loads two rows ahead while the sum of this one is on its way
     between the blocks. Its threads have fewer elements, since weight and bias are in registers too.
 
-    Compiled by Triton 3.9 for sm_90 and sm_100, neither spills, except up to 5 registers of rows that are read by 2 or
+    Compiled by Triton 3.9 for sm_90 and sm_100, neither spills, except up to 6 registers of rows that are read by 2 or
     4 bytes, and of 262144 columns in a 16-bit type with a bias; no GPU has run them yet.
     """
     limits, row_bytes = gpu.limits, work.width * work.stored_bytes
