@@ -52,7 +52,7 @@ def _cluster_forward(work: RowWork, gpu: Gpu, most_blocks: int) -> list[Config]:
     between the blocks. Its threads have fewer elements, since weight and bias are in registers too.
 
     Compiled by Triton 3.9 for sm_90 and sm_100, neither spills, except up to 6 registers of rows that are read by 2 or
-    4 bytes, and of 262144 columns in a 16-bit type with a bias; no GPU has run them yet.
+    4 bytes, and 5 of 262144 columns and more in a 16-bit type with a bias; no GPU has run them yet.
     """
     limits, row_bytes = gpu.limits, work.width * work.stored_bytes
     blocks = min(most_blocks, max(2, row_bytes // limits.cluster_block_bytes))
